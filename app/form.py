@@ -97,8 +97,7 @@ def known() -> dict[str, Option]:
 
 
 def groups(without: Sequence[str] = ()) -> dict[str, list[Option]]:
-    """Return the options that the page may set, except those in `without`, by the title of their group in `--help`.
-    """
+    """Return the options that the page may set, except those in `without`, by the title of their group in `--help`."""
     found: dict[str, list[Option]] = {}
     for name, option in Options.table().items():
         if is_safe(option) and name not in without:

@@ -189,7 +189,8 @@ def merged(run: Run, checkpoint: Weights, method: str) -> tuple[Weights, tuple[W
 def same_form(run: Run, start: Weights, method: str) -> Weights:
     """Return the weights of `method` that are of the same kind as the weights `start`.
 
-    The kinds are merged weights, an exported file by name, and a checkpoint at a step. Raises `RunError` if none exist."""
+    The kinds are merged weights, an exported file by name, and a checkpoint at a step. Raises `RunError` if there are
+    no such weights."""
     of_method = {weights.label: weights for weights in run.weights() if weights.method == method}
     form = start.label.partition(": ")[2] if start.method else "merged weights"
     if f"{method}: {form}" not in of_method:

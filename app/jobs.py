@@ -398,8 +398,7 @@ class Jobs:
     # -- the queue: its file -------------------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
-        """Return all entries of the queue in order. Raises `RunError` if the queue's file cannot be read.
-        """
+        """Return all entries of the queue in order. Raises `RunError` if the queue's file cannot be read."""
         try:
             if not self.path.is_file():
                 return []

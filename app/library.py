@@ -100,7 +100,7 @@ class Experiment(Run):
 
 
 class LanguageRun(Run):
-    """The output folder of `train_llm.py` or `train_glue.py`. The page can list such runs, but not open or resume them."""
+    """The output folder of `train_llm.py` or `train_glue.py`. The page lists such runs, but cannot resume them."""
 
     @property
     def status(self) -> str:

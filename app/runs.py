@@ -276,8 +276,8 @@ class Run:
     def samples(self, method: str, step: int | None) -> dict[tuple[int, int], Path]:
         """Return the paths of the complete sample images at a step, by (prompt, image) index.
 
-        If `step` is None, the samples are those of the merged weights. If the run was resumed with other prompts, samples
-        of the earlier prompts are left out.
+        If `step` is None, the samples are those of the merged weights. If the run was resumed with other prompts,
+        samples of the earlier prompts are left out.
         """
         folder = (method, "merged") if step is None else (method, "samples", f"step-{step:06d}")
         record, prompts, found = self.read_json(*folder, PROMPTS), dict(enumerate(self.prompts)), {}
@@ -330,7 +330,7 @@ class Run:
         return found
 
     def merged(self, method: str) -> list[Weights]:
-        """Return a method's merged weights, including trained text encoders; empty until a merge has written all of them."""
+        """Return a method's merged weights, with trained text encoders; empty until a merge has written all of them."""
         if self.config.get("train_text_encoder") and not self.record(method):
             return []
         parts = [part for part in DENOISERS if self.inside(method, part, "config.json")]

@@ -34,8 +34,8 @@ LAUNCH = {
 for other events. `state_session_capacity`: a page that reconnects after 100 newer sessions starts with a new state.
 """
 TURNS = {"concurrency_id": "turns", "concurrency_limit": 32}
-"""Options of events that take turns on the device after each image. At most 32 such events run at the same time, enough for
-thirty users: a 33rd event waits until all images or the grid of another event are finished."""
+"""Options of events that take turns on the device after each image. At most 32 such events run at the same time, enough
+for thirty users: a 33rd event waits until all images or the grid of another event are finished."""
 
 
 def hears(asked: gr.Request) -> bool:

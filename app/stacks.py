@@ -55,8 +55,8 @@ def same_base(one: Run | None, other: Run | None) -> bool:
 def stacked(library: Library, run: Run | None, names: object, strengths: str) -> Weights:
     """Return a stack of LoRAs for the base model of `run`.
 
-    `names`: keys of `loras`. `strengths`: text with one number per LoRA. Raises `RunError` for an unknown name, a LoRA of
-    another base model, and an invalid strength.
+    `names`: keys of `loras`. `strengths`: text with one number per LoRA. Raises `RunError` for an unknown name, a LoRA
+    of another base model, and an invalid strength.
     """
     if not isinstance(names, list):
         raise RunError("The LoRAs are not a list: give a list of their names.")
@@ -84,7 +84,7 @@ def numbers(text: str, names: list[str]) -> list[float]:
     words = str(text or "").replace(",", " ").split() or ["1"] * len(names)
     if len(words) != len(names):
         raise RunError(
-            f"{pluralize(len(words), 'strength')} for {pluralize(len(names), 'LoRA')}: give one strength for each LoRA, such as 1 0.5."
+            f"{pluralize(len(words), 'strength')} for {pluralize(len(names), 'LoRA')}: give one each, such as 1 0.5."
         )
     found, (least, greatest) = [], LIMITS["strength"]
     for name, word in zip(names, words, strict=True):
@@ -104,7 +104,10 @@ def to_write(weights: Weights, strength: float) -> Weights:
         return stack([(part, own * strength) for part, own in weights.parts])
     if weights.kind == "merged":
         if strength != 1:
-            raise RunError(f"{weights.label}: merged weights can only be written at strength 1; for another strength, choose the method's LoRA file.")
+            raise RunError(
+                f"{weights.label} can only be written at strength 1; for another strength, choose the LoRA file of "
+                "that method."
+            )
         return weights
     if weights.kind != "file":
         reason = "merge it first" if weights.kind == "adapter" else "choose a LoRA or merged weights"
@@ -157,8 +160,8 @@ def read(file: Weights, names: Names, models: Mapping[str, nn.Module]) -> Parts:
 def add(model: nn.Module, layers: Mapping[str, Factors], strength: float) -> None:
     """Inject a plain LoRA into a model's layers, in the model's dtype.
 
-    `layers`: factors by layer, of shapes (rank, in, *kernel) for `down` and (out, rank) for `up`. For a stack of LoRAs, the
-    rank is the sum of their ranks. `strength` multiplies each layer's scale.
+    `layers`: factors by layer, of shapes (rank, in, *kernel) for `down` and (out, rank) for `up`. For a stack of LoRAs,
+    the rank is the sum of their ranks. `strength` multiplies each layer's scale.
     """
     folded = {name: Factors(f.down, f.up * (f.scale * strength), 1.0) for name, f in layers.items()}
     folded = in_names_of(model, folded)

@@ -45,7 +45,7 @@ from .turns import Turns
 from .weight_files import files_of, refuse_gone, unless_replaced, without_folders
 
 MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments, name == "none"))
-"""Names of the merge methods: those that use calibration samples, then the paper's, then `none`."""
+"""Names of the merge methods: those that need calibration samples come first, and `none` comes last."""
 PATIENCE = 15.0
 """Seconds after which a request is stopped if its client does not read its messages."""
 PAUSE = 0.2
@@ -88,7 +88,7 @@ class Picture:
 
 
 class Visitor:
-    """A client's request. Messages are sent to the client until the request is cancelled or the client stops reading."""
+    """A client's request, for which messages are sent until it is cancelled or the client stops reading them."""
 
     def __init__(self, session: str, kind: str, listening: Callable[[], bool]) -> None:
         self.session, self.kind, self.listening = session, kind, listening
@@ -100,7 +100,7 @@ class Visitor:
         """Time at which the last step message was sent."""
 
     def check(self) -> None:
-        """Raise `Cancelled` if the request was cancelled, or if its client has not read messages for `PATIENCE` seconds."""
+        """Raise `Cancelled` if the request was cancelled, or its client has not read for `PATIENCE` seconds."""
         self.unheard = None if self.listening() else self.unheard or time.monotonic()
         if self.unheard is not None and time.monotonic() - self.unheard > PATIENCE:
             print("Stopped generating images: the client did not read its messages.", file=sys.stderr, flush=True)
@@ -168,8 +168,8 @@ class Studio:
     ) -> Iterator[Status | Step | Drawn]:
         """Yield status messages, step messages and images; `reference` is the image that an edit model changes.
 
-        Image i has the seed `request.seed + i`, whatever the number of images. It is generated once with each of the weights
-        in `choices`.
+        Image i has the seed `request.seed + i`, whatever the number of images. It is generated once with each of the
+        weights in `choices`.
 
         The generation stops within one denoising step
         - if the iterator is closed;
@@ -200,8 +200,8 @@ class Studio:
     ) -> Iterator[Status]:
         """Write the run's complete model with LoRA files or merged weights to a new folder, `target`.
 
-        Stops as `generate` does, before the next tensor is written, and then removes the folder. Raises `RunError` if the
-        model cannot be written.
+        Stops as `generate` does, before the next tensor is written, and then removes the folder. Raises `RunError` if
+        the model cannot be written.
         """
         yield from self._progress(
             lambda visitor: self._write_whole(run, weights, target, visitor), session, "model", listening
@@ -249,7 +249,7 @@ class Studio:
             outcome = error
         except Exception as error:  # anything that a model or a device raises; the page gets one sentence
             traceback.print_exception(error)
-            outcome = RunError(f"The request could not be completed ({type(error).__name__}); see the terminal for details.")
+            outcome = RunError(f"The request could not be completed ({type(error).__name__}); see the terminal.")
         finally:
             if visitor.stopped.is_set():
                 with contextlib.suppress(queue.Empty):
@@ -259,7 +259,7 @@ class Studio:
 
     @contextlib.contextmanager
     def _turn(self, run: Run | None, visitor: Visitor) -> Iterator[None]:
-        """Wait for the request's turn, load the run's pipeline if necessary, and hold the turn during the `with` block."""
+        """Wait for a turn, load the run's pipeline if it is not loaded, and hold the turn during the `with` block."""
         visitor.wait()
         if self.turns.waiting:
             visitor.put(Status("Waiting until another request's image is finished"))
@@ -316,14 +316,14 @@ class Studio:
         return self.family.reference_inputs([image])
 
     def _side(self, pixels: int) -> int:
-        """Round a width or height in pixels down to one that the model can generate, but at least to the smallest one."""
+        """Round a width or height in pixels down to one that the model can generate; at least to the smallest."""
         multiple = self.family.pixel_multiple(self.pipeline)
         return max(multiple, pixels // multiple * multiple)
 
     # -- pipeline and weights ------------------------------------------------------------------------------------------
 
     def _is_loaded(self, base: Base) -> bool:
-        """Return whether the loaded pipeline is that of `base`, and none of its files has changed since it was loaded."""
+        """Return whether the pipeline of `base` is loaded, and none of its files has changed since it was loaded."""
         return base == self.base and stamps_of(base, self.model) == self.stamps
 
     def _load(self, base: Base) -> None:

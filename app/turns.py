@@ -22,7 +22,9 @@ class Turns:
 
     @contextlib.contextmanager
     def turn(self, check: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Wait for a turn, and hold it during the `with` block. While waiting, `check` is called; it may raise to stop waiting."""
+        """Wait for a turn, and hold it during the `with` block.
+
+        `check`: called while waiting; an exception that it raises ends the wait."""
         ticket = object()
         with self.moved:
             self.waiting.append(ticket)

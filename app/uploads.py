@@ -87,7 +87,7 @@ def contents_of(uploads: Sequence[str], caption: str) -> Contents:
     names = Counter(path.name for path in paths)  # files from several folders may have the same name
     for path in paths:
         if problem := problem_of(path, stems):
-            raise RunError(f"{path.name[:80]} cannot be used ({problem}): remove this file from the uploads, or correct it.")
+            raise RunError(f"{path.name[:80]} cannot be used ({problem}): remove it from the uploads, or correct it.")
         unclear = names[path.name] > 1 or (path in texts and beside[path.stem] != path)
         if unclear and path.stem in beside:
             raise RunError(f"Several files are named {path.stem[:80]}, so their captions are ambiguous: rename them.")
@@ -118,7 +118,7 @@ def problem_of(path: Path, stems: Collection[str]) -> str:
 
 
 def write(folder: Path, contents: Contents) -> None:
-    """Write a new folder with these contents. If a file cannot be written, no folder is left, and `RunError` is raised."""
+    """Write a new folder with these contents. Raises `RunError`, and leaves no folder, if a file cannot be written."""
     try:
         with replacing(folder) as temporary:
             temporary.mkdir()

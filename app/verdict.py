@@ -12,7 +12,7 @@ LOSS = "loss on held-out images (lower is better)"
 HIGH_ERROR = 0.2
 """Mean relative error of the merged blocks above which images of merged and unmerged weights are likely to differ."""
 NOTHING_HELD_OUT = (
-    "No images are held out, so their losses do not compare the methods; --validation_split 0.1 holds out a tenth."
+    "No images are held out, so the methods' losses cannot be compared; --validation_split 0.1 holds out a tenth."
 )
 
 
@@ -27,11 +27,11 @@ def verdict(run: Run, step: int) -> str:
         told = run.config.get("validation_split")
         return notice(NOTHING_HELD_OUT) if run.config and not told and run.status != "running" else ""
     if without:
-        return notice(f"No verdict yet: {', '.join(without)} has not been measured on the held-out images.")
+        return notice(f"No verdict yet: there is no validation loss of {', '.join(without)}.")
     common = set.intersection(*(set(found) for found in losses.values()))
     at = max((found for found in common if 0 < found <= step), default=None)
     if at is None:
-        return notice("No verdict yet: before training, all methods generate what the base model generates.")
+        return notice("No verdict at this step: choose a later step at which all methods have a validation loss.")
     order = sorted(losses, key=lambda method: losses[method][at])
     named = ", ".join(f"{NAMES[method]} {losses[method][at]:.4f}" for method in order)
     named = f"{run.name}: {named}" if run.beside else named

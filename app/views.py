@@ -1,4 +1,4 @@
-"""Render a run as HTML, tables and images. This module does not import Gradio, so tests can call it directly.
+"""Render runs as HTML: texts, tables and images. This module does not import Gradio, so tests can call it directly.
 
 Every name, caption and number of a run is escaped: a prompt may be `<script>`. The files of a run may have any content;
 what cannot be shown is left out.
@@ -28,7 +28,7 @@ from .runs import BASE, NO_CONFIG, Run, number, stamp_of
 T = TypeVar("T")
 LARGEST_TILE = 320
 TILE, NARROW_TILE = 144, 72
-"""Pixels that a small image may take in a table or a card, on a wide and on a narrow page."""
+"""Maximum width in pixels to which a small image is enlarged in a table or a card: on a wide page, on a narrow page."""
 NAMES = {name: method.title for name, method in METHODS.items()}
 COLORS = {name: method.color for name, method in METHODS.items()}
 NOTHING = "&mdash;"
@@ -49,11 +49,11 @@ NORMS = (
     "Orange blocks were changed more by ResLoRA than by LoRA, blue ones less. Where nearly all are orange, also train "
     "lora_x2: larger steps alone have the same effect."
 )
-"""Explanations of the pictures, with advice."""
+"""Explanation of the heat map of norms, with advice."""
 
 
 def escape(text: str) -> str:
-    """Escape a text for HTML, and for Gradio's templates, which replace `${}` and `{{}}`."""
+    """Escape a text for HTML and for Gradio's templates, in which `${}` and `{{}}` are placeholders."""
     return html.escape(clean(str(text))).replace("{", "&#123;").replace("$", "&#36;")
 
 
@@ -62,7 +62,7 @@ def escape(text: str) -> str:
 
 @functools.lru_cache(maxsize=512)
 def data_uri(path: Path, stamp: tuple[int, ...]) -> str:
-    """Return an image as a data URI, reduced to the size on the page; `stamp` is part of the cache key."""
+    """Return an image as a data URI, at most `LARGEST_TILE` pixels wide and high; `stamp` is part of the cache key."""
     content, kind = path.read_bytes(), "png"
     with PIL.Image.open(io.BytesIO(content)) as image:
         image.load()  # raise for a damaged file, of which a browser would show nothing
@@ -83,20 +83,26 @@ def width_of(path: Path, stamp: tuple[int, ...]) -> int:
 
 
 def scaled(width: int) -> str:
-    """Return HTML attributes that show a small image at a multiple of its width, on narrow pages at a smaller one."""
+    """Return HTML attributes that show a small image at a whole multiple of its width, smaller on narrow pages.
+
+    `width`: the image's width in pixels. The result is empty for larger images."""
     if not 0 < width <= TILE:
         return ""
     return f'class="small" style="--own:{width}px;--times:{TILE // width};--few:{max(1, NARROW_TILE // width)}"'
 
 
 def table(kind: str, name: str, rows: str, mark: str = "") -> str:
-    """Return a table with an accessible name, which scrolls horizontally if it is too wide."""
+    """Return an HTML table that scrolls horizontally if it is too wide.
+
+    `kind`: CSS class. `name`: accessible name. `rows`: HTML of the rows. `mark`: further attributes."""
     name = escape(name)
     return f'<div class="scroll" tabindex="0"><table class="{kind}" aria-label="{name}" {mark}>{rows}</table></div>'
 
 
 def tile(path: Path | None, alt: str, place: tuple[int, int], absent: str = "not yet") -> str:
-    """Return an image that a click enlarges, or a placeholder if it is missing or damaged; `place` is (row, column)."""
+    """Return as HTML an image that a click enlarges, or a placeholder if the image is missing or damaged.
+
+    `place`: (row, column) in the table. `absent`: placeholder of a missing image."""
     if path is None:
         return f'<div class="empty">{absent}</div>'
     try:
@@ -108,16 +114,16 @@ def tile(path: Path | None, alt: str, place: tuple[int, int], absent: str = "not
 
 
 def enlargeable(source: str, alt: str, place: tuple[int, int], scale: str = "") -> str:
-    """Return an image that a click enlarges.
+    """Return as HTML an image that a click enlarges.
 
-    `source` is its address in HTML, `place` is (row, column), and `scale` is from `scaled`.
+    `source`: the image's URL, escaped. `place`: (row, column) in the table. `scale`: the result of `scaled`.
     """
     image = f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}" {scale}>'
     return f'<button type="button" class="tile" data-row="{place[0]}" data-column="{place[1]}">{image}</button>'
 
 
 def side_by_side(paths: Iterable[Path]) -> str:
-    """Return two images next to each other, without a name. Raises `OSError` for a damaged file."""
+    """Return two images side by side as HTML, without their names. Raises `OSError` for a damaged file."""
     images = ""
     for side, path in zip(("left", "right"), paths, strict=True):
         stamp = stamp_of(path)
@@ -129,13 +135,13 @@ def side_by_side(paths: Iterable[Path]) -> str:
 
 
 def figure(value, form: str, unit: str = "") -> str:
-    """Return a formatted number, or a dash for None."""
+    """Return a number formatted by the format specification `form`, with its unit; a dash for other values."""
     value = number(value)
     return NOTHING if value is None else f"{value:{form}}{unit}"
 
 
 def enumerated(words: Iterable[str]) -> str:
-    """Return words as an enumeration: one, two and three."""
+    """Join words to an enumeration, such as `one, two and three`."""
     *others, last = words
     return f"{', '.join(others)} and {last}" if others else last
 
@@ -143,7 +149,7 @@ def enumerated(words: Iterable[str]) -> str:
 def summary(run: Run, status: str, said: str = "") -> str:
     """Return a run's progress, current work and settings as HTML.
 
-    `said`: the last line of the log, which is shown if it explains why the run failed or stopped early.
+    `said`: the last line of the log, shown only if it explains why the run failed or stopped early.
     """
     config = run.config
     done, total = run.progress
@@ -161,9 +167,9 @@ def summary(run: Run, status: str, said: str = "") -> str:
 
 
 def status_line(run: Run, status: str, text: str, why: str) -> str:
-    """Return status and facts of a run or experiment; while it trains, also its current work and a progress bar.
+    """Return the status of a run or experiment as HTML; during training, also its current work and a progress bar.
 
-    `why` is the reason for an early end, or empty.
+    `text`: further facts, in HTML. `why`: the reason for an early end; may be empty.
     """
     done, total = run.progress
     if now := activity(run.activity) or ("The trainer is starting" if status == "starting" else ""):
@@ -179,7 +185,7 @@ def bad(text: str) -> str:
 
 
 def log(text: str, status: str) -> str:
-    """Return the trainer's output, scrolled to its end, as HTML."""
+    """Return the trainer's output as HTML that is scrolled to the end; without output, return why there is none."""
     starting = status in ("starting", "running")
     text = text or (
         "The trainer is starting." if starting else "The log of a training appears here if it was started on this page."
@@ -193,7 +199,7 @@ def printed(text: str) -> str:
 
 
 def thumbnails(paths: list[Path]) -> str:
-    """Return small images in a row; unreadable ones are left out."""
+    """Return small images in a row, as HTML; unreadable images are left out."""
     found = []
     for path in paths:
         with contextlib.suppress(Exception):  # exceptions of damaged files differ by image format
@@ -203,7 +209,7 @@ def thumbnails(paths: list[Path]) -> str:
 
 
 def progress(text: str, share: float) -> str:
-    """Return a text with a progress bar; `share` is from 0 to 1."""
+    """Return a text with a progress bar as HTML; `share`: completed fraction, from 0 to 1."""
     bar = f'<div class="bar"><div style="width:{100 * share:.0f}%"></div></div>'
     return f'<div class="summary">{escape(text)}{bar}</div>'
 
@@ -232,12 +238,12 @@ def skeleton(kind: str = "") -> str:
 
 
 def notice(text: str) -> str:
-    """Return a text in a box."""
+    """Return a text in a box as HTML."""
     return f'<div class="notice">{escape(text)}</div>'
 
 
 def settings_table(images: list[Drawn]) -> str:
-    """Return seed and settings of every generated image as a table; the PNG files have the same metadata."""
+    """Return the weights, seed and settings of each generated image as an HTML table."""
     header = "".join(
         f"<th>{name}</th>"
         for name in ("weights", "seed", "steps", "guidance", "strength", "size", "prompt", "negative")
@@ -256,7 +262,9 @@ def settings_table(images: list[Drawn]) -> str:
 
 
 def place(name: str) -> str:
-    """Return a block's place in short form: d0.1 for `down_blocks.0.attentions.1...`, s3 for `single_blocks.3...`."""
+    """Return a short name of a block's place in the network.
+
+    Examples: d0.1 for `down_blocks.0.attentions.1...`, s3 for `single_blocks.3...`."""
     match = re.match(r"(down|up|mid)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)(?:\.transformer_blocks\.(\d+))?", name)
     if match:
         inner = f"/{match[4]}" if match[4] not in (None, "0") else ""
@@ -266,31 +274,31 @@ def place(name: str) -> str:
 
 
 def role_of(name: str) -> str:
-    """Return a block's name within the repeated module that contains it."""
+    """Return a block's name relative to the repeated module that contains it, such as `attn1.to_q`."""
     return re.sub(r"^(.*transformer_blocks|\w+)\.\d+\.", "", name)
 
 
 def unless_damaged(view: Callable[[T], str]) -> Callable[[T], str]:
-    """Wrap a view of a JSON file so that it returns a notice for invalid content."""
+    """Wrap a function that renders the content of a JSON file, so that it returns a notice for invalid content."""
 
     @functools.wraps(view)
     def shown(content: T) -> str:
         try:
             return view(content)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
-            return notice("This cannot be shown: its file in the run's folder is damaged.")
+            return notice("This cannot be shown, because the file in the run's folder is damaged.")
 
     return shown
 
 
 @unless_damaged
 def chain_plan(plan: dict | None) -> str:
-    """Return the plan of the shortcuts as a table: a row for each role (see `role_of`) of the adapted blocks.
+    """Return the chain plan, which links blocks by shortcuts, as an HTML table with a row per role (see `role_of`).
 
-    An arrow stands for a shortcut between two blocks, scissors for a missing one, with the reason.
+    An arrow is a shortcut between two blocks. Scissors mark a missing shortcut, with the reason.
     """
     if not plan or not plan.get("chains"):
-        return notice("This run has no chain plan yet: it is written when ResLoRA has been trained and is merged.")
+        return notice("This run has no chain plan yet: it is written when ResLoRA is merged after training.")
     roles: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
     for chain in plan["chains"]:
@@ -316,12 +324,14 @@ def chain_plan(plan: dict | None) -> str:
 
 
 def what(sentence: str) -> str:
-    """Return an explanation of a picture as HTML."""
+    """Return the explanation of a table or heat map as HTML."""
     return f'<p class="what">{escape(sentence)}</p>'
 
 
 def heat_map(title: str, sentence: str, values: dict[str, float | None], signed: bool = False) -> str:
-    """Return a table of colors: roles as rows, places in the network as columns; `values` by block name."""
+    """Return a heat map as an HTML table: roles as rows, places in the network as columns.
+
+    `sentence`: an explanation. `values`: by block name. `signed`: whether values may be negative, as in differences."""
     known = [abs(value) for value in values.values() if value is not None]
     if not known:
         return ""
@@ -342,18 +352,20 @@ def heat_map(title: str, sentence: str, values: dict[str, float | None], signed:
 
 
 def in_order(text: str) -> list[tuple[int, str]]:
-    """Return a sort key that orders numbers in texts by value: l2 before l10."""
+    """Return a sort key that orders numbers in texts by value, such as l2 before l10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"\d+|\D+", text)]
 
 
 def order_of(role: str) -> tuple:
-    """Return a sort key of roles: by attention, then in order of computation (q, k, v, out)."""
+    """Return a sort key that orders roles by attention module, then as computed (q, k, v, out)."""
     kind = role.rpartition("to_")[2]
     return role.partition(".")[0], "qkvo".find(kind[:1]), role
 
 
 def shade(value: float | None, largest: float, signed: bool) -> str:
-    """Return a CSS color: orange for positive values, blue for negative ones, white for zero."""
+    """Return the CSS of a heat map's cell: orange for positive, blue for negative, transparent for zero.
+
+    `largest`: the absolute value with full color. `signed`: as in `heat_map`."""
     if value is None:
         return "color:#aaa"
     strength = min(1.0, abs(value) / largest)
@@ -363,9 +375,9 @@ def shade(value: float | None, largest: float, signed: bool) -> str:
 
 @unless_damaged
 def merge_report(report: dict | None) -> str:
-    """Return what a merge did to each block: alpha*, and the relative error on the calibration samples."""
+    """Return a merge report as HTML: relative error on the calibration samples and alpha* of each block."""
     if not report or not report.get("blocks"):
-        return notice("This run has no merge report yet: it is written when ResLoRA has been trained.")
+        return notice("This run has no merge report yet: it is written when ResLoRA is merged after training.")
     blocks = report["blocks"]
     errors = {block["name"]: number(block["error"]) for block in blocks}
     alphas = {block["name"]: total(block["alpha"]) for block in blocks}
@@ -384,18 +396,18 @@ def merge_report(report: dict | None) -> str:
 
 
 def total(alpha) -> float | None:
-    """Return one number for a block: the sum if there is an alpha per neighbor."""
+    """Return a block's total alpha*: the sum, if `alpha` is a list with a value per neighbor."""
     return number(sum(alpha) if isinstance(alpha, list) else alpha)
 
 
 def norm_difference(run: Run) -> str:
-    """Return a heat map of the norm of ResLoRA's merged update minus that of LoRA's update, by block.
+    """Return a heat map of the Frobenius norm of ResLoRA's merged update minus that of LoRA's update, by block.
 
-    It corresponds to the paper's Figures 5 and 7.
+    The paper shows the same in Figures 5 and 7.
     """
     ours, theirs = run.lora_norms("reslora"), run.lora_norms("lora")
     difference = {name: ours[name] - theirs[name] for name in ours if name in theirs}
     if not difference:
-        return notice("The comparison of norms needs both LoRA and ResLoRA in one run, finished.")
+        return notice("The comparison of norms needs a finished run with both methods: --method lora reslora.")
     title = "Frobenius norm of ResLoRA's merged update minus LoRA's, block by block"
     return heat_map(title, NORMS, difference, signed=True)

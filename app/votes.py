@@ -1,4 +1,6 @@
-"""Blind votes on samples of an experiment: which of two methods people prefer, and whether the losses agree."""
+"""Store and evaluate blind votes on samples of an experiment.
+
+Votes show which of two methods people prefer, and whether the losses agree with them."""
 
 import contextlib
 import json
@@ -21,31 +23,31 @@ from .runs import IN_PLACE, RunError
 from .views import escape, notice, table, unless_damaged
 
 FILE = "votes.jsonl"
-"""File in the experiment's folder with a vote per line."""
+"""Name of the file in the experiment's folder that has one vote per line."""
 LONGEST = 2**22
 VALUES = {"label": 1, "equal": 0, "reference": -1}
-"""Values of a vote: for the method, for neither, and for the method that it is compared with."""
+"""Value of each vote: for the compared method, for neither, for its reference method (baseline)."""
 
 
 class Pair(NamedTuple):
-    """Samples of two methods with the same prompt and training seed."""
+    """A pair of samples: compared method, reference method (baseline), training seed, and index of the prompt."""
 
     label: str
     reference: str
     seed: int
     prompt: int
-    """Number of the prompt."""
+    """Index of the prompt."""
 
     @property
     def key(self) -> dict:
-        """The pair as stored with a vote."""
+        """The pair as a dictionary, as it is stored with a vote."""
         return self._asdict()
 
 
 def pairs(experiment: Experiment) -> dict[Pair, tuple[Path, Path]]:
-    """Return the files of the two samples of each pair: first that of the method, then that of its reference.
+    """Return the files of the two samples of each pair: that of the compared method, then that of its reference method.
 
-    The samples are those of the runs and steps that the experiment chose; pairs without both samples are left out.
+    The samples are from the runs and steps that the experiment chose. Pairs with a missing sample are left out.
     """
     content, found = experiment.read_json(EXPERIMENT), {}
     with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # a damaged file
@@ -59,7 +61,9 @@ def pairs(experiment: Experiment) -> dict[Pair, tuple[Path, Path]]:
 
 
 def samples(experiment: Experiment, content: dict, label: str, prompts: Sequence[str]) -> dict[tuple[int, int], Path]:
-    """Return the first sample of each seed and prompt of a label, at the step nearest to the chosen one."""
+    """Return the first sample of the method `label` by (seed, prompt index), at the step nearest to its chosen step.
+
+    `content`: the experiment's record."""
     choice, found = content["chosen"][label], {}
     for arm in content["arms"]:
         is_chosen = arm["label"] == label and arm["learning_rate"] == choice["learning_rate"]
@@ -78,7 +82,7 @@ def samples(experiment: Experiment, content: dict, label: str, prompts: Sequence
 
 
 def votes(experiment: Experiment) -> dict[Pair, list[int]]:
-    """Return the values of the votes on each pair; damaged lines are skipped."""
+    """Return the values of the votes (see `VALUES`) on each pair; damaged lines of the file are skipped."""
     found: dict[Pair, list[int]] = defaultdict(list)
     path = experiment.inside(FILE)
     if path is None or path.stat().st_size > LONGEST:
@@ -91,7 +95,7 @@ def votes(experiment: Experiment) -> dict[Pair, list[int]]:
 
 
 def add(experiment: Experiment, pair: Pair, vote: str) -> None:
-    """Append a vote to the file; `vote` is a key of `VALUES`. Raises `RunError` if it cannot be written."""
+    """Append a vote (a key of `VALUES`) to the experiment's file. Raises `RunError` if it cannot be written."""
     row = {**pair.key, "vote": vote, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
     try:
         with IN_PLACE, (experiment.folder / FILE).open("a", encoding="utf-8") as file:
@@ -101,7 +105,9 @@ def add(experiment: Experiment, pair: Pair, vote: str) -> None:
 
 
 def next_pair(experiment: Experiment, before: Pair | None = None) -> Pair | None:
-    """Return a random pair among those with the fewest votes, not `before` again if there is another one."""
+    """Return a random pair among those with the fewest votes, or None if there are no pairs.
+
+    `before`: the previous pair, which is only returned if there is no other pair."""
     known, given = list(pairs(experiment)), votes(experiment)
     known = [pair for pair in known if pair != before] or known
     fewest = min((len(given.get(pair, ())) for pair in known), default=0)
@@ -112,11 +118,11 @@ def next_pair(experiment: Experiment, before: Pair | None = None) -> Pair | None
 
 
 def preference(known: Sequence[Pair], given: Mapping[Pair, list[int]]) -> tuple[float | None, float | None]:
-    """Return the mean vote on the pairs of a method, from -1 to 1, and half the width of its 95% interval.
+    """Return the mean vote on a method's pairs, from -1 to 1, and half the width of its 95% confidence interval.
 
     Seeds and prompts are crossed random effects, as seeds and images are in the test of the losses. The half width is
-    None with fewer than two seeds or prompts, while a combination of seed and prompt has no vote, and if all votes are
-    the same.
+    None if there are fewer than two seeds or prompts, if a combination of seed and prompt has no vote, or if all votes
+    are the same. Both are None without votes. `given`: votes by pair.
     """
     values = {pair: sum(given[pair]) / len(given[pair]) for pair in known if given.get(pair)}
     if not values:
@@ -132,7 +138,7 @@ def preference(known: Sequence[Pair], given: Mapping[Pair, list[int]]) -> tuple[
 
 @unless_damaged
 def result(experiment: Experiment) -> str:
-    """Return as HTML, for each method, the preference with its interval, the loss verdict, and whether they agree."""
+    """Return a table (HTML) of each method's preference with interval, its loss verdict, and whether the two agree."""
     known, given, rows = pairs(experiment), votes(experiment), ""
     verdicts = experiment.read_json(EXPERIMENT).get("verdicts") or ()
     for verdict in verdicts if known else ():
@@ -156,7 +162,10 @@ def result(experiment: Experiment) -> str:
 
 
 def in_percent(mean: float | None, half: float | None, open_pairs: int) -> str:
-    """Return the fraction of votes for the method, where half of an `equal` counts, with its 95% interval."""
+    """Return the percentage of votes for a method, with its 95% confidence interval, as text.
+
+    An `equal` vote counts as half a vote. `mean`, `half`: the results of `preference`. `open_pairs`: number of pairs
+    without a vote."""
     if mean is None:
         return "no votes"
     told = f"{50 + 50 * mean:.0f}%"
@@ -169,7 +178,10 @@ def in_percent(mean: float | None, half: float | None, open_pairs: int) -> str:
 
 
 def agreement(label: str, reference: str, mean: float | None, half: float | None, conclusion: str) -> str:
-    """Return whether people and losses prefer the same method; an interval that contains 50% shows no preference."""
+    """Return a sentence on whether votes and losses prefer the same method.
+
+    Votes show a preference if the interval excludes 50%. `mean`, `half`: the results of `preference`. `conclusion`: the
+    loss verdict: `better`, `worse`, or another word for no difference."""
     liked = 0 if mean is None or half is None or abs(mean) <= half else 1 if mean > 0 else -1
     lower = {"better": 1, "worse": -1}.get(conclusion, 0)
     preferred = {1: label, -1: reference}

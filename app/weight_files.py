@@ -1,8 +1,7 @@
 """Load weights from files into a denoiser or a text encoder.
 
-Each file is validated completely, so that no image is generated with weights that do not fit the model.
-
-Error messages name the file and the tensor. No file is unpickled.
+Names, shapes and values of all tensors are validated, so that no image is generated with weights that do not fit the
+model. Error messages name the file and the tensor. No file is unpickled.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -34,9 +33,9 @@ WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pat
 
 
 def put_merged(model: nn.Module, weights: Weights, strength: float) -> None:
-    """Load merged weights of a denoiser or a text encoder.
+    """Load merged weights into a denoiser or a text encoder that has the base weights.
 
-    The model gets `base + strength * (merged - base)`. Raises `RunError` if names or shapes differ from the model's, or
+    The result is `base + strength * (merged - base)`. Raises `RunError` if names or shapes differ from the model's, or
     if a value is not finite.
     """
     present, merged = model.state_dict(), {}
@@ -53,18 +52,18 @@ def put_merged(model: nn.Module, weights: Weights, strength: float) -> None:
 
 
 def in_names_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under the names that the model uses.
+    """Return the tensors by the names of the model's parameters.
 
-    Names in CLIP's files begin with `text_model.`; newer versions of transformers name the parameters without it.
+    Names in CLIP's files begin with `text_model.`; in newer versions of transformers, parameter names do not.
     """
     flat = isinstance(model, PreTrainedModel) and not hasattr(model, "text_model")
     return {name.replace("text_model.", "", 1) if flat else name: value for name, value in tensors.items()}
 
 
 def put_adapter(model: nn.Module, config: dict, targets: list[str] | str, weights: Weights, strength: float) -> None:
-    """Load an unmerged checkpoint into a denoiser or a text encoder, with the shortcuts of ResLoRA.
+    """Load an unmerged checkpoint, including ResLoRA's shortcuts, into a denoiser or a text encoder.
 
-    `strength` multiplies the scale of each LoRA.
+    `config`: the run's options. `targets`: PEFT's `target_modules`. `strength` multiplies each layer's scale.
     """
     if METHODS[weights.method].shortcuts:
         reslora.load(model, weights.path)
@@ -91,21 +90,21 @@ def check_adapter_file(path: Path, label: str) -> Iterable[str]:
     Raises `RunError` for a file that is too large, that is not in safetensors format, or that has no LoRA weights.
     """
     if path.stat().st_size > LARGEST_ADAPTER:
-        raise RunError(f"{label}: larger than {LARGEST_ADAPTER // 2**20} MB.")
+        raise RunError(f"{label}: the file is larger than {LARGEST_ADAPTER // 2**20} MB.")
     try:
         with safe_open(path, "pt") as file:
             names = file.keys()
     except SafetensorError:
         raise RunError(
-            f"{label}: cut short or damaged, or no safetensors file; .bin, .ckpt and .pt files can run code."
+            f"{label}: the file is incomplete, damaged, or not a safetensors file; choose another file."
         ) from None
     if not any("lora" in name.lower() for name in names):
-        raise RunError(f"{label}: there are no LoRA weights in it.")
+        raise RunError(f"{label}: the file contains no LoRA weights.")
     return names
 
 
 def uploaded(*paths: str | Path) -> Weights:
-    """Return an uploaded LoRA file as weights. Raises `RunError` for other files.
+    """Return the weights of an uploaded LoRA file. Raises `RunError` for other files.
 
     `paths`: a LoRA file, or a folder saved by PEFT. The adapter_config.json of a LoRA file saved by PEFT may be among
     `paths` or in the folder of the file.
@@ -114,10 +113,10 @@ def uploaded(*paths: str | Path) -> Weights:
     configs = [path for path in given if path.suffix.lower() == ".json"]
     files = [path for path in given if path not in configs]
     if len(files) != 1 or len(configs) > 1:
-        raise RunError(f"Give one .safetensors file, and only with one of PEFT's its {PEFT_CONFIG_FILE}.")
+        raise RunError(f"Give one .safetensors file; a file saved by PEFT may be given with its {PEFT_CONFIG_FILE}.")
     path, label = files[0], files[0].name[:80]
     if path.suffix.lower() != ".safetensors":
-        raise RunError(f"{label}: only .safetensors files are accepted; .bin, .ckpt and .pt files can run code.")
+        raise RunError(f"{label}: give a .safetensors file; .bin, .ckpt and .pt files can run code.")
     if not path.is_file():
         raise RunError(f"{label}: there is no such file.")
     of_peft = all(name.startswith(PEFT_PREFIX) for name in check_adapter_file(path, label))
@@ -126,29 +125,29 @@ def uploaded(*paths: str | Path) -> Weights:
 
 
 def refuse_gone(run: Run | None, weights: Weights) -> None:
-    """Raise `RunError` if a checkpoint, or its run, no longer exists.
+    """Raise `RunError` if `weights` are a checkpoint that no longer exists, or whose run no longer exists.
 
     A trainer with `--checkpoints_total_limit` may delete a checkpoint while the page reads it.
     """
     if run is None or weights.kind != "adapter" or weights.path.is_dir():
         return
     if not run.folder.is_dir():
-        raise RunError(f"{run.name} was deleted meanwhile.")
-    raise RunError(f"{weights.label}: {weights.path.name} is gone meanwhile; choose another one.")
+        raise RunError(f"{run.name} was deleted in the meantime; choose another run.")
+    raise RunError(f"{weights.label}: {weights.path.name} was deleted in the meantime; choose another checkpoint.")
 
 
 def files_of(weights: Weights) -> tuple[Path | tuple[int, ...] | None, ...]:
-    """Return the paths of the files and folders that weights are read from, then `stamp_of` for each path."""
+    """Return the paths of the files and folders that weights are read from, then the result of `stamp_of` for each."""
     files = (weights.path, weights.config, *(path for _, path in weights.encoders))
     files += tuple(part.path for part, _ in weights.parts)
     return *files, *map(stamp_of, files)
 
 
 def unless_replaced(run: Run | None, weights: Weights, check: Callable[[], None] = lambda: None) -> Callable[[], None]:
-    """Return a function that calls `check`, then raises `RunError` if a trainer has replaced the merged weights.
+    """Return a function that calls `check`, then raises `RunError` if a trainer has replaced merged weights.
 
-    The returned function compares the files with those at the time of this call. Without this check, the tensors could
-    come from two different merges.
+    The returned function compares the files of `weights` with those at the time of this call. Without this check, the
+    loaded tensors could come from two different merges.
     """
     files = files_of(weights)
 
@@ -157,7 +156,7 @@ def unless_replaced(run: Run | None, weights: Weights, check: Callable[[], None]
         if run is None or weights.kind != "merged":
             return
         if files_of(weights) != files or weights not in run.merged(weights.method):
-            raise RunError(f"{weights.label}: they are being replaced; try again later.")
+            raise RunError(f"{weights.label}: a trainer is replacing these weights; try again later.")
 
     return both
 
@@ -166,7 +165,7 @@ def refuse_not_finite(label: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise `RunError` for a tensor with infinite or NaN values."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise RunError(f"{label}: {name} has values that are not finite.")
+            raise RunError(f"{label}: {name} has infinite or NaN values.")
 
 
 def refuse_others(label: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -175,9 +174,11 @@ def refuse_others(label: str, tensors: Mapping[str, Tensor], wanted: Mapping[str
         raise RunError(f"{label}: {name} is missing.")
     for name, tensor in tensors.items():
         if name not in wanted:
-            raise RunError(f"{label}: {name} is of no layer of this model.")
+            raise RunError(f"{label}: this model has no {name}.")
         if tensor.shape != wanted[name].shape:
-            raise RunError(f"{label}: {name} is {shape(tensor.shape)}, and {shape(wanted[name].shape)} in this model.")
+            raise RunError(
+                f"{label}: {name} has shape {shape(tensor.shape)}, but {shape(wanted[name].shape)} in this model."
+            )
     refuse_not_finite(label, tensors)
 
 
@@ -185,15 +186,16 @@ def refuse_misfits(label: str, model: nn.Module, layers: Mapping[str, Factors], 
     """Raise `RunError` for a LoRA that does not match the model or its own configuration.
 
     The cases are: a layer that the model does not have, a shape that differs from the model's, and a layer that the
-    configuration selects but that the file does not have. `label`: file and part of the pipeline, for the message.
+    configuration selects but the file does not contain. `label`: file and model (denoiser or text encoder), for the
+    message.
     """
     modules = dict(model.named_modules())
     for name, (down, up, _) in layers.items():
         weight = getattr(modules.get(name), "weight", None)
         if weight is None:
-            raise RunError(f"{label}.{name} is of no layer of this model.")
+            raise RunError(f"{label}.{name}: this model has no such layer.")
         if (found := torch.Size([len(up), *down.shape[1:]])) != weight.shape:
-            raise RunError(f"{label}.{name} is {shape(found)} in it, and {shape(weight.shape)} in this model.")
+            raise RunError(f"{label}.{name} has shape {shape(found)}, but {shape(weight.shape)} in this model.")
     if not config.get("target_modules"):
         return
     able = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
@@ -201,18 +203,18 @@ def refuse_misfits(label: str, model: nn.Module, layers: Mapping[str, Factors], 
         said = LoraConfig(**{name: config[name] for name in WHERE if config.get(name) is not None})
         named = [name for name in able if check_target_module_exists(said, name)]
     except Exception:  # a damaged configuration may raise anything
-        raise RunError(f"{label}: the target_modules of its configuration are damaged.") from None
+        raise RunError(f"{label}: target_modules in the file's configuration is invalid.") from None
     if absent := [name for name in named if name not in layers]:
         raise RunError(f"{label}.{absent[0]} is missing.")
 
 
 def shape(size: torch.Size) -> str:
-    """Return a shape as text, such as 320 x 4."""
+    """Return a tensor's shape as text, such as `320 x 4`."""
     return " x ".join(map(str, size))
 
 
 def without_folders(error: Exception, *paths: Path | None) -> str:
-    """Return the first line of an error with file names instead of this machine's paths."""
+    """Return the first line of an error message, without the parent folders of `paths`."""
     line = first_line(error)
     for folder in (path.parent for path in paths if path is not None):
         line = line.replace(f"{folder}/", "").replace(str(folder), folder.name)

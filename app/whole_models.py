@@ -1,6 +1,7 @@
-"""Write a complete model with other weights as a folder that diffusers loads. No Gradio.
+"""Write a complete model with changed weights as a folder that diffusers can load.
 
 The base model's files are copied, one component after the other; a component with a LoRA is written tensor by tensor.
+This module does not import Gradio.
 """
 
 import os
@@ -25,7 +26,7 @@ from .runs import RunError
 FOLDER, INDEX = "models", "model_index.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 CHUNK = 2**24
-"""Bytes per read when copying."""
+"""Number of bytes to read at once when copying a file."""
 
 
 def place_for(library: Library, name: object) -> Path:
@@ -34,12 +35,12 @@ def place_for(library: Library, name: object) -> Path:
         raise RunError("Give the model a name of at most 64 letters, digits, hyphens, dots and underscores.")
     target = library.folder / FOLDER / name
     if os.path.lexists(target):
-        raise RunError(f"There is a {FOLDER}/{name} already: give another name.")
+        raise RunError(f"{FOLDER}/{name} already exists: give another name.")
     return target
 
 
 def lines_for(place: str) -> str:
-    """Return the lines of Python that load the model."""
+    """Return the lines of Python that load the model in the folder `place`."""
     return (
         "from diffusers import DiffusionPipeline\n"
         f"pipeline = DiffusionPipeline.from_pretrained({place!r})\n"
@@ -54,13 +55,13 @@ def write(
     parts: Mapping[str, nn.Module | Path],
     check: Callable[[], None],
 ) -> None:
-    """Write a new folder `target` with the base model's files, but with `parts` in place of its own components.
+    """Write a new folder `target` with the components of the base model, some of which are replaced by `parts`.
 
-    `parts`: by component name, either a model with a plain LoRA, of which only the LoRA is read, or a folder of
-    weights. `base`: the loaded components of the base model; a component is written from it if it differs from its
-    files. `check`: is called between two tensors and may raise.
+    `parts`: by component name, a folder of weights, or a model with a plain LoRA, of which only the LoRA is read.
+    `base`: the loaded components of the base model; a component is saved from these, instead of copied, if its files
+    differ from what is loaded. `check`: called between two tensors; may raise an exception to stop.
 
-    After any error the folder is removed. Raises `RunError` if `target` exists or if files of a component are missing,
+    After any error, the folder is removed. Raises `RunError` if `target` exists or if files of a component are missing,
     and `OSError` if a file cannot be read or written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,15 +80,17 @@ def write(
                 copy(model.folder / name, temporary / name, check)
             if not (temporary / name).is_dir():
                 if base.get(name) is not None:
-                    raise RunError(f"The base model's {name} is gone: put its folder back.")
+                    raise RunError(f"The base model's folder {name} is missing: restore this folder.")
                 index[name] = [None, None]
         write_json(temporary / INDEX, index)
         if target.exists():
-            raise RunError(f"There is a {FOLDER}/{target.name} already: give another name.")
+            raise RunError(f"{FOLDER}/{target.name} already exists: give another name.")
 
 
 def write_part(folder: Path, model: Model, part: nn.Module | Path, check: Callable[[], None]) -> None:
-    """Write a denoiser or text encoder: copy the folder `part`, or merge the LoRA of the model `part` in float32."""
+    """Write a denoiser or text encoder to a new folder.
+
+    If `part` is a folder, copy it; if it is a model with a LoRA, merge the LoRA into the base weights in float32."""
     is_denoiser = folder.name == model.family.denoiser
     if isinstance(part, Path):
         if is_denoiser:
@@ -102,18 +105,18 @@ def write_part(folder: Path, model: Model, part: nn.Module | Path, check: Callab
 
 @dataclass(frozen=True)
 class Watched(Stored):
-    """A tensor in a file; `read` calls `check` first."""
+    """A tensor in a file, whose method `read` first calls `check`."""
 
     check: Callable[[], None]
 
     def read(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Return a copy of the tensor on a device."""
+        """Call `check`, then return a copy of the tensor on a device."""
         self.check()
         return super().read(device)
 
 
 def copy(source: Path, target: Path, check: Callable[[], None]) -> None:
-    """Copy a folder without hidden files and pickles; diffusers does not need pickles, and they can run code."""
+    """Copy a folder, except hidden files and pickles, which can run code and which diffusers does not need."""
     for path in sorted(source.rglob("*")):
         place = path.relative_to(source)
         if not path.is_file() or path.suffix in PICKLES or any(part.startswith(".") for part in place.parts):

@@ -1,4 +1,4 @@
-"""Temporary files for downloads."""
+"""Make temporary files for downloads."""
 
 import shutil
 import tempfile
@@ -10,7 +10,7 @@ KEPT = 200
 
 
 class WorkingFiles:
-    """New files in a temporary folder; the oldest are removed, because Gradio serves copies of the files."""
+    """New files in a temporary folder. Only the newest `KEPT` are retained, because Gradio serves copies of them."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="images-"))
@@ -18,7 +18,7 @@ class WorkingFiles:
         self.lock = threading.Lock()
 
     def new(self, name: str) -> Path:
-        """Return a path with that file name in a new folder."""
+        """Return the path of a file with this name in a new folder."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         with self.lock:
             self.made.append(folder)

@@ -1,4 +1,4 @@
-"""The tabs of the page and their parts, one class per file: components, events and handlers. `views` renders HTML."""
+"""Define the tabs of the page, one class per file, with their components, events and handlers."""
 
 from .base import Tab
 from .chains import ChainsTab
@@ -18,4 +18,5 @@ TABS: dict[str, dict[str, tuple[type[Tab], ...]]] = {
     "Generate": {"": (GenerateTab,)},
     "Runs": {"": (QueueTab, RunsTab)},
 }
-"""The tabs in the order of the page; the tabs inside each, if there are several; and the parts of each of these."""
+"""Classes of the parts of each inner tab, by the titles of tab and inner tab, in the order of the page. The title of a
+single inner tab is empty."""

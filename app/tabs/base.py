@@ -1,4 +1,4 @@
-"""Base class of the tabs: components, values for the selected run, and the user's selection."""
+"""Define the base class of the tabs, and what all tabs share."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ STATUS = 3
 
 
 def answer_line(value: str = "", **settings) -> gr.HTML:
-    """Return a line for the result or progress of a button; screen readers announce its changes."""
+    """Return a component that shows a button's result or progress; screen readers announce its changes."""
     return gr.HTML(value, js_on_load="element.setAttribute('role', 'status')", **settings)
 
 
 def open_choice(label: str, **settings) -> gr.Dropdown:
-    """Return a dropdown that accepts any value: its choices may be out of date, and handlers validate the value."""
+    """Return a dropdown that accepts any value, because its choices may be out of date. Handlers validate the value."""
     return gr.Dropdown(label=label, allow_custom_value=True, interactive=True, **settings)
 
 
@@ -40,59 +40,59 @@ class Parts:
 
 
 class TabHost(Protocol):
-    """What a tab uses of the page."""
+    """The attributes of the page that tabs use."""
 
     blocks: gr.Blocks
     run: gr.Dropdown
-    """The name of the selected run."""
+    """Dropdown with the name of the selected run."""
     seen: gr.State
     """The state of the last poll."""
     all_tabs: gr.Tabs
     views: gr.Tabs
     """The tabs inside Compare."""
     frames: dict[Tab, gr.Tab]
-    """The innermost tab of each part."""
+    """Gradio's innermost tab that contains each part."""
 
     def tab(self, cls: type[T]) -> T:
-        """Return the tab of that class."""
+        """Return the tab that is an instance of this class."""
 
 
 class Tab:
-    """Base class of the parts of the page. The constructor of a subclass makes the components of the part.
+    """Base class of the parts of the page; a subclass makes its components in the constructor.
 
-    The page only calls the methods of this class; a subclass overrides those that it needs.
+    The page only calls the methods of this class; a subclass overrides the methods that it needs.
     """
 
     fold: ClassVar[str] = ""
     """Title of the collapsed section that contains the part; empty if it is always visible."""
     chosen: gr.components.Component | None = None
-    """The component that selects what is shown of a run, or None."""
+    """The component by which the user selects what to show of a run (such as a step), or None."""
 
     def __init__(self, parts: Parts) -> None:
         self.library, self.jobs = parts.library, parts.jobs
         self.studio, self.files = parts.studio, parts.files
         self.live: list[gr.components.Component] = []
-        """Components that every poll updates while a trainer is at work."""
+        """Components that every poll updates while a trainer is running."""
         self.watched: list[gr.components.Component] = []
-        """Components that a poll updates if the run has changed."""
+        """Components that a poll updates only if the run has changed."""
         self.of_run: list[gr.components.Component] = []
-        """Components that are set when a run is selected, and then left to the user."""
+        """Components that are set when a run is selected; afterwards the user may change them."""
         self.on_arrival: list[gr.components.Component] = []
         """Components that are set when the page is opened."""
 
     def events(self, page: TabHost) -> None:
-        """Connect the components; those of other tabs are found through the page."""
+        """Connect the events of the components; `page` gives access to the components of other tabs."""
 
     def arrive(self) -> dict:
         """Return the new values of the components in `on_arrival`, by component."""
         return {}
 
     def seen(self, run: Run) -> object:
-        """Return the tab's part of the polled state: a value that changes if the tab has to be updated."""
+        """Return the tab's part of the polled state: a value that changes if the tab must be updated."""
         return None
 
     def choice(self, run: Run, chosen: object, seen: object) -> object:
-        """Return the new value of the component `self.chosen`, which may depend on what the run has written.
+        """Return the new value of the component `self.chosen`.
 
         `chosen`: the current value of the component. `seen`: the tab's part of the state at the last poll. Both are
         None in the first poll of a run.
@@ -115,5 +115,7 @@ class Tab:
         return {}
 
     def is_outdated(self, run: Run, seen: object) -> bool:
-        """Return whether `of_run` must be set again; `seen` is the tab's part of the state at the last poll."""
+        """Return whether the components in `of_run` must be set again.
+
+        `seen`: the tab's part of the state at the last poll."""
         return False

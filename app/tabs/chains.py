@@ -1,4 +1,4 @@
-"""Chains and merge: the chain plan, the merge report, and merging a checkpoint by another method."""
+"""Part of Compare: the chain plan, the merge report, and merging a checkpoint by another merge method."""
 
 import gradio as gr
 
@@ -12,7 +12,7 @@ from .generate import GenerateTab
 
 
 class ChainsTab(Tab):
-    """The linked layers, the merge report, and merging a checkpoint by another method."""
+    """The part that shows the linked layers and the merge report, and merges a checkpoint by another merge method."""
 
     fold = "Linked layers and merge"
 
@@ -52,11 +52,11 @@ class ChainsTab(Tab):
         )
 
     def seen(self, run: Run) -> tuple:
-        """Return the state of the files that the tab shows."""
+        """Return a value that changes if a file that the tab shows has changed."""
         return run.results()
 
     def choice(self, run: Run, chosen: str | None, seen: tuple | None) -> str | None:
-        """Return the newest checkpoint, or the selected one if it still exists."""
+        """Return the selected checkpoint if it still exists, else the newest one."""
         labels = self.list_checkpoints(run)
         return chosen if chosen in labels else next(iter(labels), None)
 
@@ -71,18 +71,20 @@ class ChainsTab(Tab):
         return {self.checkpoint: gr.update(choices=labels, value=label, label=title)}
 
     def is_outdated(self, run: Run, seen: tuple | None) -> bool:
-        """Return whether chains, merges or exports have changed."""
+        """Return whether the chain plan, the merge report or an export has changed."""
         return seen != run.results()
 
     def filled_in(self, run: Run) -> dict:
-        """Return the chain plan, the merge report, and the norms compared with LoRA's, by component."""
+        """Return the chain plan, the merge report, and the comparison of norms with LoRA, by component."""
         plan, report = run.read_json("reslora", "chains.json"), run.read_json("reslora", "merge.json")
         merge = merge_warning(report) + views.merge_report(report)
         values = [views.chain_plan(plan), merge, views.norm_difference(run)]
         return dict(zip(self.of_run, values, strict=True))
 
     def do_merge(self, name: str, label: str, method: str) -> tuple:
-        """Merge a checkpoint; return a line about it, the report, and the new weights for Generate."""
+        """Merge a checkpoint; return a sentence that reports it, the merge report, and an update of Generate's weights.
+
+        `name`: the run. `label`: the checkpoint. `method`: the merge method."""
         run = self.library.find(name)
         checkpoint = run.find_weights(label)
         report = self.studio.merge(run, checkpoint, method)
@@ -93,11 +95,13 @@ class ChainsTab(Tab):
         return said, shown, gr.update(choices=labels, value=made)
 
     def keep_merge(self, name: str, label: str, method: str) -> tuple:
-        """Merge a checkpoint for the page; return a line about it, and the other results with the run's name."""
+        """Return the first result of `do_merge`, and a tuple of the run's name and its other results."""
         said, *shown = self.do_merge(name, label, method)
         return said, (name, *shown)
 
     def show_merge(self, name: str, done: tuple) -> tuple:
-        """Return report and weights of the merged run if it is still selected."""
+        """Return the merge report and the update of Generate's weights, if the merged run is still selected.
+
+        `done`: the second result of `keep_merge`."""
         merged, *shown = done
         return tuple(shown) if merged == name else (gr.skip(), gr.skip())

@@ -1,4 +1,4 @@
-"""Compare: a slider moves the images of all methods, and of several runs, through the training steps."""
+"""Part of Compare: samples and losses of the methods of one or several runs, at a training step set by a slider."""
 
 import math
 import time
@@ -81,20 +81,20 @@ class CompareTab(Tab):
         ).success(None, js="() => document.querySelector('#taken').click()")
 
     def seen(self, run: Run) -> tuple[int, list[str], bool]:
-        """Return the last step, the labels of the downloads, and whether the run failed."""
+        """Return the last step with samples, the labels of the downloads, and whether the run has failed."""
         return max(run.steps(), default=0), self.list_files(run), self.jobs.status(run) == "failed"
 
     def choice(self, run: Run, chosen: float | None, seen: tuple[int, list[str], bool] | None) -> int:
-        """Return the new step of the slider; a slider at the last step moves on to the run's new last step."""
+        """Return the new step of the slider; if it was at the run's last step, it follows the last step."""
         last = seen[0] if seen else 0
         return max(run.steps(), default=0) if (chosen or 0) >= last else run.nearest(chosen)
 
     def is_outdated(self, run: Run, seen: tuple[int, list[str], bool] | None) -> bool:
-        """Return whether the list of files has changed."""
+        """Return whether the list of downloads has changed."""
         return seen is not None and seen[1] != self.list_files(run)
 
     def filled_in(self, run: Run) -> dict:
-        """Return the list of files; the first file of the last method is selected."""
+        """Return the list of downloads, with the first file of the last method selected, by component."""
         labels = self.list_files(run)
         mine = (label for label in labels if label.startswith(f"{run.methods[-1]}:"))
         chosen = next(mine, None) or next(iter(labels), None)
@@ -113,7 +113,9 @@ class CompareTab(Tab):
         return {self.step: slider, self.beside: beside, self.new: str(time.time_ns())}
 
     def compare(self, name: str, step: float, beside: object = None) -> tuple:
-        """Return images, curves and numbers at a step."""
+        """Return samples, two charts of losses, numbers and verdict at a step, as HTML.
+
+        `beside`: names of other runs to compare with the run; invalid names are ignored."""
         run = self.library.beside(self.library.find(name), beside)
         step = run.nearest(step)
         train, validation = (compared.curves(run, split, step) for split in ("train", "validation"))
@@ -122,47 +124,49 @@ class CompareTab(Tab):
         return shown, train, validation, compared.numbers(run, step), said
 
     def look(self, name: str, step: float, beside: object) -> tuple:
-        """Return the results of `compare` for the page, and the selected runs without invalid names."""
+        """Return the results of `compare`, and the names of the other selected runs without invalid names."""
         found = [run.name for run in self.library.beside(self.library.find(name), beside).beside]
         return *self.compare(name, step, beside), gr.skip() if found == (beside or []) else found
 
     def compare_runs(self, name: str, step: float, beside: list[str]) -> tuple:
-        """Return the same for several runs. Raises `RunError` for an unknown name, and for too many runs."""
+        """Return the results of `compare` for several runs. Raises `RunError` for unknown names or too many runs."""
         names = beside if isinstance(beside, list) else [beside]
         for other in names:
             self.library.find(other)
         if len(names) > MOST_BESIDE:
-            raise RunError(f"{len(names)} runs are selected: compare with at most {MOST_BESIDE}.")
+            raise RunError(f"{len(names)} other runs are selected: select at most {MOST_BESIDE}.")
         return self.compare(name, step, names)
 
     def list_files(self, run: Run) -> list[str]:
-        """Return the labels of the downloads."""
+        """Return the labels of a run's downloads."""
         return [one.label for one in downloads.downloads_of(run)]
 
     def how_to_use(self, name: str, label: str) -> tuple[str, str]:
-        """Return the path of a file and how to load it; empty if none is selected."""
+        """Return the path of a download and how to load it; both are empty if no download is selected."""
         if not label:
             return "", ""
         one = downloads.find(self.library.find(name), label)
         return one.place, one.use
 
     def take_file(self, name: str, label: str) -> str:
-        """Return a copy of an exported file, to download."""
+        """Return the path of a copy of the run's download with this label."""
         run = self.library.find(name)
         return str(downloads.packed(run, downloads.find(run, label), self.files))
 
     def toggle(self, label: str) -> tuple:
-        """Start or pause the animation; return the button's label and the timer."""
+        """Start or pause the animation of the slider; return the button's new label and the timer.
+
+        `label`: the button's current label."""
         playing = "Pause" not in label
         return "❚❚ Pause" if playing else "▶ Play", gr.Timer(active=playing)
 
     def next_step(self, name: str, step: float) -> int:
-        """Return the next step with samples; after the last one, the first."""
+        """Return the next step with samples; after the last step, return the first."""
         steps = self.library.find(name).steps()
         return next((s for s in steps if s > step), steps[0] if steps else 0)
 
     def save_grid(self, name: str, step: float, beside: object = None) -> str:
-        """Return a PNG file of the images at a step."""
+        """Return the path of a PNG file with the grid of samples at a step."""
         run = self.library.beside(self.library.find(name), beside)
         step = run.nearest(step)
         path = self.files.new(f"{safe_name(run.name)}-step-{step}.png")

@@ -1,4 +1,4 @@
-"""Base class of Train and the experiment report: stop and resume a training, which runs as a separate process."""
+"""Define the base class of Train and the experiment report: stop and resume runs or experiments."""
 
 import time
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ ACTIVE = ("starting", "running", "stopping")
 
 
 class ControlTab(Tab):
-    """A tab with the buttons Stop and Resume, for runs or for experiments.
+    """Base class of a tab with the buttons Stop and Resume, for runs or for experiments.
 
     The endpoints are `train_stop` and `train_resume` for runs, and `experiment_stop` and `experiment_resume`.
     """
@@ -46,9 +46,9 @@ class ControlTab(Tab):
         return list(self.library.runs())
 
     def do_stop(self, name: str, seen: tuple | None = None) -> str:
-        """Stop the active training.
+        """Stop the selected run or, if it is not training, the only active run; return a notice.
 
-        If the selected run was training in the last poll, only that run is stopped, not one that started after it.
+        If the selected run was training at the last poll (`seen`), no other run is stopped, even if it has ended since.
         """
         trained = seen is not None and seen[STATUS] in ACTIVE
         return views.notice(self.jobs.stop(name, self.kind, only=trained))
@@ -63,12 +63,12 @@ class ControlTab(Tab):
             yield views.notice(f"{views.enumerated(run.name for run in asked)} has ended; Resume continues it.")
 
     def do_resume(self, name: str) -> str:
-        """Resume a stopped run or experiment, or queue it."""
+        """Resume a stopped run or experiment, or add it to the queue; return a notice."""
         run = self.jobs.find(name, self.kind)
         return views.notice(self.outcome_of(self.jobs.add(Entry(run.name, self.what, resume=True))))
 
     def outcome_of(self, entry: Entry) -> str:
-        """Return a sentence on the state of an added entry, with its images if it is new."""
+        """Return a sentence on an entry that was added to the queue: its state and, for a new run, its images."""
         where = f" on GPU {entry.device}" if entry.device is not None else ""
         named = {BUNDLED: "the bundled images", ".": "the images in the data folder"}
         images = f" with {named.get(entry.folder, f'the images in {entry.folder}')}" if entry.folder else ""

@@ -1,4 +1,4 @@
-"""Dataset: view the images of a folder with their captions, and edit them before training."""
+"""Images: view the images of a folder with their captions, and edit them before training."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ UNDO = "Undo"
 
 
 class DatasetTab(Tab):
-    """The tab of image folders."""
+    """The tab that shows and edits image folders."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
@@ -65,7 +65,7 @@ class DatasetTab(Tab):
             self.check = gr.Button("Check images", elem_id="check", min_width=120)
 
     def changing_rows(self) -> None:
-        """Make the components that change the ticked images."""
+        """Make the components that change the ticked (selected) images."""
         with gr.Accordion("Edit the captions of selected images", open=False, elem_id="change"), gr.Row():
             self.operation = gr.Dropdown(
                 list(image_edits.OPERATIONS), value=image_edits.REPLACE, label="Change", elem_id="operation",
@@ -114,7 +114,7 @@ class DatasetTab(Tab):
         with gr.Accordion("Resolution and buckets for the preview", open=False):
             self.resolution = gr.Textbox(label="Resolution (empty: the trainer's default)", max_lines=1)
             self.buckets = gr.Checkbox(label="Aspect ratio buckets")
-            self.column = gr.Textbox(label="Column of captions in metadata (empty: text)", max_lines=1)
+            self.column = gr.Textbox(label="Caption column of the metadata table (empty: text)", max_lines=1)
 
     def events(self, page: TabHost) -> None:
         """Connect the components."""
@@ -171,20 +171,20 @@ class DatasetTab(Tab):
     # -- display -------------------------------------------------------------------------------------------------------
 
     def arrive(self) -> dict:
-        """Return the choices of the folder list; images are only read when the tab is opened."""
+        """Return the choices of the lists of folders and models. Images are only read when the tab is opened."""
         models = gr.update(choices=list(self.captioning.models()))
         return {self.folder: gr.update(choices=self.list_folders()), self.model: models}
 
     def open(self, folder: str | None) -> dict:
-        """Return the selected folder, else the first one, when the tab is opened."""
+        """Return the folder list's update when the tab is opened; without a valid selection, select the first folder."""
         names = self.list_folders()
         folder = folder if folder in names else next(name for name in names if name != ".")
         return gr.update(choices=names, value=folder)
 
     def show(self, folder, which, words, *rest) -> list:
-        """Return the summary, one page of a folder's images, its number and the Undo button.
+        """Return the summary, one page of a folder's image cards, the page's number, and the Undo button.
 
-        `which` and `words` filter the images. `rest`: the settings, and the number of the wanted page.
+        `which`: a filter. `words`: text in names or captions. `rest`: the settings, and the requested page's number.
         """
         *settings, page = rest
         if not folder:
@@ -202,39 +202,43 @@ class DatasetTab(Tab):
     # -- changes -------------------------------------------------------------------------------------------------------
 
     def save_caption(self, edit: dict) -> dict:
-        """Save one caption from the browser, without updating the page: the user may be typing the next one."""
+        """Save one caption, and return it as stored. The page is not updated: the user may be typing another caption.
+
+        `edit`: keys folder, chosen (the selected folder), settings, name, was and text."""
         refuse_other(edit.get("folder"), edit.get("chosen"))
         images = self.edits.look(edit.get("folder"), tuple(edit.get("settings") or ()))
         return {"text": self.edits.save_caption(images, edit["name"], edit["was"], edit["text"])}
 
     def report_refused_caption(self, event: gr.EventData) -> str:
-        """Return the error of a caption whose card is not on the page any more."""
+        """Return a notice with the error of a caption whose image card is no longer on the page."""
         return views.notice(str(event.line))
 
     def look(self, folder, _which, _words, *settings):
-        """Return the images of a folder; the last item of `settings` is the page's number, which is not used."""
+        """Return the images of a folder.
+
+        `settings`: resolution, whether buckets are used, caption column, page number (which is ignored)."""
         return self.edits.look(folder, settings[:3])
 
     def do_change(self, *inputs) -> str:
-        """Change the captions of all ticked images."""
+        """Change the captions of all ticked images, and return a notice."""
         *asked, operation, text, other, ticked = inputs
         refuse_other(ticked["folder"], asked[0])
         return views.notice(self.edits.change_captions(self.look(*asked), ticked["names"], operation, text, other))
 
     def do_throw_away(self, *inputs) -> str:
-        """Move all ticked images to the trash."""
+        """Move all ticked images to the trash, and return a notice."""
         *asked, ticked = inputs
         refuse_other(ticked["folder"], asked[0])
         return views.notice(self.edits.throw_away(self.look(*asked), ticked["names"]))
 
     def do_undo(self, *inputs) -> str:
-        """Undo the folder's last change, which must be the one that the button names."""
+        """Undo the folder's last change, which must be the change that the Undo button describes; return a notice."""
         *asked, label, ticked = inputs
         refuse_other(ticked["folder"], asked[0])
         return views.notice(self.edits.undo(self.look(*asked), str(label).removeprefix(f"{UNDO}: ")))
 
     def do_check(self, *asked) -> Iterator[str]:
-        """Open all images, and yield the progress."""
+        """Open all images to find damaged images and duplicates, and yield the progress as HTML."""
         images = self.look(*asked)
         total, name = len(images.images), images.folder.name
         for done in self.edits.check(images):
@@ -251,7 +255,9 @@ class DatasetTab(Tab):
         yield views.notice(job.line)
 
     def do_upload(self, name, uploads, caption) -> tuple:
-        """Store uploaded images as a new folder, and select it."""
+        """Store uploaded images as a new folder.
+
+        Returns a notice, and updates of the folder lists under Images (which selects the folder) and Train."""
         folder = self.folders.add(name, paths_of(uploads), str(caption or ""))
         choices = gr.update(choices=[BUNDLED, *self.jobs.folders()])
         shown = gr.update(choices=self.list_folders(), value=folder.name)
@@ -260,7 +266,7 @@ class DatasetTab(Tab):
     # -- for programs --------------------------------------------------------------------------------------------------
 
     def api(self) -> None:
-        """Register endpoints for the actions that the browser triggers by hidden components."""
+        """Register API endpoints for the actions that the page triggers with inputs that only its JavaScript has."""
         for name, handler in (
             ("image_folders", self.list_folders), ("images", self.list_images), ("set_caption", self.set_caption),
             ("change_captions", self.change_captions), ("trash_images", self.trash_images),
@@ -274,7 +280,9 @@ class DatasetTab(Tab):
         return list(self.folders.all())
 
     def list_images(self, folder: str, which: str = image_edits.EVERYTHING, words: str = "") -> list[dict]:
-        """Return names, sizes, buckets and captions of a folder's images, and why training leaves some out."""
+        """Return a folder's images: names, sizes in pixels, buckets, captions, and why training skips them.
+
+        `which`: a filter of `image_edits.FILTERS`. `words`: text that the name or caption must contain."""
         images = self.edits.look(folder)
         return [
             {
@@ -289,23 +297,27 @@ class DatasetTab(Tab):
         ]
 
     def set_caption(self, folder: str, name: str, was: str, text: str) -> str:
-        """Write the caption of one image if it still is `was`, and return it as stored."""
+        """Write `text` as the caption of one image, and return the caption as stored.
+
+        Raises `RunError` if the current caption is not `was`."""
         return self.edits.save_caption(self.edits.look(folder), name, was, text)
 
     def change_captions(self, folder: str, names: list[str], operation: str, text: str, other: str = "") -> str:
-        """Change the captions of some images: replace, put before or after, add or remove a tag."""
+        """Change the captions of the named images, and return a sentence that reports it.
+
+        `operation`: Replace (`text` by `other`), Put before, Put after, Add tag or Remove tag."""
         return self.edits.change_captions(self.edits.look(folder), names, operation, text, other)
 
     def trash_images(self, folder: str, names: list[str]) -> str:
-        """Move images and their captions to the folder's trash."""
+        """Move the named images and their captions to the folder's trash, and return a sentence that reports it."""
         return self.edits.throw_away(self.edits.look(folder), names)
 
     def undo_images(self, folder: str) -> str:
-        """Undo the last change of a folder."""
+        """Undo the last change of a folder, and return a sentence that reports it."""
         return self.edits.undo(self.edits.look(folder))
 
     def check_images(self, folder: str) -> str:
-        """Open all images of a folder to find damaged ones and duplicates."""
+        """Open all images of a folder to find damaged images and duplicates; return how many were opened."""
         images = self.edits.look(folder)
         for _ in self.edits.check(images):
             pass
@@ -322,6 +334,6 @@ class DatasetTab(Tab):
 
 
 def refuse_other(shown: object, chosen: object) -> None:
-    """Raise `RunError` if another folder is selected than the one whose images are shown."""
+    """Raise `RunError` if the selected folder is not the folder whose images are shown."""
     if shown not in (None, chosen):
-        raise RunError(f"Nothing was changed: the images are those of {shown}, and another folder is chosen by now.")
+        raise RunError(f"Nothing was changed: the page shows images of {shown}, but another folder is selected.")

@@ -1,4 +1,4 @@
-"""Generate: make images with a run's weights or an uploaded LoRA file, and compare them with the base model."""
+"""Generate: generate images with a run's weights or an uploaded LoRA file, and compare them with the base model."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,7 +31,7 @@ class GenerateTab(Tab):
                 with gr.Row(elem_classes="actions"):
                     self.go = gr.Button("Generate", variant="primary", elem_id="generate")
                     self.cancel = gr.Button("Cancel", elem_id="cancel")
-                self.status = answer_line(views.notice("The model is loaded with the first image."), elem_id="status")
+                self.status = answer_line(views.notice("The first image also loads the model."), elem_id="status")
                 self.gallery = gr.Gallery(
                     label="Images", height="auto", format="png", elem_id="gallery", interactive=False,
                     object_fit="contain", buttons=["download", "fullscreen"],
@@ -43,7 +43,7 @@ class GenerateTab(Tab):
         self.chosen = self.weights
 
     def settings_column(self) -> None:
-        """Make the components of weights and image settings."""
+        """Make the components that select the weights and the settings of images."""
         self.weights = open_choice("Weights", elem_id="weights")
         self.warning = gr.HTML(elem_id="merge-warning", visible=False)
         self.prompt = gr.Textbox(label="Prompt", elem_id="prompt")
@@ -110,13 +110,13 @@ class GenerateTab(Tab):
         return [weights.label for weights in self.library.find(run).weights()]
 
     def seen(self, run: Run) -> tuple[bool, str]:
-        """Return whether the run has settings, and its best weights."""
+        """Return whether the run's settings exist, and the label of its default weights (see `Run.best_weights`)."""
         return bool(run.config), run.best_weights()
 
     def choice(self, run: Run, chosen: str | None, seen: tuple[bool, str] | None) -> str:
-        """Return the selected weights; follow the run's best weights if these were selected.
+        """Return the label of the weights to select: the selected weights, or the run's default weights.
 
-        If the selected weights no longer exist, return the best ones.
+        The default weights are selected if they were selected at the last poll, or if `chosen` no longer exists.
         """
         best = chosen if seen is None else seen[1]
         return chosen if chosen != best and chosen in self.list_weights(run.name) else run.best_weights()
@@ -124,7 +124,7 @@ class GenerateTab(Tab):
     def shown(self, run: Run, label: str) -> dict:
         """Return the new values of the components in `watched`, by component; `label`: the selected weights.
 
-        The warning is computed again, because the same label means other weights in another run.
+        The warning is also updated, because the same label means other weights in another run.
         """
         weights = gr.update(choices=self.list_weights(run.name), value=label)
         return {self.weights: weights, self.warning: self.warn(run.name, label)}
@@ -134,29 +134,29 @@ class GenerateTab(Tab):
         return seen is not None and not seen[0] and bool(run.config)
 
     def filled_in(self, run: Run) -> dict:
-        """Return the settings of the run's samples."""
+        """Return the settings with which the run generates samples, by component."""
         asked = generation_request.of_samples(run)
         values = [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height, self.stack.choices(run)]
         return dict(zip(self.of_run, values, strict=True))
 
     def warn(self, name: str, label: str) -> dict:
-        """Return the warning about the selected weights; empty for unknown ones."""
+        """Return the update of the warning about a run's weights; it is hidden if there is no warning."""
         run = self.library.named(name, Run)
         weights = next((weights for weights in run.weights() if weights.label == label), None) if run else None
         text = warning_for(run, weights) if weights else ""
         return gr.update(value=text, visible=bool(text))
 
     def show_used(self, adapter: object, loras: object) -> dict:
-        """Return the update of the weights' dropdown: its label says if an uploaded file or a stack replaces them."""
+        """Return the update of the weights' dropdown; its label says if an uploaded file or a stack is used instead."""
         instead = "the file below" if adapter else "the stack below" if loras else ""
         return gr.update(label=f"Weights (not used: {instead} is)" if instead else "Weights", interactive=not instead)
 
     def chosen_weights(
         self, run: Run | None, label: str, adapter, adapter_config, loras: list[str] | None, strengths: str
     ) -> Weights:
-        """Return the weights to use: an uploaded file, a stack, or the run's weights.
+        """Return the weights to use: an uploaded LoRA file, else a stack of LoRAs, else the run's weights.
 
-        Raises `RunError` if there are both a file and a stack.
+        Raises `RunError` if both a file and a stack are selected.
         """
         uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
         if uploaded and loras:
@@ -173,7 +173,9 @@ class GenerateTab(Tab):
         self, name, label, adapter, beside, random, prompt, negative, seed, steps, guidance, width, height, images,
         strength, adapter_config=None, loras=None, strengths="", reference=None, asked: gr.Request = None,
     ) -> Iterator[tuple | dict]:  # fmt: skip
-        """Yield the images one by one, with the progress of the current one; `beside` adds the base model's images."""
+        """Yield updates as images are generated: all images so far, progress, seed and table of settings.
+
+        `beside`: also generate each image with the base model. `random`: use a random seed."""
         run = self.library.find(name) if name else None
         weights = self.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
         choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
@@ -203,26 +205,28 @@ class GenerateTab(Tab):
         yield files, bar, request.seed, views.settings_table(done)
 
     def save(self, drawn: Drawn):
-        """Save an image as a PNG file with its settings, and return the path."""
+        """Save a generated image, with its settings, as a PNG file; return the path."""
         return generation_request.save_image(drawn, self.files.new(f"seed-{drawn.request.seed}.png"))
 
     def do_cancel(self, asked: gr.Request):
-        """Stop all requests of an API client."""
+        """Stop all requests of the client's session, for API clients."""
         return self.stopped(asked)
 
     def stop(self, asked: gr.Request):
-        """Stop the images only."""
+        """Stop the client's requests for images, but not for a grid or a model."""
         return self.stopped(asked, "images")
 
     def stopped(self, asked: gr.Request, kind: str | None = None):
-        """Stop a session's requests of a kind, or all if `kind` is None; return a notice if there are none."""
+        """Stop the client's requests; return a notice if there are none.
+
+        `kind`: `images`, `grid` or `model` stops only requests of this kind; None stops all."""
         found = self.studio.cancel(asked.session_hash or "", kind)
         # A running request reports its cancellation itself, and must be the last to write.
         nothing = "No model is being written." if kind == "model" else "Nothing is being generated."
         return gr.skip() if found else views.notice(nothing)
 
     def read_recipe(self, path: str) -> list:
-        """Return the settings in an uploaded image."""
+        """Return the settings in the metadata of an uploaded image, as values of the form."""
         request, _ = generation_request.read_image(path)
         return [
             request.prompt, request.negative_prompt, request.seed, request.steps, request.guidance, request.width,
@@ -230,7 +234,7 @@ class GenerateTab(Tab):
         ]  # fmt: skip
 
     def origin(self, path: str) -> str:
-        """Return a notice with the run and weights of an uploaded image; its settings do not select them."""
+        """Return a notice with an uploaded image's run and weights, which loading its settings does not select."""
         _, source = generation_request.read_image(path)
         return views.notice(
             f"Generated with {source['weights'] or 'unknown weights'}, run {source['run'] or 'unknown'}."

@@ -1,4 +1,4 @@
-"""Part of Generate: a grid of images over two settings."""
+"""Part of Generate: a grid of images for pairs of values of two settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class GridPart:
-    """The X/Y grid, collapsed so that the form for single images stays simple."""
+    """The X/Y grid, in a collapsed section below the form for single images."""
 
     def __init__(self, tab: GenerateTab) -> None:
         self.tab = tab
@@ -41,14 +41,16 @@ class GridPart:
                     "Download picture", elem_id="grid-sheet", min_width=120, interactive=False
                 )
             self.status = answer_line(
-                views.notice("All other settings are those above; each cell is what Generate makes with its settings."),
+                views.notice("All other settings are those above; Generate with a cell's settings makes its image."),
                 elem_id="xy-status",
             )
             self.table = gr.HTML(elem_id="xy")
             self.cells = gr.File(file_count="multiple", visible=False)
 
     def axis_row(self, which: str, names: tuple[str, ...], first: str) -> tuple:
-        """Return the components of an axis: a setting and its values."""
+        """Make the components of an axis: a dropdown of settings, and a text box for the values.
+
+        `which`: `x` or `y`. `names`: settings to choose from. `first`: the setting selected at first."""
         with gr.Row():
             # Not preprocessed: an API client's invalid name gets a message that explains it.
             name = gr.Dropdown(
@@ -85,18 +87,20 @@ class GridPart:
         gr.api(self.list_values, api_name="grid_values")
 
     def list_values(self, run: str, axis: str) -> str:
-        """Return suggested values of an axis, as text for the form."""
+        """Return suggested values of a setting, as text for the form; `axis`: the setting's name."""
         return grids.suggestion(self.tab.library.find(run), axis)
 
     def suggest(self, name: str, axis: str) -> str:
-        """Return suggested values of an axis, as `list_values` does, also if no run is selected."""
+        """Return what `list_values` returns, even if no run is selected."""
         return grids.suggestion(self.tab.library.named(name, Run), axis)
 
     def draw_grid(
         self, name, label, adapter, prompt, negative, seed, steps, guidance, width, height, strength, x, x_values, y,
         y_values, adapter_config=None, loras=None, strengths="", reference=None, asked: gr.Request = None,
     ) -> Iterator[tuple | dict]:  # fmt: skip
-        """Yield the grid as its images are generated; at the end, or when stopped, also the sheet and all files."""
+        """Yield the grid and the progress as images are generated.
+
+        At the end, or if the grid is stopped, also yield the grid as one image file, and the files of the cells."""
         run = self.tab.library.find(name) if name else None
         weights = self.tab.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
         request = Request(prompt, negative, seed, steps, guidance, width, height, 1, strength)
@@ -125,7 +129,7 @@ class GridPart:
             if not drawn:
                 raise
             count = f"{len(drawn)} of {pluralize(len(pictures), 'cell')}"
-            said = views.notice(f"{error} That ended the grid after {count}.")
+            said = views.notice(f"{error} The grid ended after {count}.")
         sheet = None
         if drawn:
             sheet = str(grids.save_sheet(grid, drawn, self.tab.files.new(f"{safe_name(name or 'base')}-grid.png")))
@@ -133,9 +137,9 @@ class GridPart:
         yield grids.table(grid, shown), said, sheet, [files[place] for place in sorted(files)]
 
     def do_stop(self, asked: gr.Request):
-        """Stop the grid only."""
+        """Stop the client's grid, but not its other requests."""
         return self.tab.stopped(asked, "grid")
 
     def address(self, path: str) -> str:
-        """Return the URL of a generated file, of which Gradio serves a copy."""
+        """Return the URL of a copy of a generated file, which Gradio makes and serves."""
         return f"gradio_api/file={urllib.parse.quote(self.table.move_resource_to_block_cache(path))}"

@@ -1,4 +1,4 @@
-"""Queue: the running, waiting and ended entries."""
+"""Part of Runs: the queue of running, waiting and ended runs and experiments."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "rows.js"
 EVERY = 3.0
 """Seconds between two polls of the queue."""
 IN_TURN = {"trigger_mode": "multiple", "concurrency_limit": 1}
-"""Event options of row buttons: every click is handled, in order, so that the last answer shows the current list."""
+"""Event options of row buttons: all clicks are handled in order, so that the last response shows the current list."""
 ABOUT = (
     "Runs are trained one at a time, or one on each GPU. If a run fails, the next one starts. Waiting runs start "
     "automatically, also after a restart of the application."
@@ -20,7 +20,7 @@ ABOUT = (
 
 
 class ListTab(Tab):
-    """A tab with a list, which is polled while the tab is open. A subclass renders the list."""
+    """Base class of a tab with a list, which is polled while the tab is open. A subclass renders the list."""
 
     def show(self, *chosen: object) -> tuple[str, int]:
         """Return the list as HTML, and its hash."""
@@ -28,18 +28,18 @@ class ListTab(Tab):
         return html, hash(html)
 
     def open(self, *chosen: object) -> tuple:
-        """Return the list and start the timer, when the tab is opened."""
+        """Return the list and its hash, and start the timer; called when the tab is opened."""
         return *self.show(*chosen), gr.Timer(active=True)
 
     def look(self, *inputs: object):
-        """Return the list if it has changed; the last input is the hash of the shown one."""
+        """Return the list and its hash, if it has changed; the last input is the hash of the list on the page."""
         *chosen, seen = inputs
         html, known = self.show(*chosen)
         return gr.skip() if known == seen else (html, known)
 
 
 class QueueTab(ListTab):
-    """The tab of the queue."""
+    """The part that shows the queue."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
@@ -61,11 +61,11 @@ class QueueTab(ListTab):
             gr.api(handler, api_name=name)
 
     def render(self) -> str:
-        """Return the rows."""
+        """Return the queue as HTML."""
         return lists.queue(self.jobs)
 
     def act(self, event: gr.EventData) -> tuple:
-        """Handle a button of a row."""
+        """Handle a click on a button of a row; return a notice, the list and its hash."""
         what, name = event._data.get("do"), event._data.get("name")
         if what == "stop":
             return views.notice(self.jobs.stop_entry(name)), *self.show()
@@ -80,18 +80,18 @@ class QueueTab(ListTab):
     # -- endpoints -----------------------------------------------------------------------------------------------------
 
     def list_entries(self) -> list[dict]:
-        """Return the entries of the queue in order: name, kind, state, and a line about each."""
+        """Return the entries of the queue in order: name, kind, state, and why the entry failed or its last line."""
         return [
             {"name": entry.name, "kind": entry.kind, "state": entry.state, "line": entry.line}
             for entry in self.jobs.entries()
         ]
 
     def move(self, name: str, by: int) -> list[dict]:
-        """Move a waiting entry up (-1) or down (1)."""
+        """Move a waiting entry up (`by` = -1) or down (1) by one place, and return the queue."""
         self.jobs.move(name, by)
         return self.list_entries()
 
     def remove(self, name: str) -> list[dict]:
-        """Remove a waiting or ended entry."""
+        """Remove a waiting or ended entry, and return the queue."""
         self.jobs.remove(name)
         return self.list_entries()

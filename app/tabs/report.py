@@ -1,4 +1,4 @@
-"""The part of Compare about experiments: progress, report and downloads. The report grows with each run."""
+"""Part of Compare: progress, report and downloads of an experiment. The report is updated after each run."""
 
 import gradio as gr
 
@@ -11,7 +11,7 @@ from .base import Parts, TabHost, answer_line, open_choice
 from .control import ControlTab
 
 EVERY = 3.0
-"""Seconds between two polls of the experiment."""
+"""Seconds between two polls of the selected experiment."""
 RESIZE = """
 window.addEventListener('message', event => {
     const frame = element.querySelector('iframe');
@@ -23,7 +23,7 @@ window.addEventListener('message', event => {
 
 
 class ReportTab(ControlTab):
-    """The report of an experiment."""
+    """The part that shows the report of an experiment."""
 
     kind = Experiment
 
@@ -46,7 +46,7 @@ class ReportTab(ControlTab):
         self.on_arrival = [self.which]
 
     def arrive(self) -> dict:
-        """Return the experiments; select the experiment that is training, else the newest."""
+        """Return the update of the list of experiments, which selects the training experiment, else the newest."""
         found = self.library.experiments()
         first = next((name for name, one in found.items() if one.process), next(iter(found), None))
         return {self.which: gr.update(choices=list(found), value=first)}
@@ -67,7 +67,9 @@ class ReportTab(ControlTab):
         page.frames[self].select(lambda: gr.Timer(active=True), None, self.timer, **QUIET)
 
     def look(self, name: str, seen: tuple | None = None):
-        """Return the values that changed since the last poll: state and log, and the report if it changed."""
+        """Return the values that have changed since the last poll: state and log, and the report if it has changed.
+
+        `seen`: the state at the last poll."""
         names = self.list_names()
         if name not in names:
             # The user may be typing a name; without a selection, or if it was removed, select the newest.
@@ -94,7 +96,7 @@ class ReportTab(ControlTab):
         return updates
 
     def copy_of_report(self, experiment: Experiment) -> str | None:
-        """Return a copy of the report to download, or None until there is one."""
+        """Return the path of a copy of the report to download, or None if no report exists yet."""
         content = experiment.report()
         if not content:
             return None
@@ -103,12 +105,12 @@ class ReportTab(ControlTab):
         return str(path)
 
     def copy_of_best(self, name: str) -> str:
-        """Return a copy of the best run's LoRA file to download. Raises `RunError` until there is one."""
+        """Return the path of a copy of the best run's LoRA file to download. Raises `RunError` if none exists."""
         found = self.library.find_experiment(name)
         path = found.lora()
         if path is None:
             raise RunError(
-                "There is no LoRA file: it is written when the runs are compared, and DoRA, LoHa, LoKr and OFT have "
-                "none."
+                "There is no LoRA file: it is written when the runs are compared, unless the best method is DoRA, "
+                "LoHa, LoKr or OFT."
             )
         return str(packed(found, Download("best", path, (path,), "", ""), self.files))

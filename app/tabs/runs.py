@@ -1,4 +1,4 @@
-"""Runs: all runs with notes, and a trash from which they can be restored."""
+"""Part of Runs: all runs and experiments with notes, and the trash, from which they can be restored."""
 
 import gradio as gr
 
@@ -12,11 +12,11 @@ from .queue import IN_TURN, SCRIPT, ListTab
 from .report import ReportTab
 
 EVERY = 5.0
-"""Seconds between two polls of the runs."""
+"""Seconds between two polls of the runs folder."""
 
 
 class RunsTab(ListTab):
-    """The tab that lists the runs."""
+    """The part that lists all runs and experiments."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
@@ -50,11 +50,11 @@ class RunsTab(ListTab):
             gr.api(handler, api_name=name)
 
     def render(self, words: str) -> str:
-        """Return the cards."""
+        """Return as HTML the cards of the runs whose name or notes contain `words`, and the trash."""
         return lists.runs(self.manager, str(words or ""))
 
     def act(self, words: str, event: gr.EventData) -> tuple:
-        """Handle a button of a card or of the trash."""
+        """Handle a click on a button of a card or of the trash; return updates of answer, list, tabs and selectors."""
         what, name = event._data.get("do"), event._data.get("name")
         if what == "open":
             return gr.skip(), gr.skip(), gr.skip(), *self.opened(name)
@@ -63,18 +63,21 @@ class RunsTab(ListTab):
         elif what == "restore":
             line = self.manager.restore(name)
         else:
-            raise RunError("There is no such button.")
+            raise RunError("Unknown action: reload the page.")
         return views.notice(line), *self.show(words), *(gr.skip(),) * 4
 
     def opened(self, name: str) -> tuple:
-        """Return the tabs to open for a run or experiment, and the new values of the run and experiment selectors."""
+        """Return the outer and the inner tab to open for a run or experiment, and the values of the run and experiment
+        dropdowns."""
         found = self.library.find_any(name)
         if isinstance(found, Experiment):
             return gr.Tabs(selected="compare"), gr.Tabs(selected="experiment"), gr.skip(), found.name
         return gr.Tabs(selected="compare"), gr.Tabs(selected="run"), self.library.find(name).name, gr.skip()
 
     def save_notes(self, edit: dict) -> dict:
-        """Save notes from the browser, without updating the page: the user may be typing other notes."""
+        """Save the notes on a run, and return them as stored. The page is not updated: the user may be typing others.
+
+        `edit`: keys name, was (the notes that the user saw) and text."""
         return {"notes": self.manager.write_notes(edit.get("name"), edit.get("was"), edit.get("text"))}
 
     # -- endpoints -----------------------------------------------------------------------------------------------------
@@ -84,5 +87,5 @@ class RunsTab(ListTab):
         return self.manager.find(name).notes
 
     def trashed_runs(self) -> dict[str, str]:
-        """Return the names of the runs in the trash by their folders there, newest first."""
+        """Return the names of the runs in the trash, newest first, by the name of the parent folder in the trash."""
         return {place: folder.name for place, folder in self.manager.trashed().items()}

@@ -1,5 +1,4 @@
-"""Part of Generate: several LoRAs at once, each with a strength, and writing the selected weights as a complete
-model."""
+"""Part of Generate: stack several LoRAs, each with a strength, and write the selected weights as a complete model."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class StackPart:
-    """The stack of LoRAs, collapsed so that the form for single images stays simple."""
+    """The stack of LoRAs, in a collapsed section below the form for single images."""
 
     def __init__(self, tab: GenerateTab) -> None:
         self.tab, self.library, self.studio = tab, tab.library, tab.studio
@@ -32,7 +31,7 @@ class StackPart:
             )  # fmt: skip
             self.strengths = gr.Textbox(
                 "",
-                label="Strength of each LoRA, in this order",
+                label="Strength of each LoRA, in the order above",
                 placeholder="1 for all",
                 max_lines=1,
                 elem_id="strengths",
@@ -67,22 +66,22 @@ class StackPart:
         gr.api(self.list_loras, api_name="loras")
 
     def list_loras(self, run: str) -> list[str]:
-        """Return the LoRAs of all runs with the same base model as this one."""
+        """Return the names of the LoRAs of all runs with the same base model as this run."""
         return list(stacks.loras(self.library, self.library.find(run)))
 
     def choices(self, run: Run) -> dict:
-        """Return the LoRAs that can be stacked for a run; the selection does not change."""
+        """Return the update of the choices of LoRAs for a run; the selection does not change."""
         return gr.update(choices=list(stacks.loras(self.library, run)))
 
     def offer(self, name: str) -> dict:
-        """Return the result of `choices` for the run of that name; change nothing without a name."""
+        """Return the result of `choices` for the run with this name; without a name, change nothing."""
         return self.choices(self.library.find(name)) if name else gr.skip()
 
     def write_whole(
         self, name, label, adapter, strength, model, adapter_config=None, loras=None, strengths="",
         asked: gr.Request = None,
     ) -> Iterator[tuple]:  # fmt: skip
-        """Write the run's complete model with the selected weights; yield progress, path, and how to load it."""
+        """Write the run's complete model with the selected weights; yield progress, path, and how to load the model."""
         run, target = self.library.find(name), whole_models.place_for(self.library, model)
         weights = self.tab.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
         weights, session = stacks.to_write(weights, Request(strength=strength).clamped().strength), asked.session_hash
@@ -98,5 +97,5 @@ class StackPart:
         yield said, place, whole_models.lines_for(place), gr.update(visible=True)
 
     def do_stop(self, asked: gr.Request):
-        """Stop writing the model only."""
+        """Stop writing the client's model, but not its other requests."""
         return self.tab.stopped(asked, "model")

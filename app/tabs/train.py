@@ -1,4 +1,4 @@
-"""Train: a form that becomes the command of a run or an experiment, which is trained as a separate process."""
+"""Train: a form that starts a run or an experiment, trained by a separate process."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ RECALL = """(...values) => {
 class TrainTab(ControlTab):
     """The tab that starts runs and experiments; several learning rates or seeds make an experiment.
 
-    A run that is started while another one trains is queued; the label of Start says so beforehand.
+    A run that is started while another run trains is queued; the label of the start button then is `Add to queue`.
     """
 
     names = (
@@ -83,7 +83,7 @@ class TrainTab(ControlTab):
         return "name", "images", "caption", "folder", "model", *cls.all_names(), "controls", "defaults"
 
     def settings_column(self) -> None:
-        """Make the form: the common options, then all others in collapsed groups."""
+        """Make the form: the common options, then all other options in collapsed groups."""
         with gr.Row():
             self.name = gr.Textbox("my-style", label="Name", max_lines=1, elem_id="name", min_width=160)
             self.begin = open_choice(
@@ -115,7 +115,7 @@ class TrainTab(ControlTab):
         with gr.Accordion("Controls for research", open=False):
             self.controls = gr.CheckboxGroup(
                 form.methods(True), value=[], label="Controls", elem_id="controls",
-                info="They show whether a gain of ResLoRA comes from its shortcuts",
+                info="They show whether an improvement of ResLoRA comes from its shortcuts",
             )  # fmt: skip
         self.widgets([known[name] for name in self.names[1:]])
         gr.HTML(views.search(form.index(self.names)), elem_id="search", js_on_load=SEARCH.read_text(encoding="utf-8"))
@@ -126,7 +126,7 @@ class TrainTab(ControlTab):
         self.shown_defaults = gr.JSON(self.defaults, visible="hidden")
 
     def launch_column(self) -> None:
-        """Make the plan, the buttons, the command and the log."""
+        """Make the number of runs, the buttons, the command and the log."""
         self.plan = gr.HTML(elem_id="train-plan")
         with gr.Row(elem_classes="actions"):
             self.facts = gr.HTML(elem_id="facts")
@@ -159,7 +159,7 @@ class TrainTab(ControlTab):
         )
 
     def widgets(self, options: Sequence[Option]) -> None:
-        """Make a widget for each option: text boxes and choices first, then checkboxes."""
+        """Make a component for each option: text boxes and choices first, then checkboxes."""
         for is_switch in (False, True):
             with gr.Row(elem_classes="options"):
                 for option in options:
@@ -167,7 +167,7 @@ class TrainTab(ControlTab):
                         self.flags[option.name] = self.widget(option)
 
     def widget(self, option: Option) -> gr.components.Component:
-        """Return the widget of an option, with its default and the trainer's help."""
+        """Make the component of an option, with the option's default and help."""
         name = option.name
         common = {"label": form.label(option), "info": form.info(option), "elem_id": f"flag-{name}"}
         if name in OF_SHORTCUTS:
@@ -186,7 +186,7 @@ class TrainTab(ControlTab):
     # -- events --------------------------------------------------------------------------------------------------------
 
     def arrive(self) -> dict:
-        """Return the image folders, and the presets, runs and experiments whose settings can be loaded."""
+        """Return the choices of image folders, and of presets, runs and experiments to load settings of, by component."""
         settings = [*form.PRESETS, *self.library.runs(), *self.library.experiments()]
         folders = gr.update(choices=[BUNDLED, *self.jobs.folders()])
         return {self.folder: folders, self.begin: gr.update(choices=settings)}
@@ -242,9 +242,9 @@ class TrainTab(ControlTab):
             )
 
     def fill(self, name: str) -> list:
-        """Return the form with the settings of a preset, or of a run or experiment with its images.
+        """Return the form's values for the settings of a preset, run or experiment; a preset leaves the image folder.
 
-        Raises `RunError` if the page cannot name the run's model.
+        Raises `RunError` if the page cannot select the run's model.
         """
         runs = self.library.runs() | self.library.experiments()
         settings = form.settings_of(name, runs)
@@ -253,30 +253,32 @@ class TrainTab(ControlTab):
         return [defaults, model or DEFAULT, folder, *values]
 
     def values_of(self, settings: dict) -> list:
-        """Return the form's values for the settings: all options, the controls, and the defaults."""
+        """Return the form's values for these settings: all options, the selected controls, and the defaults."""
         values = dict(zip(self.all_names(), form.values_of(settings, self.all_names()), strict=True))
         values["method"], controls = form.without_controls(values["method"])
         return [*values.values(), controls, form.defaults(settings)]
 
     def fill_by_mouse(self, name: str) -> list:
-        """Return the name of the selected preset or run, and the form."""
+        """Return `name` (a preset, run or experiment selected by mouse), and the form's values for its settings."""
         return [name, *self.fill(name)]
 
     def fill_once(self, name: str, begun: str | None) -> list | dict:
-        """Return the form, unless `select` has already set it: values typed since are not overwritten."""
+        """Return the form's values, unless `fill_by_mouse` has already set them for this name.
+
+        So values that the user has typed since are not overwritten. `begun`: the name for which it has set them."""
         return {self.begun: None} if name == begun else [None, *self.fill(name)]
 
     def ask(self, request: str) -> str:
-        """Request a checkpoint or samples from the active run after this step."""
+        """Ask all active runs for a checkpoint or samples after the current step, and return a notice."""
         return views.notice(self.jobs.ask(request))
 
     # -- the form's settings -------------------------------------------------------------------------------------------
 
     def settings(self, name: object, model: object, values: Sequence) -> dict:
-        """Return the model and the options that differ from the defaults in the form.
+        """Return the form's model, methods, and the options that differ from the form's defaults.
 
-        Options that no selected method reads are left out. For an existing experiment defaults are included: they may
-        differ from its settings.
+        Shortcut options are left out if no selected method uses them. For an existing experiment, options with default
+        values are included, because they may differ from the experiment's settings.
         """
         *flags, controls, defaults = values
         begun, model = self.jobs.begun(name, Experiment), str(model or "").strip()
@@ -289,18 +291,18 @@ class TrainTab(ControlTab):
         return {flag: value for flag, value in settings.items() if flag not in left_out} | {"method": methods}
 
     def entry(self, name, folder, model, values: Sequence) -> Entry:
-        """Return the form as an entry of the queue."""
+        """Return an entry of the queue with the form's settings."""
         settings = self.settings(name, model, values)
         given = {flag: value for flag, value in settings.items() if flag == "method" or value not in launcher.EMPTY}
         kind = self.jobs.kind_of(name, settings)
         return Entry(name, kind.__name__.lower(), given, without_bundled(folder))
 
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
-        """Return the arguments of the trainer's command line."""
+        """Return the arguments of the form's training command."""
         return self.jobs.command_of(self.entry(name, folder, model, values), paths_of(uploads), str(caption or ""))
 
     def look(self, name, uploads, _caption, folder, model, *values) -> dict:
-        """Return updates of the page for the form's values.
+        """Return updates of the page for the form's values, by component.
 
         These are the number of runs, their time and memory, and the command, or what is wrong with the form; options
         that are visible only with shortcuts; and defaults that depend on other options.
@@ -343,24 +345,24 @@ class TrainTab(ControlTab):
         return [*words[:place], str(stored), *words[place + 1 :]]
 
     def do_show(self, *inputs) -> str:
-        """Return the command of the form."""
+        """Return the form's training command as text."""
         return launcher.in_words(self.words(*inputs))
 
     def do_plan(self, *inputs) -> Iterator[str]:
-        """Yield the trainer's memory estimate; nothing is trained."""
-        yield views.notice("Estimating memory: this takes some seconds.")
+        """Yield a notice, then the trainer's memory estimate (`--plan`), as HTML; nothing is trained."""
+        yield views.notice("Estimating memory; this takes a few seconds.")
         _, uploads, caption, *_ = inputs
         words = self.with_uploads(self.words(*inputs), paths_of(uploads), str(caption or ""))
         yield views.printed(self.jobs.plan(words))
 
     def show_images(self, folder: str, uploads) -> str:
-        """Return thumbnails of the first selected images."""
+        """Return thumbnails of the first uploaded images, else of the first images in the folder, as HTML."""
         return views.thumbnails(self.jobs.first_images(folder, paths_of(uploads)))
 
     def do_start(self, *inputs) -> tuple:
-        """Start or queue a training.
+        """Start or queue the form's run or experiment.
 
-        Return the new run, the new experiment, the command, the button's label and a line about it.
+        Return updates of the run and experiment dropdowns, the command, the start button's label, and a notice.
         """
         name, uploads, caption, folder, model, *values = inputs
         words, paths = launcher.in_words(self.words(*inputs)), paths_of(uploads)
@@ -378,7 +380,7 @@ class TrainTab(ControlTab):
         return run, experiment, words, self.start_label(), views.notice(told)
 
     def do_save(self, *inputs) -> str:
-        """Return a TOML file with the form's settings, which `train_sd.py --config` reads."""
+        """Return the path of a TOML file with the form's settings, for `train_sd.py --config`."""
         name, _, _, folder, model, *values = inputs
         settings = launcher.parsed(self.settings(name, model, values))
         if folder := without_bundled(folder):
@@ -388,7 +390,7 @@ class TrainTab(ControlTab):
         return str(path)
 
     def do_load(self, path: str) -> list:
-        """Return a line about an uploaded configuration file, and the form with its settings."""
+        """Return a notice about an uploaded configuration file, and the form's values for the file's settings."""
         name, settings = Path(path).name, launcher.read_config(Path(path))
         images = settings.pop("train_data_dir", None)
         folder = self.jobs.images.of_paths(listed(images), name) or BUNDLED if images else gr.update()
@@ -401,19 +403,19 @@ class TrainTab(ControlTab):
     # -- polls ---------------------------------------------------------------------------------------------------------
 
     def seen(self, run: Run) -> bool:
-        """Return whether a new run would wait in the queue."""
+        """Return whether a new run would have to wait in the queue."""
         return self.jobs.would_wait()
 
     def shown(self, run: Run, choice: object) -> dict:
-        """Return the label of the start button."""
+        """Return the update of the start button's label, by component."""
         return {self.start: self.start_label()}
 
     def start_label(self) -> str:
-        """Return the label of the start button: start or queue."""
+        """Return the label of the start button, which says whether a new run starts or is queued."""
         return "Add to queue" if self.jobs.would_wait() else START
 
     def updates(self, run: Run, status: str) -> dict:
-        """Return the trainer's output."""
+        """Return the run's log, by component."""
         return {self.log: views.log(self.jobs.log(run), status)}
 
 

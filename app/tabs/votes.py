@@ -1,4 +1,4 @@
-"""Part of Compare about experiments: blind votes on pairs of samples."""
+"""Part of Compare: blind votes on pairs of an experiment's samples."""
 
 import random
 
@@ -19,13 +19,13 @@ document.addEventListener('keydown', event => {
     document.querySelector(button).click();
 });
 """
-"""Script that lets the arrow keys vote while a pair is shown."""
+"""Script by which the arrow keys vote while a pair is shown."""
 
 
 class VotesTab(Tab):
-    """The tab of blind votes: two samples of the same prompt and seed, without the names of their runs.
+    """The part for blind votes: it shows two samples of the same prompt and seed without the names of their methods.
 
-    Their sides are random. Each answer has a keyboard key.
+    The sides are random. Each possible vote has a keyboard key.
     """
 
     fold = "Blind votes"
@@ -33,8 +33,8 @@ class VotesTab(Tab):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         gr.Markdown(
-            "Which image is better? Both have the same prompt and seed; the methods and their sides are hidden. The "
-            "keys ←, ↓ and → vote too.",
+            "Which image is better? Both have the same prompt and seed; which method made which image is hidden. The "
+            "keys ←, ↓ and → also vote.",
             elem_classes="hint",
         )
         self.images = gr.HTML(elem_id="vote-images", js_on_load=KEYS)
@@ -62,10 +62,10 @@ class VotesTab(Tab):
         which.change(lambda: ("", None, "", ""), None, [*shown, self.result], **QUIET)
 
     def next(self, name: str, before: votes.Pair | None = None) -> tuple:
-        """Return the samples of the next pair on random sides, the pair for `vote`, and how many pairs have a vote.
+        """Return the next pair of samples as HTML, the argument `asked` of `vote`, and how many pairs have a vote.
 
-        `before`: the previous pair, which is not shown again if there is another one. Raises `RunError` if there are no
-        pairs.
+        `before`: the previous pair, which is shown again only if there is no other pair. Raises `RunError` if there are
+        no pairs.
         """
         experiment = self.library.find_experiment(name)
         pair = votes.next_pair(experiment, before)
@@ -79,10 +79,10 @@ class VotesTab(Tab):
         return views.side_by_side(sides), (name, pair, swapped), line
 
     def vote(self, name: str, asked: tuple | None, side: str) -> tuple:
-        """Store a vote on the shown pair, and return the next one.
+        """Store a vote on the shown pair, and return what `next` returns for the next pair.
 
-        `asked`: name of the experiment, pair, and whether the reference is on the left side. `side`: `left`, `right` or
-        `equal`.
+        `asked`: name of the experiment, pair, and whether the reference method is on the left side. `side`: `left`,
+        `right` or `equal`.
         """
         if not asked or asked[0] != name:
             return self.next(name)
@@ -92,5 +92,5 @@ class VotesTab(Tab):
         return self.next(name, pair)
 
     def outcome(self, name: str) -> str:
-        """Return the preferences and the loss verdicts."""
+        """Return an experiment's preferences by votes and its loss verdicts, as HTML."""
         return votes.result(self.library.find_experiment(name))
