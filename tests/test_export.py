@@ -32,7 +32,7 @@ from reslora import ResLoraConfig
 from reslora.export import export_diffusers, export_kohya, export_merged, export_peft, merged_state_dict, tuned_layers
 
 LORA = "pytorch_lora_weights.safetensors"
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3  # float32: up to 1.1e-4, with another number of threads; LoRA changes the output by more than 1
 
 CASES = {
     "equal ranks": (

@@ -176,7 +176,7 @@ class DatasetTab(Tab):
         return {self.folder: gr.update(choices=self.list_folders()), self.model: models}
 
     def open(self, folder: str | None) -> dict:
-        """Return the folder list's update when the tab is opened; without a valid selection, select the first folder."""
+        """Return the update of the folder list when the tab opens; select the first folder if none is valid."""
         names = self.list_folders()
         folder = folder if folder in names else next(name for name in names if name != ".")
         return gr.update(choices=names, value=folder)

@@ -186,7 +186,7 @@ class TrainTab(ControlTab):
     # -- events --------------------------------------------------------------------------------------------------------
 
     def arrive(self) -> dict:
-        """Return the choices of image folders, and of presets, runs and experiments to load settings of, by component."""
+        """Return the choices of image folders, and of the presets, runs and experiments with settings to load."""
         settings = [*form.PRESETS, *self.library.runs(), *self.library.experiments()]
         folders = gr.update(choices=[BUNDLED, *self.jobs.folders()])
         return {self.folder: folders, self.begin: gr.update(choices=settings)}
