@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..methods.patterns import LEARNING_RATES, entries, values_of_layers
-from ..options.images import OptimizerOptions
+from ..options.shared import SharedOptimizerOptions
 from .trained import Trained
 
 FACTOR = "lr_factor"  # key in an optimizer's parameter group: what its learning rate is multiplied by
@@ -18,12 +18,12 @@ Parameters = dict[float, list[nn.Parameter]]
 """Parameters by their factor."""
 
 
-def factors_of_layers(options: OptimizerOptions, layers: Iterable[str]) -> dict[str, float]:
+def factors_of_layers(options: SharedOptimizerOptions, layers: Iterable[str]) -> dict[str, float]:
     """Return the factor of each layer that --lr_pattern matches; raises the errors of `values_of_layers`."""
     return values_of_layers(LEARNING_RATES, entries(LEARNING_RATES, options.lr_pattern), layers)
 
 
-def groups_of(trained: Trained, options: OptimizerOptions) -> tuple[Groups, Groups]:
+def groups_of(trained: Trained, options: SharedOptimizerOptions) -> tuple[Groups, Groups]:
     """Return the optimizer's groups of the denoiser's trained parameters, and those of all text encoders' parameters.
 
     The parameters of a group have the same factor of the learning rate. Groups are in the order in which their factors

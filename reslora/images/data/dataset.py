@@ -12,11 +12,11 @@ import datasets
 import PIL.Image
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from ...content_hash import Content, content_mark
 from ...errors import InvalidArgument, RunFailed, first_line
 from ...formatting import pluralize
 from ...options.images import DataOptions, ModelOptions, OutputOptions, TrainingOptions
 from ...options.prompts import clean
-from ..content_hash import Content, content_mark
 from ..generators import derive, shuffled
 from .caption_files import CAPTIONS, caption_files, caption_in, read_caption
 from .images import UNREADABLE, image_size, is_image, is_masked, mask_problem, open_image, open_masked
