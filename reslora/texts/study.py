@@ -173,10 +173,10 @@ class TextReports(Reports):
         self.every, self.losses = every, list[torch.Tensor]()
 
     def note(self, split: str, loss: torch.Tensor | float, **figures: Any) -> None:
-        """Store a row; rows of the training loss only every --logging_steps steps and at a loss that is not finite."""
+        """Store a row; rows of the training loss only every --logging_steps steps."""
         if split == "train" and self.every > 1:
             self.losses.append(torch.as_tensor(loss))
-            if self.learner.step % self.every and bool(self.losses[-1].isfinite()):
+            if self.learner.step % self.every:
                 return
             loss, self.losses = torch.stack(self.losses).mean(), []
         super().note(split, loss, **figures)

@@ -1,9 +1,11 @@
 """A tiny adapted model, runs of the scripts and their log, for the tests of this folder."""
 
+import copy
 import json
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from conftest import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -15,6 +17,13 @@ from reslora.runtime.signals import StopRequest
 from reslora.texts import glue, llm
 from reslora.texts.adapter import attach
 from reslora.texts.arguments import read, resolve
+from reslora.texts.llm_tokens import token_losses
+from reslora.texts.study import Texts, TextStudy, plan_of, schedule_of
+from reslora.training.checkpoints import plan_resume
+from reslora.training.context import Context
+from reslora.training.loop import train_method
+from reslora.training.state import Learner
+from reslora.training.study import Identity
 
 METHODS = [("reslora", "input"), ("reslora", "middle"), ("reslora", "block"), ("lora", "none"), ("adalora", "none")]
 METHODS += [("loha", "none"), ("lokr", "none"), ("lora_x2", "none"), ("dora", "none")]
@@ -93,6 +102,68 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 def trained_parameters(model):
     return (value for value in model.parameters() if value.requires_grad)
+
+
+class TinyTexts(Texts):
+    """A tiny LLaMA in memory, trained on random tokens and evaluated on half of them."""
+
+    prog, real, tokenizer = "train_llm.py", "", None
+
+    def __init__(self, base: torch.nn.Module | None = None) -> None:
+        self.base = base
+        self.rows = [{name: value.tolist() for name, value in row.items()} for row in rows()]
+
+    def load(self, options, device):
+        return tiny_llama(layers=3).float() if self.base is None else copy.deepcopy(self.base)
+
+    def collate(self, rows):
+        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+    def losses(self, model, batch):
+        return token_losses(model, batch)
+
+    def count(self, batch):
+        return batch["labels"][:, 1:].numel()
+
+    def validation(self, options, model, check):
+        check()
+        return {"loss": token_losses(model, self.collate(self.rows[:8])).mean().item()}
+
+    def calibration(self, options):
+        return [{"input_ids": self.collate(self.rows)["input_ids"]}]
+
+    def nothing(self, *_):
+        raise NotImplementedError
+
+    model_of = read = parts = prepare = figures = measured = facts = nothing
+
+
+class KeptStudy(TextStudy):
+    """Exports nothing; its texts keep the learner."""
+
+    def export(self, learner, schedule):
+        self.texts.learner = learner
+        return {}
+
+
+def trained_in(
+    folder: Path, method="reslora", shortcut="input", stop=None, resume=None, base=None, texts=None, **options
+) -> Learner:
+    """A run of the training loop in this process, of TinyTexts: what it has trained."""
+    values = {
+        "method": [method], "shortcut": [shortcut], "output_dir": str(folder), "max_steps": STEPS, "save_steps": 2,
+        "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": ["none"], "eval_strategy": "no",
+        "resume_from_checkpoint": resume, "model_name_or_path": "tiny",
+    }  # fmt: skip
+    asked = resolve(LlmOptions, values | options)
+    texts, accelerator = (
+        texts or TinyTexts(base),
+        Accelerator(cpu=True, gradient_accumulation_steps=asked.training.gradient_accumulation_steps),
+    )
+    schedule, resolved = schedule_of(plan_of(texts, asked, accelerator).updates, asked)
+    context, identity = Context(resolved, texts, accelerator, stop or StopRequest()), Identity("m", "d", "--m", "--d")
+    train_method(method, plan_resume(asked, identity), KeptStudy(schedule, identity, context, texts))
+    return texts.learner
 
 
 # -- files for train_llm.py -------------------------------------------------------------------------------------------
