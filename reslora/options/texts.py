@@ -53,6 +53,7 @@ NEAREST = {
     "remove_unused_columns",
     "eval_strategy": "do_train do_eval do_predict eval_on_start eval_delay prediction_loss_only include_for_metrics "
     "label_names",
+    "gradient_accumulation_steps": "average_tokens_across_devices",
     "gradient_checkpointing": "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs",
     "group_by_length": "train_sampling_strategy length_column_name",
     "logging_steps": "logging_strategy logging_first_step logging_nan_inf_filter disable_tqdm log_level "
