@@ -84,8 +84,9 @@ def resolve(kind: type[T], given: Given) -> T | Grid[T]:
     if "learning_rate" not in given and None not in own:
         values["learning_rate"] = own.pop()
     options, varied = first_of(kind, values | {"optim": optimizers if len(optimizers) > 1 else optimizers[0]})
-    if not varied and len(options.adapter.method) == 1:
+    if "rank" not in varied:
         options = options.replace(lora_alpha=alpha_of(options.adapter))
+    if not varied and len(options.adapter.method) == 1:
         contradictions.check_no_experiment(options)
         return checked(options)
     grid = Grid(options, varied)

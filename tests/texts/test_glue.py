@@ -556,7 +556,7 @@ def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
     with locked(tmp_path):
         refused(capfd, flags(roberta, rte, tmp_path), "--output_dir", "is training in it")
     run_glue(flags(roberta, rte, tmp_path, "rte", "--max_steps", "1", "--method", "lora"))
-    refused(capfd, flags(roberta, rte, tmp_path), "--output_dir", "unfinished run")
+    refused(capfd, flags(roberta, rte, tmp_path, "rte", "--method", "lora"), "--output_dir", "unfinished run")
     more = ("--resume_from_checkpoint", "latest", "--method", "loha")
     refused(capfd, flags(roberta, rte, tmp_path, "rte", *more), "--method loha", "lora")
 
