@@ -48,6 +48,7 @@ from ..training.state import Learner
 from ..training.study import Identity
 from ..training.trackers import note_settings, start_trackers
 from .arguments import checked
+from .plan import show_plan
 from .results import as_plain, export
 from .run import begin, identity_of, run
 from .split import Parts
@@ -80,7 +81,9 @@ TEXTS = About(
 
 def start_texts(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
     """Start a single run or an experiment, or print its plan."""
-    if isinstance(asked, Grid):
+    if asked.flat()["plan"]:
+        show_plan(texts, asked, stop)
+    elif isinstance(asked, Grid):
         run_experiment(functools.partial(opened, texts), asked, stop)
     else:
         run(texts, asked, stop)

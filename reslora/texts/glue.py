@@ -138,11 +138,16 @@ def load_model(options: GlueOptions, config: PreTrainedConfig) -> tuple[PreTrain
     finally:
         logging.set_verbosity_warning()
         logging.enable_progress_bar()
-    heads = [(name, head) for name, head in model.named_children() if name != model.base_model_prefix]
-    classifier = [name for name, head in heads if any(True for _ in head.parameters())]
+    classifier = heads_of(model)
     if any("pooler" in key.split(".") for key in loaded["missing_keys"]):
         classifier.append("pooler")
     return model, classifier
+
+
+def heads_of(model: PreTrainedModel) -> list[str]:
+    """Return the names of the modules with parameters outside of the pretrained encoder."""
+    heads = [(name, head) for name, head in model.named_children() if name != model.base_model_prefix]
+    return [name for name, head in heads if any(True for _ in head.parameters())]
 
 
 def check_fit(options: GlueOptions, tokenizer, model) -> None:
@@ -251,6 +256,12 @@ class GlueTexts(Texts):
     def load(self, options: GlueOptions, device: torch.device) -> PreTrainedModel:
         """Return the model with a new classifier."""
         model, self.classifier = load_model(options, self.config)
+        return model
+
+    def empty(self, options: GlueOptions) -> PreTrainedModel:
+        """Return the model without its weights."""
+        model = AutoModelForSequenceClassification.from_config(self.config)
+        self.classifier = heads_of(model)
         return model
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -124,10 +124,15 @@ def source(task: LlmTaskOptions) -> dict:
     return {"revision": task.revision or "main", "cache_dir": task.cache_dir}
 
 
+def dtype_of(task: LlmTaskOptions, training: TrainingOptions) -> torch.dtype:
+    """Return the data type of the frozen weights."""
+    automatic = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
+    return getattr(torch, automatic if task.dtype == "auto" else task.dtype)
+
+
 def precision(task: LlmTaskOptions, training: TrainingOptions, device: torch.device) -> dict:
     """Return the keyword arguments of `from_pretrained` for dtype and quantization."""
-    automatic = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
-    dtype = getattr(torch, automatic if task.dtype == "auto" else task.dtype)
+    dtype = dtype_of(task, training)
     if not task.load_in_4bit:
         return {"dtype": dtype}
     compute = dtype if dtype != torch.float32 else torch.bfloat16
@@ -198,6 +203,12 @@ class LlmTexts(Texts):
         model = load_model(options.task, options.training, device)
         self._check_positions(model, options.task)
         return model
+
+    def empty(self, options: LlmOptions) -> PreTrainedModel:
+        """Return the base model without its weights."""
+        task = options.task
+        config = AutoConfig.from_pretrained(task.model_name_or_path, **source(task))
+        return AutoModelForCausalLM.from_config(config, dtype=dtype_of(task, options.training))
 
     def _check_positions(self, model: PreTrainedModel, task: LlmTaskOptions) -> None:
         """Remove validation examples with more tokens than the model has positions; print their number and the first.

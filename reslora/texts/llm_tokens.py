@@ -76,7 +76,9 @@ def encode_training(encoder: Encoder, examples: list[Example], max_length: int) 
         )
     if len(kept) < len(rows):
         long = len(rows) - len(kept)
-        say(f"{long} of {len(rows)} training examples {is_or_are(long)} longer than {max_length} tokens: left out")
+        place = next(each.place for each, row in zip(examples, rows, strict=True) if len(row["input_ids"]) > max_length)
+        count = f"{long} of {len(rows)} training examples {is_or_are(long)}"
+        say(f"{count} longer than {max_length} tokens: left out (for example {place})")
     return kept
 
 

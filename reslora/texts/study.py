@@ -100,6 +100,10 @@ class Texts(ABC):
         """Return the base model, and check that the examples fit it."""
 
     @abstractmethod
+    def empty(self, options: Any) -> PreTrainedModel:
+        """Return the base model without its weights; call it with the meta device as the default."""
+
+    @abstractmethod
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return a batch of training examples."""
 

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from peft import PeftModel
 from suites import quick
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_llm
 from reslora.errors import InvalidArgument
@@ -20,6 +20,7 @@ from reslora.runtime.script import run_script
 from reslora.texts import llm, study
 from reslora.texts.llm_tasks import TASKS, Example, examples_of
 from reslora.texts.llm_tokens import Encoder
+from reslora.texts.plan import saved_bytes
 from reslora.training import loop
 from texts.helpers import parsed
 
@@ -475,3 +476,18 @@ def test_a_run_that_diverges_at_its_last_step_exports_nothing(tiny, data, tmp_pa
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "train_llm.py:" in line]
     assert "lower --learning_rate" in line
     assert not (tmp_path / "run" / "results.json").exists() and not (tmp_path / "run" / "peft").exists()
+
+
+@pytest.mark.parametrize("more", [("--method", "lora"), ("--shortcut", "middle", "--gradient_checkpointing")])
+def test_a_plan_counts_steps_and_memory_and_writes_nothing(tiny, data, tmp_path, capsys, more):
+    argv = [*flags(tiny, data, tmp_path / "run", *more, "--eval_steps", 2), "--plan"]
+    assert run(argv) == 0
+    steps, memory = capsys.readouterr().out.splitlines()[-2:]
+    assert steps == "4 steps, 8 steps in an epoch of 32 examples; 2 evaluations, and a checkpoint every 2 steps"
+    assert memory.startswith("about 0.00 GiB on each device: ")
+    assert not (tmp_path / "run").exists()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny))
+    found = saved_bytes(model, {"input_ids": torch.zeros(2, 8, dtype=torch.long, device="meta")})
+    logits = 2 * 4 * 2 * 8 * model.config.vocab_size
+    assert found > logits + 3 * 2 * 8 * model.config.hidden_size * 4  # at least an input of each layer
