@@ -16,7 +16,7 @@ LAYERS = {
     "training": "training",
     "experiment": "experiment",
     "texts": "texts",
-    "images": "images.generators images.context images.cache_folder images.prompts",
+    "images": "images.generators images.context images.schedule images.cache_folder images.prompts",
     "images: models": "images.model",
     "images: refusals": "images.refusals",
     "images: data": "images.data",

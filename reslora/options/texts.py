@@ -96,6 +96,10 @@ class MethodOptions(SharedMethodOptions):
     merge_calibration_samples: int = again(name="calibration_examples",
         help="number of training examples used for calibration: merges of ResLoRA read them, and lora_matched and "
         "placebos are computed from them; 0: none")
+    init_lora: str | None = by_content(None,
+        "start from this LoRA, a folder that PEFT has written, instead of from zero; its rank, alpha and target "
+        "modules are taken", metavar="FOLDER", path="absolute",
+        in_experiments="leave it out: the compared methods start from zero")
     merge_and_save: bool = free(False, "write the model with the adapter added, for stock transformers")
 
     @property

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
@@ -64,6 +64,19 @@ def attach(
     if adapter.merge_and_save:
         _refuse_tied(base_model(adapted), flag)
     return adapted
+
+
+def put_start(model: PeftModel, folder: str) -> None:
+    """Copy the LoRA of --init_lora into a newly initialized adapter with the same rank and alpha.
+
+    Raises `InvalidArgument` if its layers differ from those of the adapter.
+    """
+    state, own = load_peft_weights(folder, device="cpu"), get_peft_model_state_dict(model)
+    for name in (*own, *state):
+        if name not in own or name not in state or own[name].shape != state[name].shape:
+            problem = f"it does not fit the model, first at {name}"
+            raise InvalidArgument(f"--init_lora {folder}", problem, "give a LoRA of this model")
+    set_peft_model_state_dict(model, state)
 
 
 def _refuse_tied(base: PreTrainedModel, flag: str) -> None:

@@ -10,7 +10,8 @@ from typing import Any, NoReturn, TypeVar
 from ..checks import check_writable, is_path, require_package
 from ..errors import InvalidArgument
 from ..experiment.arms import check_values
-from ..methods.registry import refuse_unable
+from ..io import read_object
+from ..methods.registry import METHODS, refuse_unable
 from ..options import contradictions
 from ..options.grid import Grid, alpha_of, first_of
 from ..options.optimizers import check_installed, named
@@ -84,6 +85,7 @@ def resolve(kind: type[T], given: Given) -> T | Grid[T]:
     if "learning_rate" not in given and None not in own:
         values["learning_rate"] = own.pop()
     options, varied = first_of(kind, values | {"optim": optimizers if len(optimizers) > 1 else optimizers[0]})
+    options = with_start(options)
     if "rank" not in varied:
         options = options.replace(lora_alpha=alpha_of(options.adapter))
     if not varied and len(options.adapter.method) == 1:
@@ -93,6 +95,24 @@ def resolve(kind: type[T], given: Given) -> T | Grid[T]:
     contradictions.check_experiment(grid)
     check_values(grid)
     return grid
+
+
+def with_start(options: T) -> T:
+    """Return the options with rank, alpha and target modules of --init_lora.
+
+    Raises `InvalidArgument` if it is not a plain LoRA with one rank and one alpha, or if the method does not train one.
+    """
+    if (place := options.adapter.init_lora) is None:
+        return options
+    flag, config = f"--init_lora {place}", read_object(Path(place) / "adapter_config.json")
+    if config.get("peft_type") != "LORA" or not (Path(place) / "adapter_model.safetensors").is_file():
+        raise InvalidArgument(flag, "is no LoRA of PEFT", "give a folder such as RUN/peft")
+    if others := [name for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if config.get(name)]:
+        raise InvalidArgument(flag, f"it has {others[0]}", "give a LoRA with one rank and one alpha")
+    if unable := [name for name in options.adapter.method if not METHODS[name].trains_lora]:
+        raise InvalidArgument(flag, f"--method {unable[0]} trains no plain LoRA", "use --method lora or reslora")
+    targets = sorted(listed(config["target_modules"]))
+    return options.replace(rank=config["r"], lora_alpha=config["lora_alpha"], target_modules=targets)
 
 
 # -- validation without the model --------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from ..training.schedule import Schedule
 from ..training.state import Learner, new_learner
 from ..training.study import Study
 from ..training.trained import Trained
-from .adapter import attach
+from .adapter import attach, put_start
 from .batches import BatchPlan
 from .results import export, merge_table, table_text, write_results
 from .split import Parts
@@ -217,6 +217,8 @@ class TextStudy(Study):
     def adapted(self, tell: Callable[[str], object] = lambda _: None) -> PeftModel:
         """Return the model with a newly initialized adapter; pass lines about layers without shortcuts to `tell`."""
         model = self.texts.adapted(self.options, self.context.accelerator.device, self.schedule.steps)
+        if start := self.method.init_lora:
+            put_start(model, start)
         print_links(model, self.method.name, self.method.reslora_config, tell, self.texts.example)
         return model
 

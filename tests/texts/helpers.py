@@ -135,7 +135,7 @@ class TinyTexts(Texts):
     def nothing(self, *_):
         raise NotImplementedError
 
-    model_of = read = parts = prepare = figures = measured = facts = nothing
+    empty = model_of = read = parts = prepare = figures = measured = facts = nothing
 
 
 class KeptStudy(TextStudy):

@@ -491,3 +491,20 @@ def test_a_plan_counts_steps_and_memory_and_writes_nothing(tiny, data, tmp_path,
     found = saved_bytes(model, {"input_ids": torch.zeros(2, 8, dtype=torch.long, device="meta")})
     logits = 2 * 4 * 2 * 8 * model.config.vocab_size
     assert found > logits + 3 * 2 * 8 * model.config.hidden_size * 4  # at least an input of each layer
+
+
+def test_a_run_may_start_from_a_lora_of_peft(tiny, data, tmp_path, capsys):
+    """What is trained then is what was exported, until the first step; another one is not resumed with."""
+    assert run(flags(tiny, data, tmp_path / "first", "--method", "lora", "--lora_r", "2")) == 0
+    before = json.loads((tmp_path / "first" / "results.json").read_text())["table"]["unmerged"]["loss"]
+    start = ("--init_lora", tmp_path / "first" / "peft", "--max_steps", "1", "--learning_rate", "1e-12")
+    argv = flags(tiny, data, tmp_path / "then", "--method", "lora", *start)
+    assert run(argv) == 0
+    results = json.loads((tmp_path / "then" / "results.json").read_text())
+    assert results["lora_r"] == 2 and results["table"]["unmerged"]["loss"] == pytest.approx(before, rel=1e-5)
+    (tmp_path / "then" / "exports.json").unlink()
+    at = argv.index("--init_lora")
+    rest = [*argv[:at], *argv[at + 2 :], "--lora_r", "2", "--target_modules", "q_proj", "v_proj"]
+    one_line([*rest, "--resume_from_checkpoint", "latest"], capsys, ["--init_lora", "was started from another LoRA"])
+    one_line(flags(tiny, data, tmp_path / "other", "--init_lora", data), capsys, ["--init_lora", "no LoRA of PEFT"])
+    one_line(flags(tiny, data, tmp_path / "other", "--method", "loha", *start), capsys, ["--method loha trains no"])
