@@ -263,7 +263,7 @@ class OutputOptions(SharedOutputOptions):
     run_name: str | None = free(None, "name of the run for trackers")
     push_to_hub: bool = free(False, "refused: upload the run's peft/ with `hf upload`")
     hub_model_id: str | None = free(None, "refused, as --push_to_hub is")
-    hub_token: str | None = option(None, "refused, as --push_to_hub is", secret=True)
+    hub_token: str | None = free(None, "refused, as --push_to_hub is", secret=True)
 
 
 @group

@@ -14,8 +14,8 @@ from .trained import Trained
 
 FACTOR = "lr_factor"  # key in an optimizer's parameter group: what its learning rate is multiplied by
 Groups = list[dict[str, Any]]
-Parameters = dict[float, list[nn.Parameter]]
-"""Parameters by their factor."""
+Parameters = dict[tuple[float, bool], list[nn.Parameter]]
+"""Parameters by their factor, and whether they are biases, which have no weight decay, as in transformers."""
 
 
 def factors_of_layers(options: SharedOptimizerOptions, layers: Iterable[str]) -> dict[str, float]:
@@ -47,11 +47,15 @@ def groups_of(trained: Trained, options: SharedOptimizerOptions) -> tuple[Groups
                 owners = itertools.accumulate((prefix + name).split("."), "{}.{}".format)
                 factor = next((of_layers[owner] for owner in owners if owner in of_layers), 1.0)
                 is_b = "lora_B" in name or parameter.dim() == 1
-                groups[factor * options.loraplus_lr_ratio if is_b else factor].append(parameter)
+                own = factor * options.loraplus_lr_ratio if is_b else factor
+                groups[own, name.endswith("bias")].append(parameter)
     # Without factors, the groups are those of checkpoints that were written before there were any.
     keys = [FACTOR] if options.has_factors else []
     denoiser, encoders = (
-        [{"params": parameters, **dict.fromkeys(keys, factor)} for factor, parameters in groups.items()]
+        [
+            {"params": parameters, **dict.fromkeys(keys, factor), **({"weight_decay": 0.0} if biases else {})}
+            for (factor, biases), parameters in groups.items()
+        ]
         for groups in found
     )
     return denoiser, encoders

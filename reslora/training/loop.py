@@ -192,6 +192,7 @@ def take_step(learner: Learner, batches: Iterator, study: Study) -> torch.Tensor
     taken = list(itertools.islice(batches, study.passes(learner.step)))
     scale = scale_of(taken, study)
     passes = options.training.gradient_accumulation_steps
+    accelerator.gradient_accumulation_steps = passes  # runs of an experiment may differ in it
     accelerator.step = passes - len(taken)  # so that accelerate synchronizes gradients in the last pass
     for forward, batch in enumerate(taken):
         # Only dropout masks use this generator; seeding it here makes them depend on the step alone.

@@ -156,10 +156,7 @@ def trained_in(
         "resume_from_checkpoint": resume, "model_name_or_path": "tiny",
     }  # fmt: skip
     asked = resolve(LlmOptions, values | options)
-    texts, accelerator = (
-        texts or TinyTexts(base),
-        Accelerator(cpu=True, gradient_accumulation_steps=asked.training.gradient_accumulation_steps),
-    )
+    texts, accelerator = texts or TinyTexts(base), Accelerator(cpu=True)
     schedule, resolved = schedule_of(plan_of(texts, asked, accelerator).updates, asked)
     context, identity = Context(resolved, texts, accelerator, stop or StopRequest()), Identity("m", "d", "--m", "--d")
     train_method(method, plan_resume(asked, identity), KeptStudy(schedule, identity, context, texts))

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import tiny_bert, tiny_llama
 from suites import quick
 
 from reslora.chains import base_model
@@ -21,6 +21,8 @@ from reslora.texts.arguments import resolve
 from reslora.texts.batches import BatchPlan
 from reslora.texts.study import schedule_of
 from reslora.training import loop
+from reslora.training.learning_rates import groups_of
+from reslora.training.trained import Trained
 
 from .helpers import (
     METHODS,
@@ -220,3 +222,13 @@ def test_numbers_of_steps_may_be_fractions_or_epochs():
     assert found(max_steps=7, save_strategy="no", eval_strategy="no", warmup_ratio=0.2) == (7, 0, 2, 7)
     with pytest.raises(InvalidArgument, match="--method adalora with 2 steps"):
         schedule_of(10, resolve(LlmOptions, {"method": ["adalora"], "max_steps": 2}))
+
+
+def test_biases_have_no_weight_decay():
+    """As in transformers. LoRA has none, but the classifier has."""
+    model = attach(tiny_bert(), adapter_of("lora"), STEPS, modules_to_save=["classifier"])
+    groups, _ = groups_of(Trained({"model": model}, lambda model, batch: batch), LlmOptions().optimizer)
+    decayed, biases = groups
+    assert "weight_decay" not in decayed and biases["weight_decay"] == 0.0
+    assert [tuple(value.shape) for value in biases["params"]] == [(model.config.num_labels,)]
+    assert len(decayed["params"]) + 1 == len(trained(model))
