@@ -12,7 +12,7 @@ from ..experiment.schedule import ArmSchedule
 from ..formatting import pluralize
 from ..model import enable_gradient_checkpointing
 from ..options.grid import Grid
-from ..options.texts import T
+from ..options.texts import T, TextOptions
 from ..runtime.processes import say
 from ..runtime.signals import StopRequest
 from ..tracing import to_device
@@ -28,10 +28,12 @@ STATES = 4 * (1 + 1 + 2)
 
 def show_plan(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
     """Print the plan of a run, or of an experiment's run with the highest rank and the largest batch; write nothing."""
-    options = asked
     if isinstance(asked, Grid):
         say(ArmSchedule(asked).runs_in_words())
-        options = checked(asked.run(**{name: max(asked.values(name)) for name in ("rank", "train_batch_size")}))
+        most = {name: max(asked.values(name)) for name in ("rank", "train_batch_size")}
+        options: TextOptions = checked(asked.run(**most))
+    else:
+        options = asked
     with stop.at_once():
         accelerator = start_accelerator(options)
     texts.read(options)
@@ -75,8 +77,10 @@ def saved_bytes(model: PeftModel, batch: Mapping[str, torch.Tensor]) -> int:
             kept[storage._cdata] = storage.nbytes()
         return value
 
-    # Of a mask, attention reads whether anything is padded, which a tensor without values cannot tell.
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "attention_mask")}
+    if model.can_generate():  # a mask of all pairs of tokens: others are read, and without values they cannot be
+        examples, tokens = inputs["input_ids"].shape
+        inputs["attention_mask"] = torch.ones(examples, 1, tokens, tokens, dtype=torch.bool, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         logits = model.train()(**inputs).logits
     return sum(kept.values()) + 2 * 4 * logits.numel()  # logits and their probabilities, in float32

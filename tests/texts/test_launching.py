@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,22 @@ def test_two_processes_equal_one_with_twice_the_batch(name, tiny, data, single_p
         assert found["table"][method]["accuracy"] == 1 / 6  # the one that rank 1 has, of six
     assert math.isfinite(found["table"]["input"]["loss"])
     check_checksums(tmp_path / "run" / "checkpoint-3")
+
+
+def test_two_processes_resume_exactly(tiny, data, tmp_path):
+    """With dropout, accumulation, and a last step of an epoch that has fewer batches than the others."""
+    more = ("--shortcut", "middle", "--lora_dropout", "0.2", "--gradient_accumulation_steps", "3", "--save_steps", "2")
+    more += ("--per_device_train_batch_size", "2", "--eval_strategy", "epoch", "--max_steps", "5")
+    forked(SCRIPT, *flags(tiny, data, tmp_path / "whole", *more), folder=tmp_path)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-5")
+    (tmp_path / "resumed" / "exports.json").unlink()
+    forked(
+        SCRIPT, *flags(tiny, data, tmp_path / "resumed", *more), "--resume_from_checkpoint", "latest", folder=tmp_path
+    )
+    for name in ("peft/adapter_model.safetensors", "merge.json", "checkpoint-5/reslora_model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+    assert losses(tmp_path / "whole") == losses(tmp_path / "resumed")
 
 
 def test_sharding_by_accelerates_configuration_is_refused(tmp_path, monkeypatch):

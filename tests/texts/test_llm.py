@@ -508,3 +508,20 @@ def test_a_run_may_start_from_a_lora_of_peft(tiny, data, tmp_path, capsys):
     one_line([*rest, "--resume_from_checkpoint", "latest"], capsys, ["--init_lora", "was started from another LoRA"])
     one_line(flags(tiny, data, tmp_path / "other", "--init_lora", data), capsys, ["--init_lora", "no LoRA of PEFT"])
     one_line(flags(tiny, data, tmp_path / "other", "--method", "loha", *start), capsys, ["--method loha trains no"])
+
+
+@pytest.mark.exhaustive
+def test_a_model_may_move_but_not_change_before_a_run_resumes(tiny, data, tmp_path, capsys):
+    assert run(flags(tiny, data, tmp_path / "run", "--method", "lora", "--max_steps", "2")) == 0
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    again = ("--method", "lora", "--max_steps", "4", "--resume_from_checkpoint", "latest")
+    assert run(flags(moved, shutil.copytree(data, tmp_path / "data"), tmp_path / "run", *again)) == 0
+    model = AutoModelForCausalLM.from_pretrained(moved)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    model.save_pretrained(moved)
+    one_line(
+        flags(moved, data, tmp_path / "run", *again, "--max_steps", "6"),
+        capsys,
+        [f"--model_name_or_path {moved}: ", "from a model with other content"],
+    )
