@@ -13,14 +13,15 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, parse_flag_from_env
 
 from ..content_hash import folder_mark
-from ..errors import InvalidArgument, refused_as
+from ..errors import InvalidArgument, Stopped, refused_as
 from ..experiment.record import EXPERIMENT
 from ..formatting import pluralize
 from ..methods.registry import refuse_unable
 from ..options.texts import T, TextOptions, TrainingOptions
 from ..options.unused import report_unread_by_methods, report_unused
+from ..options.values import as_typed
 from ..runtime.folder_lock import locked
-from ..runtime.processes import broadcast_from_main
+from ..runtime.processes import broadcast_from_main, stop_requested
 from ..runtime.script import shares_the_cpu
 from ..runtime.signals import NOT_BEGUN, StopRequest
 from ..runtime.status import Status
@@ -57,7 +58,8 @@ def run(texts: Texts, options: T, stop: StopRequest) -> None:
         broadcast_from_main(lambda: check_length(options, resume, schedule.steps))
         start_trackers(context, "reslora", wandb={"name": options.output.run_name})
         note_settings(resolved, {}, context.accelerator)
-        stop.check(NOT_BEGUN)
+        if stop_requested(stop):
+            raise Stopped(NOT_BEGUN)
         train_method(method, resume, TextStudy(schedule, identity, context, texts))
         context.accelerator.end_training()
 
@@ -102,7 +104,7 @@ def identity_of(texts: Texts, options: TextOptions) -> Identity:
     examples = f"{pluralize(len(texts.rows), 'example')}, content {derive(json.dumps(texts.rows)):016x}"
     start = options.adapter.init_lora
     return Identity(
-        model, examples, f"--model_name_or_path {name}", f"--data_dir {options['data_dir']}",
+        model, examples, f"--model_name_or_path {name}", f"--data_dir {as_typed(options['data_dir'])}",
         lora=f"content {folder_mark(Path(start))}" if start else "", lora_flag=f"--init_lora {start}",
     )  # fmt: skip
 
