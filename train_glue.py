@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parse the options, and import heavy libraries only after they were checked."""
     asked = read(GlueOptions, "train_glue.py", argv, __doc__)
-    from reslora.texts.experiment import run
-    from reslora.texts.glue import GlueStudy
+    from reslora.texts.experiment import start_texts
+    from reslora.texts.glue import GlueTexts
 
-    run(GlueStudy(), asked, stop)
+    start_texts(GlueTexts(), asked, stop)
 
 
 if __name__ == "__main__":

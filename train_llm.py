@@ -5,8 +5,7 @@
         --method reslora --shortcut block --pre_num 4
 
 The first form trains a tiny bundled LLaMA on a small generated task, in a few minutes on two CPU cores; the second any
-causal model. All options of transformers' `TrainingArguments` are available with the same meaning; some defaults
-differ.
+causal model. Options of transformers' `TrainingArguments` have the same meaning; some defaults differ.
 """
 
 import sys
@@ -26,10 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parse the options, and import heavy libraries only after they were checked."""
     asked = read(LlmOptions, "train_llm.py", argv, __doc__)
-    from reslora.texts.experiment import run
-    from reslora.texts.llm import LlmStudy
+    from reslora.texts.experiment import start_texts
+    from reslora.texts.llm import LlmTexts
 
-    run(LlmStudy(), asked, stop)
+    start_texts(LlmTexts(), asked, stop)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.bundled import ASSETS
-from reslora.images.content_hash import folder_mark
+from reslora.content_hash import folder_mark
 from reslora.images.model.loading import Model
 from reslora.options.images import Options
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from reslora.content_hash import content_mark
 from reslora.errors import InvalidArgument, first_line
-from reslora.images.content_hash import content_mark
 from reslora.images.data.listing import TRASH
 from reslora.io import read_object, remove, replacing, write_json
 

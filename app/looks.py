@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reslora.images.content_hash import content_mark
+from reslora.content_hash import content_mark
 from reslora.images.data.images import damage, open_image
 from reslora.images.experiment.split import groups_of, look_of
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from reslora.images.content_hash import content_mark
+from reslora.content_hash import content_mark
 from reslora.images.data.caption_files import CAPTIONS, read_caption
 from reslora.images.data.images import SUFFIXES, image_size
 from reslora.io import remove_leftovers, replacing

@@ -65,6 +65,7 @@ import reslora
 import train_sd
 from reslora.errors import first_line
 from reslora.images.accelerator import start_accelerator
+from reslora.images.context import ImageContext
 from reslora.images.data.batch import Batch
 from reslora.images.data.folders import load_folders
 from reslora.images.denoising import DenoisingLoss
@@ -75,7 +76,6 @@ from reslora.images.run import settle
 from reslora.images.settings import parse_args
 from reslora.io import read_object
 from reslora.runtime.signals import StopRequest
-from reslora.training.context import Context
 from reslora.training.loop import take_step
 from reslora.training.preparing import prepare
 from reslora.training.schedule import Schedule
@@ -170,7 +170,7 @@ class Setting:
         self.folder, self.model = folder, folder_of(self.size, args.miniature, folder)
         image_folder(folder / "images", 4)
 
-    def context(self, *more: str) -> tuple[Context, Rehearsal]:
+    def context(self, *more: str) -> tuple[ImageContext, Rehearsal]:
         """Return the context of a run with these options, and its memory plan."""
         size, mini = self.size, self.miniature
         words = ["--pretrained_model_name_or_path", str(self.model), "--train_data_dir", str(self.folder / "images")]
@@ -184,7 +184,7 @@ class Setting:
         return context, Rehearsal(images, context)
 
 
-def random_denoiser(context: Context) -> nn.Module:
+def random_denoiser(context: ImageContext) -> nn.Module:
     """Return the frozen denoiser with random weights on the device, quantized and swapped as the options say."""
     model, device, before = context.options.model, context.accelerator.device, torch.get_default_dtype()
     torch.set_default_dtype(context.dtype)
@@ -211,7 +211,7 @@ def random_batch(rehearsal: Rehearsal) -> Batch:
     return dataclasses.replace(batch, timesteps=timesteps, sizes=sizes.to(device).expand(count, 6))
 
 
-def learner_of(method: str, denoiser: nn.Module, context: Context, rehearsal: Rehearsal) -> Learner:
+def learner_of(method: str, denoiser: nn.Module, context: ImageContext, rehearsal: Rehearsal) -> Learner:
     """Return a method's learner, prepared for its first step, on the given frozen weights."""
     trained = Trained(
         {context.model.family.denoiser: denoiser},
@@ -229,7 +229,7 @@ def learner_of(method: str, denoiser: nn.Module, context: Context, rehearsal: Re
 class StockLoop:
     """The step of diffusers' scripts for LoRA, with latents and text states in memory."""
 
-    def __init__(self, denoiser: nn.Module, context: Context, inputs: dict, latents: torch.Tensor) -> None:
+    def __init__(self, denoiser: nn.Module, context: ImageContext, inputs: dict, latents: torch.Tensor) -> None:
         options, self.accelerator = context.options, context.accelerator
         targets = options.adapter.target_modules
         denoiser.add_adapter(
@@ -351,7 +351,7 @@ def memory(setting: Setting, case: str) -> dict:
     return {"planned": planned, "planned_bytes": total, "allocated_bytes": allocated, "ratio": total / allocated}
 
 
-def train(context: Context, rehearsal: Rehearsal) -> None:
+def train(context: ImageContext, rehearsal: Rehearsal) -> None:
     """Train three steps of ResLoRA on random weights; on a GPU, reset the peak once weights and kernels are there."""
     batch, learner = random_batch(rehearsal), learner_of("reslora", random_denoiser(context), context, rehearsal)
     for number in range(3):

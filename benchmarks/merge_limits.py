@@ -15,7 +15,6 @@ import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import paper
@@ -28,7 +27,6 @@ from reslora import regression
 from reslora.io import read_object, write_json
 from reslora.methods.adapters import load_adapter
 from reslora.options.texts import GlueOptions
-from reslora.runtime.signals import StopRequest
 from reslora.texts import glue
 from reslora.texts.arguments import read
 from reslora.texts.results import unmerged_afterwards
@@ -55,47 +53,41 @@ def main() -> None:
 
 def rows_of(seed: int, args: argparse.Namespace) -> Iterator[dict]:
     """Yield loss and missed fractions: unmerged, with `none`, and for each number of examples and each ridge."""
-    trainer, arguments, sets = trained(seed, args)
-    batches = calibration_batches(arguments, sets["train"], max(COUNTS))
-    unread = calibration_batches(arguments, sets["validation"], UNREAD)
-    blocks = seen(trainer.model, unread)
+    texts, options, model = trained(seed, args)
+    batches = glue.calibration_batches(texts.rows[: max(COUNTS)])
+    unread = glue.calibration_batches(texts.sets["validation"][:UNREAD])
+    blocks = seen(model, unread)
 
+    @torch.no_grad()
     def loss() -> float:
-        return glue.evaluate(trainer, arguments.task, sets)["loss"]
+        return texts.validation(options, model, lambda: None)["loss"]
 
     yield {"merge": "unmerged", "loss": loss()}
-    with unmerged_afterwards(trainer.model):
-        reslora.merge(trainer.model, "none")
+    with unmerged_afterwards(model):
+        reslora.merge(model, "none")
         yield {"merge": "none", "loss": loss()}
     for ridge, count in itertools.product(RIDGES, COUNTS):
         regression.RIDGE = ridge
         tokens = sum(batch["input_ids"].numel() for batch in batches[:count])
-        with unmerged_afterwards(trainer.model):
-            reslora.merge(trainer.model, "lstsq", batches[:count])
-            figures = {"loss": loss(), "missed": missed(trainer.model, blocks)}
+        with unmerged_afterwards(model):
+            reslora.merge(model, "lstsq", batches[:count])
+            figures = {"loss": loss(), "missed": missed(model, blocks)}
         yield {"merge": "lstsq", "examples": count, "tokens": tokens, "ridge": ridge, **figures}
 
 
 def trained(seed: int, args: argparse.Namespace):
-    """Return a trainer with the weights that `train_glue.py` has trained, its arguments and its examples."""
+    """Return the examples, the options, and the model that `train_glue.py` has trained."""
     experiment, folder = paper.EXPERIMENTS["sst2"], SCRATCH / f"seed{seed}"
     flags = [*paper.flags_of(experiment, VARIANT, seed, args, search=False), "--learning_rate", f"{RATE:g}"]
     flags += ["--output_dir", str(folder)]
     if not (folder / "results.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         paper.launch("train_glue.py", flags, folder.parent / f"seed{seed}.log")
-    study, arguments = glue.GlueStudy(), glue.arguments_of(read(GlueOptions, glue.PROG, flags))
-    study.read(arguments)
-    trainer = study.build_trainer(arguments, study.adapted(arguments), StopRequest())
-    load_adapter(trainer.model, newest_checkpoint(folder))
-    trainer.model.eval()
-    return trainer, arguments, study.sets
-
-
-def calibration_batches(arguments, examples, count: int) -> list[dict]:
-    """Return the trainer's calibration batches of `count` examples."""
-    options = arguments.options.replace(calibration_examples=count)
-    return glue.calibration_batches(replace(arguments, options=options), examples)
+    texts, options = glue.GlueTexts(), read(GlueOptions, glue.PROG, flags)
+    texts.read(options)
+    model = texts.adapted(options, torch.device("cpu"), steps=1)
+    load_adapter(model, newest_checkpoint(folder))
+    return texts, options, model.eval()
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from measured import ROOT
 
 from reslora.attributes import override_attributes
 from reslora.images.accelerator import start_accelerator
+from reslora.images.context import ImageContext
 from reslora.images.data.encoding import Variants, encode_images, encode_texts
 from reslora.images.data.folders import load_folders
 from reslora.images.data.samples import TrainingData
@@ -34,15 +35,14 @@ from reslora.images.denoising import DenoisingLoss
 from reslora.images.model.families.stable_diffusion import StableDiffusion
 from reslora.images.model.objective import DdpmObjective
 from reslora.images.output.reports import Reports
-from reslora.images.output.trackers import note_settings, start_trackers
+from reslora.images.schedule import schedule_of, steps_of
 from reslora.images.settings import parse_args, with_family
 from reslora.images.study import ImageStudy
 from reslora.runtime.signals import StopRequest
 from reslora.training import loop
-from reslora.training.context import Context
 from reslora.training.preparing import prepare
-from reslora.training.schedule import schedule_of
 from reslora.training.state import Learner, new_optimizer
+from reslora.training.trackers import note_settings, start_trackers
 from reslora.training.trained import Trained
 
 sys.path.append(str(ROOT / "tests"))
@@ -127,7 +127,7 @@ def overhead(args: argparse.Namespace) -> dict:
     return {"overhead": found}
 
 
-def material_of(folder: Path, batch: int, steps: int) -> tuple[TrainingData, Context]:
+def material_of(folder: Path, batch: int, steps: int) -> tuple[TrainingData, ImageContext]:
     """Return 64 images and captions, as train_sd.py would have encoded them."""
     flags = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", str(folder / "images")]
     flags += ["--resolution", "64", "--train_batch_size", str(batch), "--max_train_steps", str(steps)]
@@ -135,7 +135,7 @@ def material_of(folder: Path, batch: int, steps: int) -> tuple[TrainingData, Con
     flags = parse_args([*flags, "--random_flip", "--method", "lora", "--output_dir", str(folder / "run")])
     family = NoEncoders()
     flags = with_family(flags.replace(validation_steps=steps + 1, checkpointing_steps=steps + 1), family.defaults)
-    context = Context(
+    context = ImageContext(
         flags,
         SimpleNamespace(family=family),
         start_accelerator(flags),
@@ -152,8 +152,8 @@ def material_of(folder: Path, batch: int, steps: int) -> tuple[TrainingData, Con
     source = Source(images, latents, tuple(range(len(images))), (), (size,), (0,) * len(images))
     parts = flags.adapter, flags.data, flags.training, flags.validation
     training_data = TrainingData((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, *parts)
-    start_trackers(context)
-    note_settings(context.options.flat(), schedule_of(training_data.updates(1), context), context.accelerator)
+    start_trackers(context, "train_sd")
+    note_settings(context.options, steps_of(schedule_of(training_data.updates(1), context)), context.accelerator)
     return training_data, context
 
 
@@ -169,7 +169,7 @@ class Unmeasured(ImageStudy):
         """Skip validation, because there are no images for it."""
 
 
-def train_on(device: Device, training_data: TrainingData, context: Context, folder: Path) -> float:
+def train_on(device: Device, training_data: TrainingData, context: ImageContext, folder: Path) -> float:
     """Train to the end; return the processor seconds of the host."""
     denoiser, pipeline = NoDenoiser(), SimpleNamespace(vae=no_vae())
     optimizer = new_optimizer(

@@ -27,8 +27,8 @@ def model_of(name: str, flags: list[str]) -> torch.nn.Module:
         return get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from reslora.options.texts import LlmOptions
+    from reslora.texts.adapter import attach
     from reslora.texts.arguments import read
-    from reslora.texts.trainer import attach
 
     return attach(base, read(LlmOptions, "paper_cost.py", flags).adapter, STEPS)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import measured  # noqa: F401 - it puts this checkout before an installed one
+import torch
 
 from reslora.images.accelerator import start_accelerator
 from reslora.images.data.folders import load_folders
@@ -22,7 +24,7 @@ from reslora.runtime.signals import StopRequest
 from reslora.texts import llm
 from reslora.texts.arguments import read
 from reslora.texts.llm_tasks import TASKS, examples_of
-from reslora.texts.llm_trainer import calibration_batches
+from reslora.texts.llm_tokens import calibration_batches
 from reslora.texts.results import merge_table
 
 
@@ -64,17 +66,18 @@ def calibration_losses(flags: list[str], counts: Sequence[int], other: str, rows
 
     The merges read so many of its training examples and, with the largest count, examples of another task.
     """
-    study = llm.LlmStudy()
-    parsed = study.arguments(read(LlmOptions, llm.PROG, flags))
-    arguments, own = parsed.training, study.read(parsed)
-    trainer = study.trainer(parsed, study.adapted(parsed), StopRequest())
-    load_adapter(trainer.model, newest_checkpoint(Path(arguments.output_dir)))
-    trainer.model.eval()
-    foreign = [trainer.encoder(example) for example in examples_of(TASKS[other], other, rows)]
-    sources = {str(count): (own, count) for count in counts} | {f"{max(counts)} of {other}": (foreign, max(counts))}
+    texts, options = llm.LlmTexts(), read(LlmOptions, llm.PROG, flags)
+    texts.read(options)
+    model = texts.adapted(options, torch.device("cpu"), steps=1)
+    load_adapter(model, newest_checkpoint(Path(options.output.output_dir)))
+    foreign = [texts.encoder(example) for example in examples_of(TASKS[other], other, rows)]
+    sources = {str(count): (texts.rows, count) for count in counts} | {
+        f"{max(counts)} of {other}": (foreign, max(counts))
+    }
     found = {}
     for name, (examples, count) in sources.items():
-        batches = calibration_batches(examples, count, arguments.per_device_eval_batch_size)
-        table = merge_table(trainer.model, lambda: trainer.figures("test", accuracy=False), batches, ["lstsq"])
-        found[name] = table["lstsq"]["loss"]
+        batches = calibration_batches(examples, count, options.training.eval_batch_size)
+        evaluate = functools.partial(texts.figures, options, model.eval(), lambda: None)
+        with torch.no_grad():
+            found[name] = merge_table(model, evaluate, batches, ["lstsq"])["lstsq"]["loss"]
     return found

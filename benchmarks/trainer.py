@@ -51,6 +51,7 @@ from scale import MEBI, TRAINER
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from watched import WARM_UP, Watched
 
+from reslora.images.context import ImageContext
 from reslora.images.data.batch import Batch
 from reslora.images.data.dataset import ImageDataset
 from reslora.images.data.encoding import Variants, encode_images, encode_texts
@@ -63,7 +64,6 @@ from reslora.images.model.objective import DdpmObjective
 from reslora.images.settings import parse_args
 from reslora.options.images import Options
 from reslora.runtime.signals import StopRequest
-from reslora.training.context import Context
 
 EXAMPLE = "examples/text_to_image/train_text_to_image_lora.py"
 
@@ -295,7 +295,7 @@ def loading(args: argparse.Namespace, flags: Options, images: ImageDataset, cach
     """Return rates of encoding (without the encoders' own time), and of loading encoded and unencoded samples."""
     workers, size = flags.data.dataloader_num_workers, Size(*flags.data.resolution * 2)
     flags, model = flags.replace(cache_dir=str(cache)), SimpleNamespace(family=CostlessFamily())
-    context = Context(flags, model, Accelerator(cpu=True), StopRequest())
+    context = ImageContext(flags, model, Accelerator(cpu=True), StopRequest())
     vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     began = time.perf_counter()
     latents, _ = encode_images(Variants(images, [size] * len(images), flags.data, flags.training), "", vae, context)

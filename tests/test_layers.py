@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "reslora"
 
 # Each may import those before it, and itself. A module is in the layer that has its name or the longest part of it.
 LAYERS = {
-    "io": "io formatting errors checks attributes",
+    "io": "io formatting errors checks attributes content_hash",
     "core": "config chains tracing wiring guards shortcuts merging merges regression calibration model ranks export "
     "checkpoint",
     "methods": "methods",
@@ -16,7 +16,7 @@ LAYERS = {
     "training": "training",
     "experiment": "experiment",
     "texts": "texts",
-    "images": "images.generators images.content_hash images.cache_folder images.prompts",
+    "images": "images.generators images.context images.schedule images.cache_folder images.prompts",
     "images: models": "images.model",
     "images: refusals": "images.refusals",
     "images: data": "images.data",

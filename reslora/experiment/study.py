@@ -1,7 +1,11 @@
 """The interface by which an experiment trains and evaluates its arms, implemented for images and for texts."""
 
+import contextlib
+import itertools
+import statistics
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import torch
 
@@ -19,6 +23,25 @@ from .schedule import ArmSchedule
 
 COMPARING = "stopped while comparing; run the same command to resume"
 TESTED = "test.json"  # test losses of the chosen checkpoint, in an arm's directory
+
+
+TIMED_STEPS = 5  # steps of the first arm from which the time of the experiment is estimated
+
+
+def timing(batches: Generator, a_step: int, timed: Callable[[float], None] | None) -> Generator:
+    """Yield the batches, and pass the median time of the steps after the first one, which may compile, to `timed`.
+
+    `a_step`: number of batches of a step; `timed`: None in processes that do not print it.
+    """
+    times: list[float] = []
+    with contextlib.closing(batches):
+        for number, batch in enumerate(batches):
+            if len(times) <= 1 + TIMED_STEPS and number % a_step == 0:
+                times.append(time.monotonic())
+                if len(times) == 2 + TIMED_STEPS and timed is not None:
+                    # a median, because a checkpoint or a measurement may follow a step
+                    timed(statistics.median(end - begin for begin, end in itertools.pairwise(times[1:])))
+            yield batch
 
 
 def race(arm: Arm, schedule: ArmSchedule) -> None:

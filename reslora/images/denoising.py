@@ -10,7 +10,7 @@ from torch import nn
 from ..chains import unwrap
 from ..methods.adapters import without_adapters
 from ..tracing import evaluating
-from ..training.context import Context
+from .context import ImageContext
 from .data.batch import Batch, stack_texts
 from .model.families.base import Conditions, Text
 from .model.loading import wide_enough
@@ -26,7 +26,7 @@ class DenoisingLoss:
 
     def __init__(
         self,
-        context: Context,
+        context: ImageContext,
         objective: Objective,
         pipeline: DiffusionPipeline,
         config: dict,

@@ -13,15 +13,15 @@ from peft import PeftConfig
 from torch import nn
 
 from ..chains import lora_layers
+from ..content_hash import content_mark, folder_mark
 from ..errors import InvalidArgument
 from ..export import PEFT_FILE, Factors, lora_config
 from ..methods.adapters import attach
 from ..methods.patterns import FIELDS, entries, spell_out
 from ..methods.registry import METHODS, AdapterSettings, adapter_config
 from ..options.images import MethodOptions, Options, TrainingOptions
-from ..training.context import Context
 from ..training.trained import Trained
-from .content_hash import content_mark, folder_mark
+from .context import ImageContext
 from .generators import derive
 from .model.families.base import Part
 from .model.loading import Model
@@ -117,7 +117,7 @@ def expression_of(names: Iterable[str], every: Iterable[str]) -> str:
     return f"(?:{'|'.join(dict.fromkeys(found))})"
 
 
-def add_adapters(trained: Trained, method: str, steps: int, context: Context) -> None:
+def add_adapters(trained: Trained, method: str, steps: int, context: ImageContext) -> None:
     """Add the method's adapter to every trained model.
 
     With --init_lora, the adapter of the denoiser starts from that LoRA.

@@ -28,8 +28,8 @@ from ..options.images import (
     ValidationOptions,
 )
 from ..tracing import meta_copy
-from ..training.context import Context
 from ..training.learning_rates import factors_of_layers
+from .context import ImageContext
 from .data.buckets import named_buckets
 from .data.dataset import ImageDataset, data_flag
 from .data.images import image_size, open_image
@@ -44,7 +44,7 @@ STEERING = [name for name, option in Options.table().items() if HELD_OUT in opti
 """Options that depend on a validation loss."""
 
 
-def check_held_out(kinds: Sequence[ImageDataset], context: Context) -> None:
+def check_held_out(kinds: Sequence[ImageDataset], context: ImageContext) -> None:
     """Raise `InvalidArgument` for options that need a validation loss if there are too few images to hold one out.
 
     If no such option is given, only print a warning.
@@ -146,7 +146,7 @@ def with_rank(options: Options, model: Model, accelerator: Accelerator) -> Optio
     return options.replace(rank=rank, lora_alpha=options.adapter.lora_alpha or 2 * rank)
 
 
-def check_methods(adapter: MethodOptions, training: TrainingOptions, context: Context) -> None:
+def check_methods(adapter: MethodOptions, training: TrainingOptions, context: ImageContext) -> None:
     """Add every method's adapter to a denoiser without weights, to validate targets, ranks and shortcuts.
 
     An experiment calls this for each combination of rank, shortcut and number of blocks. Raises `InvalidArgument` for
@@ -240,7 +240,7 @@ def check_reads_references(
             open_image(file)
 
 
-def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
+def check_encoders(pipeline: DiffusionPipeline, context: ImageContext) -> None:
     """Validate every method by adding its adapter to copies of the trained text encoders without weights.
 
     Prints which text encoders are trained and which are not.
@@ -259,7 +259,7 @@ def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
         context.accelerator.print(f"--train_text_encoder: {trains} in addition to the {family.denoiser}{left}")
 
 
-def check_learning_rates(pipeline: DiffusionPipeline, context: Context) -> None:
+def check_learning_rates(pipeline: DiffusionPipeline, context: ImageContext) -> None:
     """Raise `InvalidArgument` if a pattern of --lr_pattern matches no adapted layer of any trained model."""
     options, (method, *_) = context.options, context.options.adapter.method
     if not options.optimizer.lr_pattern:

@@ -21,12 +21,12 @@ from ..runtime.processes import all_gather, broadcast_from_main, on_all, say
 from ..runtime.signals import NOT_BEGUN, StopRequest
 from ..runtime.status import Status
 from ..training.checkpoints import OF_CLASS, Identity, check_length, plan_resume
-from ..training.context import Context
 from ..training.loop import train_method
-from ..training.schedule import schedule_of
 from ..training.sharding import cuts_base, units_of
 from ..training.state import check_optimizer
+from ..training.trackers import note_settings, start_trackers
 from .accelerator import start_accelerator
+from .context import ImageContext
 from .data.class_images import load_class_images, missing_class_images
 from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
@@ -53,8 +53,8 @@ from .output.hub import check_upload, publish
 from .output.metric import load_metric
 from .output.reports import FINISHED
 from .output.summary import print_summary, write_figures
-from .output.trackers import note_settings, start_trackers
 from .refusals import check_averages
+from .schedule import schedule_of, steps_of
 from .settings import with_family
 from .study import ImageStudy
 
@@ -79,9 +79,9 @@ def run(options: Options, stop: StopRequest) -> None:
         print_folder_counts(training_data, context)
         forget_encoder(pipeline, context)
         schedule = schedule_of(training_data.updates(context.accelerator.num_processes), context)
-        broadcast_from_main(lambda: check_length(context.options.training, resume, schedule.steps))
+        broadcast_from_main(lambda: check_length(context.options, resume, schedule.steps))
         check_averages(context.options.validation, context.options.output, schedule.steps)
-        note_settings(context.options.flat(), schedule, context.accelerator)
+        note_settings(context.options, steps_of(schedule), context.accelerator)
         study = ImageStudy(schedule, identity, context, pipeline, training_data)
         for method in context.options.adapter.method:
             if method not in resume.finished:
@@ -96,7 +96,7 @@ def begin(
     stack: contextlib.ExitStack,
     check: Callable[[], object],
     lock: Callable[[Path], contextlib.AbstractContextManager] = locked,
-) -> tuple[list[ImageDataset], Context, Identity]:
+) -> tuple[list[ImageDataset], ImageContext, Identity]:
     """Lock the run's directory until `stack` closes, and return the images, the context, and the identity of both.
 
     `check` raises `InvalidArgument` if the directory's content does not allow the run.
@@ -115,7 +115,7 @@ def begin(
 
 
 def encode(
-    kinds: Sequence[ImageDataset], context: Context, goes_on: bool, track: bool = True
+    kinds: Sequence[ImageDataset], context: ImageContext, goes_on: bool, track: bool = True
 ) -> tuple[DiffusionPipeline, TrainingData]:
     """Return the pipeline without its denoiser, and the encoded images and captions.
 
@@ -123,13 +123,13 @@ def encode(
     """
     pipeline, objective = on_all(lambda: load_and_check(context))
     if track:
-        start_trackers(context)
+        start_trackers(context, "train_sd")
     training_data = material_of(kinds, pipeline, objective, context)
     note_images(training_data, context, goes_on)
     return pipeline, training_data
 
 
-def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> tuple[list[ImageDataset], Context]:
+def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> tuple[list[ImageDataset], ImageContext]:
     """Return the training images, followed by the class images if there are any, and the context."""
     images = on_all(lambda: load_folders(options.model, options.data, options.training, options.output))
     context = settle(options, accelerator, stop)
@@ -147,7 +147,7 @@ def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> t
     return [*images, *load_class_images(context)], context
 
 
-def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Context:
+def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> ImageContext:
     """Return the context: the model, and the options with all defaults resolved.
 
     This resolves the options whose defaults depend on the model or on accelerate.
@@ -167,7 +167,7 @@ def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Con
     options = with_family(options.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
     status = Status(Path(options.output.output_dir), accelerator.device)
     options = with_rank(options, model, accelerator)
-    return Context(options, model, accelerator, stop, start=start, assistant=assistant, status=status)
+    return ImageContext(options, model, accelerator, stop, start=start, assistant=assistant, status=status)
 
 
 def check_folder(options: Options) -> None:
@@ -180,7 +180,7 @@ def check_folder(options: Options) -> None:
     plan_resume(options)
 
 
-def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
+def identity_of(kinds: Sequence[ImageDataset], context: ImageContext) -> Identity:
     """Return the content hashes of images, model and LoRA.
 
     Raises `InvalidArgument` if their content differs between processes.
@@ -191,6 +191,7 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     lora, assistant = (one.mark if one else "" for one in (context.start, context.assistant))
     identity = Identity(
         model.fingerprint(), content, model.flag, images_flag,
+        f"--class_data_dir {context.options.data.class_data_dir}",
         lora, f"--init_lora {context.options.adapter.init_lora}",
         assistant, f"--assistant_lora {context.options.model.assistant_lora}",
     )  # fmt: skip
@@ -230,7 +231,7 @@ def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
             time_first_steps(asked, images, context)
 
 
-def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> None:
+def check_before_loading(kinds: Sequence[ImageDataset], context: ImageContext) -> None:
     """Validate everything that needs no weights: methods, optimizers, and whether the memory is enough."""
     options, model, accelerator = context.options, context.model, context.accelerator
 
@@ -247,7 +248,7 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> Non
     broadcast_from_main(lambda: check_memory(kinds, context))
 
 
-def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
+def load_and_check(context: ImageContext) -> tuple[DiffusionPipeline, Objective]:
     """Return the pipeline without its denoiser, and the objective, after all validation that precedes encoding."""
     options, model, accelerator = context.options, context.model, context.accelerator
     context.status.say("loading the model")
@@ -266,14 +267,14 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     return pipeline, objective
 
 
-def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
+def forget_encoder(pipeline: DiffusionPipeline, context: ImageContext) -> None:
     """Free the image encoder once all images are encoded: samples need only the decoder, except of an edit model."""
     if context.options.data.cache_latents and not context.model.family.edits:
         # not None: Qwen-Image's autoencoder reads `encoder` to count its layers even when it decodes
         pipeline.vae.encoder = nn.Identity()
 
 
-def show(context: Context, training_data: TrainingData | None = None) -> None:
+def show(context: ImageContext, training_data: TrainingData | None = None) -> None:
     """Write figures and a summary, and upload the run if --push_to_hub is given.
 
     `training_data`: None for a run that was already finished.

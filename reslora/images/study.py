@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import DiffusionPipeline
 
+from ..runtime.processes import broadcast_from_main
 from ..training.preparing import attention_of
 from ..training.schedule import Schedule
 from ..training.sharding import cuts_base
 from ..training.state import Learner, new_learner
 from ..training.study import Study
 from ..training.trained import Trained
+from ..training.zero import uses_deepspeed
+from .context import ImageContext
 from .data.batch import Batch
 from .data.loaders import stream
 from .data.samples import CalibrationSamples, TrainingData, training_loader
@@ -21,7 +24,7 @@ from .denoising import DenoisingLoss
 from .initial_lora import add_adapters
 from .model.assistant import add_assistant
 from .output.exports import export_method
-from .output.reports import VALIDATION_PARTS, Reports, SharedLosses, Validation
+from .output.reports import VALIDATION_PARTS, ImageReports, SharedLosses, Validation
 from .output.sampling import Sampler
 
 
@@ -29,6 +32,7 @@ from .output.sampling import Sampler
 class ImageStudy(Study):
     """Model and data of an image run, shared by all its methods."""
 
+    context: ImageContext
     pipeline: DiffusionPipeline
     training_data: TrainingData
     shared: SharedLosses = field(default_factory=SharedLosses)
@@ -65,20 +69,34 @@ class ImageStudy(Study):
             training_loader(self.training_data, steps, accelerator.num_processes, accelerator.process_index, pin)
         )
 
+    def before_training(self, learner: Learner) -> None:
+        """Use xformers' attention if asked, and freeze unused weights.
+
+        DistributedDataParallel would wait for gradients of unused weights, which do not exist.
+        """
+        denoiser, accelerator = learner.denoiser, self.context.accelerator
+        if self.context.options.model.enable_xformers_memory_efficient_attention:
+            denoiser.enable_xformers_memory_efficient_attention()
+        for part, weights in self.context.model.family.unused_weights(denoiser).items():
+            for weight in weights:
+                weight.requires_grad_(uses_deepspeed(accelerator))  # DeepSpeed does not wait
+            line = f"{learner.name}: nothing reads what {part} of the last block returns, so it stays as it is"
+            accelerator.print(line)
+
     def calibration(self) -> Iterator[Batch]:
         """Return batches of the --merge_calibration_samples training samples that a control method is calibrated on."""
         count = self.context.options.adapter.merge_calibration_samples
         return CalibrationSamples(self.training_data).batches(count, self.context.accelerator.num_processes)
 
     @contextlib.contextmanager
-    def reports(self, learner: Learner) -> Iterator[Reports]:
+    def reports(self, learner: Learner) -> Iterator[ImageReports]:
         """Yield the log and the trackers of a method; use the attention of `attention_of` inside this context."""
         context = self.context
-        reports = Reports(context.folder_of(learner.method), learner, self.schedule, context.accelerator)
+        reports = ImageReports(context.folder_of(learner.method), learner, self.schedule, context.accelerator)
         with contextlib.closing(reports), attention_of(context.accelerator, self.training_data.shapes.values()):
             yield reports
 
-    def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
+    def validate(self, learner: Learner, reports: ImageReports, parts: Sequence[str] | None = None) -> None:
         """Measure the validation loss, generate samples, and set `learner.over`.
 
         `parts`: which of "loss" and "samples" to compute; if None, those that are due.
@@ -105,4 +123,6 @@ class ImageStudy(Study):
 
         Returns, for each file, the largest difference of any pixel from the merged model's image, of 255.
         """
-        return export_method(learner, self.training_data, self.sampler, schedule, self.context)
+        return broadcast_from_main(
+            lambda: export_method(learner, self.training_data, self.sampler, schedule, self.context)
+        )

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
+from ..errors import InvalidArgument
 from ..methods.patterns import HELP as PATTERNS
 from ..methods.registry import IN_WORDS
-from .averages import averages
-from .optimizers import ADAMS, OPTIMIZERS
 from .option import (
     COUNT,
     FRACTION,
@@ -26,24 +26,28 @@ from .option import (
     whole,
 )  # fmt: skip
 from .prompts import LONGEST_SIDE, options_text
-from .shared import RunOptions, SharedExperimentOptions, SharedMethodOptions
+from .shared import (
+    CHOSEN_OVER_SEEDS,
+    HELD_OUT,
+    SharedExperimentOptions,
+    SharedMethodOptions,
+    SharedOptimizerOptions,
+    SharedOutputOptions,
+    SharedTrainingOptions,
+    SharedValidationOptions,
+    TrainOptions,
+)
+from .values import listed
 
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
 WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
-SCHEDULES = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant",
-)  # fmt: skip
 INTERPOLATIONS = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 NOISES = 4  # number of noises for each image and timestep when losses are compared
-DEFAULT_RANK, LARGEST_BATCH = 16, 65536
-BATCHES, NOISE, TIMESTEPS = "the images of a step and their noise", "the noise of a step", "the timesteps of a step"
+DEFAULT_RANK = 16
+NOISE, TIMESTEPS = "the noise of a step", "the timesteps of a step"
 
 BUCKETS = Need(lambda options: options.data.use_aspect_ratio_buckets, "add --use_aspect_ratio_buckets")
 CLASS_IMAGES = Need(lambda options: options.data.class_data_dir, "add --class_data_dir and --class_prompt")
-HELD_OUT = Need(
-    lambda options: options.validation.validation_split or options.experiment.select_split,
-    "add --validation_split 0.1", "no images are held out",
-)  # fmt: skip
 PRESERVATION = Need(
     lambda options: options.training.output_preservation_weight, "add --output_preservation_weight 1, or leave it out"
 )
@@ -52,11 +56,6 @@ HUBER = Need(
     "leave it out, or change that",
     "--loss_type l2 does not read it",
 )
-ADAM = Need(
-    lambda options: options.optimizer.optimizer in ADAMS,
-    "--optimizer_args sets its own", "it has no effect with --optimizer {optimizer}", refuse=False,
-)  # fmt: skip
-CHOSEN_OVER_SEEDS = "leave it out: experiments choose checkpoints over seeds, by eight timesteps of one noise each"
 
 
 # fmt: off
@@ -236,25 +235,10 @@ class DataOptions:
 
 
 @group
-class TrainingOptions:
+class TrainingOptions(SharedTrainingOptions):
     """Length of training, batch size and loss."""
 
-    seed: int = option(0, "the same seed gives the same bytes", NATURAL, varies=True, essential=True,
-        compared_as="seed")
-    train_batch_size: int = free(16, "images per process and forward pass", whole(1, LARGEST_BATCH), essential=True,
-        variable=True, unshared=BATCHES)
-    gradient_accumulation_steps: int = free(1, "forward passes per step", COUNT, variable=True, unshared=BATCHES)
-    num_train_epochs: int = free(100,
-        "passes over the images; each takes images / (batch x processes) forward passes, rounded up for every bucket. "
-        "A step takes --gradient_accumulation_steps of these; with a bundled pipeline the default is 200 steps", COUNT,
-        counts_if_given=True, yields_to="max_train_steps", kohya=("max_train_epochs",))
-    max_train_steps: int | None = free(None, "steps; wins over --num_train_epochs", COUNT,
-        or_else="200 for bundled models, else --num_train_epochs decides", short="steps", essential="training steps",
-        yields_to="num_train_epochs")
-    gradient_checkpointing: bool = free(False, "less memory, slower", essential=True)
-    compile: bool = free(False,
-        "compile the denoiser with torch.compile: takes minutes at the start and makes steps faster. The run is "
-        "refused if the compiled model's first gradients differ from the uncompiled model's")
+    num_train_epochs: int = again()
     noise_offset: float = option(0.0, "scale of the noise added per channel while training", NOT_NEGATIVE,
         variable=True, unshared=NOISE)
     min_timestep: int = option(0,
@@ -334,55 +318,17 @@ class TrainingOptions:
 
 
 @group
-class OptimizerOptions:
+class OptimizerOptions(SharedOptimizerOptions):
     """Optimizer and learning rate."""
 
-    learning_rate: float = option(1e-4,
-        "learning rate after warmup; with --optimizer prodigy the default is 1", POSITIVE,
-        varies=True, short="lr", essential="highest learning rate", bundled=5e-4, bundled_flow=1e-3,
-        kohya=("unet_lr",))
     text_encoder_lr: float | None = option(None, "learning rate of the text encoders. The schedule is the same",
         POSITIVE, or_else="--learning_rate", needs=Need(lambda options: options.adapter.train_text_encoder,
         "add --train_text_encoder", "no text encoder is trained"))
-    lr_pattern: list[str] | None = option(None, PATTERNS["lr_pattern"], metavar="NAME=VALUE")
-    loraplus_lr_ratio: float = option(1.0, "LoRA+: factor of the learning rate of B; 16 is usual", POSITIVE,
-        variable=True, read_by="trains_b")
-    scale_lr: bool = option(False, "multiply learning rates by batch size, accumulation steps and processes")
-    lr_scheduler: str = option("constant", "how the learning rate changes", choices=SCHEDULES, variable=True)
-    lr_warmup_steps: int | None = option(None,
-        "warmup steps, in which the learning rate rises; none with --lr_scheduler constant", NATURAL,
-        or_else="500, at most a tenth of the run",
-        needs=Need(lambda options: options.optimizer.lr_scheduler not in ("constant", "piecewise_constant")
-        or not options.optimizer.lr_warmup_steps,
-        "", "it has no effect with --lr_scheduler {lr_scheduler}", refuse=False))
-    lr_step_rules: str | None = option(None,
-        "for piecewise_constant: factors with the steps at which they end, then the last factor, such as "
-        "1:100,0.1:200,0.01",
-        metavar="RULES", needs=Need(lambda options: options.optimizer.lr_scheduler == "piecewise_constant",
-        "add --lr_scheduler piecewise_constant",
-        "--lr_scheduler {lr_scheduler} does not read it"))
-    optimizer: str = option("adamw",
-        f"one of {', '.join(OPTIMIZERS)}, or the path of a class as package.Class; all but both AdamW have their "
-        "authors' settings, which --optimizer_args changes", metavar="NAME", counts_if_given=True, variable=True,
-        essential="adamw, adamw8bit, prodigy, adafactor, lion, schedulefree, or package.Class", kohya=("optimizer_type",
-        ))
-    optimizer_args: list[str] = option([], "arguments of the optimizer's class, such as beta3=0.98",
-        metavar="KEY=VALUE")
     use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes, as --optimizer adamw8bit")
-    adam_beta1: float = option(0.9, "decay of the mean of the gradient", FRACTION, variable=True, needs=ADAM)
-    adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", FRACTION, variable=True, needs=ADAM)
-    adam_weight_decay: float = option(1e-2, "weight decay", NOT_NEGATIVE, variable=True, needs=ADAM)
-    adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE, variable=True, needs=ADAM)
-    max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 turns clipping off", NOT_NEGATIVE, variable=True)
-
-    @property
-    def has_factors(self) -> bool:
-        """Whether parameters of one model have different learning rates."""
-        return bool(self.lr_pattern) or self.loraplus_lr_ratio != 1
 
 
 @group
-class ValidationOptions:
+class ValidationOptions(SharedValidationOptions):
     """Samples and losses during training."""
 
     validation_prompt: list[str] = shown([],
@@ -417,17 +363,6 @@ class ValidationOptions:
         "by their content; the other held-out images are not trained on either", COUNT,
         compared_as="held-out images",
         needs=Need(HELD_OUT.met, "", "it has no effect without --validation_split", refuse=False))
-    save_best: bool = option(False,
-        "save the adapter with the lowest validation loss in <method>/best, and export that one in the end",
-        needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
-    average_checkpoints: str | None = shown(None,
-        "after training, also average the retained checkpoints, and export an average if its validation loss is the "
-        "lowest: ema:0.99 averages all with exponentially decaying weights, last:5 the last 5; several with a comma",
-        averages, metavar="ema:DECAY,last:N", needs=Need(lambda options: options.validation.save_best,
-        "add --save_best, which exports the adapter with the lowest loss"), in_experiments=CHOSEN_OVER_SEEDS)
-    early_stopping_patience: int | None = free(None,
-        "stop training a method after N validations in a row without a new lowest loss", COUNT, metavar="N",
-        needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
     validation_noises: int | None = option(None,
         "measure the validation loss at eight fixed timesteps with N noises each, which depend only on the image's "
         "content", COUNT,
@@ -461,25 +396,11 @@ class ExperimentOptions(SharedExperimentOptions):
 
 
 @group
-class OutputOptions:
+class OutputOptions(SharedOutputOptions):
     """Outputs and their location."""
 
-    output_dir: str = free("runs/sd-model-finetuned-lora", "folder of the run", metavar="FOLDER", short="output",
-        essential=True, path="relative")
     logging_dir: str = free("logs", "TensorBoard's folder inside --output_dir", metavar="FOLDER", path="relative")
     report_to: str = free("tensorboard", "a tracker that accelerate knows, such as wandb; all, or none")
-    checkpointing_steps: int = free(500, "steps between checkpoints", COUNT, bundled=100, kohya=("save_every_n_steps",))
-    checkpointing_minutes: float | None = free(None,
-        "also save a checkpoint this many minutes after the previous one", POSITIVE)
-    checkpoints_total_limit: int | None = free(None, "checkpoints to retain per method", COUNT, or_else="all")
-    resume_from_checkpoint: str | None = free(None,
-        "latest: resume from the newest complete checkpoint; FOLDER: go back to that one; not in a finished run",
-        metavar="latest|FOLDER", essential="latest resumes the run in --output", path="relative", secret=True,
-        kohya=("resume",))
-    plan: bool | None = free(None,
-        "print how much memory each phase of the run needs, and exit; if the run does not fit, suggest options with "
-        "which it fits, and exit with status 2. Without --plan, a run that may not fit is refused with the same "
-        "output; --no-plan starts it anyway", essential="print how much memory the run would take, and end")
     push_to_hub: bool = free(False,
         "upload LoRA files, samples, losses, figures and a model card when done; the card is the README.md in the "
         "run's folder, where there is one",
@@ -490,7 +411,7 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
-class Options(RunOptions):
+class Options(TrainOptions):
     """Values of one run of train_sd.py.
 
     A value that depends on the model's family is None until the family is known.
@@ -510,3 +431,30 @@ class Options(RunOptions):
         "optimizer": "optimizer", "validation": "samples and validation loss", "experiment": "experiments",
         "output": "output, checkpoints and reports",
     }  # fmt: skip
+
+    @property
+    def generates_samples(self) -> bool:
+        """Whether training generates samples."""
+        return bool(self.validation.validation_prompt and self.validation.num_validation_images)
+
+    def refuse_record(self, place: Path, settings: Mapping[str, Any]) -> None:
+        """Raise `InvalidArgument` for --save_best or --early_stopping_patience if earlier losses are not comparable.
+
+        Both options need validation losses with --validation_noises, and set this option by default. Therefore the
+        message names them, not --validation_noises.
+        """
+        names = ("save_best", "early_stopping_patience")
+        steering = next((name for name in names if getattr(self.validation, name)), None)
+        if steering and settings.get("validation_noises", NOISES) is None:
+            flag = f"--{steering}" if steering == "save_best" else f"--{steering} {self[steering]}"
+            problem = f"needs --validation_noises from the start, and {place} was trained without"
+            raise InvalidArgument(flag, problem, "leave it out, or choose another --output_dir")
+
+    @classmethod
+    def more_settings(cls, values: Mapping[str, Any], samples: list[int]) -> dict[str, Any]:
+        """Return the weights of timesteps, and the batch size if images have several resolutions."""
+        found = {"snr_gamma": values["snr_gamma"] or 0}  # None and 0 both weight all timesteps equally
+        if values["use_aspect_ratio_buckets"] or len(listed(values["resolution"])) > 1:
+            # they all have the same resolution
+            found["samples_per_forward"] = samples if len(samples) > 1 else samples[0]
+        return found

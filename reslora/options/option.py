@@ -236,9 +236,9 @@ def in_words(value: Any) -> str:
     return "none" if value is None else "on" if value is True else str(value)  # `is`, because 1 == True
 
 
-def steps(text: str) -> int:
+def steps(text: str) -> int | None:
     """Return a number of steps; -1 means none."""
-    return -1 if text == "-1" else whole(1)(text)
+    return None if text == "-1" else whole(1)(text)
 
 
 def true_or_false(text: str) -> bool:

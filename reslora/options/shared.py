@@ -1,16 +1,48 @@
 """Options shared by the scripts for images and texts: of the adapter, and of experiments."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from ..config import HEADS, SCALES, SHORTCUTS, ResLoraConfig
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
 from ..methods.patterns import HELP as PATTERNS
 from ..methods.registry import DEFAULT_PRE_NUM, IN_WORDS, METHODS
+from .averages import averages
 from .groups import Groups
-from .option import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, PART, POSITIVE, free, group, option, whole
+from .optimizers import ADAMS, OPTIMIZERS
+from .option import (
+    COUNT,
+    FRACTION,
+    NATURAL,
+    NOT_NEGATIVE,
+    PART,
+    POSITIVE,
+    Need,
+    free,
+    group,
+    option,
+    shown,
+    whole,
+)
 
 HIGHEST_RANK = 65536
+LARGEST_BATCH = 65536
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant",
+)  # fmt: skip
+BATCHES = "the images of a step and their noise"
+CHOSEN_OVER_SEEDS = "leave it out: experiments choose checkpoints over seeds"
+HELD_OUT = Need(
+    lambda options: options.validation.validation_split or options.experiment.select_split,
+    "add --validation_split 0.1", "no images are held out",
+)  # fmt: skip
+ADAM = Need(
+    lambda options: options.optimizer.optimizer in ADAMS,
+    "--optimizer_args sets its own", "it has no effect with --optimizer {optimizer}", refuse=False,
+)  # fmt: skip
 
 
 # fmt: off
@@ -95,6 +127,109 @@ class SharedExperimentOptions:
     arms_at_once: int | None = free(None,
         "number of arms to train at once, each in its own process; several GPUs are shared out evenly", COUNT,
         or_else="1")
+
+
+@group
+class SharedTrainingOptions:
+    """Length of training and batch size."""
+
+    seed: int = option(0, "the same seed gives the same bytes", NATURAL, varies=True, essential=True,
+        compared_as="seed")
+    train_batch_size: int = free(16, "images per process and forward pass", whole(1, LARGEST_BATCH), essential=True,
+        variable=True, unshared=BATCHES)
+    gradient_accumulation_steps: int = free(1, "forward passes per step", COUNT, variable=True, unshared=BATCHES)
+    num_train_epochs: float = free(100,
+        "passes over the images; each takes images / (batch x processes) forward passes, rounded up for every bucket. "
+        "A step takes --gradient_accumulation_steps of these; with a bundled pipeline the default is 200 steps", COUNT,
+        counts_if_given=True, yields_to="max_train_steps", kohya=("max_train_epochs",))
+    max_train_steps: int | None = free(None, "steps; wins over --num_train_epochs", COUNT,
+        or_else="200 for bundled models, else --num_train_epochs decides", short="steps", essential="training steps",
+        yields_to="num_train_epochs")
+    gradient_checkpointing: bool = free(False, "less memory, slower", essential=True)
+    compile: bool = free(False,
+        "compile the denoiser with torch.compile: takes minutes at the start and makes steps faster. The run is "
+        "refused if the compiled model's first gradients differ from the uncompiled model's")
+
+
+@group
+class SharedOptimizerOptions:
+    """Optimizer and learning rate."""
+
+    learning_rate: float = option(1e-4,
+        "learning rate after warmup; with --optimizer prodigy the default is 1", POSITIVE,
+        varies=True, short="lr", essential="highest learning rate", bundled=5e-4, bundled_flow=1e-3,
+        kohya=("unet_lr",))
+    lr_pattern: list[str] | None = option(None, PATTERNS["lr_pattern"], metavar="NAME=VALUE")
+    loraplus_lr_ratio: float = option(1.0, "LoRA+: factor of the learning rate of B; 16 is usual", POSITIVE,
+        variable=True, read_by="trains_b")
+    scale_lr: bool = option(False, "multiply learning rates by batch size, accumulation steps and processes")
+    lr_scheduler: str = option("constant", "how the learning rate changes", choices=SCHEDULES, variable=True)
+    lr_warmup_steps: int | None = option(None,
+        "warmup steps, in which the learning rate rises; none with --lr_scheduler constant", NATURAL,
+        or_else="500, at most a tenth of the run",
+        needs=Need(lambda options: options.optimizer.lr_scheduler not in ("constant", "piecewise_constant")
+        or not options.optimizer.lr_warmup_steps,
+        "", "it has no effect with --lr_scheduler {lr_scheduler}", refuse=False))
+    lr_step_rules: str | None = option(None,
+        "for piecewise_constant: factors with the steps at which they end, then the last factor, such as "
+        "1:100,0.1:200,0.01",
+        metavar="RULES", needs=Need(lambda options: options.optimizer.lr_scheduler == "piecewise_constant",
+        "add --lr_scheduler piecewise_constant",
+        "--lr_scheduler {lr_scheduler} does not read it"))
+    optimizer: str = option("adamw",
+        f"one of {', '.join(OPTIMIZERS)}, or the path of a class as package.Class; all but both AdamW have their "
+        "authors' settings, which --optimizer_args changes", metavar="NAME", counts_if_given=True, variable=True,
+        essential="adamw, adamw8bit, prodigy, adafactor, lion, schedulefree, or package.Class", kohya=("optimizer_type",
+        ))
+    optimizer_args: list[str] = option([], "arguments of the optimizer's class, such as beta3=0.98",
+        metavar="KEY=VALUE")
+    adam_beta1: float = option(0.9, "decay of the mean of the gradient", FRACTION, variable=True, needs=ADAM)
+    adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", FRACTION, variable=True, needs=ADAM)
+    adam_weight_decay: float = option(1e-2, "weight decay", NOT_NEGATIVE, variable=True, needs=ADAM)
+    adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE, variable=True, needs=ADAM)
+    max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 turns clipping off", NOT_NEGATIVE, variable=True)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether parameters of one model have different learning rates."""
+        return bool(self.lr_pattern) or self.loraplus_lr_ratio != 1
+
+
+@group
+class SharedValidationOptions:
+    """What the validation loss decides."""
+
+    save_best: bool = option(False,
+        "save the adapter with the lowest validation loss in <method>/best, and export that one in the end",
+        needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
+    average_checkpoints: str | None = shown(None,
+        "after training, also average the retained checkpoints, and export an average if its validation loss is the "
+        "lowest: ema:0.99 averages all with exponentially decaying weights, last:5 the last 5; several with a comma",
+        averages, metavar="ema:DECAY,last:N", needs=Need(lambda options: options.validation.save_best,
+        "add --save_best, which exports the adapter with the lowest loss"), in_experiments=CHOSEN_OVER_SEEDS)
+    early_stopping_patience: int | None = free(None,
+        "stop training a method after N validations in a row without a new lowest loss", COUNT, metavar="N",
+        needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
+
+
+@group
+class SharedOutputOptions:
+    """Location of the outputs, and checkpoints."""
+
+    output_dir: str = free("runs/sd-model-finetuned-lora", "folder of the run", metavar="FOLDER", short="output",
+        essential=True, path="relative")
+    checkpointing_steps: int = free(500, "steps between checkpoints", COUNT, bundled=100, kohya=("save_every_n_steps",))
+    checkpointing_minutes: float | None = free(None,
+        "also save a checkpoint this many minutes after the previous one", POSITIVE)
+    checkpoints_total_limit: int | None = free(None, "checkpoints to retain per method", COUNT, or_else="all")
+    resume_from_checkpoint: str | None = free(None,
+        "latest: resume from the newest complete checkpoint; FOLDER: go back to that one; not in a finished run",
+        metavar="latest|FOLDER", essential="latest resumes the run in --output", path="relative", secret=True,
+        kohya=("resume",))
+    plan: bool | None = free(None,
+        "print how much memory each phase of the run needs, and exit; if the run does not fit, suggest options with "
+        "which it fits, and exit with status 2. Without --plan, a run that may not fit is refused with the same "
+        "output; --no-plan starts it anyway", essential="print how much memory the run would take, and end")
 # fmt: on
 
 
@@ -104,3 +239,33 @@ class RunOptions(Groups):
 
     adapter: SharedMethodOptions = field(default_factory=SharedMethodOptions)
     experiment: SharedExperimentOptions = field(default_factory=SharedExperimentOptions)
+
+
+@dataclass(frozen=True)
+class TrainOptions(RunOptions):
+    """Options of one run that the training loop reads."""
+
+    training: SharedTrainingOptions = field(default_factory=SharedTrainingOptions)
+    optimizer: SharedOptimizerOptions = field(default_factory=SharedOptimizerOptions)
+    validation: SharedValidationOptions = field(default_factory=SharedValidationOptions)
+    output: SharedOutputOptions = field(default_factory=SharedOutputOptions)
+
+    def folder_of(self, method: str, place: str = "") -> Path:
+        """Return the directory of a method; `place` is that of an arm of an experiment inside it."""
+        return Path(self.output.output_dir) / method / place
+
+    @property
+    def generates_samples(self) -> bool:
+        """Whether training generates samples."""
+        return False
+
+    def refuse_record(self, place: Path, settings: Mapping[str, Any]) -> None:
+        """Raise `InvalidArgument` if training cannot continue with these options from a place with such settings."""
+
+    @classmethod
+    def more_settings(cls, values: Mapping[str, Any], samples: list[int]) -> dict[str, Any]:
+        """Return settings that follow from the values of options, and that a resumed run must share.
+
+        `samples`: number of samples in a forward pass of all processes.
+        """
+        return {}

@@ -1,21 +1,23 @@
 """The options of train_llm.py and train_glue.py.
 
-Options that are fields of transformers' `TrainingArguments` have the names, meanings and defaults of the fields. The
-fields that are not defined as options here are recognized by name and passed on to transformers, which is imported for
-parsing only if one of them is given.
+Options that transformers' `TrainingArguments` have too have the names, meanings and defaults that they have there.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from pathlib import Path
+from typing import ClassVar, TypeVar
 
 from ..bundled import ASSETS
+from .optimizers import OPTIMIZERS
 from .option import (
     COUNT,
     FRACTION,
     NATURAL,
     NOT_NEGATIVE,
     POSITIVE,
+    SAME,
+    Need,
     again,
     by_content,
     free,
@@ -23,43 +25,64 @@ from .option import (
     option,
     steps,
     whole,
+)  # fmt: skip
+from .shared import (
+    SCHEDULES,
+    SharedExperimentOptions,
+    SharedMethodOptions,
+    SharedOptimizerOptions,
+    SharedOutputOptions,
+    SharedTrainingOptions,
+    SharedValidationOptions,
+    TrainOptions,
 )
-from .shared import RunOptions, SharedExperimentOptions, SharedMethodOptions
 
 LLM_MODEL, LLM_TASK = ASSETS / "tiny-llama", ASSETS / "tiny-llama" / "task"
 GLUE_MODEL, GLUE_TASK = ASSETS / "tiny-roberta", ASSETS / "tiny-roberta" / "task"
 ZERO2_OFFLOAD = ASSETS / "deepspeed" / "zero2_offload.json"
 LLM_TASKS = ("gsm8k", "svamp", "mathqa", "metamathqa", "hellaswag")
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
-SCHEDULES = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-    "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
-)  # fmt: skip
 BATCHES = "the examples of a step"
-PASSED_ON = {
-    "fixed": (
-        "lr_scheduler_kwargs", "optim_args", "optim_target_modules", "average_tokens_across_devices",
-        "label_smoothing_factor", "use_liger_kernel", "liger_kernel_config", "neftune_noise_alpha",
-        "auto_find_batch_size", "ignore_data_skip", "restore_callback_states_from_checkpoint", "full_determinism",
-        "data_seed", "accelerator_config", "parallelism_config", "dataloader_drop_last", "dataloader_in_order",
-        "remove_unused_columns", "label_names", "train_sampling_strategy", "length_column_name", "fsdp", "fsdp_config",
-    ),
-    "free": (
-        "bf16_full_eval", "fp16_full_eval", "activation_checkpointing", "activation_checkpointing_kwargs",
-        "gradient_checkpointing_kwargs", "torch_compile_backend", "torch_compile_mode", "use_cache",
-        "torch_empty_cache_steps", "logging_strategy", "logging_first_step", "log_on_each_node",
-        "logging_nan_inf_filter", "include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm",
-        "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "eval_delay",
-        "prediction_loss_only", "eval_on_start", "eval_do_concat_batches", "eval_use_gather_object",
-        "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "save_only_model", "save_on_each_node",
-        "enable_jit_checkpoint", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision",
-        "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "dataloader_pin_memory",
-        "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
-        "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
-        "ddp_timeout", "debug", "skip_memory_metrics", "do_train", "do_eval", "do_predict", "local_rank",
-    ),
+VALIDATED = Need(
+    lambda options: options.validation.eval_strategy != "no", "add --eval_strategy epoch", "nothing is validated"
+)
+NEAREST = {
+    "deepspeed": "fsdp fsdp_config parallelism_config",
+    "dataloader_num_workers": "dataloader_drop_last dataloader_in_order dataloader_pin_memory "
+    "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context "
+    "remove_unused_columns",
+    "eval_strategy": "do_train do_eval do_predict eval_on_start eval_delay prediction_loss_only include_for_metrics "
+    "label_names",
+    "gradient_accumulation_steps": "average_tokens_across_devices",
+    "gradient_checkpointing": "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs",
+    "group_by_length": "train_sampling_strategy length_column_name",
+    "logging_steps": "logging_strategy logging_first_step logging_nan_inf_filter disable_tqdm log_level "
+    "log_level_replica log_on_each_node include_num_input_tokens_seen",
+    "lr_scheduler_type": "lr_scheduler_kwargs",
+    "bf16": "bf16_full_eval",
+    "fp16": "fp16_full_eval",
+    "lora_dropout": "label_smoothing_factor neftune_noise_alpha",
+    "optimizer_args": "optim_args",
+    "per_device_eval_batch_size": "eval_accumulation_steps eval_do_concat_batches batch_eval_metrics "
+    "eval_use_gather_object auto_find_batch_size torch_empty_cache_steps",
+    "push_to_hub": "hub_strategy hub_private_repo hub_always_push hub_revision",
+    "report_to": "project trackio_space_id trackio_bucket_id trackio_static_space_id",
+    "resume_from_checkpoint": "ignore_data_skip restore_callback_states_from_checkpoint",
+    "save_best": "load_best_model_at_end metric_for_best_model greater_is_better",
+    "save_strategy": "save_only_model save_on_each_node enable_jit_checkpoint",
+    "seed": "data_seed full_determinism",
+    "target_modules": "optim_target_modules",
+    "torch_compile": "torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config",
+    "use_cpu": "ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
+    "ddp_static_graph local_rank accelerator_config use_cache debug skip_memory_metrics",
+}
+"""Options of `TrainingArguments` that the scripts refuse, by the option that comes nearest; the parser finds others
+that are similar by their spelling."""
+TRANSFORMERS = {
+    "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_8bit": "adamw8bit", "adamw_bnb_8bit": "adamw8bit",
+    "schedule_free_adamw": "schedulefree",
 }  # fmt: skip
-"""Other options of `TrainingArguments`: a resumed run must not change `fixed` ones, but may change `free` ones."""
+"""Optimizers by transformers' name."""
 
 
 # fmt: off
@@ -73,6 +96,10 @@ class MethodOptions(SharedMethodOptions):
     merge_calibration_samples: int = again(name="calibration_examples",
         help="number of training examples used for calibration: merges of ResLoRA read them, and lora_matched and "
         "placebos are computed from them; 0: none")
+    init_lora: str | None = by_content(None,
+        "start from this LoRA, a folder that PEFT has written, instead of from zero; its rank, alpha and target "
+        "modules are taken", metavar="FOLDER", path="absolute",
+        in_experiments="leave it out: the compared methods start from zero")
     merge_and_save: bool = free(False, "write the model with the adapter added, for stock transformers")
 
     @property
@@ -97,7 +124,7 @@ class ExperimentOptions(SharedExperimentOptions):
 class LlmTaskOptions:
     """Model and training data."""
 
-    model_name_or_path: str = option(str(LLM_MODEL), "causal model, folder or name on the hub", short="model",
+    model_name_or_path: str = by_content(str(LLM_MODEL), "causal model, folder or name on the hub", short="model",
         or_else="the bundled one", essential=True, metavar="MODEL")
     task: str = option("svamp", ", ".join(LLM_TASKS), essential="task of the paper: svamp, gsm8k, mathqa, ...")
     data_dir: str | None = by_content(None,
@@ -143,6 +170,8 @@ class GlueDataOptions:
     max_eval_samples: int | None = free(None,
         "use only this many validation examples, from the start of the file; in experiments: of the selection split",
         COUNT)
+    do_predict: bool = free(False, "predict the hub's test splits too, not only those of --data_dir",
+        in_experiments="leave it out, and predict with the run that you choose")
     max_predict_samples: int | None = free(None,
         "predict only this many examples, from the start of the file; in experiments: of the test split", COUNT)
 
@@ -151,10 +180,10 @@ class GlueDataOptions:
 class GlueModelOptions:
     """Model to fine-tune."""
 
-    model_name_or_path: str = option(str(GLUE_MODEL), "encoder model: folder or name on the hub", short="model",
+    model_name_or_path: str = by_content(str(GLUE_MODEL), "encoder model: folder or name on the hub", short="model",
         or_else="the bundled one", essential="encoder model, folder or name on the hub", metavar="MODEL")
-    config_name: str | None = option(None, "configuration (name or folder), if it differs from the model's")
-    tokenizer_name: str | None = option(None, "tokenizer (name or folder), if it differs from the model's")
+    config_name: str | None = by_content(None, "configuration (name or folder), if it differs from the model's")
+    tokenizer_name: str | None = by_content(None, "tokenizer (name or folder), if it differs from the model's")
     cache_dir: str | None = free(None, "folder for downloaded models and data", metavar="FOLDER")
     model_revision: str = option("main", "revision of the model on the hub")
     token: str | None = free(None, "token for the hub", secret=True)
@@ -163,85 +192,151 @@ class GlueModelOptions:
 
 
 @group
-class TrainingOptions:
-    """Length of training, batch size and outputs, as in transformers' `TrainingArguments`."""
+class TrainingOptions(SharedTrainingOptions):
+    """Length of training, batch size and precision."""
 
-    output_dir: str = free("runs/adapter", "folder of the run", short="output", metavar="FOLDER", path="relative",
-        essential=True)
-    seed: int = option(42, "the same seed gives the same bytes", whole(0, 2**32 - 1), varies=True, essential=True)
-    max_steps: int = free(-1, "training steps; wins over --num_train_epochs", steps, short="steps",
-        or_else="--num_train_epochs decides", essential="training steps")
-    num_train_epochs: float = free(3.0, "passes over the training examples", POSITIVE, essential=True)
-    per_device_train_batch_size: int = option(8, "examples per process and forward pass", COUNT, essential=True,
-        variable=True, unshared=BATCHES)
-    per_device_eval_batch_size: int = free(8, "examples per process and forward pass of evaluations", COUNT)
-    gradient_accumulation_steps: int = option(1, "forward passes per step", COUNT, variable=True, unshared=BATCHES)
-    learning_rate: float = option(5e-5, "highest learning rate", POSITIVE, varies=True, short="lr", essential=True)
-    weight_decay: float = option(0.0, "weight decay", NOT_NEGATIVE, variable=True)
-    adam_beta1: float = option(0.9, "decay of the mean of the gradient", FRACTION, variable=True)
-    adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", FRACTION, variable=True)
-    adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE, variable=True)
-    max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 turns clipping off", NOT_NEGATIVE,
-        variable=True)
-    lr_scheduler_type: str = option("linear", "how the learning rate changes", choices=SCHEDULES, variable=True)
-    warmup_steps: float = option(0, "warmup steps; a value below 1 is a fraction of all training steps",
-        NOT_NEGATIVE, variable=True)
-    optim: str = option("adamw_torch_fused", "optimizer, by transformers' name", variable=True)
+    seed: int = again(default=42, parse=whole(0, 2**32 - 1))
+    train_batch_size: int = again(name="per_device_train_batch_size", default=8, parse=COUNT,
+        help="examples per process and forward pass", unshared=BATCHES)
+    gradient_accumulation_steps: int = again(unshared=BATCHES)
+    num_train_epochs: float = again(default=3.0, parse=POSITIVE, help="passes over the training examples",
+        essential="passes over the training examples")
+    max_train_steps: int | None = again(name="max_steps", parse=steps, or_else="--num_train_epochs decides",
+        help="training steps; wins over --num_train_epochs")
+    compile: bool = again(name="torch_compile", help="compile the model by torch.compile. The run is refused if the "
+        "compiled model's first gradients differ from the uncompiled model's")
+    eval_batch_size: int = free(8,
+        "examples per process and forward pass of evaluations", COUNT, name="per_device_eval_batch_size")
+    group_by_length: bool = option(False, "batches of examples of similar length")
+    dataloader_num_workers: int = free(0, "processes that prepare batches", NATURAL)
     bf16: bool = option(False, "train in bfloat16", essential=True)
     fp16: bool = option(False, "train in float16, on a GPU")
     tf32: bool | None = option(None, "allow TF32 matrix products on Ampere and later GPUs")
-    gradient_checkpointing: bool | None = free(None, "less memory, slower", essential=True)
-    torch_compile: bool = free(False, "compile the model by torch.compile")
-    eval_strategy: str = free("no", "when to evaluate", choices=("no", "steps", "epoch"),
+    use_cpu: bool = free(False, "train on the CPU", essential=True)
+    deepspeed: str | None = by_content(None, "DeepSpeed's configuration, a file or JSON", metavar="JSON",
+        in_experiments="leave it out: each arm would need an engine of its own")
+
+    @property
+    def mixed_precision(self) -> str:
+        """Precision by accelerate's name."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+
+
+@group
+class OptimizerOptions(SharedOptimizerOptions):
+    """Optimizer and learning rate."""
+
+    learning_rate: float = again(default=5e-5, bundled=SAME, bundled_flow=SAME)
+    lr_scheduler: str = again(name="lr_scheduler_type", default="linear", choices=(*SCHEDULES, "inverse_sqrt"))
+    lr_warmup_steps: int | None = again(name="warmup_steps", default=0, parse=NOT_NEGATIVE, or_else="", needs=(),
+        help="warmup steps; a value below 1 is a fraction of all training steps")
+    warmup_ratio: float | None = option(None, "--warmup_steps as a fraction of all training steps", FRACTION)
+    optimizer: str = again(name="optim", short="optimizer", help=f"one of {', '.join(OPTIMIZERS)}, or the path of a "
+        f"class as package.Class; or transformers' name: {', '.join(TRANSFORMERS)}")
+    adam_weight_decay: float = again(name="weight_decay", default=0.0)
+
+
+@group
+class ValidationOptions(SharedValidationOptions):
+    """Evaluations during training."""
+
+    save_best: bool = again(needs=VALIDATED,
+        help="save the adapter with the lowest validation loss in best/, and export that one in the end")
+    early_stopping_patience: int | None = again(needs=VALIDATED,
+        help="stop training after N evaluations in a row without a new lowest loss")
+    eval_strategy: str = free("no", "when to evaluate, in addition to the last step", choices=("no", "steps", "epoch"),
         essential="when to evaluate: no, steps or epoch")
     eval_steps: float | None = free(None,
-        "steps between evaluations; a value below 1 is a fraction of all training steps", POSITIVE)
-    save_strategy: str = free("steps", "when to write a checkpoint", choices=("no", "steps", "epoch", "best"))
-    save_steps: float = free(500,
-        "steps between checkpoints; a value below 1 is a fraction of all training steps", POSITIVE)
-    save_total_limit: int | None = free(None, "checkpoints to retain", COUNT)
-    logging_steps: float = free(1, "steps between rows of log.jsonl", POSITIVE)
-    report_to: list[str] = free(["tensorboard"], "trackers to report to, all, or none")
+        "steps between evaluations; a value below 1 is a fraction of all steps", POSITIVE,
+        or_else="--logging_steps")
+
+
+@group
+class OutputOptions(SharedOutputOptions):
+    """Outputs and their location."""
+
+    output_dir: str = again(default="runs/adapter")
+    checkpointing_steps: int = again(name="save_steps", parse=POSITIVE, bundled=SAME,
+        help="steps between checkpoints; a value below 1 is a fraction of all steps")
+    checkpoints_total_limit: int | None = again(name="save_total_limit", help="checkpoints to retain")
+    plan: bool | None = again(
+        help="print the length of the run and the memory that weights and optimizer take, and exit",
+        essential="print the length of the run and its memory, and end")
+    save_strategy: str = free("steps", "when to write a checkpoint, in addition to the last step",
+        choices=("no", "steps", "epoch"))
+    logging_steps: float = free(1,
+        "steps between rows of log.jsonl; a value below 1 is a fraction of all steps", POSITIVE)
+    logging_dir: str = free("logs", "TensorBoard's folder inside --output_dir", metavar="FOLDER", path="relative")
+    report_to: list[str] = free(["tensorboard"], "trackers that accelerate knows, all, or none")
     run_name: str | None = free(None, "name of the run for trackers")
-    dataloader_num_workers: int = free(0, "processes that prepare batches", NATURAL)
-    use_cpu: bool = free(False, "train on the CPU", essential=True)
-    deepspeed: str | None = option(None, "DeepSpeed's configuration, a file or JSON", metavar="JSON",
-        in_experiments="leave it out: each arm would need an engine of its own")
-    resume_from_checkpoint: str | None = free(None,
-        "resume from a checkpoint folder, or from the latest usable one: latest", metavar="latest|FOLDER",
-        essential="latest resumes the run in --output")
     push_to_hub: bool = free(False, "refused: upload the run's peft/ with `hf upload`")
     hub_model_id: str | None = free(None, "refused, as --push_to_hub is")
-    hub_token: str | None = option(None, "refused, as --push_to_hub is", secret=True)
+    hub_token: str | None = free(None, "refused, as --push_to_hub is", secret=True)
 
 
 @group
 class LlmTrainingOptions(TrainingOptions):
-    """`TrainingOptions` with usual defaults for causal models, and with defaults for the bundled model."""
+    """`TrainingOptions` with defaults for the bundled model."""
 
-    output_dir: str = again(default="runs/llm")
-    learning_rate: float = again(default=1e-4, bundled=5e-3)
-    per_device_train_batch_size: int = again(bundled=16)
-    per_device_eval_batch_size: int = again(bundled=64)
+    train_batch_size: int = again(bundled=16)
+    eval_batch_size: int = again(bundled=64)
     num_train_epochs: float = again(bundled=5)
-    eval_strategy: str = again(bundled="epoch")
-    save_strategy: str = again(bundled="epoch")
     deepspeed: str | None = again(alone=str(ZERO2_OFFLOAD),
         help="DeepSpeed's configuration, a file or JSON; without a value ZeRO-2 that keeps its state in the CPU's "
         "memory")
 
 
 @group
+class LlmOptimizerOptions(OptimizerOptions):
+    """`OptimizerOptions` with a usual learning rate for causal models."""
+
+    learning_rate: float = again(default=1e-4, bundled=5e-3)
+
+
+@group
+class LlmValidationOptions(ValidationOptions):
+    """`ValidationOptions` with defaults for the bundled model."""
+
+    eval_strategy: str = again(bundled="epoch")
+
+
+@group
+class LlmOutputOptions(OutputOptions):
+    """`OutputOptions` with defaults for the bundled model."""
+
+    output_dir: str = again(default="runs/llm")
+    save_strategy: str = again(bundled="epoch")
+
+
+@group
 class GlueTrainingOptions(TrainingOptions):
-    """`TrainingOptions` with the learning rate and epochs of LoRA on RoBERTa-large (Hu et al., 2022)."""
+    """`TrainingOptions` with the epochs of LoRA on RoBERTa-large (Hu et al., 2022)."""
+
+    num_train_epochs: float = again(default=10.0, bundled=12)
+    train_batch_size: int = again(bundled=16)
+
+
+@group
+class GlueOptimizerOptions(OptimizerOptions):
+    """`OptimizerOptions` with the learning rate of LoRA on RoBERTa-large (Hu et al., 2022)."""
+
+    learning_rate: float = again(default=4e-4, bundled=3e-3)
+
+
+@group
+class GlueValidationOptions(ValidationOptions):
+    """`ValidationOptions` with an evaluation after each epoch."""
+
+    eval_strategy: str = again(default="epoch")
+
+
+@group
+class GlueOutputOptions(OutputOptions):
+    """`OutputOptions` with a checkpoint after each epoch."""
 
     output_dir: str = again(default="runs/glue")
-    learning_rate: float = again(default=4e-4, bundled=3e-3)
-    num_train_epochs: float = again(default=10.0, bundled=12)
-    per_device_train_batch_size: int = again(bundled=16)
-    eval_strategy: str = again(default="epoch")
     save_strategy: str = again(default="epoch")
-    save_total_limit: int | None = again(default=2)
+    checkpoints_total_limit: int | None = again(default=2)
 
 
 @group
@@ -255,19 +350,25 @@ class GlueMethodOptions(MethodOptions):
 
 
 @dataclass(frozen=True)
-class TextOptions(RunOptions):
+class TextOptions(TrainOptions):
     """Values of one run of a language script."""
 
     adapter: MethodOptions = field(default_factory=MethodOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
     experiment: ExperimentOptions = field(default_factory=ExperimentOptions)
-    passed_on: Mapping[str, Any] = field(default_factory=dict)
-    """Given options of `TrainingArguments` that are not defined as options here."""
+    output: OutputOptions = field(default_factory=OutputOptions)
 
     switches_take_values: ClassVar[bool] = True
     shared_titles: ClassVar[Mapping[str, str]] = {
-        "adapter": "method", "training": "training", "experiment": "experiments",
+        "adapter": "method", "training": "training", "optimizer": "optimizer", "validation": "evaluation",
+        "experiment": "experiments", "output": "output, checkpoints and reports",
     }  # fmt: skip
+
+    def folder_of(self, method: str, place: str = "") -> Path:
+        """Return the directory of the run, which has one method; that of an arm of an experiment too."""
+        return Path(self.output.output_dir)
 
 
 @dataclass(frozen=True)
@@ -276,6 +377,9 @@ class LlmOptions(TextOptions):
 
     task: LlmTaskOptions = field(default_factory=LlmTaskOptions)
     training: LlmTrainingOptions = field(default_factory=LlmTrainingOptions)
+    optimizer: LlmOptimizerOptions = field(default_factory=LlmOptimizerOptions)
+    validation: LlmValidationOptions = field(default_factory=LlmValidationOptions)
+    output: LlmOutputOptions = field(default_factory=LlmOutputOptions)
 
     titles: ClassVar[Mapping[str, str]] = {"task": "model and task", **TextOptions.shared_titles}
 
@@ -288,6 +392,9 @@ class GlueOptions(TextOptions):
     model: GlueModelOptions = field(default_factory=GlueModelOptions)
     adapter: GlueMethodOptions = field(default_factory=GlueMethodOptions)
     training: GlueTrainingOptions = field(default_factory=GlueTrainingOptions)
+    optimizer: GlueOptimizerOptions = field(default_factory=GlueOptimizerOptions)
+    validation: GlueValidationOptions = field(default_factory=GlueValidationOptions)
+    output: GlueOutputOptions = field(default_factory=GlueOutputOptions)
 
     titles: ClassVar[Mapping[str, str]] = {"data": "task", "model": "model", **TextOptions.shared_titles}
 

@@ -35,16 +35,14 @@ def unmet(options: Groups, refuse: bool) -> list[tuple[Option, Need]]:
 def refuse_unused(options: Groups) -> None:
     """Raise `InvalidArgument` for an option without effect, unless it has its default value."""
     for option, need in unmet(options, refuse=True):
-        values = options.flat()
-        raise InvalidArgument(as_option(option, values[option.name]), need.problem.format_map(values), need.fix)
+        raise InvalidArgument(as_option(option, options[option.name]), need.problem.format_map(options), need.fix)
 
 
 def report_unused(options: Groups) -> None:
     """Print options without effect that commands for other scripts may contain."""
-    values = options.flat()
     for option, need in unmet(options, refuse=False) if speaks() else ():
-        problem = ": ".join(filter(None, [need.problem.format_map(values), need.fix]))
-        print(f"{as_option(option, values[option.name])}: {problem}", flush=True)
+        problem = ": ".join(filter(None, [need.problem.format_map(options), need.fix]))
+        print(f"{as_option(option, options[option.name])}: {problem}", flush=True)
 
 
 def report_unread_by_methods(asked: RunOptions | Grid) -> None:

@@ -3,17 +3,18 @@
 transformers is imported only if the options are valid.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ..checks import check_writable, is_path, require_package
 from ..errors import InvalidArgument
 from ..experiment.arms import check_values
-from ..methods.registry import refuse_unable
+from ..io import read_object
+from ..methods.registry import METHODS, refuse_unable
 from ..options import contradictions
 from ..options.grid import Grid, alpha_of, first_of
+from ..options.optimizers import check_installed, named
 from ..options.option import SAME, Given
 from ..options.parser import OptionsParser
 from ..options.texts import (
@@ -22,22 +23,31 @@ from ..options.texts import (
     GLUE_TASKS,
     LLM_TASK,
     LLM_TASKS,
-    PASSED_ON,
+    NEAREST,
+    TRANSFORMERS,
     GlueOptions,
     LlmOptions,
     TextOptions,
 )
+from ..options.unused import refuse_unused
 from ..options.values import listed
 from ..options.vary import values_to_vary
 
 T = TypeVar("T", bound=TextOptions)
 METAMATHQA_SAMPLES = 40_000  # number of training samples in the paper's Appendix C
-NOT_IN_EXPERIMENTS = {
-    "load_best_model_at_end": "leave it out: checkpoints are chosen over seeds together",
-    "do_predict": "leave it out, and predict with the arm that you like",
-    "save_only_model": "leave it out: an arm that is stopped goes on from its last checkpoint",
-}
-"""Options of `TrainingArguments` that an experiment refuses, with the fix."""
+
+
+class TextParser(OptionsParser):
+    """A parser that names the nearest option for an option of `TrainingArguments` that is not supported."""
+
+    def refuse_unknown(self, words: list[str]) -> NoReturn:
+        """Exit with one line."""
+        for word in words:
+            name = word.partition("=")[0].lstrip("-").replace("-", "_")
+            for near, others in NEAREST.items():
+                if name in others.split():
+                    self.error(f"--{name}: not supported; the nearest option is --{near}")
+        super().refuse_unknown(words)
 
 
 def read(kind: type[T], prog: str, argv: Sequence[str] | None, description: str | None = None) -> T | Grid[T]:
@@ -46,32 +56,18 @@ def read(kind: type[T], prog: str, argv: Sequence[str] | None, description: str 
     Exits with status 2 and a one-line message for invalid syntax. Raises `InvalidArgument` for invalid values. Empty
     values are invalid: they usually come from an unset shell variable, and the run would use other data or start anew.
     """
-    given, passed_on = parsed_values(OptionsParser(prog, kind, description or ""), argv)
+    given = vars(TextParser(prog, kind, description or "").parse_args(argv))
     given |= values_to_vary(given.pop("vary", ()), kind.table(), given)
-    contradictions.check_texts(given | passed_on)
-    for name, value in sorted((given | passed_on).items()):
+    contradictions.check_texts(given)
+    for name, value in sorted(given.items()):
         if "" in listed(value):
             raise InvalidArgument(
                 f"--{name}", "is empty; maybe a variable in the command is not set", "give it a value"
             )
-    return resolve(kind, given, passed_on)
+    return resolve(kind, given)
 
 
-def parsed_values(parser: OptionsParser, argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the given values of the script's own options, and those of options that are passed on to transformers."""
-    values, unknown = parser.parse_known_args(argv)
-    names = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("--")}
-    if not unknown:
-        return vars(values), {}
-    known = {*PASSED_ON["fixed"], *PASSED_ON["free"]}
-    if not names or not {name.removeprefix("no_") for name in names} <= known:
-        parser.refuse_unknown(unknown)
-    from .training_arguments import parse_passed_on
-
-    return vars(values), parse_passed_on(parser.prog, unknown)
-
-
-def resolve(kind: type[T], given: Given, passed_on: Given = {}) -> T | Grid[T]:  # noqa: B006 - is not changed
+def resolve(kind: type[T], given: Given) -> T | Grid[T]:
     """Return the options of a run, or of an experiment.
 
     Raises `InvalidArgument` for invalid values.
@@ -81,34 +77,42 @@ def resolve(kind: type[T], given: Given, passed_on: Given = {}) -> T | Grid[T]: 
         name: option.bundled if bundled and option.bundled is not SAME else option.default
         for name, option in kind.table().items()
     }
-    options, varied = first_of(kind, {**values, **given, **steps_asked_for(given, passed_on)})
-    options = dataclasses.replace(options, passed_on=passed_on)
-    if not varied and len(options.adapter.method) == 1:
+    # With the default strategies, a number of steps would have no effect.
+    asked = {f"{what}_strategy": "steps" for what in ("eval", "save") if f"{what}_steps" in given}
+    values |= {**asked, **given}
+    optimizers = [TRANSFORMERS.get(name, name) for name in listed(values["optim"])]
+    own = {named(optimizer).learning_rate for optimizer in optimizers}
+    if "learning_rate" not in given and None not in own:
+        values["learning_rate"] = own.pop()
+    options, varied = first_of(kind, values | {"optim": optimizers if len(optimizers) > 1 else optimizers[0]})
+    options = with_start(options)
+    if "rank" not in varied:
         options = options.replace(lora_alpha=alpha_of(options.adapter))
+    if not varied and len(options.adapter.method) == 1:
         contradictions.check_no_experiment(options)
         return checked(options)
-    for name, fix in NOT_IN_EXPERIMENTS.items():
-        if passed_on.get(name):
-            raise InvalidArgument(f"--{name}", "this is an experiment", fix)
     grid = Grid(options, varied)
     contradictions.check_experiment(grid)
     check_values(grid)
     return grid
 
 
-def steps_asked_for(given: Given, passed_on: Given) -> dict[str, object]:
-    """Return the values of --eval_strategy and --save_strategy that --eval_steps and --save_steps imply.
+def with_start(options: T) -> T:
+    """Return the options with rank, alpha and target modules of --init_lora.
 
-    With the default strategies, a number of steps would have no effect.
+    Raises `InvalidArgument` if it is not a plain LoRA with one rank and one alpha, or if the method does not train one.
     """
-    found = dict[str, object]()
-    for what, other in (("eval", "save"), ("save", "eval")):
-        if f"{what}_steps" in given and f"{what}_strategy" not in given:
-            found[f"{what}_strategy"] = "steps"
-            if passed_on.get("load_best_model_at_end") and not {f"{other}_steps", f"{other}_strategy"} & given.keys():
-                # The best checkpoint must be both saved and evaluated.
-                found |= {f"{other}_strategy": "steps", f"{other}_steps": given[f"{what}_steps"]}
-    return found
+    if (place := options.adapter.init_lora) is None:
+        return options
+    flag, config = f"--init_lora {place}", read_object(Path(place) / "adapter_config.json")
+    if config.get("peft_type") != "LORA" or not (Path(place) / "adapter_model.safetensors").is_file():
+        raise InvalidArgument(flag, "is no LoRA of PEFT", "give a folder such as RUN/peft")
+    if others := [name for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if config.get(name)]:
+        raise InvalidArgument(flag, f"it has {others[0]}", "give a LoRA with one rank and one alpha")
+    if unable := [name for name in options.adapter.method if not METHODS[name].trains_lora]:
+        raise InvalidArgument(flag, f"--method {unable[0]} trains no plain LoRA", "use --method lora or reslora")
+    targets = sorted(listed(config["target_modules"]))
+    return options.replace(rank=config["r"], lora_alpha=config["lora_alpha"], target_modules=targets)
 
 
 # -- validation without the model --------------------------------------------------------------------------------------
@@ -120,16 +124,21 @@ def checked(options: T) -> T:
     Raises `InvalidArgument` for invalid options.
     """
     contradictions.check_method(options.adapter, "calibration_examples")
-    output = options.training.output_dir
+    refuse_unused(options)
+    output, optimizer = options.output.output_dir, options.optimizer
     check_writable(Path(output), f"--output_dir {output}")
-    if options.training.push_to_hub:
+    check_installed(optimizer.optimizer, optimizer.optimizer_args, f"--optim {optimizer.optimizer}")
+    if optimizer.warmup_ratio and optimizer.lr_warmup_steps:
+        raise InvalidArgument(f"--warmup_ratio {optimizer.warmup_ratio:g}", "and --warmup_steps", "give one of them")
+    if options.training.bf16 and options.training.fp16:
+        raise InvalidArgument("--fp16", "contradicts --bf16", "leave one of them out")
+    if options.output.push_to_hub:
         raise InvalidArgument("--push_to_hub", "is not supported", "upload the run's peft/ with `hf upload` instead")
     if options.training.deepspeed:
         require_package("--deepspeed", "deepspeed")
-    checkpoints = options.training.gradient_checkpointing or options.passed_on.get("activation_checkpointing")
-    if options.training.torch_compile:
+    if options.training.compile:
         contradictions.check_decay_compiled("--torch_compile", options.adapter)
-    if options.training.torch_compile and checkpoints:
+    if options.training.compile and options.training.gradient_checkpointing:
         contradictions.check_compiled("--torch_compile", options.adapter)
     if isinstance(options, LlmOptions):
         return _checked_llm(options)
@@ -146,7 +155,7 @@ def check_folder(name: str) -> None:
 
 
 def _checked_llm(options: LlmOptions) -> Any:
-    task, best = options.task, str(options.passed_on.get("metric_for_best_model") or "").removeprefix("eval_")
+    task = options.task
     if task.task not in LLM_TASKS:
         raise InvalidArgument(f"--task {task.task}", "unknown", f"choose from {', '.join(LLM_TASKS)}")
     if task.load_in_4bit:
@@ -159,12 +168,9 @@ def _checked_llm(options: LlmOptions) -> Any:
             fix = "leave it out, and merge peft/ into the whole model"
             raise InvalidArgument("--merge_and_save", "merged weights cannot be stored in 4 bits", fix)
         refuse_unable([options.adapter.name], "quantised")
-    if best not in ("", "loss", "accuracy"):
-        raise InvalidArgument(f"--metric_for_best_model {best}", "unknown", "choose loss or accuracy")
     check_folder(task.model_name_or_path)
     limit = METAMATHQA_SAMPLES if task.task == "metamathqa" else None
-    samples = task.max_train_samples or limit
-    return options.replace(max_train_samples=samples, eval_accuracy=task.eval_accuracy or best == "accuracy")
+    return options.replace(max_train_samples=task.max_train_samples or limit)
 
 
 def _checked_glue(options: GlueOptions) -> Any:

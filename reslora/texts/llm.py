@@ -1,7 +1,7 @@
 """`train_llm.py`: fine-tune a causal model on a task of the paper, and compare the merges by its answers."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,27 +11,24 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import InvalidArgument, refused_as
 from ..formatting import is_or_are
-from ..options.texts import ExperimentOptions, LlmOptions, LlmTaskOptions
-from ..runtime.processes import say
-from ..runtime.signals import StopRequest
+from ..options.texts import ExperimentOptions, LlmOptions, LlmTaskOptions, TrainingOptions
+from ..runtime.processes import all_gather, say
 from ..seeds import derive
-from .callbacks import LogCallback
-from .experiment import TextStudy
+from .adapter import UNREADABLE
 from .llm_tasks import Example, file_form, read_examples
-from .llm_trainer import (
+from .llm_tokens import (
+    IGNORED,
     Encoder,
-    LlmTrainer,
     calibration_batches,
     count_right,
     encode_training,
     example_losses,
     generate,
+    token_losses,
 )
 from .split import Parts, parts_of
-from .trainer import UNREADABLE, attach, total_steps
-from .training_arguments import AdapterTrainingArguments, Arguments, training_arguments
+from .study import Check, Texts, mine
 
-LlmArguments = Arguments[LlmOptions]
 CAUSAL_MODEL = "give a folder or a name on the hub of a causal model"
 PROG = "train_llm.py"
 HELD_OUT = 500  # maximum number of validation examples held out of the training examples
@@ -40,20 +37,19 @@ HELD_OUT = 500  # maximum number of validation examples held out of the training
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def load_examples(arguments: LlmTaskOptions, training: AdapterTrainingArguments) -> dict[str, list[Example]]:
+def load_examples(arguments: LlmTaskOptions, seed: int, validates: bool) -> dict[str, list[Example]]:
     """Return the examples of a single run by split; `train` and `test` have at least one example.
 
     A task without test examples is tested on its validation examples. If no validation examples remain, and the run
-    evaluates during training, a tenth of the training examples is held out for validation. So a checkpoint is never
+    `validates` during training, a tenth of the training examples is held out for validation. So a checkpoint is never
     chosen on the test examples.
     """
     found = all_examples(arguments)
     found["test"] = found["test"] or found["validation"]
     if not found["test"]:
         raise _lacks(arguments, "no test examples and no validation examples")
-    order = torch.randperm(len(found["train"]), generator=torch.Generator().manual_seed(training.seed)).tolist()
+    order = torch.randperm(len(found["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
     if not found["validation"] or found["validation"] is found["test"]:
-        validates = training.eval_strategy != "no" or training.eval_on_start
         held_out = _validation_count(arguments, len(order)) if validates else 0
         found["validation"] = [found["train"][i] for i in sorted(order[len(order) - held_out :])]
         order = order[: len(order) - held_out]
@@ -112,11 +108,11 @@ def load_tokenizer(task: LlmTaskOptions) -> Tokenizer:
     return tokenizer
 
 
-def load_model(task: LlmTaskOptions, training: AdapterTrainingArguments) -> PreTrainedModel:
+def load_model(task: LlmTaskOptions, training: TrainingOptions, device: torch.device) -> PreTrainedModel:
     """Return the base model, which will be frozen."""
     with refused_as(f"--model_name_or_path {task.model_name_or_path}", CAUSAL_MODEL, UNREADABLE):
         model = AutoModelForCausalLM.from_pretrained(
-            task.model_name_or_path, **source(task), **precision(task, training)
+            task.model_name_or_path, **source(task), **precision(task, training, device)
         )
     if task.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -128,10 +124,15 @@ def source(task: LlmTaskOptions) -> dict:
     return {"revision": task.revision or "main", "cache_dir": task.cache_dir}
 
 
-def precision(task: LlmTaskOptions, training: AdapterTrainingArguments) -> dict:
-    """Return the keyword arguments of `from_pretrained` for dtype and quantization."""
+def dtype_of(task: LlmTaskOptions, training: TrainingOptions) -> torch.dtype:
+    """Return the data type of the frozen weights."""
     automatic = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
-    dtype = getattr(torch, automatic if task.dtype == "auto" else task.dtype)
+    return getattr(torch, automatic if task.dtype == "auto" else task.dtype)
+
+
+def precision(task: LlmTaskOptions, training: TrainingOptions, device: torch.device) -> dict:
+    """Return the keyword arguments of `from_pretrained` for dtype and quantization."""
+    dtype = dtype_of(task, training)
     if not task.load_in_4bit:
         return {"dtype": dtype}
     compute = dtype if dtype != torch.float32 else torch.bfloat16
@@ -141,13 +142,13 @@ def precision(task: LlmTaskOptions, training: AdapterTrainingArguments) -> dict:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
-    return {"dtype": compute, "quantization_config": quantisation, "device_map": {"": training.device}}
+    return {"dtype": compute, "quantization_config": quantisation, "device_map": {"": device}}
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-class LlmStudy(TextStudy):
+class LlmTexts(Texts):
     """Training and evaluation on a task of the paper."""
 
     prog = PROG
@@ -161,30 +162,26 @@ class LlmStudy(TextStudy):
     rows: list[dict[str, list[int]]]
     """Token ids and labels of the training examples."""
 
-    def arguments(self, options: LlmOptions) -> LlmArguments:
-        """Return the arguments of a run with these options.
+    def model_of(self, options: LlmOptions) -> tuple[str, str | None]:
+        """Return the model's name and its revision."""
+        return options.task.model_name_or_path, options.task.revision
 
-        Raises `InvalidArgument` for invalid values.
-        """
-        return Arguments(options, training_arguments(options, PROG))
-
-    def read(self, arguments: LlmArguments) -> list[dict[str, list[int]]]:
-        """Read the examples of a single run; return the encoded training examples."""
-        task = arguments.options.task
+    def read(self, options: LlmOptions) -> None:
+        """Read and encode the examples of a single run."""
+        task, validates = options.task, options.validation.eval_strategy != "no"
         self.tokenizer = load_tokenizer(task)
-        self._encode(task, load_examples(task, arguments.training))
-        return self.rows
+        self._encode(task, load_examples(task, options.training.seed, validates))
 
     def _encode(self, task: LlmTaskOptions, examples: dict[str, list[Example]]) -> None:
         self.encoder, self.examples = Encoder(self.tokenizer), examples
         self.rows = encode_training(self.encoder, examples["train"], task.max_length)
 
-    def parts(self, arguments: LlmArguments, shares: ExperimentOptions) -> Parts:
+    def parts(self, options: LlmOptions, shares: ExperimentOptions) -> Parts:
         """Return all examples divided into a training, a selection and a test split.
 
         Near-duplicates are found by their prompts.
         """
-        task = arguments.options.task
+        task = options.task
         found = all_examples(task)
         select, test = (found["validation"], found["test"]) if found["test"] else ([], found["validation"])
         select, test = select[: task.max_eval_samples], test[: task.max_test_samples]
@@ -192,23 +189,26 @@ class LlmStudy(TextStudy):
         parts = parts_of(files, lambda example: example.prompt, shares)
         return parts.limited(task.max_eval_samples, task.max_test_samples)
 
-    def prepare(self, arguments: LlmArguments, parts: Parts) -> int:
-        """Store and encode the examples that all arms use; return the number of training examples."""
-        task, examples = arguments.options.task, list(parts.train)
+    def prepare(self, options: LlmOptions, parts: Parts) -> None:
+        """Store and encode the examples that all arms use."""
+        task, examples = options.task, list(parts.train)
         if task.max_train_samples is not None:  # independent of the seed: all arms train on the same examples
             examples = sorted(examples, key=lambda example: derive("sample", example))[: task.max_train_samples]
         found = {"train": examples, "validation": list(parts.select), "test": list(parts.test)}
         self.tokenizer = load_tokenizer(task)
         self._encode(task, found)
-        return len(self.rows)
 
-    def adapted(self, arguments: LlmArguments) -> PeftModel:
-        """Return the model with a new adapter, and remove validation examples that are too long for the model."""
-        task, method, training = arguments.options.task, arguments.method, arguments.training
-        model = load_model(task, training)
-        self._check_positions(model, task)
-        torch.manual_seed(training.seed)
-        return attach(model, method, total_steps(training, len(self.rows)))
+    def load(self, options: LlmOptions, device: torch.device) -> PreTrainedModel:
+        """Return the base model, and remove validation examples that are too long for it."""
+        model = load_model(options.task, options.training, device)
+        self._check_positions(model, options.task)
+        return model
+
+    def empty(self, options: LlmOptions) -> PreTrainedModel:
+        """Return the base model without its weights."""
+        task = options.task
+        config = AutoConfig.from_pretrained(task.model_name_or_path, **source(task))
+        return AutoModelForCausalLM.from_config(config, dtype=dtype_of(task, options.training))
 
     def _check_positions(self, model: PreTrainedModel, task: LlmTaskOptions) -> None:
         """Remove validation examples with more tokens than the model has positions; print their number and the first.
@@ -243,54 +243,68 @@ class LlmStudy(TextStudy):
             if needed > limit:
                 raise InvalidArgument(argument, f"{what} tokens and the model {limit} positions", fix)
 
-    def build_trainer(self, arguments: LlmArguments, model: PeftModel, stop: StopRequest) -> LlmTrainer:
-        """Return the trainer, which writes `log.jsonl`."""
-        task, training, examples = arguments.options.task, arguments.training, self.examples
-        return LlmTrainer(
-            model,
-            training,
-            stop,
-            encoder=self.encoder,
-            examples=examples,
-            max_new_tokens=task.max_new_tokens,
-            eval_accuracy=task.eval_accuracy,
-            train_dataset=self.rows,
-            eval_dataset=[*map(self.encoder, examples["validation"])] or None,
-            callbacks=[LogCallback(training.folder / "log.jsonl")],
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return a batch, padded on the right."""
+        return self.encoder.collate(rows)
+
+    def losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the loss of each answer token."""
+        return token_losses(model, batch)
+
+    def count(self, batch: dict[str, torch.Tensor]) -> int:
+        """Return the number of answer tokens."""
+        return int((batch["labels"] != IGNORED).sum())
+
+    def calibration(self, options: LlmOptions) -> list[dict] | None:
+        """Return training examples as calibration batches."""
+        return calibration_batches(
+            self.rows, options.adapter.merge_calibration_samples, options.training.eval_batch_size
         )
 
-    def calibration(self, arguments: LlmArguments) -> list[dict] | None:
-        """Return training examples as calibration batches."""
-        size = arguments.training.per_device_eval_batch_size
-        return calibration_batches(self.rows, arguments.method.merge_calibration_samples, size)
+    def validation(self, options: LlmOptions, model: PeftModel, check: Check) -> dict[str, float]:
+        """Return the loss per answer token, and with --eval_accuracy the accuracy."""
+        return self._figures("validation", options, model, check, options.task.eval_accuracy)
 
-    def measured(
-        self, arguments: LlmArguments, model: PeftModel, check: Callable[[], None]
-    ) -> tuple[list[float], dict]:
+    def figures(self, options: LlmOptions, model: PeftModel, check: Check) -> Mapping[str, float]:
+        """Return the loss per answer token and the accuracy on the test examples."""
+        return self._figures("test", options, model, check, accuracy=True)
+
+    def _figures(
+        self, split: str, options: LlmOptions, model: PeftModel, check: Check, accuracy: bool
+    ) -> dict[str, float]:
+        losses, right = self._evaluated(mine(self.examples[split]), options, model, check, accuracy)
+        sums = zip(*all_gather((sum(map(sum, losses)), sum(map(len, losses)), right, len(losses))), strict=True)
+        loss, tokens, right, examples = map(sum, sums)
+        return {"loss": loss / tokens} | ({"accuracy": right / examples} if accuracy else {})
+
+    def measured(self, options: LlmOptions, model: PeftModel, check: Check) -> tuple[list[float], dict]:
         """Return the mean loss of each test example's answer tokens, and the accuracy."""
-        size, new_tokens = arguments.training.per_device_eval_batch_size, arguments.options.task.max_new_tokens
-        encoder, examples = self.encoder, self.examples["test"]
-        losses, right = [0.0] * len(examples), 0
-        order = sorted(range(len(examples)), key=lambda number: len(encoder(examples[number])["input_ids"]))
+        losses, right = self._evaluated(self.examples["test"], options, model, check, accuracy=True)
+        return [math.fsum(own) / len(own) for own in losses], {"accuracy": right / len(losses)}
+
+    def _evaluated(
+        self, examples: list[Example], options: LlmOptions, model: PeftModel, check: Check, accuracy: bool
+    ) -> tuple[list[list[float]], int]:
+        """Return the losses of each example's answer tokens, and the number of correct answers."""
+        size, losses, right = options.training.eval_batch_size, [[0.0]] * len(examples), 0
+        rows = [self.encoder(example) for example in examples]
+        order = sorted(range(len(examples)), key=lambda number: len(rows[number]["input_ids"]))
         for start in range(0, len(order), size):
             check()
             numbers = order[start : start + size]
-            batch = [examples[number] for number in numbers]
-            for number, loss in zip(numbers, example_losses(model, encoder, batch), strict=True):
-                losses[number] = loss
-            right += count_right(generate(model, encoder, batch, new_tokens), batch)
-        return losses, {"accuracy": right / len(examples)}
+            found = example_losses(model, self.encoder, [rows[number] for number in numbers])
+            for number, own in zip(numbers, found, strict=True):
+                losses[number] = own.tolist()
+            if accuracy:
+                batch = [examples[number] for number in numbers]
+                right += count_right(generate(model, self.encoder, batch, options.task.max_new_tokens), batch)
+        return losses, right
 
-    def figures(self, arguments: LlmArguments, trainer: Any) -> Mapping[str, float]:
-        """Return the loss per answer token and the accuracy on the test examples."""
-        return trainer.figures("test")
-
-    def facts(self, arguments: LlmArguments, trainer: Any) -> dict[str, Any]:
+    def facts(self, options: LlmOptions, model: PeftModel, check: Check) -> dict[str, Any]:
         """Return the task, the model and the numbers of examples."""
-        task = arguments.options.task
         return {
-            "task": task.task,
-            "model_name_or_path": task.model_name_or_path,
+            "task": options.task.task,
+            "model_name_or_path": options.task.model_name_or_path,
             "train_examples": len(self.rows),
             "test_examples": len(self.examples["test"]),
         }

@@ -34,8 +34,6 @@ from ..options.texts import MethodOptions
 from ..runtime.folder_lock import check_held
 from ..runtime.processes import broadcast_from_main, is_main
 from ..shortcuts.gated import GATES, gates_of
-from .callbacks import LogCallback
-from .trainer import AdapterTrainer
 
 FACTORS = ("lora_A", "lora_B")
 ENTRIES = (*FACTORS, "r", "lora_alpha", "scaling")
@@ -215,32 +213,27 @@ def _write_merged(base: PreTrainedModel, directory: Path, tokenizer) -> None:
 
 
 def write_results(
-    trainer: AdapterTrainer, adapter: MethodOptions, table: dict[str, dict], report: MergeReport | None, **facts
+    folder: Path, adapter: MethodOptions, table: dict[str, dict], report: MergeReport | None, **facts
 ) -> dict:
     """Write `results.json` and return its content.
 
-    It has `facts` (task, model, sizes), the method with its settings, the training time, `table` (see `merge_table`),
-    and `merge`: the merge method of the exported adapter, None if there was nothing to merge.
+    It has `facts` (task, model, sizes, steps, time), the method with its settings, `table` (see `merge_table`), and
+    `merge`: the merge method of the exported adapter, None if there was nothing to merge.
     """
     row = METHODS[adapter.name]
     wired = ("shortcut",) * row.reads_shortcut + ("pre_num", "head") * (row.shortcuts or row.measured)
-    log = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LogCallback))
     content = {
         **facts,
         "method": adapter.name,
         **{name: getattr(adapter, name) for name in wired},
         "lora_r": adapter.rank,
         "lora_alpha": adapter.lora_alpha,
-        "trainable_parameters": trainer.trainable_parameters,
-        "seed": trainer.args.seed,
-        "steps": trainer.state.global_step,
-        "train_seconds": round(log.seconds, 3),
         "merge": report.method if report is not None else None,
         "table": table,
     }
     broadcast_from_main(check_held)  # predictions may have taken hours
-    if trainer.args.should_save:
-        write_json(trainer.args.folder / "results.json", content)
+    if is_main():
+        write_json(folder / "results.json", content)
     return content
 
 

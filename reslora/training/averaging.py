@@ -15,7 +15,7 @@ from ..formatting import pluralize
 from ..io import Damaged, check_checksums
 from ..methods.adapters import load_adapter, trained_state
 from ..options.averages import Average, averages_of
-from ..options.images import OutputOptions
+from ..options.shared import SharedOutputOptions
 from ..runtime.checkpoint_folders import step_of
 from ..runtime.processes import broadcast_from_main, on_all
 from .best import FOLDER, Best, averages_at, best_of, keep_adapter, to_export
@@ -69,7 +69,7 @@ def offer(average: Average, checkpoints: Sequence[Path], learner: Learner, study
     study.context.accelerator.print(f"{learner.name}: {best}: validation loss {loss:.5f}")
 
 
-def checkpoints_to_average(folder: Path, output: OutputOptions) -> list[Path]:
+def checkpoints_to_average(folder: Path, output: SharedOutputOptions) -> list[Path]:
     """Return the complete checkpoints that are averaged, oldest first; print a warning for each damaged one."""
     complete = []
     for checkpoint in reversed(to_average(checkpoints_of(folder), output)):

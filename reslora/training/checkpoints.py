@@ -3,7 +3,6 @@
 import io
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from ..errors import InvalidArgument, RunFailed, first_line
 from ..io import CHECKSUMS_NAME, Damaged, check_checksums, read_object, replacing, write_checksums, write_json
 from ..methods.adapters import load_adapter, save_adapter
 from ..methods.registry import METHODS
-from ..options.images import NOISES, MethodOptions, Options, OutputOptions, TrainingOptions, ValidationOptions
+from ..options.grid import Grid
 from ..options.option import in_words
+from ..options.shared import SharedOutputOptions, TrainOptions
 from ..options.values import listed, refuse_other_value
 from ..runtime.checkpoint_folders import (
     EXPORTS,
@@ -31,6 +31,7 @@ from ..runtime.checkpoint_folders import (
 )
 from ..runtime.processes import broadcast_from_main, on_all
 from .best import FOLDER, forget_beaten, to_export
+from .context import Context
 from .schedule import Schedule
 from .state import Learner
 from .study import Identity, Study
@@ -40,10 +41,8 @@ STATE, RECORD = "trainer.pt", "trainer.json"
 
 # files in a method's directory that belong to the same training history as its checkpoints
 TOLD = ("log.jsonl", FOLDER, "samples")
-TABLE = Options.table()
-MERGING = [name for name, option in TABLE.items() if option.resume == "merged"]
-SHOWN = [name for name, option in TABLE.items() if option.resume == "shown"]
 
+BATCHES = ("train_batch_size", "gradient_accumulation_steps")
 DESCRIBED = {
     "samples_per_step": "batch size x accumulation x processes =",
     "samples_per_forward": "with images of several sizes, batch size x processes =",
@@ -51,20 +50,22 @@ DESCRIBED = {
 }
 
 
-def settings_of(values: Mapping[str, Any]) -> dict:
+def named_by(resume: str, options: TrainOptions) -> list[str]:
+    """Return the names of the options with this value of `Option.resume`."""
+    return [name for name, option in options.table().items() if option.resume == resume]
+
+
+def settings_of(asked: TrainOptions | Grid) -> dict:
     """Return the settings that a resumed run must share with the earlier run, except its `Identity`."""
-    settings = {name: value for name, value in values.items() if TABLE[name].resume == "fixed"}
-    sizes = listed(values["train_batch_size"])  # several in an experiment that varies them
+    options, values = asked.base if isinstance(asked, Grid) else asked, asked.flat()
+    settings = {name: values[name] for name in named_by("fixed", options)}
+    # several in an experiment that varies them
+    sizes, passes = (listed(values[options.option(name).name]) for name in BATCHES)
     samples = [size * int(os.environ.get("WORLD_SIZE", 1)) for size in sizes]  # per forward pass
-    per_step = [some * passes for some in samples for passes in listed(values["gradient_accumulation_steps"])]
+    per_step = [some * each for some in samples for each in passes]
     settings["samples_per_step"] = per_step if len(per_step) > 1 else per_step[0]
-    settings["snr_gamma"] = values["snr_gamma"] or 0  # None and 0 both weight all timesteps equally
     settings["deepspeed"] = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # it changes the saved state
-    if values["use_aspect_ratio_buckets"] or len(listed(values["resolution"])) > 1:
-        settings["samples_per_forward"] = (
-            samples if len(samples) > 1 else samples[0]
-        )  # they all have the same resolution
-    return settings
+    return settings | options.more_settings(values, samples)
 
 
 # -- finding checkpoints -----------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ class Resume:
     """Lines to print about options that have no effect on finished methods."""
 
 
-def plan_resume(options: Options, identity: Identity | None = None, place: str = "") -> Resume:
+def plan_resume(options: TrainOptions, identity: Identity | None = None, place: str = "") -> Resume:
     """Compare the options with the run's directory and return what to resume.
 
     Raises `InvalidArgument` if the earlier run had other settings, or another `identity` (not compared if None).
@@ -110,10 +111,10 @@ def plan_resume(options: Options, identity: Identity | None = None, place: str =
     broadcasts the result.
     """
     output, named = Path(options.output.output_dir), options.output.resume_from_checkpoint
-    folders = {method: output / method / place for method in options.adapter.method}
+    folders = {method: options.folder_of(method, place) for method in options.adapter.method}
     checkpoints = {method: checkpoints_of(folder) for method, folder in folders.items()}
     for checkpoint in (checkpoint for found in checkpoints.values() for checkpoint in found):
-        check_past(options.flat(), checkpoint, read_checkpoint(checkpoint), identity)
+        check_past(options, checkpoint, read_checkpoint(checkpoint), identity)
     finished, merge_anew, notes = already_trained(options, folders, identity)
     checkpoints |= {method: [path] for method, path in merge_anew.items()}
     todo = [method for method in options.adapter.method if method not in finished]
@@ -121,8 +122,8 @@ def plan_resume(options: Options, identity: Identity | None = None, place: str =
         fix = "resume with --resume_from_checkpoint latest, or choose another"
         raise InvalidArgument(f"--output_dir {output}", "contains an unfinished run", fix)
     if named not in (None, "latest"):
-        method, path = _named_checkpoint(options.adapter, options.output, named, todo)
-        check_past(options.flat(), path, read_checkpoint(path), identity)
+        method, path = _named_checkpoint(options, named, todo, place)
+        check_past(options, path, read_checkpoint(path), identity)
         checkpoints[method] = [path]
         if method in finished:
             done, fix = folders[method] / EXPORTS, "to train it from there once more"
@@ -132,12 +133,12 @@ def plan_resume(options: Options, identity: Identity | None = None, place: str =
             refuse_afresh(output, folders[method], finished=(folders[method] / EXPORTS).exists())
     resume = Resume(finished, list(merge_anew), checkpoints, notes)
     if options.training.max_train_steps:
-        check_length(options.training, resume, options.training.max_train_steps)
+        check_length(options, resume, options.training.max_train_steps)
     return resume
 
 
 def already_trained(
-    options: Options, folders: dict[str, Path], identity: Identity | None
+    options: TrainOptions, folders: dict[str, Path], identity: Identity | None
 ) -> tuple[list[str], dict[str, Path], list[str]]:
     """Return the finished methods, the checkpoints of methods to merge again, and notes about the finished ones.
 
@@ -146,10 +147,11 @@ def already_trained(
     finished, merge_anew, notes = [], {}, []
     for method, folder in folders.items():
         record = read_object(folder / EXPORTS)
-        if not record or not is_trained(options.training, options.validation, folder, record):
+        if not record or not is_trained(options, folder, record):
             continue
-        check_past(options.flat(), folder, record, identity)
-        merged = METHODS[method].shortcuts and {name: record[name] for name in MERGING if name in record}
+        check_past(options, folder, record, identity)
+        merging = named_by("merged", options)
+        merged = METHODS[method].shortcuts and {name: record[name] for name in merging if name in record}
         if merged and any(options[name] != value for name, value in merged.items()):
             path = folder / f"checkpoint-{record['step']}"
             if not (path / RECORD).is_file():
@@ -162,77 +164,78 @@ def already_trained(
     return finished, merge_anew, notes
 
 
-def check_length(options: TrainingOptions, resume: Resume, steps: int) -> None:
+def check_length(options: TrainOptions, resume: Resume, steps: int) -> None:
     """Raise `InvalidArgument` if an unfinished method was already trained for more than `steps` steps."""
     for method, found in resume.checkpoints.items():
         if found and method not in resume.finished:
             refuse_fewer(options, found[0], read_checkpoint(found[0]), steps)
 
 
-def refuse_fewer(options: TrainingOptions, place: Path, record: dict, steps: int) -> None:
+def refuse_fewer(options: TrainOptions, place: Path, record: dict, steps: int) -> None:
     """Raise `InvalidArgument` if the record's step is after `steps`, because training cannot be undone."""
     step = record.get("step")
     if isinstance(step, int) and step > steps:
-        epochs = f"--num_train_epochs {options.num_train_epochs} ({steps} steps)"
+        epochs = f"--num_train_epochs {options.training.num_train_epochs} ({steps} steps)"
         fix = "give at least as many, or choose another --output_dir"
-        flag = f"--max_train_steps {steps}" if options.max_train_steps else epochs
+        given = f"{options.option('max_train_steps').flag} {steps}"
+        flag = given if options.training.max_train_steps else epochs
         raise InvalidArgument(flag, f"{place} was trained for {step} already", fix)
 
 
-def is_trained(training: TrainingOptions, validation: ValidationOptions, folder: Path, record: dict) -> bool:
+def is_trained(options: TrainOptions, folder: Path, record: dict) -> bool:
     """Return whether a method was exported after the requested number of steps or epochs.
 
     Raises `InvalidArgument` if it was exported after more steps.
     """
+    training = options.training
     step, steps = record.get("step"), training.max_train_steps
     if steps:
-        refuse_fewer(training, folder, record, steps)
+        refuse_fewer(options, folder, record, steps)
     if patience := record.get("early_stopping_patience"):  # early stopping ended the training
-        return patience == validation.early_stopping_patience
+        return patience == options.validation.early_stopping_patience
     same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == training.num_train_epochs
     return step == steps if steps else same_epochs
 
 
-def notes_of(options: Options, folder: Path, record: dict) -> list[str]:
+def notes_of(options: TrainOptions, folder: Path, record: dict) -> list[str]:
     """Return a note for each changed option that has no effect on a finished method."""
     shown = record.get("shown", {})
-    names = [name for name in SHOWN if name in shown and options[name] not in (None, shown[name])]
+    names = [name for name in named_by("shown", options) if name in shown and options[name] not in (None, shown[name])]
     return [f"{folder} is finished, --{name} has no effect any more: it was {in_words(shown[name])}" for name in names]
 
 
-def _named_checkpoint(
-    adapter: MethodOptions, output_options: OutputOptions, named: str, todo: list[str]
-) -> tuple[str, Path]:
-    output = Path(output_options.output_dir)
-    first = (todo or adapter.method)[0]
-    path = Path(named) if Path(named).is_dir() or os.sep in named else output / first / named
+def _named_checkpoint(options: TrainOptions, named: str, todo: list[str], place: str) -> tuple[str, Path]:
+    methods = options.adapter.method
+    first = (todo or methods)[0]
+    path = Path(named) if Path(named).is_dir() or os.sep in named else options.folder_of(first, place) / named
     flag = f"--resume_from_checkpoint {named}"
     if not (path / RECORD).is_file():
         raise InvalidArgument(flag, "no complete checkpoint there", "use latest")
     method = read_checkpoint(path).get("method")
     if method is None:
         raise InvalidArgument(flag, f"damaged ({RECORD})", "use latest")
-    if method not in adapter.method:
+    if method not in methods:
         raise InvalidArgument(flag, f"it belongs to --method {method}", "add that")
     return method, path
 
 
-def check_past(values: Mapping[str, Any], place: Path, record: dict, identity: Identity | None) -> None:
+def check_past(asked: TrainOptions | Grid, place: Path, record: dict, identity: Identity | None) -> None:
     """Raise `InvalidArgument` if a checkpoint or finished method had another rank, seed, model, data set etc."""
     there = record.get("settings")
     there = there if isinstance(there, dict) else {}  # a damaged record
-    refuse_steering(values, place, there)
-    for name, value in json.loads(json.dumps(settings_of(values))).items():
+    options = asked.base if isinstance(asked, Grid) else asked
+    options.refuse_record(place, there)
+    for name, value in json.loads(json.dumps(settings_of(asked))).items():
         # None may still be resolved by the model's family or accelerate; this is called again with the identity then.
         settled = value is not None or identity is not None
         if settled and name in there and there[name] != value:
             before, otherwise = f"{place} was trained with", "choose another --output_dir"
             refuse_other_value(DESCRIBED.get(name, f"--{name}"), value, before, there[name], otherwise)
     if identity and record:
-        refuse_other_content(values, place, record, identity)
+        refuse_other_content(place, record, identity)
 
 
-def refuse_other_content(values: Mapping[str, Any], place: Path, record: dict, identity: Identity) -> None:
+def refuse_other_content(place: Path, record: dict, identity: Identity) -> None:
     """Raise `InvalidArgument` if the content of LoRAs, model or images differs from that of the earlier run."""
     for name, option, was, without in (
         ("lora", "--init_lora", "was started from", "zero"),
@@ -251,21 +254,8 @@ def refuse_other_content(values: Mapping[str, Any], place: Path, record: dict, i
             problem, fix = f"{place} was trained {what}", "restore it, or choose another --output_dir"
             flag = getattr(identity, f"{name}_flag")
             if name == "images" and here.partition(OF_CLASS)[0] == str(there).partition(OF_CLASS)[0]:
-                flag = f"--class_data_dir {values['class_data_dir']}"
+                flag = identity.class_images_flag
             raise InvalidArgument(flag, problem, fix)
-
-
-def refuse_steering(values: Mapping[str, Any], place: Path, there: dict) -> None:
-    """Raise `InvalidArgument` for --save_best or --early_stopping_patience if earlier losses are not comparable.
-
-    Both options need validation losses with --validation_noises, and set this option by default. Therefore the message
-    names them, not --validation_noises.
-    """
-    steering = next((name for name in ("save_best", "early_stopping_patience") if values[name]), None)
-    if steering and there.get("validation_noises", NOISES) is None:
-        flag = f"--{steering}" if steering == "save_best" else f"--{steering} {values[steering]}"
-        problem = f"needs --validation_noises from the start, and {place} was trained without"
-        raise InvalidArgument(flag, problem, "leave it out, or choose another --output_dir")
 
 
 # -- saving and restoring ----------------------------------------------------------------------------------------------
@@ -280,9 +270,7 @@ def save_checkpoint(learner: Learner, study: Study) -> None:
     context, identity = study.context, study.identity
     options, folder = context.options, context.folder_of(learner.method)
     state = learner.state(context.accelerator)
-    record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds} | past_of(
-        options.flat(), identity
-    )
+    record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds} | past_of(options, identity)
     # needed by tools that load the checkpoint to generate images
     if identity.lora or options.adapter.rank_pattern or options.adapter.alpha_pattern:
         config = learner.denoiser.peft_config["default"]
@@ -299,7 +287,7 @@ def save_checkpoint(learner: Learner, study: Study) -> None:
     broadcast_from_main(write)
 
 
-def beyond_limit(checkpoints: list[Path], output: OutputOptions, averaged: bool) -> list[Path]:
+def beyond_limit(checkpoints: list[Path], output: SharedOutputOptions, averaged: bool) -> list[Path]:
     """Return those of the checkpoints, newest first, that --checkpoints_total_limit removes.
 
     `averaged`: retain those that will be averaged, although others were saved in between.
@@ -308,7 +296,7 @@ def beyond_limit(checkpoints: list[Path], output: OutputOptions, averaged: bool)
     return [old for old in checkpoints[output.checkpoints_total_limit :] if old not in retained]
 
 
-def to_average(checkpoints: list[Path], output: OutputOptions) -> list[Path]:
+def to_average(checkpoints: list[Path], output: SharedOutputOptions) -> list[Path]:
     """Return those of the checkpoints, newest first, that are averaged.
 
     They are the newest one and those of --checkpointing_steps, at most --checkpoints_total_limit. Checkpoints that were
@@ -335,15 +323,15 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
         write_checksums(temporary)
 
 
-def past_of(values: Mapping[str, Any], identity: Identity) -> dict:
+def past_of(asked: TrainOptions | Grid, identity: Identity) -> dict:
     """Return the record with which `check_past` compares a resumed run."""
     loras = {name: mark for name in ("lora", "assistant") if (mark := getattr(identity, name))}
     content = {"model": identity.model, "images": identity.images}
-    return content | {"settings": settings_of(values)} | loras
+    return content | {"settings": settings_of(asked)} | loras
 
 
 def write_exports(
-    folder: Path, options: Options, identity: Identity, schedule: Schedule, differences: dict[str, int]
+    folder: Path, options: TrainOptions, identity: Identity, schedule: Schedule, differences: dict[str, int]
 ) -> None:
     """Write `exports.json`, which marks a method as finished.
 
@@ -354,9 +342,9 @@ def write_exports(
         "num_train_epochs": options.training.num_train_epochs,
         "by_epochs": schedule.by_epochs,
         "difference_of_255": differences,
-        **{name: options[name] for name in MERGING},
-        "shown": {name: options[name] for name in SHOWN},
-        **past_of(options.flat(), identity),
+        **{name: options[name] for name in named_by("merged", options)},
+        "shown": {name: options[name] for name in named_by("shown", options)},
+        **past_of(options, identity),
     }
     if schedule.is_over:
         record["early_stopping_patience"] = options.validation.early_stopping_patience
@@ -365,7 +353,7 @@ def write_exports(
     write_json(folder / EXPORTS, record)
 
 
-def restore(learner: Learner, candidates: list[Path], options: OutputOptions, accelerator: Accelerator) -> None:
+def restore(learner: Learner, candidates: list[Path], context: Context) -> None:
     """Load the first complete checkpoint into the learner; skip damaged ones with a warning.
 
     The main process chooses the checkpoint. There are three outcomes:
@@ -377,8 +365,8 @@ def restore(learner: Learner, candidates: list[Path], options: OutputOptions, ac
     """
     if not candidates:
         return
-    folder = Path(options.output_dir) / learner.name
-    chosen = broadcast_from_main(lambda: newest_whole(candidates, folder, options))
+    accelerator, folder = context.accelerator, context.folder_of(learner.method)
+    chosen = broadcast_from_main(lambda: newest_whole(candidates, folder, context.options.output))
     on_all(lambda: load_checkpoint(learner, chosen, accelerator))
     place = folder / f"checkpoint-{learner.step}"
 
@@ -389,7 +377,7 @@ def restore(learner: Learner, candidates: list[Path], options: OutputOptions, ac
     accelerator.print(f"{learner.name}: resuming from {chosen}")
 
 
-def newest_whole(candidates: list[Path], folder: Path, options: OutputOptions) -> Path:
+def newest_whole(candidates: list[Path], folder: Path, options: SharedOutputOptions) -> Path:
     """Return the first candidate whose files match their checksums.
 
     Raises `InvalidArgument` if there is none, or if the user named a checkpoint and it is damaged.

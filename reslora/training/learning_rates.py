@@ -9,21 +9,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..methods.patterns import LEARNING_RATES, entries, values_of_layers
-from ..options.images import OptimizerOptions
+from ..options.shared import SharedOptimizerOptions
 from .trained import Trained
 
 FACTOR = "lr_factor"  # key in an optimizer's parameter group: what its learning rate is multiplied by
 Groups = list[dict[str, Any]]
-Parameters = dict[float, list[nn.Parameter]]
-"""Parameters by their factor."""
+Parameters = dict[tuple[float, bool], list[nn.Parameter]]
+"""Parameters by their factor, and whether they are biases, which have no weight decay, as in transformers."""
 
 
-def factors_of_layers(options: OptimizerOptions, layers: Iterable[str]) -> dict[str, float]:
+def factors_of_layers(options: SharedOptimizerOptions, layers: Iterable[str]) -> dict[str, float]:
     """Return the factor of each layer that --lr_pattern matches; raises the errors of `values_of_layers`."""
     return values_of_layers(LEARNING_RATES, entries(LEARNING_RATES, options.lr_pattern), layers)
 
 
-def groups_of(trained: Trained, options: OptimizerOptions) -> tuple[Groups, Groups]:
+def groups_of(trained: Trained, options: SharedOptimizerOptions) -> tuple[Groups, Groups]:
     """Return the optimizer's groups of the denoiser's trained parameters, and those of all text encoders' parameters.
 
     The parameters of a group have the same factor of the learning rate. Groups are in the order in which their factors
@@ -47,11 +47,15 @@ def groups_of(trained: Trained, options: OptimizerOptions) -> tuple[Groups, Grou
                 owners = itertools.accumulate((prefix + name).split("."), "{}.{}".format)
                 factor = next((of_layers[owner] for owner in owners if owner in of_layers), 1.0)
                 is_b = "lora_B" in name or parameter.dim() == 1
-                groups[factor * options.loraplus_lr_ratio if is_b else factor].append(parameter)
+                own = factor * options.loraplus_lr_ratio if is_b else factor
+                groups[own, name.endswith("bias")].append(parameter)
     # Without factors, the groups are those of checkpoints that were written before there were any.
     keys = [FACTOR] if options.has_factors else []
     denoiser, encoders = (
-        [{"params": parameters, **dict.fromkeys(keys, factor)} for factor, parameters in groups.items()]
+        [
+            {"params": parameters, **dict.fromkeys(keys, factor), **({"weight_decay": 0.0} if biases else {})}
+            for (factor, biases), parameters in groups.items()
+        ]
         for groups in found
     )
     return denoiser, encoders

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -25,14 +26,13 @@ from .averaging import offer_averages
 from .best import best_of, go_on_from
 from .checkpoints import Resume, restore, save_checkpoint, write_exports
 from .compiling import checked
-from .context import Context
 from .preparing import prepare
 from .state import Learner
 from .stopping import Requests, stopped_at
 from .study import Study
 
 if TYPE_CHECKING:
-    from ..images.output.reports import Reports
+    from .reports import Reports
 
 
 def train_method(method: str, resume: Resume, study: Study) -> None:
@@ -51,10 +51,10 @@ def train_method(method: str, resume: Resume, study: Study) -> None:
             say(f"{name} is trained: merging and exporting it anew with --merge {options.adapter.merge}")
         elif options.output.resume_from_checkpoint and not candidates and not context.place:
             say(f"--resume_from_checkpoint latest: no checkpoint in {folder}, {name} starts afresh")
-        restore(learner, candidates, options.output, context.accelerator)
+        restore(learner, candidates, context)
         if options.validation.save_best:
             broadcast_from_main(lambda: go_on_from(folder, learner.step))
-        prepare(learner, context)
+        prepare(learner, study)
         train_and_export(learner, study)
 
 
@@ -68,11 +68,11 @@ def put_control_on(learner: Learner, study: Study) -> None:
     def measured() -> list[Settings]:
         with contextlib.ExitStack() as stack, study.context.accelerator.autocast():
             gauges = [
-                stack.enter_context(gauged(learner.method, part, options.adapter.reslora_config))
+                stack.enter_context(gauged(learner.method, part, options.adapter.reslora_config, study.example_inputs))
                 for part in parts.values()
             ]
             for batch in study.calibration():
-                learner.trained(batch)
+                study.calibrate(learner, batch)
             return [gauge.settings(options.training.seed) for gauge in gauges]
 
     for part, settings in zip(parts.values(), broadcast_from_main(measured), strict=True):
@@ -96,15 +96,14 @@ def train_and_export(learner: Learner, study: Study) -> None:
             raise
         accelerator.free_memory()
         accelerator.print(f"{learner.name}: training has diverged; exporting the best adapter, of step {best.step}")
-        broadcast_from_main(lambda: study.export(learner, study.schedule))
+        study.export(learner, study.schedule)
         raise  # without `exports.json`, as the method is not finished
     schedule = dataclasses.replace(study.schedule, steps=learner.step, is_over=learner.over)
     if options.validation.average_checkpoints:
         offer_averages(learner, study)
     with learner.averaged():
-        broadcast_from_main(
-            lambda: write_exports(folder, options, study.identity, schedule, study.export(learner, schedule))
-        )
+        differences = study.export(learner, schedule)
+        broadcast_from_main(lambda: write_exports(folder, options, study.identity, schedule, differences))
 
 
 def train(learner: Learner, study: Study, reports: Reports) -> None:
@@ -130,7 +129,7 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
         batches = checked(loaded, learner, context)
         for _ in steps:
             with learner.timed():
-                value = take_step(learner, batches, context)
+                value = take_step(learner, batches, study)
                 decay_shortcuts(learner, study)
                 known = reports.flush()  # reads the previous loss while the device computes
             reports.note("train", value)
@@ -183,19 +182,24 @@ def after_step(learner: Learner, study: Study, reports: Reports, requests: Reque
     return stopped
 
 
-def take_step(learner: Learner, batches: Iterator, context: Context) -> torch.Tensor:
-    """Update the adapter with --gradient_accumulation_steps batches, and return the mean loss over all processes.
+def take_step(learner: Learner, batches: Iterator, study: Study) -> torch.Tensor:
+    """Update the adapter with the batches of a step, and return the mean loss over all processes.
 
     The returned tensor is on the device and not synchronized.
     """
-    options, accelerator, total = context.options, context.accelerator, 0.0
+    options, accelerator, total = study.context.options, study.context.accelerator, 0.0
     learner.step += 1
-    for forward in range(options.training.gradient_accumulation_steps):
-        batch = next(batches)
+    taken = list(itertools.islice(batches, study.passes(learner.step)))
+    scale = scale_of(taken, study)
+    passes = options.training.gradient_accumulation_steps
+    accelerator.gradient_accumulation_steps = passes  # runs of an experiment may differ in it
+    accelerator.step = passes - len(taken)  # so that accelerate synchronizes gradients in the last pass
+    for forward, batch in enumerate(taken):
         # Only dropout masks use this generator; seeding it here makes them depend on the step alone.
         torch.manual_seed(derive(options.training.seed, "dropout", learner.step, forward, accelerator.process_index))
         with accelerator.accumulate(learner.model):
-            mean = learner.model(batch).mean()
+            losses = learner.model(batch)
+            mean = losses.mean() if scale is None else losses.sum() * scale
             total += mean.detach()
             accelerator.backward(mean)
             if learner.allocator:
@@ -209,4 +213,17 @@ def take_step(learner: Learner, batches: Iterator, context: Context) -> torch.Te
             learner.optimizer.zero_grad()
     if not accelerator.optimizer_step_was_skipped:
         learner.lr_scheduler.step()
-    return accelerator.reduce(total / options.training.gradient_accumulation_steps, "mean")
+    return accelerator.reduce(total / passes, "mean")
+
+
+def scale_of(batches: list, study: Study) -> torch.Tensor | None:
+    """Return the factor of the summed losses of a step's batches; None if the loss is a mean of the batches' means.
+
+    accelerate divides by the passes of a step, and averages over processes. The factor replaces both by the number of
+    losses of the step in all processes, so that each of them has the same weight.
+    """
+    counts, accelerator = [study.count(batch) for batch in batches], study.context.accelerator
+    if None in counts:
+        return None
+    total = accelerator.reduce(torch.tensor(float(sum(counts)), device=accelerator.device))  # type: ignore[arg-type]
+    return accelerator.num_processes * study.context.options.training.gradient_accumulation_steps / total

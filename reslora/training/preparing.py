@@ -1,4 +1,4 @@
-"""Prepare a restored learner for its first step: attention, gradient checkpointing, processes and compiler."""
+"""Prepare a restored learner for its first step: gradient checkpointing, processes and compiler."""
 
 import contextlib
 import math
@@ -9,38 +9,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from ..model import enable_gradient_checkpointing
-from .context import Context
 from .sharding import cut, cuts_base
 from .state import Learner
-from .zero import load_full_state, uses_deepspeed
+from .study import Study
+from .zero import load_full_state
 
 FEW_TOKENS = 64
 
 
-def prepare(learner: Learner, context: Context) -> None:
-    """Prepare the learner for training: attention, gradient checkpointing, processes and compiler."""
-    options, denoiser = context.options, learner.denoiser
-    if options.model.enable_xformers_memory_efficient_attention:
-        denoiser.enable_xformers_memory_efficient_attention()
+def prepare(learner: Learner, study: Study) -> None:
+    """Prepare the learner for training: gradient checkpointing, processes and compiler."""
+    options = study.context.options
+    study.before_training(learner)
     if options.training.gradient_checkpointing:
         for part in learner.trained.parts.values():
             enable_gradient_checkpointing(part)
-    freeze_unread(learner, context)
-    prepare_processes(learner, context.accelerator)
+    prepare_processes(learner, study.context.accelerator)
     if learner.awaited:
         load_full_state(learner.zero_optimizer, learner.trained.named(), learner.awaited)
         learner.awaited = None
     if options.training.compile:
         learner.trained.use_compiler()
-
-
-def freeze_unread(learner: Learner, context: Context) -> None:
-    """Freeze unused parameters: DistributedDataParallel would wait for their gradients, which do not exist."""
-    for part, weights in context.model.family.unused_weights(learner.denoiser).items():
-        for weight in weights:
-            weight.requires_grad_(uses_deepspeed(context.accelerator))  # DeepSpeed does not wait
-        line = f"{learner.name}: nothing reads what {part} of the last block returns, so it stays as it is"
-        context.accelerator.print(line)
 
 
 def prepare_processes(learner: Learner, accelerator: Accelerator) -> None:

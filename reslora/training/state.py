@@ -16,8 +16,8 @@ from torch import nn
 
 from ..errors import refused_as
 from ..methods.adapters import RankAllocator, rank_allocator
-from ..options.images import OptimizerOptions, TrainingOptions
 from ..options.optimizers import ADAMS, class_of, named, options_of
+from ..options.shared import SharedOptimizerOptions, SharedTrainingOptions
 from .context import Context
 from .learning_rates import FACTOR, at_rate, groups_of
 from .schedule import Schedule
@@ -172,8 +172,8 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
 
 def new_optimizer(
     parameters: list,
-    training: TrainingOptions,
-    optimizer_options: OptimizerOptions,
+    training: SharedTrainingOptions,
+    optimizer_options: SharedOptimizerOptions,
     accelerator: Accelerator,
     of_encoders: Sequence = (),
 ) -> torch.optim.Optimizer:
@@ -188,7 +188,8 @@ def new_optimizer(
     rate = optimizer_options.learning_rate * scale
     groups = at_rate(parameters, rate)
     if of_encoders:
-        groups += at_rate(of_encoders, scale * (optimizer_options.text_encoder_lr or optimizer_options.learning_rate))
+        own = getattr(optimizer_options, "text_encoder_lr", None)
+        groups += at_rate(of_encoders, scale * (own or optimizer_options.learning_rate))
     arguments = {"lr": rate} | dict(named(optimizer_options.optimizer).options)
     if optimizer_options.optimizer in ADAMS:
         arguments |= {
@@ -222,6 +223,6 @@ def check_optimizer(context: Context) -> None:
         new_optimizer(groups, options.training, options.optimizer, context.accelerator).step()
 
 
-def _refused(options: OptimizerOptions) -> AbstractContextManager:
+def _refused(options: SharedOptimizerOptions) -> AbstractContextManager:
     words = " ".join([f"--optimizer {options.optimizer}", *options.optimizer_args])
     return refused_as(words, "give arguments that it takes with --optimizer_args, or another optimizer")

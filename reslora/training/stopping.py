@@ -26,7 +26,7 @@ class Requests:
     def __init__(self, context: Context) -> None:
         self.stop, self.folder, self.status, options = context.stop, context.folder, context.status, context.options
         self.every = options.output.checkpointing_steps
-        self.draws = bool(options.validation.validation_prompt and options.validation.num_validation_images)
+        self.draws = options.generates_samples
         self.seconds = 60 * (options.output.checkpointing_minutes or float("inf"))
         self.saved()
 

@@ -6,14 +6,14 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .context import Context
 from .schedule import Schedule
 from .state import Learner
 
 if TYPE_CHECKING:
-    from ..images.output.reports import Reports
+    from .reports import Reports
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Identity:
     model_flag: str
     """The option that names the model, and its value, for messages."""
     images_flag: str
+    class_images_flag: str = ""
     lora: str = ""
     """Hash of the LoRA that training starts from; empty without one."""
     lora_flag: str = ""
@@ -50,16 +51,39 @@ class Study(ABC):
     def batches(self, steps: range) -> Generator:
         """Yield this process's batches of these steps; a batch depends only on the seed, the step and the process."""
 
+    def passes(self, step: int) -> int:
+        """Return the number of batches of a step."""
+        return self.context.options.training.gradient_accumulation_steps
+
+    def count(self, batch: Any) -> int | None:
+        """Return the number of losses that the model returns for a batch; a step's loss is the mean over all of them.
+
+        None if all batches have the same number. Then the loss is the mean of the batches' means.
+        """
+        return None
+
+    def before_training(self, learner: Learner) -> None:  # noqa: B027 - not every model needs it
+        """Prepare a restored model before accelerate wraps it."""
+
     @abstractmethod
     def calibration(self) -> Iterable:
         """Return the training batches on which a control method is calibrated."""
+
+    @property
+    def example_inputs(self) -> dict | None:
+        """Keyword arguments to trace the model with; None for those that `reslora.connect` makes."""
+        return None
+
+    def calibrate(self, learner: Learner, batch: Any) -> None:
+        """Run a forward pass of a calibration batch."""
+        learner.trained(batch)
 
     @abstractmethod
     def reports(self, learner: Learner) -> contextlib.AbstractContextManager[Reports]:
         """Return a context manager of the log and the trackers of a method."""
 
     @abstractmethod
-    def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
+    def validate(self, learner: Learner, reports: Any, parts: Sequence[str] | None = None) -> None:
         """Measure the validation loss, generate samples, and set `learner.over`.
 
         `parts`: which of "loss" and "samples" to compute; both if None.
@@ -74,7 +98,7 @@ class Study(ABC):
 
     @abstractmethod
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
-        """Write the trained method's files.
+        """Write the trained method's files. Every process calls this.
 
         Returns, for each file, the largest difference of a pixel value (0 to 255) between an image generated with the
         file and the merged model's image.

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import InvalidArgument
 from ..methods.registry import refuse_unable
-from ..options.images import MethodOptions, OptimizerOptions, TrainingOptions
+from ..options.shared import SharedMethodOptions, SharedOptimizerOptions, SharedTrainingOptions
 
 if TYPE_CHECKING:
     from deepspeed.runtime.base_optimizer import ZeROOptimizer  # an optional package
@@ -27,7 +27,10 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def configure(
-    adapter: MethodOptions, training: TrainingOptions, optimizer: OptimizerOptions, accelerator: Accelerator
+    adapter: SharedMethodOptions,
+    training: SharedTrainingOptions,
+    optimizer: SharedOptimizerOptions,
+    accelerator: Accelerator,
 ) -> None:
     """Pass the options to DeepSpeed's configuration.
 
@@ -44,7 +47,7 @@ def configure(
             raise InvalidArgument(launcher, problem, "leave it out there, and give flags instead")
     refuse_unable(adapter.method, "deepspeed")
     if optimizer.optimizer != "adamw":
-        flag = "--use_8bit_adam" if optimizer.use_8bit_adam else f"--optimizer {optimizer.optimizer}"
+        flag = "--use_8bit_adam" if getattr(optimizer, "use_8bit_adam", False) else f"--optimizer {optimizer.optimizer}"
         problem = "ZeRO cuts its state where it cannot be put together again"
         raise InvalidArgument(flag, problem, "leave it out, or train without DeepSpeed")
     steps = training.gradient_accumulation_steps

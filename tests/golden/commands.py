@@ -145,7 +145,7 @@ RUNS = {
     ],
     "glue": [
         f"glue {TEXT} --shortcut middle --pre_num 2",
-        f"glue {TEXT} --method lora_matched --label_smoothing_factor 0.1 --max_seq_length 8 --output_dir matched",
+        f"glue {TEXT} --method lora_matched --max_seq_length 8 --output_dir matched",
         f"two glue {TEXT} --method lora --output_dir two",
     ],
 }

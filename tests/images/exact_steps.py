@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from images.runs import parts, read_by
+from reslora.images.context import ImageContext
 from reslora.images.data.samples import TrainingData, training_loader
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
@@ -25,7 +26,6 @@ from reslora.images.model.quantising import pack
 from reslora.images.settings import parse_args, with_family
 from reslora.runtime.script import shares_the_cpu
 from reslora.runtime.signals import StopRequest
-from reslora.training.context import Context
 from reslora.training.loop import take_step
 from reslora.training.preparing import prepare
 from reslora.training.schedule import Schedule
@@ -76,10 +76,18 @@ def setting(
     if file := flags.model.assistant_lora:
         start = read_start(file, str(folder), Model(folder, family, "--model"), "assistant_lora")
         add_assistant(denoiser, start.layers, torch.float64, torch.device("cpu"))
-    context = Context(flags, SimpleNamespace(family=family), accelerator or Accelerator(cpu=True), StopRequest())
+    context = ImageContext(flags, SimpleNamespace(family=family), accelerator or Accelerator(cpu=True), StopRequest())
     loss = DenoisingLoss(context, objective, pipeline, denoiser.config, training_data.class_text)
     loss.context, loss.dtype = context, torch.float64
     return training_data, loss, denoiser
+
+
+def study_of(context: ImageContext) -> SimpleNamespace:
+    """What the training loop reads of a study of images in a step."""
+    passes = context.options.training.gradient_accumulation_steps
+    return SimpleNamespace(
+        context=context, passes=lambda step: passes, count=lambda batch: None, before_training=lambda learner: None
+    )
 
 
 def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Accelerator) -> Learner:
@@ -97,7 +105,7 @@ def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Acce
                 parameter.copy_(torch.randn(parameter.shape, generator=draws) * 0.1)
     groups = [{"params": g["params"], "lr": g.get("lr_factor", 1.0)} for g in made.optimizer.param_groups]
     made.optimizer = torch.optim.SGD(groups)
-    prepare(made, loss.context)
+    prepare(made, study_of(loss.context))
     return made
 
 
@@ -114,7 +122,7 @@ def trained(folder: Path, batch: int, accumulation: int, *flags: str) -> dict[st
     )
     found = {}
     for step in range(STEPS):
-        found[f"loss {step}"] = take_step(learner, batches, loss.context)
+        found[f"loss {step}"] = take_step(learner, batches, study_of(loss.context))
         for name, parameter in learner.trained.named():
             if parameter.requires_grad:
                 found[f"{name} {step}"] = parameter.detach().clone()

@@ -8,11 +8,11 @@ from pipelines import image_folder, qwen_image
 
 from images.runs import RESUME, main, only, parts, printed, refused, without
 from reslora.errors import InvalidArgument
+from reslora.images.context import ImageContext
 from reslora.images.data.dataset import ImageDataset
 from reslora.images.model.families import load_family
 from reslora.images.model_checks import check_family, check_held_out
 from reslora.images.settings import parse_args
-from reslora.training.context import Context
 
 
 @pytest.mark.exhaustive
@@ -113,7 +113,7 @@ def test_one_image_cannot_steer_and_train(brief_flags, capsys, tmp_path, steerin
 @pytest.mark.parametrize(("counts", "warned"), [([1], True), ([1, 1], True), ([1, 2], False)])
 def test_a_validation_loss_of_no_image_is_warned_of(capsys, counts, warned):
     """Class images are never held out."""
-    context = Context(parse_args(["--validation_split", "0.1"]), None, SimpleNamespace(print=print), None)
+    context = ImageContext(parse_args(["--validation_split", "0.1"]), None, SimpleNamespace(print=print), None)
     class_images = ImageDataset(range(9), (), of_class=True)
     check_held_out([*(ImageDataset(range(count), ()) for count in counts), class_images], context)
     line = "warning: --validation_split 0.1: no image can be held out, since no folder has more than one; "

@@ -1,15 +1,14 @@
 """A run's config.json with other flags beside it: what these make meaningless of it, it no longer says."""
 
 import json
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 
 from images.runs import RESUME, only
 from reslora.errors import InvalidArgument
-from reslora.images.output.trackers import note_settings
 from reslora.images.settings import parse_args
+from reslora.training.trackers import note_settings
 
 SPLITS = ["--select_split", "0.2", "--test_split", "0.2"]
 STEERED = ["--save_best", "--validation_split", "0.3", "--max_train_samples", "9"]
@@ -22,8 +21,8 @@ def begun(model, data, tmp_path):
     def flags(*more: str) -> list[str]:
         images = [] if "--dataset_name" in more else ["--train_data_dir", str(data)]
         own = ["--pretrained_model_name_or_path", str(model), *images, *more]
-        values = parse_args([*own, "--output_dir", str(tmp_path)]).flat()
-        note_settings(values, SimpleNamespace(steps=4, validation_steps=2), Mock(trackers=[]))
+        values = parse_args([*own, "--output_dir", str(tmp_path)])
+        note_settings(values, {"max_train_steps": 4, "validation_steps": 2}, Mock(trackers=[]))
         return ["--config", str(tmp_path / "config.json")]
 
     return flags

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reslora.images.content_hash import PIECE, PIECES, content_mark, folder_mark
+from reslora.content_hash import PIECE, PIECES, content_mark, folder_mark
 
 LARGE = (256, 400)  # float32: longer than all pieces that are read of it
 

@@ -49,7 +49,7 @@ def test_each_configuration_trains_what_one_process_does(name, flags, single_pro
 
 def test_processes_that_do_not_find_each_other_are_refused(flags, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as DeepSpeed's launcher says, where accelerate sees one process
-    monkeypatch.setattr("reslora.images.accelerator.Accelerator", lambda **_: Accelerator(cpu=True))
+    monkeypatch.setattr("reslora.training.accelerator.Accelerator", lambda **_: Accelerator(cpu=True))
     monkeypatch.delenv("RANK", raising=False)
     line = refused(capsys, *flags, "--output_dir", tmp_path / "out", quiet=False)
     assert "knows 1 of the 2 processes" in line

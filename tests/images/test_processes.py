@@ -13,6 +13,7 @@ import train_sd
 from images.runs import RESUME, main, refused
 from reslora.images import accelerator as setup
 from reslora.images.settings import ASSETS, parse_args
+from reslora.training.accelerator import take_cores
 from reslora.training.preparing import attention_of
 
 
@@ -101,7 +102,7 @@ def test_the_number_of_threads_is_the_users_and_how_to_give_it_is_printed(
     used = [int(given or 0)]
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    setup.take_cores(2)
+    take_cores(2)
     assert used[-1] == threads
     line = "3 threads per process, because launchers set OMP_NUM_THREADS=1 by default; set it to 2 or more"
     assert (line in capsys.readouterr().out) == said

@@ -3,15 +3,14 @@
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 
 from images.runs import refused
 from reslora.errors import InvalidArgument
-from reslora.images.output.trackers import note_settings
 from reslora.images.settings import ASSETS, parse_args
+from reslora.training.trackers import note_settings
 
 
 def test_the_bundled_pipeline_has_defaults_of_its_own(data):
@@ -165,8 +164,8 @@ def test_a_runs_own_config_gives_the_run_again(run):
 def test_a_runs_config_does_not_say_where_it_went_on_from(tmp_path, capsys):
     """A repeat would go on from there, and be said to have begun afresh. Earlier versions have written it down."""
     resume, here = "--resume_from_checkpoint", ["--output_dir", str(tmp_path)]
-    values = parse_args([*here, resume, "a/checkpoint-2"]).flat()
-    note_settings(values, SimpleNamespace(steps=4, validation_steps=2), Mock(trackers=[]))
+    values = parse_args([*here, resume, "a/checkpoint-2"])
+    note_settings(values, {"max_train_steps": 4, "validation_steps": 2}, Mock(trackers=[]))
     config = tmp_path / "config.json"
     written = json.loads(config.read_text())
     assert "resume_from_checkpoint" not in written and written["max_train_steps"] == 4

@@ -13,15 +13,21 @@ SEE_ALL = {
     "reslora/images/initial_lora.py": "with_start",
     "reslora/images/experiment/requirements.py": "check_batches check_ranks",
     "reslora/texts/arguments.py": "read resolve _checked_llm _checked_glue",
-    "reslora/texts/glue.py": "arguments_of",
-    "reslora/texts/resuming.py": "free_on_resume",
     # a run, which resumes with the same options or is refused
-    "reslora/training/context.py": "Context",
+    "reslora/images/context.py": "ImageContext",
     "reslora/images/accelerator.py": "start_accelerator",
     "reslora/images/run.py": "run begin find_all settle check_folder show_plan",
-    "reslora/training/checkpoints.py": "plan_resume already_trained notes_of write_exports",
-    "reslora/texts/llm.py": "arguments",
-    "reslora/texts/experiment.py": "run opened",
+    "reslora/training/checkpoints.py": "settings_of check_past past_of",
+    "reslora/training/trackers.py": "note_settings",
+    "reslora/texts/plan.py": "show_plan",
+    "reslora/texts/run.py": "begin check_folder identity_of start_accelerator",
+    "reslora/texts/study.py": "schedule_of plan_of adapted",
+    "reslora/texts/experiment.py": "start_texts opened timed",
+    # the examples, the model and the metrics of a run of texts
+    "reslora/texts/llm.py": "model_of read parts prepare load empty calibration validation figures _figures measured "
+    "_evaluated facts",
+    "reslora/texts/glue.py": "read_splits _read encode load_tokenizer load_model check_fit task_of model_of read take "
+    "parts prepare load empty calibration logits evaluated validation figures measured predict facts",
     # the runs of an experiment
     "reslora/experiment/arms.py": "labels_of others_of rates_of reference_of references_of options_of check_values",
     "reslora/experiment/schedule.py": "ArmSchedule",

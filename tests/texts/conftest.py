@@ -3,11 +3,19 @@
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 import train_llm
 from reslora.runtime.script import run_script
 
 from .helpers import VALIDATED, flags, row, write_llama, write_rows
+
+
+@pytest.fixture(autouse=True)
+def _another_run():
+    """A run of its own process, for accelerate: it takes one precision."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,24 +1,29 @@
-"""A tiny adapted model, its trainer, and its log, for the tests of this folder."""
+"""A tiny adapted model, runs of the scripts and their log, for the tests of this folder."""
 
+import copy
 import json
 from pathlib import Path
 
-import pytest
 import torch
-from conftest import assert_one_line, tiny_llama
+from accelerate import Accelerator
+from conftest import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import train_glue
 import train_llm
-from reslora.errors import InvalidArgument
 from reslora.options.texts import GlueOptions, LlmOptions, MethodOptions
 from reslora.runtime.signals import StopRequest
 from reslora.texts import glue, llm
+from reslora.texts.adapter import attach
 from reslora.texts.arguments import read, resolve
-from reslora.texts.callbacks import LogCallback
-from reslora.texts.trainer import AdapterTrainer, attach
-from reslora.texts.training_arguments import AdapterTrainingArguments
+from reslora.texts.llm_tokens import token_losses
+from reslora.texts.study import Texts, TextStudy, plan_of, schedule_of
+from reslora.training.checkpoints import plan_resume
+from reslora.training.context import Context
+from reslora.training.loop import train_method
+from reslora.training.state import Learner
+from reslora.training.study import Identity
 
 METHODS = [("reslora", "input"), ("reslora", "middle"), ("reslora", "block"), ("lora", "none"), ("adalora", "none")]
 METHODS += [("loha", "none"), ("lokr", "none"), ("lora_x2", "none"), ("dora", "none")]
@@ -52,36 +57,19 @@ def token_loss(model, rows) -> float:
     return sum(losses) / len(losses)
 
 
-def assert_not_resumed(folder: Path, named: str, *words: str) -> str:
-    """A run is refused in one line, which has these words, and is returned."""
-    with pytest.raises(InvalidArgument) as error:
-        trainer_for(build()[0], folder).train(resume_from_checkpoint=named)
-    assert_one_line(error, *words)
-    return str(error.value)
-
-
 def adapter_of(method: str = "reslora", **options) -> MethodOptions:
     """A method with these options, as a run has them."""
     return resolve(LlmOptions, {"method": [method], **options}).adapter
 
 
-def parsed(argv: list[str]) -> tuple:
-    """The task, the method, and what `Trainer` is given, of a run of train_llm.py."""
-    found = llm.LlmStudy().arguments(read(LlmOptions, llm.PROG, argv))
-    return found.options.task, found.method, found.training
+def parsed(argv: list[str]) -> LlmOptions:
+    """The options of a run of train_llm.py."""
+    return read(LlmOptions, llm.PROG, argv)
 
 
-def trainer_of(argv: list[str]) -> AdapterTrainer:
-    """The trainer of a run of train_llm.py."""
-    study = llm.LlmStudy()
-    arguments = study.arguments(read(LlmOptions, llm.PROG, argv))
-    study.read(arguments)
-    return study.trainer(arguments, study.adapted(arguments), StopRequest())
-
-
-def parsed_glue(argv: list[str]) -> glue.Arguments:
-    """The options of a run of train_glue.py, with what `Trainer` is given of them."""
-    return glue.arguments_of(read(GlueOptions, glue.PROG, argv))
+def parsed_glue(argv: list[str]) -> GlueOptions:
+    """The options of a run of train_glue.py."""
+    return read(GlueOptions, glue.PROG, argv)
 
 
 def run_llm(argv: list[str], stop: StopRequest | None = None) -> None:
@@ -92,22 +80,6 @@ def run_llm(argv: list[str], stop: StopRequest | None = None) -> None:
 def run_glue(argv: list[str], stop: StopRequest | None = None) -> None:
     """The same of train_glue.py."""
     train_glue.start(argv, stop or StopRequest())
-
-
-def trainer_for(model, folder, callbacks=True, stop=None, **flags) -> AdapterTrainer:
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": STEPS,
-        "save_steps": 2,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    args = AdapterTrainingArguments(**{**defaults, **flags})
-    log = [LogCallback(Path(folder) / "log.jsonl")] if callbacks else None
-    return AdapterTrainer(model, args, stop, train_dataset=rows(), eval_dataset=rows(8), callbacks=log)
 
 
 def read_log(folder) -> list[dict]:
@@ -131,6 +103,65 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 def trained_parameters(model):
     return (value for value in model.parameters() if value.requires_grad)
+
+
+class TinyTexts(Texts):
+    """A tiny LLaMA in memory, trained on random tokens and evaluated on half of them."""
+
+    prog, real, tokenizer = "train_llm.py", "", None
+
+    def __init__(self, base: torch.nn.Module | None = None) -> None:
+        self.base = base
+        self.rows = [{name: value.tolist() for name, value in row.items()} for row in rows()]
+
+    def load(self, options, device):
+        return tiny_llama(layers=3).float() if self.base is None else copy.deepcopy(self.base)
+
+    def collate(self, rows):
+        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+    def losses(self, model, batch):
+        return token_losses(model, batch)
+
+    def count(self, batch):
+        return batch["labels"][:, 1:].numel()
+
+    def validation(self, options, model, check):
+        check()
+        return {"loss": token_losses(model, self.collate(self.rows[:8])).mean().item()}
+
+    def calibration(self, options):
+        return [{"input_ids": self.collate(self.rows)["input_ids"]}]
+
+    def nothing(self, *_):
+        raise NotImplementedError
+
+    empty = model_of = read = parts = prepare = figures = measured = facts = nothing
+
+
+class KeptStudy(TextStudy):
+    """Exports nothing; its texts keep the learner."""
+
+    def export(self, learner, schedule):
+        self.texts.learner = learner
+        return {}
+
+
+def trained_in(
+    folder: Path, method="reslora", shortcut="input", stop=None, resume=None, base=None, texts=None, **options
+) -> Learner:
+    """A run of the training loop in this process, of TinyTexts: what it has trained."""
+    values = {
+        "method": [method], "shortcut": [shortcut], "output_dir": str(folder), "max_steps": STEPS, "save_steps": 2,
+        "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": ["none"], "eval_strategy": "no",
+        "resume_from_checkpoint": resume, "model_name_or_path": "tiny",
+    }  # fmt: skip
+    asked = resolve(LlmOptions, values | options)
+    texts, accelerator = texts or TinyTexts(base), Accelerator(cpu=True)
+    schedule, resolved = schedule_of(plan_of(texts, asked, accelerator).updates, asked)
+    context, identity = Context(resolved, texts, accelerator, stop or StopRequest()), Identity("m", "d", "--m", "--d")
+    train_method(method, plan_resume(asked, identity), KeptStudy(schedule, identity, context, texts))
+    return texts.learner
 
 
 # -- files for train_llm.py -------------------------------------------------------------------------------------------
@@ -177,4 +208,4 @@ def write_rows(folder: Path, **splits: list) -> Path:
 def flags(tiny: Path, data: Path, output: Path, *more) -> list[str]:
     common = f"--model_name_or_path {tiny} --data_dir {data} --output_dir {output} --max_new_tokens 8 --use_cpu"
     training = "--per_device_train_batch_size 4 --max_steps 4 --save_steps 2 --learning_rate 1e-2 --report_to none"
-    return [*common.split(), *training.split(), "--disable_tqdm", "true", *map(str, more)]
+    return [*common.split(), *training.split(), *map(str, more)]

@@ -1,6 +1,5 @@
 """Flags of the language scripts: one line and status 2 for what cannot work."""
 
-import json
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -18,21 +17,17 @@ from reslora.errors import InvalidArgument
 from reslora.options.contradictions import check_method
 from reslora.options.grid import Grid
 from reslora.options.option import number, whole
-from reslora.options.parser import OptionsParser
-from reslora.options.texts import GLUE_TASK, LLM_TASK, PASSED_ON, ZERO2_OFFLOAD, GlueOptions, LlmOptions
+from reslora.options.texts import GLUE_TASK, LLM_TASK, NEAREST, ZERO2_OFFLOAD, GlueOptions, LlmOptions
 from reslora.options.unused import report_unread_by_methods
 from reslora.runtime.script import run_script
-from reslora.texts.arguments import parsed_values, read, resolve
-from reslora.texts.glue import arguments_of
-from reslora.texts.training_arguments import Arguments, training_arguments
+from reslora.texts.arguments import TextParser, read, resolve
 
 SCRIPTS = [(LlmOptions, "train_llm.py"), (GlueOptions, "train_glue.py")]
 
 
 def parse(*argv, kind=LlmOptions):
-    """The options of a run, and what `Trainer` is given of them."""
-    options = read(kind, "script.py", [*argv, "--report_to", "none"])
-    return Arguments(options, training_arguments(options, "script.py"))
+    """The options of a run."""
+    return read(kind, "script.py", [*argv, "--report_to", "none"])
 
 
 def test_a_merge_that_reads_examples_has_some():
@@ -90,19 +85,19 @@ def test_short_texts_are_calibrated_on_more_examples():
 def test_what_is_given_arrives_where_it_is_read(tmp_path):
     words = ["--target_modules", "q_proj", "k_proj", "--lora_alpha=16", "--output_dir", str(tmp_path), "--seed", "7"]
     found = parse(*words)
-    assert (found.method.target_modules, found.method.lora_alpha) == (["q_proj", "k_proj"], 16)
-    assert (found.training.seed, found.training.output_dir, found.training.logging_steps) == (7, str(tmp_path), 1)
+    assert (found.adapter.target_modules, found.adapter.lora_alpha) == (["q_proj", "k_proj"], 16)
+    assert (found.training.seed, found.output.output_dir, found.output.logging_steps) == (7, str(tmp_path), 1)
 
 
 def test_bundled_defaults_hold_until_a_model_is_named():
     bundled = read(LlmOptions, "x", ["--steps", "3"])
-    assert (bundled.task.data_dir, bundled.task.max_new_tokens, bundled.training.learning_rate) == (
+    assert (bundled.task.data_dir, bundled.task.max_new_tokens, bundled.optimizer.learning_rate) == (
         str(LLM_TASK), 24, 5e-3,
     )  # fmt: skip
-    assert read(LlmOptions, "x", ["--lr", "1e-3"]).training.learning_rate == 1e-3
+    assert read(LlmOptions, "x", ["--lr", "1e-3"]).optimizer.learning_rate == 1e-3
     for named in (["--model_name_or_path", "x"], ["--model=x"], ["--model-name-or-path", "x"]):
         found = read(LlmOptions, "x", named)
-        assert (found.task.model_name_or_path, found.task.data_dir, found.training.learning_rate) == ("x", None, 1e-4)
+        assert (found.task.model_name_or_path, found.task.data_dir, found.optimizer.learning_rate) == ("x", None, 1e-4)
     assert resolve(GlueOptions, {}).data.data_dir == str(GLUE_TASK)
 
 
@@ -110,33 +105,27 @@ def test_bundled_defaults_hold_until_a_model_is_named():
 def test_a_number_of_steps_asks_for_steps(kind, prog):
     """The default, that of the bundled models among them, is an epoch, which would leave the number unread."""
 
-    def training(*words):
-        return read(kind, prog, list(words)).training
-
     def strategies(*words):
-        return training(*words).eval_strategy, training(*words).save_strategy
+        found = read(kind, prog, list(words))
+        return found.validation.eval_strategy, found.output.save_strategy
 
     assert strategies() == ("epoch", "epoch")
     assert strategies("--eval_steps", "5") == ("steps", "epoch")
     assert strategies("--save-steps=5") == ("epoch", "steps")
     assert strategies("--save_steps", "5", "--save_strategy", "no", "--eval_steps=5") == ("steps", "no")
-    best = training("--load_best_model_at_end", "--save_steps", "5")
-    assert (best.eval_strategy, best.eval_steps, best.save_strategy, best.save_steps) == ("steps", 5) * 2
 
 
 @pytest.mark.parametrize(("kind", "prog"), SCRIPTS)
 def test_compiling_and_checkpointing_keep_no_activations_of_a_shortcut(kind, prog, tmp_path):
-    """By the name that transformers calls deprecated as by the new one."""
-
     def options(*words):
         return read(kind, prog, ["--use_cpu", "--output_dir", str(tmp_path), *words])
 
-    for flag in ("--gradient_checkpointing", "--activation_checkpointing"):
-        for shortcut in ("input", "middle"):
-            with pytest.raises(InvalidArgument, match=f"^--torch_compile: .* cannot keep --shortcut {shortcut}; leave"):
-                options("--torch_compile", flag, "True", "--shortcut", shortcut)
-        for others in (["--shortcut", "block"], ["--pre_num", "0"], ["--method", "lora"]):
-            options("--torch_compile", flag, "True", *others)
+    both = ("--torch_compile", "--gradient_checkpointing", "True")
+    for shortcut in ("input", "middle"):
+        with pytest.raises(InvalidArgument, match=f"^--torch_compile: .* cannot keep --shortcut {shortcut}; leave"):
+            options(*both, "--shortcut", shortcut)
+    for others in (["--shortcut", "block"], ["--pre_num", "0"], ["--method", "lora"]):
+        options(*both, *others)
     options("--torch_compile")
     options("--gradient_checkpointing", "True")
 
@@ -169,31 +158,41 @@ def test_amendments_without_effect_are_refused(kind, prog, tmp_path):
 
 
 def test_deepspeed_alone_means_the_bundled_configuration():
-    parser = OptionsParser("train_llm.py", LlmOptions)
-    assert parsed_values(parser, ["--deepspeed"]) == ({"deepspeed": str(ZERO2_OFFLOAD)}, {})
-    assert parsed_values(parser, ["--deepspeed", "mine.json", "--bf16"])[0] == {"deepspeed": "mine.json", "bf16": True}
-    assert parsed_values(parser, []) == ({}, {})
+    def given(*words) -> dict:
+        return vars(TextParser("train_llm.py", LlmOptions).parse_args(words))
+
+    assert given("--deepspeed") == {"deepspeed": str(ZERO2_OFFLOAD)}
+    assert given("--deepspeed", "mine.json", "--bf16") == {"deepspeed": "mine.json", "bf16": True}
 
 
-def test_options_that_no_table_has_are_passed_on_as_transformers_reads_them():
-    words = "--label_smoothing_factor 0.1 --lr 1e-3 --dataloader-drop-last --no_dataloader_pin_memory --bf16 False"
-    given, passed_on = parsed_values(OptionsParser("train_llm.py", LlmOptions), words.split())
-    assert given == {"learning_rate": [1e-3], "bf16": False}
-    assert passed_on == {
-        "label_smoothing_factor": 0.1, "dataloader_drop_last": True, "dataloader_pin_memory": False,
-    }  # fmt: skip
+OTHERS = {
+    "output_dir", "learning_rate", "num_train_epochs", "eval_strategy", "save_strategy", "save_total_limit",
+    "logging_steps", "report_to", "optim", "max_steps", "warmup_steps", "gradient_checkpointing",
+}  # fmt: skip
+"""Options whose defaults are others here, or are said otherwise: no limit of steps is None and not -1."""
 
 
 @pytest.mark.parametrize("kind", [LlmOptions, GlueOptions])
-def test_all_options_of_transformers_are_known_with_its_defaults(kind):
-    """With a new one it has to be said whether a resumed run may change it."""
-    theirs = {part.name: part for part in fields(TrainingArguments) if part.init}
-    table = {name for name, option in kind.table().items() if option.group == "training"}
-    passed_on = {*PASSED_ON["fixed"], *PASSED_ON["free"]}
-    assert table | passed_on == theirs.keys() and not table & passed_on
-    own = {"output_dir", "learning_rate", "num_train_epochs", "eval_strategy", "save_strategy", "save_total_limit"}
-    for name in table - own - {"logging_steps", "report_to"}:
-        assert kind.table()[name].default == theirs[name].default, name
+def test_options_of_transformers_have_its_defaults_and_others_are_refused_by_the_nearest(kind, capsys):
+    theirs, table = {part.name: part for part in fields(TrainingArguments) if part.init}, kind.table()
+    for name in table.keys() & theirs.keys() - OTHERS:
+        assert table[name].default == theirs[name].default, name
+    refused = {other: near for near, others in NEAREST.items() for other in others.split()}
+    assert theirs.keys() == {*(table.keys() & theirs.keys()), *(refused.keys() & theirs.keys() - table.keys())}
+    for other, near in refused.items():
+        if other not in table:
+            with pytest.raises(SystemExit):
+                read(kind, "script.py", [f"--{other.replace('_', '-')}", "1"])
+            line = f"script.py: error: --{other}: not supported; the nearest option is --{near}\n"
+            assert capsys.readouterr().err == line and near in table
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "adamw"])
+def test_optimizers_have_transformers_names_too(name):
+    for flag in ("--optim", "--optimizer"):
+        assert read(LlmOptions, "x", [flag, name]).optimizer.optimizer == "adamw"
+    grid = read(LlmOptions, "x", ["--vary", f"optim=adafactor,{name}"])
+    assert grid.varied == {"optimizer": ["adafactor", "adamw"]}
 
 
 def test_nothing_heavy_is_imported_before_the_options_make_sense():
@@ -232,24 +231,19 @@ def test_nothing_heavy_is_imported_before_the_options_make_sense():
         "--num_train_epochs 0",
         "--save_total_limit 0",
         "--eval_steps -1",
-        "--eval_delay nan",
-        "--eval_accumulation_steps 0",
         "--dataloader_num_workers -1",
-        "--data_seed 99999999999999999999",
-        "--neftune_noise_alpha inf",
         ("--data_dir=", "--data_dir: is empty"),
         ("--output-dir=", "--output_dir: is empty"),
         ("--resume_from_checkpoint=", "--resume_from_checkpoint: is empty"),
         ("--target_modules q_proj ", "--target_modules: is empty"),
         ("--output_dir caf\udce9", "--output_dir caf\\udce9: is not UTF-8"),
         "--adam_beta2 1",
-        "--label_smoothing_factor 1",
         ("--lr_scheduler_type sawtooth", "sawtooth"),
-        "--lr_scheduler_kwargs {foo",
-        '--accelerator_config {"foo":1}',
-        "--bf16_full_eval",
-        "--fp16_full_eval",
-        ("--load_best_model_at_end --eval_strategy no", "load_best_model_at_end"),
+        ("--load_best_model_at_end", "--save_best"),
+        ("--save_best --eval_strategy no", "--save_best: nothing is validated; add --eval_strategy epoch"),
+        ("--warmup_ratio 0.1 --warmup_steps 3", "--warmup_ratio 0.1"),
+        ("--bf16 --fp16", "--fp16: contradicts --bf16"),
+        ("--optim paged_adamw", "--optim paged_adamw"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_status_2(capsys, bad):
@@ -302,11 +296,3 @@ def test_numbers_are_finite_and_within_their_bounds(text):
     assert number(0, below=1)("0") == 0
     with pytest.raises(ArgumentTypeError, match="above 0"):
         number(0, exclusive=True)("0")
-
-
-def test_settings_hold_every_option_but_no_secret(tmp_path):
-    options = resolve(GlueOptions, {"output_dir": str(tmp_path), "hub_token": "secret", "token": "secret"})
-    settings = arguments_of(options).settings
-    assert settings["lora_r"] == 4 and settings["learning_rate"] == 3e-3 and settings["output_dir"] == str(tmp_path)
-    assert settings["method"] == "reslora" and settings["calibration_examples"] == 256
-    assert "secret" not in json.dumps(settings) and "select_split" not in settings

@@ -1,5 +1,6 @@
 """train_llm.py with DeepSpeed, on the CPU."""
 
+import json
 import shutil
 
 import pytest
@@ -17,6 +18,7 @@ def test_a_run_with_deepspeed_goes_on_as_if_it_never_stopped(tiny, data, tmp_pat
     forked(SCRIPT, *argv, folder=tmp_path, environment=ZERO)
     shutil.copytree(tmp_path / "run", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoint-3")
+    (tmp_path / "resumed" / "exports.json").unlink()
     argv[argv.index("--output_dir") + 1] = str(tmp_path / "resumed")
     more = ("--resume_from_checkpoint", "latest")
     forked(SCRIPT, *argv, *more, folder=tmp_path, environment=ZERO)
@@ -28,14 +30,8 @@ def test_a_run_with_deepspeed_goes_on_as_if_it_never_stopped(tiny, data, tmp_pat
 def test_one_process_with_the_flag_trains_with_deepspeed_without_a_launcher(tiny, data, single_process, tmp_path):
     argv = flags(tiny, data, tmp_path / "run", *VALIDATED, "--deepspeed")
     assert ended(start_alone(SCRIPT, *argv, printed=tmp_path / "printed")) == 0
-    assert (tmp_path / "run" / "checkpoint-3" / "latest").is_file()  # DeepSpeed's
+    assert json.loads((tmp_path / "run" / "checkpoint-3" / "trainer.json").read_text())["settings"]["deepspeed"]
     assert losses(tmp_path / "run") == pytest.approx(losses(single_process), rel=1e-5)
-
-
-def test_flags_that_differ_from_deepspeeds_configuration_are_one_line(tiny, data, tmp_path):
-    argv = flags(tiny, data, tmp_path / "run", "--gradient_accumulation_steps", "2")
-    with pytest.raises(AssertionError, match=r"error: DeepSpeed's configuration: differs from the flags: ds gradient_"):
-        forked(SCRIPT, *argv, folder=tmp_path, environment=ZERO, processes=1)
 
 
 def test_deepspeed_is_not_left_out_silently(tiny, data, tmp_path):

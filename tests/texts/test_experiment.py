@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -9,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from launching import forked
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import train_glue
 import train_llm
@@ -21,7 +23,8 @@ from reslora.experiment import runner as experiment_run
 from reslora.experiment.arms import Arm, labels_of, place_of
 from reslora.experiment.arms import options_of as options_of_arm
 from reslora.experiment.schedule import ArmSchedule
-from reslora.options.texts import ExperimentOptions, GlueOptions, LlmOptions, LlmTrainingOptions
+from reslora.io import write_checksums, write_json
+from reslora.options.texts import ExperimentOptions, GlueOptions, LlmOptions, LlmValidationOptions
 from reslora.runtime.folder_lock import locked
 from reslora.runtime.script import run_script
 from reslora.runtime.signals import StopRequest
@@ -29,11 +32,13 @@ from reslora.texts import experiment, glue, llm
 from reslora.texts.arguments import read
 from reslora.texts.experiment import options_of
 from reslora.texts.llm_tasks import TASKS, examples_of
-from reslora.texts.llm_trainer import Encoder
+from reslora.texts.llm_tokens import Encoder
 from reslora.texts.split import Parts, parts_of
-from reslora.texts.trainer import AdapterTrainer
+from reslora.texts.study import TextStudy
+from reslora.training import loop
+from reslora.training.context import Context
 
-from .helpers import SCRIPT, token_loss, write_rows
+from .helpers import SCRIPT, bytes_tokenizer, token_loss, write_rows
 from .test_glue import make_rows, write_model
 from .test_glue import write_rows as write_file
 
@@ -53,7 +58,7 @@ def common(tmp_path_factory) -> list[str]:
     }
     data = write_rows(tmp_path_factory.mktemp("data"), **rows)
     words = "--per_device_train_batch_size 4 --max_steps 2 --eval_strategy steps --eval_steps 1 --save_steps 1"
-    words += f" --max_new_tokens 2 --report_to none --use_cpu --disable_tqdm true --lora_dropout 0.1 --data_dir {data}"
+    words += f" --max_new_tokens 2 --report_to none --use_cpu --lora_dropout 0.1 --data_dir {data}"
     return ["--model_name_or_path", str(MODEL), *words.split()]
 
 
@@ -87,15 +92,15 @@ def killed(common, tmp_path_factory) -> tuple[Path, dict[str, int]]:
     class Killed(Exception):
         pass
 
-    def keep(self, args, state, control, **more):
-        kept.append(state.global_step)
+    def keep(self, learner, loss):
+        kept.append(learner.step)
         if len(kept) == 4:
             raise Killed
-        KEEP(self, args, state, control, **more)
+        KEEP(self, learner, loss)
 
-    KEEP = experiment.KeepAdapters.on_evaluate
+    KEEP = TextStudy.keep
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment.KeepAdapters, "on_evaluate", keep)
+        patch.setattr(TextStudy, "keep", keep)
         with pytest.raises(Killed):
             run(*common, *EXPERIMENT, "--output_dir", output)
     return output, times(output)
@@ -220,7 +225,7 @@ def test_an_experiment_whose_folder_is_moved_writes_nothing_more(common, whole, 
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
     found = next(arm for arm in record(output)["arms"] if arm["test"])
     (output / found["folder"] / ("test.json" if moment == "measured" else "exports.json")).unlink()
-    owner = llm.LlmStudy if moment == "measured" else experiment.TextExperiment
+    owner = llm.LlmTexts if moment == "measured" else experiment.TextExperiment
     original = getattr(owner, moment)
 
     def moves(self, *given, **more):
@@ -237,64 +242,36 @@ def test_an_experiment_whose_folder_is_moved_writes_nothing_more(common, whole, 
 @pytest.mark.exhaustive
 def test_an_arm_whose_folder_is_removed_writes_nothing_more(common, tmp_path, monkeypatch, capsys):
     """Else it would make the folder anew, with what comes later alone."""
-    output, keep = tmp_path / "out", experiment.KeepAdapters.on_evaluate
+    output, keep = tmp_path / "out", TextStudy.keep
 
-    def removes(self, *given, **more):
-        keep(self, *given, **more)
-        shutil.rmtree(self.folder)
+    def removes(self, *given):
+        keep(self, *given)
+        shutil.rmtree(self.context.folder)
 
-    monkeypatch.setattr(experiment.KeepAdapters, "on_evaluate", removes)
+    monkeypatch.setattr(TextStudy, "keep", removes)
     assert run(*common, *EXPERIMENT, "--seed", "42", "7", "--output_dir", output) == 1
     assert "was moved or removed during training" in capsys.readouterr().err
     assert not list(output.glob("*/lr-*/seed-*"))
 
 
 @pytest.mark.exhaustive
-def test_an_arm_that_was_killed_in_its_first_checkpoint_begins_afresh(common, tmp_path, monkeypatch):
-    class Killed(Exception):
-        pass
-
-    def kill(folder):
-        (folder / "rng_state.pth").unlink()
-        raise Killed
-
-    command = [*common, "--method", "lora", "--seed", "0", "1", "--output_dir", tmp_path]
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("reslora.texts.trainer.write_checksums", kill)
-        run(*command)
-    assert run(*command) == 0
-    assert {arm["status"] for arm in record(tmp_path)["arms"]} == {"finished"}
-    assert [path.name for path in tmp_path.rglob("*-checkpoint-*")] == ["unfinished-checkpoint-1"]
-
-
-@pytest.mark.exhaustive
 def test_an_arm_that_was_killed_before_its_last_adapter_was_kept_keeps_it_when_it_goes_on(
     common, tmp_path, monkeypatch
 ):
-    """Its checkpoint and its loss are there: by these alone it would have ended, and could not be chosen."""
+    """Its checkpoint is there: by this alone it would have ended, and could not be chosen."""
 
     class Killed(Exception):
         pass
 
-    def kill(self, args, state, control, **more):
+    def kill(*_):
         raise Killed
 
-    command = [*common, "--method", "lora", "--seed", "0", "1", "--max_steps", "1", "--eval_delay", "9"]
-    command += ["--output_dir", tmp_path]
+    command = [*common, "--method", "lora", "--seed", "0", "1", "--max_steps", "1", "--output_dir", tmp_path]
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(experiment.KeepAdapters, "on_evaluate", kill)
+        patched.setattr(TextStudy, "keep", kill)
         run(*command)
     assert [path.name for path in tmp_path.rglob("checkpoint-*")] == ["checkpoint-1"]
     assert run(*command) == 0 and {arm["status"] for arm in record(tmp_path)["arms"]} == {"finished"}
-
-
-@pytest.mark.exhaustive
-def test_what_is_measured_before_the_first_step_is_no_choice(common, tmp_path):
-    words = ["--method", "lora", "--seed", "0", "1", "--max_steps", "1", "--eval_on_start", "--output_dir", tmp_path]
-    assert run(*common, *words) == 0
-    (found, _) = record(tmp_path)["arms"]
-    assert found["select_by_step"].keys() == {"1"}
-    assert [path.name for path in (tmp_path / found["folder"] / "adapters").iterdir()] == ["step-000001"]
 
 
 @pytest.mark.exhaustive
@@ -305,22 +282,21 @@ def test_an_arm_ends_at_the_first_select_loss_that_is_not_finite(common, tmp_pat
     well, failed = record(tmp_path)["arms"]
     assert (well["status"], well["select_by_step"].keys()) == ("finished", {"2", "4"})
     assert (failed["status"], failed["select_by_step"]) == ("failed", {"2": None})
-    assert failed["reason"] == "lora/lr-1e+30/seed-42: loss nan on the selection split at step 2"
+    assert failed["reason"] == "lora/lr-1e+30/seed-42: validation loss nan at step 2"
     assert not (tmp_path / failed["folder"] / "adapters").exists()
 
 
 def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path, capsys):
     output, _ = whole
     for flags, words in (
-        ("--lora_r 2", f"--lora_r 2: {output} was begun with 4; use that, or choose another --output_dir"),
+        ("--lora_r 2", f"--lora_r 2: {output} was trained with 4; use that, or choose another --output_dir"),
         ("--lora_alpha 0", "--lora_alpha 0"),
-        ("--shortcut input block", f"--shortcut input block: {output} was begun with input; "),
+        ("--shortcut input block", f"--shortcut input block: {output} was trained with input; "),
         ("--max_steps 3", "--max_steps 3"),
         ("--per_device_eval_batch_size 3", "--per_device_eval_batch_size 3"),
         ("--max_test_samples 3", f"--max_test_samples 3: {output} was begun with none; leave it out, or choose"),
         ("--select_split 0.2", "the task has a file for this split"),
-        ("--load_best_model_at_end", "this is an experiment"),
-        ("--save_only_model", "--save_only_model: this is an experiment"),
+        ("--save_best", "--save_best: this is an experiment"),
         ("--extend_rates --learning_rate 1e-3", "one learning rate does not determine the next one"),
         ("--extend_rates --learning_rate 0 1e-3", "--learning_rate 0: is not a finite number above 0"),
         ("--extend_rates --learning_rate 1e-3 1.001e-3", "give rates further apart"),
@@ -338,6 +314,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
     assert run(*common, "--experiment_minutes", "3", "--output_dir", tmp_path) == 2
     assert "this is not an experiment" in capsys.readouterr().err
     (tmp_path / "checkpoint-2").mkdir()
+    write_json(tmp_path / "checkpoint-2" / "trainer.json", {})
     assert run(*common, *EXPERIMENT, "--output_dir", tmp_path) == 2
     assert "not an experiment" in capsys.readouterr().err
 
@@ -379,46 +356,28 @@ def test_two_processes_end_well(common, tmp_path):
     printed = forked(SCRIPT, *common, *words, folder=tmp_path)
     assert "error" not in printed and printed.count("peft/ is that of") == 1, printed
     for seed in (0, 1):
-        assert printed.count(f"lr-0.005/seed-{seed}: training\n") == 1, printed
+        assert len(re.findall(rf"run .* of 2.*: reslora/lr-0.005/seed-{seed}\n", printed)) == 1, printed
     assert [arm["status"] for arm in record(tmp_path / "out")["arms"]] == ["finished"] * 2
 
 
-def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, tmp_path, capsys, monkeypatch):
+def test_an_experiment_goes_on_with_as_many_examples_a_step_as_before(common, whole, tmp_path, capsys, monkeypatch):
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)  # with less than was added to it
     command, found = [*common, *EXPERIMENT, "--merge_and_save", "--output_dir", output], record(output)
-    identity = dict(found["identity"])
-    assert identity.pop("num_processes") == 1
     assert run(*command) == 0 and record(output)["identity"] == found["identity"]
-    monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    assert run(*command) == 2
-    assert f"--num_processes 2: {output} was begun with 1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("other", "words"),
-    [
-        ({"num_processes": 2}, "--num_processes 2: .* was begun with 1"),
-        ({"train": "others"}, "--output_dir .*: was begun with other train examples"),
-        ({}, "--eval_steps 2: .* was begun with 1"),
-    ],
-)
-def test_what_differs_is_named_before_when_losses_are_measured_which_follows(tmp_path, other, words):
-    there = {"eval_strategy": "steps", "eval_steps": 1, "num_processes": 1, "train": "these"}
-    (tmp_path / "experiment.json").write_text(json.dumps({"identity": there}))
-    schedule = SimpleNamespace(folder=tmp_path, arms=list, check_racing=lambda: None)
-    runner = SimpleNamespace(schedule=schedule, identity=there | {"eval_steps": 2} | other)
-    with pytest.raises(InvalidArgument, match=words):
-        experiment.take_folder(runner)
+    assert run(*command, "--per_device_train_batch_size", "2") == 2
+    assert f"batch size x accumulation x processes = 2: {output} was trained with 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("module", "script"), [(llm, train_llm), (glue, train_glue)])
 def test_a_plain_run_refuses_other_examples_before_it_loads_the_model(tmp_path, capsys, monkeypatch, module, script):
     monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("loaded"))
     (tmp_path / "checkpoint-1").mkdir()
-    (tmp_path / "config.json").write_text('{"data": "others"}')
-    resume = ["--resume_from_checkpoint", "checkpoint-1", "--output_dir", str(tmp_path), "--use_cpu"]
+    write_json(tmp_path / "checkpoint-1" / "trainer.json", {"method": "reslora", "images": "others"})
+    write_checksums(tmp_path / "checkpoint-1")
+    resume = ["--resume_from_checkpoint", "latest", "--output_dir", str(tmp_path), "--use_cpu"]
     assert run_script("script", script.start, resume) == 2
-    assert f"{tmp_path} was trained on other examples than these" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "error: --data_dir " in line and f"{tmp_path / 'checkpoint-1'} was trained on others, these are " in line
 
 
 def test_a_folder_that_is_trained_in_is_refused_before_anything_is_encoded(common, tmp_path, capsys, monkeypatch):
@@ -446,7 +405,7 @@ def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
 
     def told(files, split=None, limit=None) -> list[str]:
         parts = parts_of(files, str, ExperimentOptions(test_split=split)).limited(None, limit)
-        return experiment.TextExperiment(None, None, parts, StopRequest(), None).too_few()
+        return experiment.TextExperiment(None, None, parts, None, StopRequest(), None).too_few()
 
     texts = [one + other for one in "abcdef" for other in "ghijk"]
     (line,) = told({"train": texts}, 0.01)
@@ -457,7 +416,7 @@ def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
 
 def test_the_select_loss_is_measured_when_it_is_asked_for_or_ten_times():
     def looks(strategy: str, every: float | None) -> dict:
-        return experiment.looks(LlmTrainingOptions(eval_strategy=strategy, eval_steps=every), 95)
+        return experiment.looks(LlmValidationOptions(eval_strategy=strategy, eval_steps=every), 95)
 
     assert looks("no", None)["eval_steps"] == 10 and looks("no", 7)["eval_steps"] == 7 and looks("steps", 7) == {}
 
@@ -469,7 +428,7 @@ def test_an_experiment_at_home_is_where_its_arms_are(tmp_path, monkeypatch, kind
     schedule = ArmSchedule(read(kind, "x", [*EXPERIMENT, "--output_dir=~/out", "--use_cpu"]), 0.0)
     assert schedule.folder == tmp_path / "out"
     for arm in schedule.arms():
-        assert options_of(arm, schedule).training.output_dir == str(schedule.folder_of(arm))
+        assert options_of(arm, schedule).output.output_dir == str(schedule.folder_of(arm))
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -477,23 +436,30 @@ def test_the_compiler_forgets_earlier_arms(tmp_path, monkeypatch, compiled):
     """Each ResLoRA is a model of its own, and beyond the eighth it would run as if it was not compiled."""
     heard = []
 
-    def adapted(self, arguments):
+    def train(*_):
         heard.append("trained")
         raise Stopped("enough is seen")
 
     monkeypatch.setattr(torch.compiler, "reset", lambda: heard.append("forgotten"))
-    monkeypatch.setattr(llm.LlmStudy, "adapted", adapted)
+    monkeypatch.setattr(experiment, "train_method", train)
     words = [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu", *["--torch_compile"] * compiled]
-    schedule = ArmSchedule(read(LlmOptions, "x", words), 0.0)
-    runner = experiment.TextExperiment(schedule, llm.LlmStudy(), None, StopRequest(), None)
+    runner = runner_of(read(LlmOptions, "x", words))
     with pytest.raises(Stopped):
-        runner.train(schedule.arms()[0])
+        runner.train(runner.schedule.arms()[0])
     assert heard == ["forgotten"] * compiled + ["trained"]
+
+
+def runner_of(grid, stop: StopRequest | None = None) -> experiment.TextExperiment:
+    """An experiment with a few examples, of which nothing was loaded."""
+    texts, stop = llm.LlmTexts(), stop or StopRequest()
+    texts.rows, texts.encoder = [{"input_ids": [1], "labels": [1]}] * 4, Encoder(bytes_tokenizer())
+    context = Context(grid.base, None, Accelerator(cpu=True), stop)
+    return experiment.TextExperiment(ArmSchedule(grid, 0.0), texts, Parts([], [], [], 0, []), context, stop, None)
 
 
 def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
     stop, grid = StopRequest(), read(LlmOptions, "x", [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu"])
-    runner = experiment.TextExperiment(ArmSchedule(grid, 0.0), None, None, stop, None)
+    runner = runner_of(grid, stop)
     arm, *_ = runner.schedule.arms()
     runner.begins("testing (1 of 4)", arm)
     stop.signal = signal.SIGTERM
@@ -504,7 +470,7 @@ def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
 def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monkeypatch):
     """Before anything is loaded; what one of the methods reads is not."""
     ends = InvalidArgument("--data_dir", "is not asked for", "go on")
-    monkeypatch.setattr(llm.LlmStudy, "parts", lambda *_: (_ for _ in ()).throw(ends))
+    monkeypatch.setattr(llm.LlmTexts, "parts", lambda *_: (_ for _ in ()).throw(ends))
 
     def told(*flags) -> str:
         assert run("--use_cpu", "--output_dir", tmp_path, *flags) == 2
@@ -521,7 +487,7 @@ def test_numbers_of_blocks_that_mean_the_same_are_told_once(common, tmp_path, ca
     """The chains have five blocks, one for each layer; a plain run says it too."""
     same = "--pre_num 7: 2 of 2 chains are shorter (shortest: 5 blocks); the longest has 5, so this equals --pre_num 4"
     monkeypatch.setattr(experiment_run, "train_and_conclude", lambda *_: None)
-    monkeypatch.setattr(AdapterTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(Stopped("enough is seen")))
+    monkeypatch.setattr(loop, "train_and_export", lambda *_: (_ for _ in ()).throw(Stopped("enough is seen")))
     shortcut = ["--shortcut", "block", "--pre_num", "7"]
     several = ["--method", "reslora", "lora_matched", *shortcut, "4", "--output_dir", tmp_path / "several"]
     assert run(*common, *several) == 0
@@ -553,20 +519,18 @@ def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():
 def test_what_an_experiment_goes_on_with_has_twice_the_rank_as_alpha(tmp_path, rank, alpha):
     """None stands for twice each of several ranks."""
     words = ["--seed", "0", "1", "--use_cpu", f"--output_dir={tmp_path}", "--lora_r", *rank]
-    schedule = ArmSchedule(read(LlmOptions, "x", words), 0.0)
-    runner = experiment.TextExperiment(schedule, llm.LlmStudy(), Parts([], [], [], 0, []), StopRequest(), None)
-    assert runner.identity["lora_alpha"] == alpha
-    assert {runner.arguments_of(arm).method.lora_alpha for arm in schedule.arms()} == (
-        {8, 32} if alpha is None else {alpha}
-    )
+    runner = runner_of(read(LlmOptions, "x", words))
+    found = {runner.study_of(arm).method.lora_alpha for arm in runner.schedule.arms()}
+    assert found == ({8, 32} if alpha is None else {alpha})
+    assert runner.identity["settings"]["lora_alpha"] == alpha
 
 
 @pytest.mark.parametrize("script", ["llm", "glue"])
 def test_limits_hold_for_what_is_cut_out_of_the_training_examples_too(tmp_path, script):
     """The only file beside them is what methods are compared by."""
     kind, study, flags, limit = {
-        "llm": (LlmOptions, llm.LlmStudy, "", "--max_test_samples"),
-        "glue": (GlueOptions, glue.GlueStudy, "--task_name rte", "--max_predict_samples"),
+        "llm": (LlmOptions, llm.LlmTexts, "", "--max_test_samples"),
+        "glue": (GlueOptions, glue.GlueTexts, "--task_name rte", "--max_predict_samples"),
     }[script]
     rest = {"Question": "", "Equation": "1", "Answer": 1, "sentence2": "", "label": 0}
     rows = [{"Body": a + b, "sentence1": a + b} | rest for a in "abcdef" for b in "ghijkl"]
@@ -574,8 +538,7 @@ def test_limits_hold_for_what_is_cut_out_of_the_training_examples_too(tmp_path, 
 
     def parts(*limits):
         words = f"{flags} --data_dir {data} --output_dir {tmp_path / 'out'} --use_cpu".split()
-        arguments = study().arguments(read(kind, "x", [*words, *limits]))
-        return study().parts(arguments, ExperimentOptions(select_split=0.3))
+        return study().parts(read(kind, "x", [*words, *limits]), ExperimentOptions(select_split=0.3))
 
     whole, fewer, tested = parts(), parts("--max_eval_samples", "2"), parts(limit, "2")
     assert len(whole.select) > 2 and len(whole.test) == 6
@@ -593,7 +556,7 @@ def test_glue_arms_equal_plain_runs_and_are_judged_by_its_metrics(tmp_path, caps
     for seed, (split, count) in enumerate({"train": 24, "validation": 6, "test": 8}.items()):
         write_file(data / f"{split}.jsonl", make_rows("rte", count, seed))
     words = f"--task_name rte --data_dir {data} --model_name_or_path {model} --max_steps 2 --eval_strategy steps"
-    words += " --eval_steps 2 --save_strategy no --use_cpu --report_to none --disable_tqdm true --lora_r 2"
+    words += " --eval_steps 2 --save_strategy no --use_cpu --report_to none --lora_r 2"
 
     def trained(*more) -> int:
         return run_script("train_glue.py", train_glue.start, [*words.split(), *map(str, more)])

@@ -10,20 +10,26 @@ import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from peft import PeftModel
 from suites import quick
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_llm
 from reslora.errors import InvalidArgument
 from reslora.options.texts import ZERO2_OFFLOAD
 from reslora.runtime.folder_lock import locked
 from reslora.runtime.script import run_script
-from reslora.texts import experiment, llm, llm_trainer
+from reslora.texts import llm, study
 from reslora.texts.llm_tasks import TASKS, Example, examples_of
-from reslora.texts.llm_trainer import Encoder
-from reslora.texts.trainer import AdapterTrainer
+from reslora.texts.llm_tokens import Encoder
+from reslora.texts.plan import saved_bytes
+from reslora.training import loop
 from texts.helpers import parsed
 
 from .helpers import bytes_tokenizer, flags, row, token_loss, write_rows
+
+
+def loaded(options) -> dict[str, list[Example]]:
+    """The examples of a run."""
+    return llm.load_examples(options.task, options.training.seed, options.validation.eval_strategy != "no")
 
 
 def run(argv: list[str]) -> int:
@@ -31,12 +37,12 @@ def run(argv: list[str]) -> int:
 
 
 def test_memory_that_runs_out_leaves_the_checkpoints_and_says_which(tiny, data, tmp_path, capsys, monkeypatch):
-    step = AdapterTrainer.training_step
+    step = loop.take_step
 
-    def take_too_much(self, *given) -> torch.Tensor:
-        return torch.empty(2**60) if self.state.global_step == 3 else step(self, *given)
+    def take_too_much(learner, *given) -> torch.Tensor:
+        return torch.empty(2**60) if learner.step == 3 else step(learner, *given)
 
-    monkeypatch.setattr(AdapterTrainer, "training_step", take_too_much)
+    monkeypatch.setattr(loop, "take_step", take_too_much)
     assert run(flags(tiny, data, tmp_path / "run", "--method", "lora")) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("train_llm.py: memory ran out (") and f"{tmp_path}/run/checkpoint-2: resume with" in line
@@ -88,7 +94,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, data, tmp_path):
     assert run(flags(tiny, data, tmp_path / "whole", *more)) == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
-    (tmp_path / "resumed" / "results.json").unlink()
+    for name in ("results.json", "exports.json"):
+        (tmp_path / "resumed" / name).unlink()
     assert run(flags(tiny, data, tmp_path / "resumed", *more)) == 2  # it would mix two runs
     assert run(flags(tiny, data, tmp_path / "resumed", *more, "--lora_r", 2, "--resume_from_checkpoint", "latest")) == 2
     other = [*more, "--learning_rate", "2e-2", "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-2"]
@@ -106,12 +113,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, data, tmp_path):
 @pytest.mark.exhaustive
 def test_gradient_checkpointing_and_bf16_run(tiny, data, tmp_path, monkeypatch):
     """Of the four examples to validate on one comes to seven, which is said of all."""
-    answers = llm_trainer.generate
+    answers = llm.generate
 
     def sevens(model, encoder, examples, max_new_tokens):
         return ["The answer is 7." for _ in answers(model, encoder, examples, max_new_tokens)]
 
-    monkeypatch.setattr(llm_trainer, "generate", sevens)
+    monkeypatch.setattr(llm, "generate", sevens)
     more = ["--gradient_checkpointing", "--bf16", "--shortcut", "middle", "--max_steps", "2", "--save_steps", "2"]
     more += ["--eval_strategy", "steps", "--eval_steps", "2", "--eval_accuracy"]
     assert run(flags(tiny, data, tmp_path, *more)) == 0
@@ -125,15 +132,14 @@ def test_metamathqa_is_tested_on_gsm8k_and_draws_its_examples(tiny, tmp_path):
     common = ["--task", "metamathqa", "--max_train_samples", 5]
 
     def load(*more):
-        arguments, _, training = parsed(flags(tiny, data, tmp_path, *common, *more))
-        return llm.load_examples(arguments, training)
+        return loaded(parsed(flags(tiny, data, tmp_path, *common, *more)))
 
     examples = load()
     assert examples["test"] == [Example("1 + 1?", "Add.", "2")] and not examples["validation"]
     assert len(examples["train"]) == 5 == len(set(examples["train"]))
     assert examples["train"] == load()["train"] != load("--seed", 1)["train"]
-    arguments, _, _ = parsed(flags(tiny, data, tmp_path, "--task", "metamathqa"))
-    assert arguments.max_train_samples == 40_000
+    options = parsed(flags(tiny, data, tmp_path, "--task", "metamathqa"))
+    assert options.task.max_train_samples == 40_000
 
 
 def numbered(count: int, start: int = 0) -> list[dict]:
@@ -146,8 +152,7 @@ def test_a_checkpoint_is_never_chosen_by_what_it_is_tested_on(tiny, tmp_path, ca
     data = write_rows(tmp_path / "data", train=numbered(50), **{split: numbered(10, 50) for split in splits})
 
     def load(*more):
-        arguments, _, training = parsed(flags(tiny, data, tmp_path, "--eval_strategy", "steps", *more))
-        return llm.load_examples(arguments, training)
+        return loaded(parsed(flags(tiny, data, tmp_path, "--eval_strategy", "steps", *more)))
 
     found = load()
     assert "5 of 50 training examples are held out for validation" in capsys.readouterr().out
@@ -161,12 +166,10 @@ def test_a_checkpoint_is_never_chosen_by_what_it_is_tested_on(tiny, tmp_path, ca
     limited = load("--max_eval_samples", 2, "--max_test_samples", 3)
     assert (limited["validation"], limited["test"]) == (found["validation"][:2], found["test"][:3])
     assert len(load("--eval_strategy", "no")["train"]) == 50
-    assert load("--eval_strategy", "no", "--eval_on_start") == found
 
 
 def test_validation_examples_of_their_own_are_taken(tiny, data, tmp_path, capsys):
-    arguments, _, training = parsed(flags(tiny, data, tmp_path, "--eval_strategy", "steps"))
-    found = llm.load_examples(arguments, training)
+    found = loaded(parsed(flags(tiny, data, tmp_path, "--eval_strategy", "steps")))
     assert [len(found[split]) for split in ("train", "validation", "test")] == [32, 4, 6]
     assert "held out" not in capsys.readouterr().out
 
@@ -174,8 +177,7 @@ def test_validation_examples_of_their_own_are_taken(tiny, data, tmp_path, capsys
 def test_hellaswags_test_file_without_labels_counts_as_none(tiny, tmp_path, capsys):
     """The hub's has none: what is trained is tested on the validation examples."""
     data = write_rows(tmp_path / "data", train=[swag("0")], validation=[swag("1")], test=[swag("")] * 2)
-    arguments, _, training = parsed(flags(tiny, data, tmp_path, "--task", "hellaswag"))
-    found = llm.load_examples(arguments, training)
+    found = loaded(parsed(flags(tiny, data, tmp_path, "--task", "hellaswag")))
     assert [example.gold for example in found["test"]] == ["1"]
     assert capsys.readouterr().out.startswith(f"{data / 'test.jsonl'}: all its labels are empty")
 
@@ -191,11 +193,10 @@ def test_a_single_training_example_cannot_be_held_out(tiny, tmp_path, capsys):
 
 def test_the_best_checkpoint_is_chosen_on_held_out_training_examples(tiny, tmp_path):
     data = write_rows(tmp_path / "data", train=numbered(30), test=numbered(6, 30))
-    more = ["--eval_strategy", "steps", "--eval_steps", 2, "--load_best_model_at_end", "--method", "lora"]
+    more = ["--eval_strategy", "steps", "--eval_steps", 2, "--save_best", "--method", "lora"]
     assert run(flags(tiny, data, tmp_path / "run", *more)) == 0
-    arguments, _, training = parsed(flags(tiny, data, tmp_path / "other", *more))
     encoder = Encoder(AutoTokenizer.from_pretrained(tiny))
-    held_out = llm.load_examples(arguments, training)["validation"]
+    held_out = loaded(parsed(flags(tiny, data, tmp_path / "other", *more)))["validation"]
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "run" / "peft").eval()
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     best = min(line["loss"] for line in log if line["split"] == "validation")
@@ -237,19 +238,16 @@ BAD_FLAGS = [
     "--seed 4294967296",
     ("--report_to tensorbord", "--report_to tensorbord", "tensorboard"),
     "--optim paged_adamw_8bit",
-    ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr", "min_lr"),
-    ('--lr_scheduler_kwargs {"foo":1}', '--lr_scheduler_type linear --lr_scheduler_kwargs {"foo": 1}: ', "foo"),
+    ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type", "cosine_with_min_lr"),
+    ("--lr_scheduler_kwargs {}", "--lr_scheduler_kwargs", "--lr_scheduler_type"),
     "--no_such_flag",
     ("--eval_strategy sometimes", "sometimes"),
-    ("--load_best_model_at_end --eval_strategy no", "load_best_model_at_end"),
-    ("--metric_for_best_model bleu", "--metric_for_best_model bleu", "accuracy"),
     ("--dtype int8", "--dtype", "int8"),
     ("--output_dir /dev/null/run", "--output_dir /dev/null/run", "choose another"),
     ("--fp16", "--fp16", "needs a GPU"),
     ("--bf16 --use_cpu false", "--bf16", "add --use_cpu"),
     ("--push_to_hub", "--push_to_hub", "hf upload"),
     ("--deepspeed", "--deepspeed", "not installed"),
-    ("--use_liger_kernel", "--use_liger_kernel", "not installed", "pip install liger-kernel"),
     ("--load_in_4bit", "--load_in_4bit", "not installed"),
     ("--model_name_or_path /no/such/folder", "--model_name_or_path /no/such/folder", "no such folder"),
     ("--data_dir /no/such/folder", "--data_dir /no/such/folder", "train.jsonl", "Body, Question"),
@@ -260,19 +258,22 @@ BAD_FLAGS = [
 ]
 
 
+FOUND_OUT_LATE = ("--target_modules", "--max_new_tokens")
+"""By the model, which is loaded once the settings are written."""
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("bad", BAD_FLAGS, ids=str)
 def test_a_bad_flag_is_one_line_and_status_2(tiny, data, tmp_path, capsys, monkeypatch, bad):
     given, *words = (bad, bad) if isinstance(bad, str) else bad
-    missing = {"deepspeed", "bitsandbytes", "liger_kernel"}
+    missing = {"deepspeed", "bitsandbytes"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *more: None if name in missing else find_spec(name, *more)
     )
     one_line(flags(tiny, data, tmp_path / "run", *given.split()), capsys, words)
-    found_out_late = {"--resume_from_checkpoint", "--optim", "--lr_scheduler_type", "--lr_scheduler_kwargs"}
-    assert not (tmp_path / "run" / "config.json").exists() or given.split()[0] in found_out_late
+    assert not (tmp_path / "run" / "config.json").exists() or given.split()[0] in FOUND_OUT_LATE
 
 
 def one_line(argv: list[str], capsys, words) -> None:
@@ -343,7 +344,7 @@ def test_another_task_is_not_read_from_the_bundled_examples(tiny, tmp_path, caps
     words = ["--task gsm8k: the bundled examples are svamp's", "--data_dir DIR", "--model_name_or_path MODEL"]
     one_line(command, capsys, words)
     for named in (["--data_dir", str(tmp_path)], ["--model_name_or_path", str(tiny)]):
-        assert parsed([*command, *named])[0].task == "gsm8k"
+        assert parsed([*command, *named]).task.task == "gsm8k"
 
 
 @pytest.mark.parametrize(
@@ -380,14 +381,13 @@ def test_two_runs_do_not_share_a_folder(tiny, data, tmp_path, capsys):
 
 @pytest.mark.exhaustive
 def test_a_folder_that_is_moved_while_merges_are_measured_is_not_made_anew(tiny, data, tmp_path, capsys, monkeypatch):
-    """With --save_strategy no nothing was written before."""
-    output, measure = tmp_path / "run", experiment.merge_table
+    output, measure = tmp_path / "run", study.merge_table
 
     def moved(*given):
         output.rename(tmp_path / "moved")
         return measure(*given)
 
-    monkeypatch.setattr(experiment, "merge_table", moved)
+    monkeypatch.setattr(study, "merge_table", moved)
     assert run(flags(tiny, data, output, "--save_strategy", "no")) == 1
     assert f"--output_dir {output} was moved or removed" in capsys.readouterr().err
     assert not output.exists() and not (tmp_path / "moved" / "peft").exists()
@@ -404,8 +404,7 @@ def test_separators_inside_a_row_do_not_end_its_line(tiny, tmp_path):
     data = write_rows(tmp_path / "data", train=[row(0)], test=[row(0)])
     odd = json.dumps({**row(0), "Body": "One\u2028two\u0085three"}, ensure_ascii=False)
     (data / "train.jsonl").write_text(f"\n{odd}\r\n", encoding="utf-8", newline="")
-    arguments, _, training = parsed(flags(tiny, data, tmp_path))
-    assert llm.load_examples(arguments, training)["train"][0].prompt.startswith("One\u2028two\u0085three")
+    assert loaded(parsed(flags(tiny, data, tmp_path)))["train"][0].prompt.startswith("One\u2028two\u0085three")
 
 
 def test_a_data_set_that_needs_code_or_cannot_be_reached_is_refused_with_the_file_form(
@@ -436,8 +435,7 @@ def test_rows_from_the_hub_are_read_split_by_split(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     argv = flags(tiny, tmp_path, tmp_path / "run", "--task", "hellaswag")
     at = argv.index("--data_dir")
-    arguments, _, training = parsed(argv[:at] + argv[at + 2 :])
-    examples = llm.load_examples(arguments, training)
+    examples = loaded(parsed(argv[:at] + argv[at + 2 :]))
     assert asked == [("Rowan/hellaswag", "train"), ("Rowan/hellaswag", "validation")]
     assert len(examples["test"]) == 1 and not examples["validation"]
 
@@ -465,7 +463,7 @@ def test_a_loss_that_is_no_number_is_one_line_and_status_1(tiny, data, tmp_path,
         model.model.norm.weight.fill_(torch.nan)
     model.save_pretrained(tmp_path / "broken")
     assert run(flags(tmp_path / "broken", data, tmp_path / "run")) == 1
-    assert "train_llm.py: loss nan at step 1" in capsys.readouterr().err
+    assert "train_llm.py: reslora: train loss nan at step 1" in capsys.readouterr().err
     assert not (tmp_path / "run" / "results.json").exists()
 
 
@@ -478,3 +476,52 @@ def test_a_run_that_diverges_at_its_last_step_exports_nothing(tiny, data, tmp_pa
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "train_llm.py:" in line]
     assert "lower --learning_rate" in line
     assert not (tmp_path / "run" / "results.json").exists() and not (tmp_path / "run" / "peft").exists()
+
+
+@pytest.mark.parametrize("more", [("--method", "lora"), ("--shortcut", "middle", "--gradient_checkpointing")])
+def test_a_plan_counts_steps_and_memory_and_writes_nothing(tiny, data, tmp_path, capsys, more):
+    argv = [*flags(tiny, data, tmp_path / "run", *more, "--eval_steps", 2), "--plan"]
+    assert run(argv) == 0
+    steps, memory = capsys.readouterr().out.splitlines()[-2:]
+    assert steps == "4 steps, 8 steps in an epoch of 32 examples; 2 evaluations, and a checkpoint every 2 steps"
+    assert memory.startswith("about 0.00 GiB on each device: ")
+    assert not (tmp_path / "run").exists()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny))
+    found = saved_bytes(model, {"input_ids": torch.zeros(2, 8, dtype=torch.long, device="meta")})
+    logits = 2 * 4 * 2 * 8 * model.config.vocab_size
+    assert found > logits + 3 * 2 * 8 * model.config.hidden_size * 4  # at least an input of each layer
+
+
+def test_a_run_may_start_from_a_lora_of_peft(tiny, data, tmp_path, capsys):
+    """What is trained then is what was exported, until the first step; another one is not resumed with."""
+    assert run(flags(tiny, data, tmp_path / "first", "--method", "lora", "--lora_r", "2")) == 0
+    before = json.loads((tmp_path / "first" / "results.json").read_text())["table"]["unmerged"]["loss"]
+    start = ("--init_lora", tmp_path / "first" / "peft", "--max_steps", "1", "--learning_rate", "1e-12")
+    argv = flags(tiny, data, tmp_path / "then", "--method", "lora", *start)
+    assert run(argv) == 0
+    results = json.loads((tmp_path / "then" / "results.json").read_text())
+    assert results["lora_r"] == 2 and results["table"]["unmerged"]["loss"] == pytest.approx(before, rel=1e-5)
+    (tmp_path / "then" / "exports.json").unlink()
+    at = argv.index("--init_lora")
+    rest = [*argv[:at], *argv[at + 2 :], "--lora_r", "2", "--target_modules", "q_proj", "v_proj"]
+    one_line([*rest, "--resume_from_checkpoint", "latest"], capsys, ["--init_lora", "was started from another LoRA"])
+    one_line(flags(tiny, data, tmp_path / "other", "--init_lora", data), capsys, ["--init_lora", "no LoRA of PEFT"])
+    one_line(flags(tiny, data, tmp_path / "other", "--method", "loha", *start), capsys, ["--method loha trains no"])
+
+
+@pytest.mark.exhaustive
+def test_a_model_may_move_but_not_change_before_a_run_resumes(tiny, data, tmp_path, capsys):
+    assert run(flags(tiny, data, tmp_path / "run", "--method", "lora", "--max_steps", "2")) == 0
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    again = ("--method", "lora", "--max_steps", "4", "--resume_from_checkpoint", "latest")
+    assert run(flags(moved, shutil.copytree(data, tmp_path / "data"), tmp_path / "run", *again)) == 0
+    model = AutoModelForCausalLM.from_pretrained(moved)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    model.save_pretrained(moved)
+    one_line(
+        flags(moved, data, tmp_path / "run", *again, "--max_steps", "6"),
+        capsys,
+        [f"--model_name_or_path {moved}: ", "from a model with other content"],
+    )

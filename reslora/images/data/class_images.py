@@ -25,7 +25,7 @@ from ...options.images import DataOptions, OutputOptions
 from ...runtime.folder_lock import guarded
 from ...runtime.processes import LONGEST_WAIT, broadcast_from_main, on_all
 from ...runtime.signals import NOT_BEGUN
-from ...training.context import Context
+from ..context import ImageContext
 from ..generators import derive
 from .dataset import METADATA, ImageDataset
 from .folders import kohyas_folders, load_folders
@@ -38,7 +38,7 @@ LOCK = "class images"  # a path in the folder to lock; the folder's own lock may
 PAUSE = timedelta(seconds=1)  # between two attempts to get the lock
 
 
-def load_class_images(context: Context) -> list[ImageDataset]:
+def load_class_images(context: ImageContext) -> list[ImageDataset]:
     """Return the images in --class_data_dir, after generating missing ones; [] without the option."""
     options = context.options
     if options.data.class_data_dir is None:
@@ -84,7 +84,7 @@ def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
     return max(0, missing)
 
 
-def draw_missing(context: Context) -> None:
+def draw_missing(context: ImageContext) -> None:
     """Generate images of --class_prompt until --num_class_images exist.
 
     The base model generates them. The random generator of each image is seeded with --seed and the file name.
@@ -99,7 +99,7 @@ def draw_missing(context: Context) -> None:
                 draw(folder, missing, context)
 
 
-def exclusive_lock(folder: Path, context: Context) -> contextlib.AbstractContextManager[object]:
+def exclusive_lock(folder: Path, context: ImageContext) -> contextlib.AbstractContextManager[object]:
     """Return the lock on a folder, after waiting until no other run on this machine generates class images into it.
 
     Raises `RunFailed` after LONGEST_WAIT; a request to stop ends the wait.
@@ -120,7 +120,7 @@ def exclusive_lock(folder: Path, context: Context) -> contextlib.AbstractContext
     )
 
 
-def draw(folder: Path, missing: int, context: Context) -> None:
+def draw(folder: Path, missing: int, context: ImageContext) -> None:
     """Generate `missing` class images into the folder, under unused file names."""
     options = context.options
     names = (folder / f"class-{number:05d}.png" for number in range(options.data.num_class_images))

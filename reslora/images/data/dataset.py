@@ -12,12 +12,12 @@ import datasets
 import PIL.Image
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from ...content_hash import Content, content_mark
 from ...errors import InvalidArgument, RunFailed, first_line
 from ...formatting import pluralize
 from ...io import all_below
 from ...options.images import DataOptions, ModelOptions, OutputOptions, TrainingOptions
 from ...options.prompts import clean
-from ..content_hash import Content, content_mark
 from ..generators import derive, shuffled
 from .buckets import kept
 from .caption_files import CAPTIONS, caption_files, caption_in, read_caption

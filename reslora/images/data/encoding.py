@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from ...errors import InvalidArgument, RunFailed
 from ...options.images import DataOptions, TrainingOptions
 from ...runtime.signals import NOT_BEGUN
-from ...training.context import Context
 from ..cache_folder import cache_folder
+from ..context import ImageContext
 from ..generators import derive, generator
 from ..model.families.base import Family
 from .buckets import kept
@@ -94,7 +94,7 @@ def encode_texts(
     texts: Sequence[Instruction],
     key: object,
     load_encoders: Callable[[], DiffusionPipeline],
-    context: Context,
+    context: ImageContext,
     references: Mapping[str, Callable[[], Image]] | None = None,
 ) -> Texts:
     """Return the text states of each distinct caption; the encoders are loaded only if states are missing on disk.
@@ -229,7 +229,9 @@ def opened(images: ImageDataset, index: int, masked: bool) -> tuple[Image, Image
     return NOTHING_COUNTS if mask is not None and mask.getbbox() is None else (image, mask, reference)
 
 
-def encode_images(variants: Variants, key: object, vae: nn.Module, context: Context) -> tuple[Latents, dict[int, str]]:
+def encode_images(
+    variants: Variants, key: object, vae: nn.Module, context: ImageContext
+) -> tuple[Latents, dict[int, str]]:
     """Return the latents of all variants, and the reasons why images cannot be trained on, by the image's number.
 
     `key` identifies the autoencoder. Only images whose latents are not on disk yet are opened and encoded.
@@ -240,7 +242,7 @@ def encode_images(variants: Variants, key: object, vae: nn.Module, context: Cont
     return Latents(found, variants.count, range(len(variants))), found.problems()
 
 
-def damaged_images(images: ImageDataset, context: Context) -> dict[int, str]:
+def damaged_images(images: ImageDataset, context: ImageContext) -> dict[int, str]:
     """Return the reasons why images cannot be trained on, by the image's number, in a run that stores no latents.
 
     Each image is opened once, and the result is cached for later runs.
@@ -251,7 +253,9 @@ def damaged_images(images: ImageDataset, context: Context) -> dict[int, str]:
     return found.problems()
 
 
-def _fill(found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item], phase: str, context: Context) -> None:
+def _fill(
+    found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item], phase: str, context: ImageContext
+) -> None:
     """Store what `make` returns for each image that is not stored yet, or why the image cannot be trained on."""
     accelerator = context.accelerator
     total = sum(map(len, share(found, PART_OF_IMAGES, accelerator)))
@@ -273,7 +277,7 @@ def _fill(found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item]
         _filled(found, PART_OF_IMAGES, items, context)
 
 
-def _filled(found: Encoded, part: int, make: Callable[[Sequence[int]], Generator[Item]], context: Context) -> None:
+def _filled(found: Encoded, part: int, make: Callable[[Sequence[int]], Generator[Item]], context: ImageContext) -> None:
     """Call `fill`; if it fails because another process has stopped on request, stop this process in the same way."""
     try:
         fill(found, part, make, context.accelerator)

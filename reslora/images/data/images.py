@@ -14,8 +14,8 @@ import PIL.ImageOps
 import PIL.TiffImagePlugin
 import torch
 
+from ...content_hash import Content
 from ...errors import first_line
-from ..content_hash import Content
 from .size import Size
 
 UNREADABLE = "cannot be read now"

@@ -4,7 +4,7 @@ from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 
 from ...formatting import is_or_are, printable
-from ...training.context import Context
+from ..context import ImageContext
 from ..model.loading import Model
 from ..prompts import prompts_of
 from .dataset import ImageDataset
@@ -15,7 +15,7 @@ Place = tuple[ImageDataset, int] | str
 """An image of a dataset, or the option that a prompt comes from."""
 
 
-def print_long_captions(training_data: TrainingData, pipeline: DiffusionPipeline, context: Context) -> None:
+def print_long_captions(training_data: TrainingData, pipeline: DiffusionPipeline, context: ImageContext) -> None:
     """Print how many captions and prompts are longer than the text encoder's limit, with the longest as an example."""
     reader = reader_of(pipeline, context.model)
     if reader is None or not context.accelerator.is_main_process:

@@ -13,7 +13,7 @@ from ...formatting import is_or_are, pluralize, printable
 from ...io import read_object, write_json
 from ...options.images import DataOptions
 from ...runtime.processes import all_gather, broadcast_from_main
-from ...training.context import Context
+from ..context import ImageContext
 from ..model.loading import wide_enough
 from ..model.objective import Objective
 from ..prompts import UNRELATED, prompts_of
@@ -43,7 +43,7 @@ VARIANTS, FEW_VARIANTS = 4, 1000  # the most texts encoded beforehand: per capti
 
 
 def material_of(
-    kinds: Sequence[ImageDataset], pipeline: DiffusionPipeline, objective: Objective, context: Context
+    kinds: Sequence[ImageDataset], pipeline: DiffusionPipeline, objective: Objective, context: ImageContext
 ) -> TrainingData:
     """Return the training data, with captions and images encoded or found in the cache.
 
@@ -70,7 +70,7 @@ def material_of(
     return with_texts(training_data, pipeline, context)
 
 
-def note_images(training_data: TrainingData, context: Context, goes_on: bool) -> None:
+def note_images(training_data: TrainingData, context: ImageContext, goes_on: bool) -> None:
     """Write to `images.json` which images the run uses. Call this after all images were opened to find damaged ones.
 
     Raises `InvalidArgument` if processes find different images damaged. Raises it also if a resumed run would use other
@@ -93,7 +93,7 @@ def note_images(training_data: TrainingData, context: Context, goes_on: bool) ->
     broadcast_from_main(note)
 
 
-def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context: Context) -> TrainingData:
+def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context: ImageContext) -> TrainingData:
     """Return the training data with the text states of all prompts and, if captions are cached, of all captions.
 
     If there are too many captions to cache, the text encoders are loaded into the pipeline, and each training step
@@ -174,7 +174,7 @@ def captions_of(training_data: TrainingData, processes: int) -> list[str] | None
     return list(captions)
 
 
-def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, context: Context) -> list[Source]:
+def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, context: ImageContext) -> list[Source]:
     """Return one source per resolution.
 
     The first has all images, split into training and held-out images; class images are not split. The sources of other
@@ -197,7 +197,7 @@ def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, co
     return found
 
 
-def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: Context) -> Source:
+def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: ImageContext) -> Source:
     """Return a source of the undamaged images, with their latents and buckets; no image is held out yet."""
     options = context.options
     if options.data.cache_latents:
@@ -243,7 +243,7 @@ def size_of(image: tuple[int, int], resolution: int, multiple: int, options: Dat
     return size, size not in buckets
 
 
-def print_bucket_sizes(sources: Sequence[Source], context: Context) -> None:
+def print_bucket_sizes(sources: Sequence[Source], context: ImageContext) -> None:
     """Print the number of images in each bucket."""
     if context.options.data.use_aspect_ratio_buckets or len(context.options.data.resolution) > 1:
         found = Counter(source.size(image) for source in sources for image in range(len(source.images)))
@@ -251,7 +251,7 @@ def print_bucket_sizes(sources: Sequence[Source], context: Context) -> None:
         context.accelerator.print(f"{pluralize(len(found), 'bucket')} (height x width: images): {', '.join(counts)}")
 
 
-def print_folder_counts(training_data: TrainingData, context: Context) -> None:
+def print_folder_counts(training_data: TrainingData, context: ImageContext) -> None:
     """Print repeats, weight and masks of each source that has a label."""
     plan = training_data.plan(context.accelerator.num_processes)
     print_uneven_buckets(plan, context)
@@ -270,7 +270,7 @@ def print_folder_counts(training_data: TrainingData, context: Context) -> None:
             context.accelerator.print(printable(line))
 
 
-def print_uneven_buckets(plan: Plan, context: Context) -> None:
+def print_uneven_buckets(plan: Plan, context: ImageContext) -> None:
     """Print a line if an epoch uses the images of one bucket far more often than those of another."""
     uses = plan.uses_per_epoch
     least, most = min(uses, key=uses.__getitem__), max(uses, key=uses.__getitem__)
@@ -294,7 +294,7 @@ def times_of(source: Source, plan: Plan) -> str:
 
 
 def latents_of(
-    images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: Context
+    images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: ImageContext
 ) -> tuple[Latents, dict[int, str]]:
     """Return the latents of all images at their sizes, and the problems: by an image's number, why it is unusable."""
     vae, model = pipeline.vae, context.model
@@ -305,7 +305,7 @@ def latents_of(
         return encode_images(variants, key, vae, context)
 
 
-def print_skipped_images(images: ImageDataset, context: Context) -> None:
+def print_skipped_images(images: ImageDataset, context: ImageContext) -> None:
     """Print the notes about unread files, the first 20 unusable images, and the number of unusable images."""
     for line in (*images.notes, *(f"left out: {line}" for line in images.left_out[:20])):
         context.accelerator.print(printable(line))

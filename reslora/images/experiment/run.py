@@ -10,14 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
@@ -27,7 +25,7 @@ from ...experiment.arms import Arm
 from ...experiment.record import EXPERIMENT, Facts, facts_of, read_experiment
 from ...experiment.report import About
 from ...experiment.schedule import ArmSchedule
-from ...experiment.study import ExperimentStudy, race
+from ...experiment.study import TIMED_STEPS, ExperimentStudy, race, timing
 from ...experiment.worker_pool import Orders
 from ...formatting import pluralize
 from ...io import read_object, remove_leftovers
@@ -41,20 +39,21 @@ from ...runtime.processes import broadcast_from_main, on_all
 from ...runtime.sample_folders import by_step
 from ...runtime.signals import StopRequest
 from ...runtime.status import Status
-from ...training.checkpoints import MERGING, Identity, check_past, checkpoints_of, past_of, plan_resume
-from ...training.context import Context
+from ...training.checkpoints import Identity, check_past, checkpoints_of, named_by, past_of, plan_resume
 from ...training.loop import train_method
-from ...training.schedule import Schedule, schedule_of
+from ...training.schedule import Schedule
 from ...training.state import Learner
+from ...training.trackers import note_settings
 from ..cache_folder import cache_folder
+from ..context import ImageContext
 from ..data.batch import Batch
 from ..data.samples import TIMESTEPS, TrainingData, measured_at
 from ..data.training_data import latents_of, print_folder_counts, with_texts
 from ..model.objective import check_objective, objective_of
 from ..model_checks import check_family, check_methods
-from ..output.reports import Reports
-from ..output.trackers import note_settings
+from ..output.reports import ImageReports
 from ..run import begin, check_before_loading, encode, forget_encoder
+from ..schedule import schedule_of, steps_of
 from ..study import ImageStudy
 from .losses_by_image import write_thumbnails
 from .report_sections import IMAGES
@@ -64,13 +63,12 @@ from .test_split_losses import base_losses, export_chosen, is_exported, test_and
 LEAST_LOOKS, MOST_LOOKS = 4, 10  # default number of measurements of a run on the selection split
 MEASURING = 1 / 8  # at most this fraction of the time of training, unless that is less than LEAST_LOOKS measurements
 FORWARDS = 3  # forward passes that take as long as a training pass: its backward pass counts as two
-TIMED_STEPS = 5  # steps of the first arm from which the time of the experiment is estimated
 # Noises per timestep and image of the selection and test splits; earlier versions took NOISES for both.
 SELECT_NOISES, TEST_NOISES = 1, 1
 ENCODED = ("random_flip", "train_text_encoder")  # options that vary with which images or captions are encoded anew
 CHANGING = ("learning_rate", "seed")  # more values of these may be added to an existing experiment, like methods
 FIXED = (
-    *MERGING,
+    *named_by("merged", Options()),
     "max_train_steps",
     "validation_steps",
     "cache_latents",
@@ -127,7 +125,7 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         schedule = dataclasses.replace(schedule, sampled=(0, schedule.steps))
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         broadcast_from_main(lambda: check_same(asked, identity, content))
-        note_settings(asked.flat(), schedule, context.accelerator, write=not orders)
+        note_settings(asked, steps_of(schedule), context.accelerator, write=not orders)
         arm_schedule, study = ArmSchedule(asked, began), ArmStudy(schedule, identity, context, pipeline, training_data)
         arm_schedule.estimated = bool(orders and orders.number)  # one process prints the estimate
         measured = f"every {pluralize(schedule.validation_steps, 'step')}"
@@ -144,7 +142,7 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         context.accelerator.end_training()
 
 
-def with_options(context: Context, **values: Any) -> Context:
+def with_options(context: ImageContext, **values: Any) -> ImageContext:
     """Return the context with some options replaced: itself if these are its values, so that it prints lines once."""
     options = context.options.replace(**values)
     return context if options == context.options else dataclasses.replace(context, options=options)
@@ -179,7 +177,7 @@ def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
     for arm in arm_schedule.arms():
         own, folder = going_on(arm_schedule.options_of(arm)), arm_schedule.folder_of(arm)
         if arm_schedule.ended(arm):
-            check_past(own.flat(), folder, read_object(folder / EXPORTS), identity)
+            check_past(own, folder, read_object(folder / EXPORTS), identity)
         else:
             plan_resume(own, identity, arm_schedule.place_of(arm))
 
@@ -203,7 +201,7 @@ def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str
                 problem = "contains a single run, which is not an experiment"
                 raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
         return
-    check_past(values, folder, there, identity)
+    check_past(grid, folder, there, identity)
     if parts and there.get("parts") != parts:
         problem = "was begun with another split of these images"
         raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
@@ -215,9 +213,9 @@ def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str
             raise InvalidArgument(f"--{name} {in_words(value)}", problem, fix)
 
 
-def identity_record(values: Mapping[str, Any], identity: Identity) -> dict:
-    """Return the record that `check_same` compares. `values`: the value of every option by name."""
-    past = past_of(values, identity)
+def identity_record(grid: Grid[Options], identity: Identity) -> dict:
+    """Return the record that `check_same` compares."""
+    past, values = past_of(grid, identity), grid.flat()
     settings = {name: value for name, value in past["settings"].items() if name not in CHANGING}
     return past | {"settings": settings} | {name: values[name] for name in FIXED}
 
@@ -243,7 +241,7 @@ def with_varied(resolved: Options, given: Grid[Options]) -> Grid[Options]:
     return dataclasses.replace(given, base=resolved.replace(lora_alpha=alpha))
 
 
-def check_variants(grid: Grid[Options], context: Context) -> None:
+def check_variants(grid: Grid[Options], context: ImageContext) -> None:
     """Validate the adapters and objectives for every combination of the values of the options that vary.
 
     The adapter in the context's options has already been validated.
@@ -263,7 +261,7 @@ def data_key(options: Options) -> tuple:
 
 
 def data_of_variant(
-    training_data: TrainingData, options: Options, pipeline: DiffusionPipeline, context: Context
+    training_data: TrainingData, options: Options, pipeline: DiffusionPipeline, context: ImageContext
 ) -> TrainingData:
     """Return the training data of arms with these options.
 
@@ -301,18 +299,11 @@ class ArmStudy(ImageStudy):
 
     def batches(self, steps: range) -> Generator[Batch, None, None]:
         """Yield batches as a single run does, and time the steps after the first one, which may compile."""
+        timed = self.timed if self.context.accelerator.is_main_process else None
         a_step = self.context.options.training.gradient_accumulation_steps
-        times: list[float] = []
-        with contextlib.closing(super().batches(steps)) as batches:
-            for number, batch in enumerate(batches):
-                if len(times) <= 1 + TIMED_STEPS and number % a_step == 0:
-                    times.append(time.monotonic())
-                    if len(times) == 2 + TIMED_STEPS and self.context.accelerator.is_main_process:
-                        # a median, because a checkpoint or a measurement may follow a step
-                        self.timed(statistics.median(end - begin for begin, end in itertools.pairwise(times[1:])))
-                yield batch
+        return timing(super().batches(steps), a_step, timed)
 
-    def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
+    def validate(self, learner: Learner, reports: ImageReports, parts: Sequence[str] | None = None) -> None:
         """Measure and sample as a single run does, and end the arm if another learning rate is better."""
         started = time.monotonic()
         super().validate(learner, reports, parts)
@@ -452,7 +443,7 @@ class ImageExperiment(ExperimentStudy):
         return {
             **facts_of(self.parts, LIBRARIES),
             "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
-            "identity": identity_record(self.schedule.grid.flat(), self.study.identity)
+            "identity": identity_record(self.schedule.grid, self.study.identity)
             | {
                 "parts": self.content,
                 "noises": self.noises,

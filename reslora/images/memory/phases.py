@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 from ...errors import first_line
 from ...methods.adapters import rank_allocator
 from ...model import enable_gradient_checkpointing
-from ...training.context import Context, weight_dtype
 from ...training.preparing import attention_of
 from ...training.state import new_optimizer
 from ...training.trained import Trained
+from ..context import ImageContext, weight_dtype
 from ..data.batch import Batch, stack_texts
 from ..data.dataset import ImageDataset
 from ..data.encoding import CAPTIONS_AT_ONCE, Variants
@@ -58,7 +58,7 @@ class Rehearsal:
     Raises `InvalidArgument` for image sizes that the pipeline does not accept.
     """
 
-    def __init__(self, kinds: Sequence[ImageDataset], context: Context) -> None:
+    def __init__(self, kinds: Sequence[ImageDataset], context: ImageContext) -> None:
         self.kinds, self.context, self.options, self.model = kinds, context, context.options, context.model
         self.family, self.stage = context.model.family, Stage(context.accelerator.device)
         self.dtype = weight_dtype(self.options.model.mixed_precision)

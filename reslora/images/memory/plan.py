@@ -14,8 +14,8 @@ from ...errors import InvalidArgument, first_line
 from ...experiment.worker_pool import arms_a_device
 from ...options.contradictions import carries_activations
 from ...runtime.peak_memory import free_memory
-from ...training.context import Context
 from ...training.sharding import cuts_base
+from ..context import ImageContext
 from ..data.buckets import named_buckets
 from ..data.dataset import ImageDataset
 from ..model.quantising import try_format
@@ -74,14 +74,14 @@ def shown(size: int | None, unit: int) -> str:
     return "unknown" if size is None else f"{size / unit:.2f}"
 
 
-def where(context: Context) -> str:
+def where(context: ImageContext) -> str:
     """Return the name of the device; if several runs of an experiment share it, the name of one run's share."""
     device = context.accelerator.device
     arms = arms_a_device(context.options.experiment, device)
     return device.type if arms == 1 else f"each of {arms} arms on a {device.type}"
 
 
-def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -> Plan:
+def plan_of(kinds: Sequence[ImageDataset], context: ImageContext, free: int | None) -> Plan:
     """Return the memory estimate of the run: that of the method with the highest peak."""
     rehearsal = Rehearsal(kinds, context)
     first = drawing_class_images(rehearsal), rehearsal.encoding_images(), rehearsal.encoding_captions()
@@ -95,7 +95,7 @@ def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -
     return max(plans, key=lambda plan: plan.peak.total)
 
 
-def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
+def check_memory(kinds: Sequence[ImageDataset], context: ImageContext) -> None:
     """Print the memory estimate, and raise `InvalidArgument` if the run does not fit.
 
     --no-plan disables this. Without --plan, nothing is printed if an upper bound shows that the run fits.
@@ -120,7 +120,7 @@ def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
     refuse(plan, kinds, context)
 
 
-def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
+def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: ImageContext) -> None:
     """Raise `InvalidArgument` if the device has too little memory; the message names options that make the run fit."""
     if plan.fits or plan.free is None:
         return
@@ -138,7 +138,7 @@ def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
 # -- options that make a run fit ---------------------------------------------------------------------------------------
 
 
-def advice(kinds: Sequence[ImageDataset], context: Context, plan: Plan) -> str:
+def advice(kinds: Sequence[ImageDataset], context: ImageContext, plan: Plan) -> str:
     """Return the first option that makes the run fit, or else the first few options that do so together."""
 
     def planned(change: Change) -> Plan | None:
@@ -169,7 +169,7 @@ def in_words(change: Change, plan: Plan) -> str:
     return f"with {' '.join(words)} it takes {plan.peak.total / GIBI:.2f} GiB"
 
 
-def changes(context: Context) -> Iterator[Change]:
+def changes(context: ImageContext) -> Iterator[Change]:
     """Yield options that save memory; those that change the training least come first."""
     options, device = context.options, context.accelerator.device
     if not options.training.gradient_checkpointing and not (
@@ -195,7 +195,7 @@ def changes(context: Context) -> Iterator[Change]:
 # -- an upper bound without fake tensors -------------------------------------------------------------------------------
 
 
-def guess(context: Context) -> float:
+def guess(context: ImageContext) -> float:
     """Return an upper bound of the memory of all phases in bytes, from the shapes of weights and images only.
 
     The bound is the sum of two parts:
@@ -234,7 +234,7 @@ def widths(module: nn.Module) -> list[int]:
     return [sum(layer.weight.shape[:2]) for layer in module.modules() if isinstance(layer, layers)]
 
 
-def most_pixels(context: Context) -> int:
+def most_pixels(context: ImageContext) -> int:
     """Return the number of pixels of the largest training image or sample."""
     options = context.options
     trained = [side * side for side in options.data.resolution]

@@ -18,11 +18,11 @@ from huggingface_hub import constants
 from safetensors import safe_open
 from torch import nn
 
+from ...content_hash import folder_mark
 from ...errors import InvalidArgument, first_line, refused_as
 from ...io import read_object
 from ...options.images import ModelOptions, OutputOptions
 from ...runtime.processes import on_all
-from ..content_hash import folder_mark
 from ..generators import derive
 from .families import load_family
 from .families.base import Family, Part

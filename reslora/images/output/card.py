@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from ...export import DIFFUSERS_FILE
 from ...methods.registry import METHODS
 from ...options.values import listed
-from ...training.context import Context
+from ..context import ImageContext
 from ..model.lora_files.writing import peft_folder
 
 BEGIN = "<!-- From here to the next mark this is written anew with each upload; the rest stays. -->"
@@ -17,7 +17,7 @@ END = "<!-- To here. -->"
 TAGS = ("text-to-image", "diffusers", "diffusers-training", "lora", "reslora")
 
 
-def card_of(repository: str, pictured: bool, context: Context) -> str:
+def card_of(repository: str, pictured: bool, context: ImageContext) -> str:
     """Return the repository's model card with a new description of this upload.
 
     An existing card keeps all text outside of the description. `pictured`: whether the comparison figure is uploaded.
@@ -40,7 +40,7 @@ def card_of(repository: str, pictured: bool, context: Context) -> str:
     return str(card)
 
 
-def description(repository: str, pictured: bool, context: Context) -> list[str]:
+def description(repository: str, pictured: bool, context: ImageContext) -> list[str]:
     """Return paragraphs about the weights, with code for each method."""
     options = context.options
     data = ", ".join(map(name_of, listed(options.data.dataset_name or options.data.train_data_dir)))
@@ -60,7 +60,7 @@ def name_of(place: str) -> str:
     return Path(place).resolve().name if Path(place).exists() else place
 
 
-def example(method: str, repository: str, context: Context) -> list[str]:
+def example(method: str, repository: str, context: ImageContext) -> list[str]:
     """Return lines of Python that load a method's weights from the repository."""
     options, family = context.options, context.model.family
     lines = loading_base(context)
@@ -74,7 +74,7 @@ def example(method: str, repository: str, context: Context) -> list[str]:
     return ["from peft import PeftModel", *lines]
 
 
-def loading_base(context: Context) -> list[str]:
+def loading_base(context: ImageContext) -> list[str]:
     """Return the lines of Python code that load the base model."""
     base, file = context.options.model.pretrained_model_name_or_path, context.options.model.pretrained_transformer_file
     pipeline, load = "DiffusionPipeline", "from_pretrained"

@@ -28,11 +28,11 @@ from ...runtime.checkpoint_folders import EXPORTS
 from ...runtime.folder_lock import check_held
 from ...tracing import evaluating
 from ...training.best import Best, to_export
-from ...training.context import Context
 from ...training.schedule import Schedule
 from ...training.sharding import cuts_base
 from ...training.state import Learner
 from ...training.trained import Trained
+from ..context import ImageContext
 from ..data.samples import CalibrationSamples, TrainingData
 from ..denoising import DenoisingLoss
 from ..initial_lora import add_adapters
@@ -64,7 +64,7 @@ class Merged:
 
 
 def export_method(
-    learner: Learner, training_data: TrainingData, sampler: Sampler, schedule: Schedule, context: Context
+    learner: Learner, training_data: TrainingData, sampler: Sampler, schedule: Schedule, context: ImageContext
 ) -> dict[str, int]:
     """Merge the adapter that the learner has trained, and export it; see `export_merged`.
 
@@ -89,7 +89,7 @@ def export_merged(
     training_data: TrainingData,
     sampler: Sampler,
     schedule: Schedule,
-    context: Context,
+    context: ImageContext,
 ) -> dict[str, int]:
     """Write every format, read each back, and compare the images that the pipeline generates.
 
@@ -196,7 +196,7 @@ def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
             pipeline.to(dtype)
 
 
-def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context: Context) -> dict[str, nn.Module]:
+def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context: ImageContext) -> dict[str, nn.Module]:
     """Return the trained modules by name in float32; with --save_best, those of the `best` checkpoint if there is one.
 
     The modules are loaded from disk if the best checkpoint is exported, or if the base in memory is in half precision,
@@ -221,7 +221,7 @@ def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context
 
 
 def saved_parts(
-    method: str, adapters: Path, loss: DenoisingLoss, schedule: Schedule, context: Context
+    method: str, adapters: Path, loss: DenoisingLoss, schedule: Schedule, context: ImageContext
 ) -> dict[str, nn.Module]:
     """Return the trained modules by name, in float32, with the method's saved adapters; nothing is merged."""
     parts = base_parts(loss, context)
@@ -232,7 +232,7 @@ def saved_parts(
     return parts
 
 
-def base_parts(loss: DenoisingLoss, context: Context) -> dict[str, nn.Module]:
+def base_parts(loss: DenoisingLoss, context: ImageContext) -> dict[str, nn.Module]:
     """Return the modules that are trained, without adapters: by name, in float32, the denoiser first."""
     denoiser = context.model.load_exact_denoiser(context.accelerator.device)
     return {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, loss.pipeline)
@@ -320,7 +320,7 @@ def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
 # -- exporting ---------------------------------------------------------------------------------------------------------
 
 
-def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: Context) -> None:
+def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: ImageContext) -> None:
     """Write every format that the method supports."""
     family, folder = context.model.family, context.folder_of(method)
     for name, part in parts.items() if context.writes_merged else ():
@@ -364,7 +364,7 @@ def write_lora(parts: Parts, folder: Path, family: Family, metadata: dict[str, s
 
 
 def kohya_metadata(
-    config: Mapping, training_data: TrainingData, schedule: Schedule, context: Context
+    config: Mapping, training_data: TrainingData, schedule: Schedule, context: ImageContext
 ) -> dict[str, str]:
     """Return the metadata by which model managers recognize a LoRA (Stability AI's ModelSpec 1.0.0)."""
     options, predicted = context.options, getattr(training_data.objective, "prediction_type", None)  # None for a flow
@@ -388,7 +388,7 @@ def kohya_metadata(
     )
 
 
-def read_back(parts: Parts, method: str, sampler: Sampler, context: Context) -> Iterator[tuple[str, nn.Module]]:
+def read_back(parts: Parts, method: str, sampler: Sampler, context: ImageContext) -> Iterator[tuple[str, nn.Module]]:
     """Yield each export's name and the denoiser that stock diffusers or PEFT loads from it, one at a time.
 
     Meanwhile the pipeline has the text encoders that were loaded from the same export, if any are trained.

@@ -12,7 +12,7 @@ from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...io import read_object
 from ...options.images import MethodOptions, OutputOptions, ValidationOptions
 from ...runtime.checkpoint_folders import EXPORTS
-from ...training.context import Context
+from ..context import ImageContext
 from ..refusals import repository_of
 from .card import card_of
 from .summary import write_comparison
@@ -54,7 +54,7 @@ def check_upload(options: OutputOptions) -> None:
         print(f"--push_to_hub: {own} will be uploaded as it is; remove it to have a model card written", flush=True)
 
 
-def publish(context: Context) -> None:
+def publish(context: ImageContext) -> None:
     """Upload a model card and the methods' output: LoRA files, samples, losses and figures."""
     options = context.options
     name, files, own = (

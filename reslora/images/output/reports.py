@@ -1,6 +1,5 @@
 """Progress reports of training: the log, the trackers, samples, validation loss."""
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,16 +13,16 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from ...errors import Diverged, Stopped
+from ...errors import Stopped
 from ...io import remove, replacing, write_json
 from ...runtime.checkpoint_folders import EXPORTS, adapter_folder
-from ...runtime.log import LogWriter, of_split, read_log
+from ...runtime.log import of_split, read_log
 from ...runtime.processes import broadcast_from_main, stop_requested
 from ...runtime.sample_folders import MERGED, PROMPTS, by_step
 from ...runtime.signals import StopRequest
 from ...tracing import evaluating
-from ...training.best import is_over, keep_adapter, keep_if_best
-from ...training.checkpoints import checkpoints_of
+from ...training.best import keep_adapter, keep_if_best
+from ...training.reports import Reports
 from ...training.schedule import Schedule
 from ...training.sharding import by_main, cuts_base
 from ...training.state import Learner
@@ -40,73 +39,18 @@ VALIDATION_PARTS = ("loss", "samples")
 FINISHED = "loss.png"  # written last: it marks a run as finished
 
 
-class Reports:
-    """The log and the trackers of one method."""
+class ImageReports(Reports):
+    """The log and the trackers of one method, with samples."""
 
-    def __init__(self, folder: Path, learner: Learner, schedule: Schedule, accelerator: Accelerator) -> None:
-        self.learner, self.folder, self.trackers = learner, folder, accelerator.trackers
-        # Trackers other than TensorBoard need increasing steps; theirs continue the steps of earlier methods.
-        self.before = learner.before * (schedule.steps + 1)
-        self.log = LogWriter(folder / "log.jsonl", learner.step) if accelerator.is_main_process else None
-        if self.log:
-            forget_samples(folder, learner.step)
-        self.noted: dict | None = None
-        rows = of_split(read_log(folder / "log.jsonl"), "validation") if self.log else []
-        self.validated = [row["loss"] for row in rows if row["step"]]  # main process only; without the base's loss
-
-    def note(self, split: str, loss: torch.Tensor | float, by_timestep: dict[str, float] | None = None) -> None:
-        """Store a row for the log until the next `flush`.
-
-        The loss is converted to a float only then, because the conversion waits for the device. `by_timestep`: the loss
-        at each timestep; timesteps range from 0 to 1, which is pure noise.
-        """
-        learner = self.learner
-        rate, seconds = learner.learning_rate, round(learner.seconds, 3)
-        self.noted = {"step": learner.step, "split": split, "loss": loss, "lr": rate, "seconds": seconds}
-        if by_timestep:
-            self.noted["by_timestep"] = by_timestep
-
-    def flush(self) -> float | None:
-        """Write the stored row to the log and the trackers, and return its loss.
-
-        Raises `Diverged` if the loss is not finite.
-        """
-        row, self.noted = self.noted, None
-        if row is None:
-            return None
-        row["loss"] = float(row["loss"])
-        name, split, step, loss = self.learner.name, row["split"], row["step"], row["loss"]
-        if not math.isfinite(loss):
-            saved = "; checkpoints before it are intact" if checkpoints_of(self.folder) else ""
-            advice = f"start in another --output_dir with a lower --learning_rate{saved}"
-            raise Diverged(f"{name}: {split} loss {loss} at step {step}", advice)
-        if split == "validation" and step:
-            self.validated.append(loss)
-        at = {f"{split}_loss_at_{timestep}/{name}": value for timestep, value in row.get("by_timestep", {}).items()}
-        self._write(row, {f"{split}_loss/{name}": loss, f"lr/{name}": row["lr"]} | at)
-        return loss
+    def forget(self, step: int) -> None:
+        """Remove samples of later steps."""
+        forget_samples(self.folder, step)
 
     def similarities(self, values: Mapping[str, float]) -> None:
         """Write how similar this step's samples are to the held-out images and to the prompts."""
         learner = self.learner
         row = {"step": learner.step, "split": "samples", **values, "seconds": round(learner.seconds, 3)}
         self._write(row, {f"{name}/{learner.name}": value for name, value in values.items()})
-
-    def is_over(self, patience: int | None) -> bool:
-        """Return whether the last `patience` validations have not lowered the loss; valid only in the main process."""
-        return is_over(self.validated, patience)
-
-    def _write(self, row: dict, values: dict[str, float]) -> None:
-        """Write a row to the log, and values by name to the trackers."""
-        step = row["step"]
-        if self.log:
-            self.log.write(row)
-        for tracker in self.trackers:
-            if tracker.name != "tensorboard":
-                tracker.log(values, step=step + self.before)
-            elif self.log:  # accelerate's own `log` flushes to disk every time
-                for tag, value in values.items():
-                    tracker.writer.add_scalar(tag, value, step)
 
     def samples(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
         """Write this step's samples to files and to trackers that show images.
@@ -123,17 +67,6 @@ class Reports:
                     alike = np.stack([np.asarray(image) for image in images if image.size == size])
                     tag = name if size == images[0].size else f"{name}/{size[0]}x{size[1]}"
                     tracker.writer.add_images(tag, alike, step, dataformats="NHWC")
-
-    def close(self) -> None:
-        """Write the stored row, and close the log."""
-        try:
-            self.flush()
-        finally:
-            if self.log:
-                self.log.close()
-                for tracker in self.trackers:
-                    if tracker.name == "tensorboard":
-                        tracker.writer.flush()
 
     def overdue(self, schedule: Schedule) -> list[str]:
         """Return which of "loss" and "samples" are missing for the step from which training resumes.
@@ -179,7 +112,7 @@ class Validation:
     stop: StopRequest
     shared: SharedLosses = field(default_factory=SharedLosses)
 
-    def __call__(self, learner: Learner, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
+    def __call__(self, learner: Learner, reports: ImageReports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
         """Compute validation loss and samples, and set `learner.over`.
 
         If a stop request interrupts one of them, the resumed run computes it again.
@@ -207,13 +140,14 @@ class Validation:
 
         return by_main(self.accelerator, unless_stopped, lambda found: None if found is None else keep(found))
 
-    def _keep_losses(self, learner: Learner, reports: Reports, losses: torch.Tensor) -> None:
+    def _keep_losses(self, learner: Learner, reports: ImageReports, losses: torch.Tensor) -> None:
         mean = losses.mean().item()
         if self.training_data.validation.save_best and learner.step:
             keep_if_best(learner, reports.folder, mean)
         if learner.step and learner.name != learner.method:  # an experiment chooses among these adapters
             keep_adapter(learner, adapter_folder(reports.folder, learner.step))
-        reports.note("validation", mean, self.by_timestep(losses))
+        by_timestep = self.by_timestep(losses)
+        reports.note("validation", mean, **({"by_timestep": by_timestep} if by_timestep else {}))
         reports.flush()
 
     def _losses_of(self, learner: Learner) -> torch.Tensor:
@@ -262,7 +196,7 @@ class Validation:
         with self.accelerator.autocast():
             return self.sampler.draw(denoiser, prompts, images, self._leave_if_asked)
 
-    def _keep_samples(self, learner: Learner, reports: Reports, drawn: list[np.ndarray]) -> None:
+    def _keep_samples(self, learner: Learner, reports: ImageReports, drawn: list[np.ndarray]) -> None:
         validation, prompts = self.training_data.validation, self.training_data.validation.validation_prompt
         if not all(np.isfinite(image).all() for image in drawn):
             self.accelerator.print(f"warning: samples of step {learner.step} have pixels that are not finite")

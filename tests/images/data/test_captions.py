@@ -9,6 +9,7 @@ import torch
 from pipelines import flux, image_folder
 
 from images.runs import load_images, losses, only, options_of, printed, read_by, refused, with_options
+from reslora.images.context import ImageContext
 from reslora.images.data import training_data as making
 from reslora.images.data.captions import VERBATIM, CaptionTransform, recipe_of
 from reslora.images.data.samples import CalibrationSamples, TrainingData, ValidationSamples, training_loader
@@ -19,7 +20,6 @@ from reslora.images.experiment.run import of_seed
 from reslora.images.generators import generator
 from reslora.images.settings import parse_args
 from reslora.options.images import Options
-from reslora.training.context import Context
 
 
 def outcomes(transform: CaptionTransform, *captions: str, count: int = 400) -> list[str]:
@@ -206,7 +206,7 @@ def test_each_seed_of_an_experiment_has_variants_of_its_own(monkeypatch):
     model = SimpleNamespace(family=family, fingerprint=lambda *parts: "")
     accelerator = SimpleNamespace(num_processes=1, mixed_precision="no")
     monkeypatch.setattr(making, "encode_texts", lambda wanted, *rest: wanted)
-    context = Context(options_of(training_data), model, accelerator, None)
+    context = ImageContext(options_of(training_data), model, accelerator, None)
     for seed in (3, 4):
         found = of_seed(training_data, seed, None, context)
         assert set(found.texts) == {"", "a", *captions_of(found, 1)}
@@ -219,7 +219,7 @@ def test_class_images_keep_their_prompt(of_class, tmp_path, monkeypatch):
     words = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", image_folder(tmp_path / "images")]
     flags = parse_args([*map(str, words), "--caption_prefix", "sks", "--caption_suffix", "end"])
     images = dataclasses.replace(load_images(flags), of_class=of_class)
-    source = source_of(images, [Size(16, 16)] * len(images), None, Context(flags, None, None, None))
+    source = source_of(images, [Size(16, 16)] * len(images), None, ImageContext(flags, None, None, None))
     assert source.transform == (VERBATIM if of_class else CaptionTransform(prefix="sks", suffix="end"))
 
 

@@ -23,6 +23,7 @@ from waiting import ended, wait_until
 
 from images.runs import cut, final_weights, load_images, losses, main, only, parts, printed, refused
 from reslora.errors import InvalidArgument, RunFailed, Stopped
+from reslora.images.context import ImageContext
 from reslora.images.data import encoding, store
 from reslora.images.data.dataset import ImageDataset
 from reslora.images.data.size import Size
@@ -30,7 +31,6 @@ from reslora.images.data.training_data import source_of
 from reslora.images.generators import derive
 from reslora.images.settings import parse_args
 from reslora.runtime.signals import StopRequest
-from reslora.training.context import Context
 
 
 def trained_without_noise(folder: Path, images: int, log_variance: float) -> tuple[DiffusionPipeline, Path]:
@@ -248,14 +248,14 @@ VAE = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture
-def setting(tmp_path) -> Context:
+def setting(tmp_path) -> ImageContext:
     """Five images, two of them square, and no encoders."""
     folder = image_folder(tmp_path / "images", 5, lambda number: f"box {number}", layout="txt")
     flags = [*FLAGS, "--train_data_dir", str(folder), "--output_dir", str(tmp_path / "out"), "--no-random_flip"]
-    return Context(parse_args(flags), SimpleNamespace(family=Counting()), Accelerator(cpu=True), StopRequest())
+    return ImageContext(parse_args(flags), SimpleNamespace(family=Counting()), Accelerator(cpu=True), StopRequest())
 
 
-def images_encoded(setting: Context, key: object = "vae", size: Size | None = None, **flags) -> list[int]:
+def images_encoded(setting: ImageContext, key: object = "vae", size: Size | None = None, **flags) -> list[int]:
     """How many variants of each image that had to be encoded; all are checked."""
     setting = dataclasses.replace(setting, options=setting.options.replace(**flags))
     family, images = (
@@ -278,7 +278,7 @@ def images_encoded(setting: Context, key: object = "vae", size: Size | None = No
     return family.images
 
 
-def captions_encoded(setting: Context, captions: list[str], key: object = "encoders", **flags) -> list[str]:
+def captions_encoded(setting: ImageContext, captions: list[str], key: object = "encoders", **flags) -> list[str]:
     """The captions that had to be encoded; all are checked."""
     setting = dataclasses.replace(setting, options=setting.options.replace(**flags))
     family = setting.model.family

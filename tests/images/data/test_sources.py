@@ -22,6 +22,7 @@ from images.runs import (
     read_by,
     refused,
 )
+from reslora.images.context import ImageContext
 from reslora.images.data import training_data as training_data
 from reslora.images.data.class_images import balanced
 from reslora.images.data.dataset import ImageDataset
@@ -32,7 +33,6 @@ from reslora.images.data.size import Size
 from reslora.images.data.sources import Source, split
 from reslora.images.data.training_data import print_folder_counts, sources_of
 from reslora.images.settings import parse_args
-from reslora.training.context import Context
 
 
 def gather(*flags: object) -> list[ImageDataset]:
@@ -193,7 +193,7 @@ def made(sizes: list[tuple[int, int]], *words: object, least: int = 1, **counted
     images = ImageDataset(Rows(rows), [[""]] * len(sizes), sizes=sizes, **counted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_data, "latents_of", lambda *_: (None, {}))
-        return sources_of(images, least, None, Context(flags, SimpleNamespace(family=family), None, None))
+        return sources_of(images, least, None, ImageContext(flags, SimpleNamespace(family=family), None, None))
 
 
 class Rows(list):
@@ -260,7 +260,7 @@ def told(sources: list[Source], *words: object) -> list[str]:
     lines: list[str] = []
     flags, accelerator = parse_args(list(map(str, words))), SimpleNamespace(print=lines.append, num_processes=1)
     print_folder_counts(
-        TrainingData(tuple(sources), {}, None, {}, **read_by(flags)), Context(flags, None, accelerator, None)
+        TrainingData(tuple(sources), {}, None, {}, **read_by(flags)), ImageContext(flags, None, accelerator, None)
     )
     return lines
 

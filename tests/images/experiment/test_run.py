@@ -20,6 +20,7 @@ from app.activity import activity
 from images.runs import SCRIPT, Watcher, assert_same, load_images, main, only, printed, read_by, refused, without
 from reslora.errors import InvalidArgument, Stopped
 from reslora.experiment.schedule import ArmSchedule
+from reslora.images.context import ImageContext
 from reslora.images.data.encoding import Texts
 from reslora.images.data.samples import TrainingData, losses_of
 from reslora.images.data.size import Size
@@ -40,7 +41,6 @@ from reslora.runtime.signals import StopRequest
 from reslora.runtime.status import FILE as STATUS
 from reslora.runtime.status import Status
 from reslora.training.checkpoints import Identity
-from reslora.training.context import Context
 from reslora.training.schedule import Schedule
 
 SMALL = ("--method", "lora", "--learning_rate", "1e-2", "3e-2", "--no-racing")
@@ -416,7 +416,8 @@ def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, 
     training_data = TrainingData((source,), Texts(None, {}), None, {}, **read_by(settled))
     monkeypatch.setattr(run, "latents_of", lambda *_: (object(), {3: "damaged (truncated)"}))
     with pytest.raises(InvalidArgument, match=r"--seed 7, .*/3\.png: damaged"):
-        run.data_of_variant(training_data, settled.replace(seed=7), None, Context(settled, None, None, StopRequest()))
+        context = ImageContext(settled, None, None, StopRequest())
+        run.data_of_variant(training_data, settled.replace(seed=7), None, context)
 
 
 def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):

@@ -13,10 +13,10 @@ import pytest
 from pipelines import image_folder, random_image
 
 from images.runs import parts
+from reslora.content_hash import content_mark
 from reslora.errors import InvalidArgument
 from reslora.experiment.hashed_split import cut, too_few
 from reslora.experiment.record import facts_of
-from reslora.images.content_hash import content_mark
 from reslora.images.data.dataset import FEATURES, ImageDataset
 from reslora.images.experiment import split
 from reslora.images.experiment.split import BITS, groups_of, look_of, parts_of

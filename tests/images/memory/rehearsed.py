@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 from reslora.images.accelerator import start_accelerator
+from reslora.images.context import ImageContext
 from reslora.images.data.batch import Batch
 from reslora.images.data.dataset import ImageDataset
 from reslora.images.data.folders import load_folders
@@ -21,12 +22,11 @@ from reslora.images.run import settle
 from reslora.images.settings import parse_args
 from reslora.model import enable_gradient_checkpointing
 from reslora.runtime.signals import StopRequest
-from reslora.training.context import Context
 from reslora.training.state import new_optimizer
 from reslora.training.trained import Trained
 
 
-def resolved(model: Path, data: Path, output: Path, *flags: str) -> tuple[list[ImageDataset], Context]:
+def resolved(model: Path, data: Path, output: Path, *flags: str) -> tuple[list[ImageDataset], ImageContext]:
     """The images and the context of a run with 64 x 64 images, batch 4 and LoRA of rank 4 where no flag says else."""
     given = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--output_dir", str(output)]
     given += ["--resolution", "64", "--train_batch_size", "4", "--rank", "4", "--method", "lora", "--report_to", "none"]
@@ -59,7 +59,7 @@ class Taken:
     """At the most, beside these: gradients and what is computed with."""
 
 
-def consume_request(rehearsal: Rehearsal, context: Context) -> Taken:
+def consume_request(rehearsal: Rehearsal, context: ImageContext) -> Taken:
     """A real step of what is rehearsed."""
     trained = real_parts(context, rehearsal)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
@@ -80,7 +80,7 @@ def consume_request(rehearsal: Rehearsal, context: Context) -> Taken:
     return Taken(base, adapter, kept, most_allocated(step))
 
 
-def real_parts(context: Context, rehearsal: Rehearsal) -> Trained:
+def real_parts(context: ImageContext, rehearsal: Rehearsal) -> Trained:
     """What trains, with weights."""
     model, flags, device = context.model, context.options, torch.device("cpu")
     pipeline = model.load_pipeline(context.dtype, device, encoders=bool(context.encoders))

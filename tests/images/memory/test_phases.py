@@ -5,11 +5,11 @@ import torch
 from pipelines import FAMILIES, image_folder
 
 from images.memory.rehearsed import consume_request, resolved
+from reslora.images.context import ImageContext
 from reslora.images.memory import phases
 from reslora.images.memory.inference import drawing_class_images
 from reslora.images.memory.phases import ACTIVATIONS, ADAPTER, BASE, GRADIENTS, OPTIMIZER, Phase, Rehearsal
 from reslora.images.memory.plan import guess, plan_of
-from reslora.training.context import Context
 
 NAMES = ["encoding images", "encoding captions", "training", "sampling", "exporting"]
 NEAR = 0.1  # of what is computed with; 0.15 is promised of all that a run holds
@@ -65,7 +65,7 @@ def test_class_images_are_drawn_by_the_whole_pipeline_with_the_base_that_is_trai
     assert drawing_class_images(rehearsal) is None
 
 
-def compare(planned: Phase, rehearsal: Rehearsal, context: Context) -> None:
+def compare(planned: Phase, rehearsal: Rehearsal, context: ImageContext) -> None:
     """A planned step with a real one."""
     real = consume_request(rehearsal, context)
     assert [planned.held[name] for name in (BASE, ADAPTER, OPTIMIZER)] == [real.base, real.adapter, real.optimizer]

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from images.runs import failed, final_weights, main, training_state, without
 from reslora.errors import RunFailed
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from reslora.images.context import ImageContext
 from reslora.images.output import exports as results
 from reslora.images.prompts import Prompt
 from reslora.images.settings import build_parser
 from reslora.options.images import Options
 from reslora.runtime.log import read_log
-from reslora.training.context import Context
 
 
 def test_run_writes_the_documented_files(run):
@@ -188,7 +188,7 @@ def compared(folder: Path, monkeypatch, drawn: float, read: float, chaos: int = 
     told = [] if told is None else told
     trained, accelerator = SimpleNamespace(loss=None), SimpleNamespace(print=told.append)
     learner = SimpleNamespace(method=folder.name, name=folder.name, trained=trained)
-    return results.export_method(learner, None, Picture(0, chaos), None, Context(flags, None, accelerator, None))
+    return results.export_method(learner, None, Picture(0, chaos), None, ImageContext(flags, None, accelerator, None))
 
 
 def test_earlier_adapters_stay_until_the_new_ones_are_there(tmp_path, monkeypatch):

@@ -16,11 +16,11 @@ from pipelines import image_folder
 from safetensors.torch import load_file
 
 from images.runs import failed, main, without
+from reslora.images.context import ImageContext
 from reslora.images.model.families import load_family
 from reslora.images.output.card import TAGS, card_of
 from reslora.images.output.hub import check_upload
 from reslora.options.images import Options
-from reslora.training.context import Context
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -166,7 +166,7 @@ def described(hub: Hub, base: str = "owner/base", **more: object) -> str:
     flags = {"train_data_dir": None, "dataset_name": None, "caption_prefix": None, "hub_token": None}
     flags |= {"pretrained_model_name_or_path": base, "method": ["lora"], "train_text_encoder": False}
     model = SimpleNamespace(family=load_family("StableDiffusionPipeline"))
-    return card_of("me/run", False, Context(Options.of(**flags | more), model, None, None))
+    return card_of("me/run", False, ImageContext(Options.of(**flags | more), model, None, None))
 
 
 def test_the_card_of_a_second_upload_says_what_is_uploaded_now_and_keeps_other_text(hub):

@@ -17,7 +17,7 @@ from reslora.errors import RunFailed
 from reslora.images.data.batch import collate
 from reslora.images.data.samples import ValidationSamples
 from reslora.images.output import reports
-from reslora.images.output.reports import Reports, Validation, save_images
+from reslora.images.output.reports import ImageReports, Validation, save_images
 from reslora.options.images import Options
 from reslora.runtime.log import read_log
 from reslora.runtime.signals import StopRequest
@@ -144,7 +144,7 @@ def test_validation_loss_is_the_unweighted_mean_over_all_noises_of_all_held_out_
 def test_a_row_that_is_not_finite_is_an_error_and_not_written(tmp_path, loss):
     learner = SimpleNamespace(name="lora", before=0, step=0, seconds=1.0, learning_rate=1e-3)
     accelerator = SimpleNamespace(trackers=[], is_main_process=True)
-    reports = Reports(tmp_path, learner, Schedule(4, 4, 0, False), accelerator)
+    reports = ImageReports(tmp_path, learner, Schedule(4, 4, 0, False), accelerator)
     for step, value in ((1, 0.5), (2, loss)):
         learner.step = step
         reports.note("train", torch.tensor(value))
@@ -169,7 +169,9 @@ def test_samples_of_what_the_log_forgets_go_as_well(tmp_path, step, kept, export
     if exported:
         (tmp_path / "exports.json").write_text("{}")
     learner = SimpleNamespace(name="lora", before=0, step=step)
-    Reports(tmp_path, learner, Schedule(4, 2, 0, False), SimpleNamespace(trackers=[], is_main_process=True)).close()
+    ImageReports(
+        tmp_path, learner, Schedule(4, 2, 0, False), SimpleNamespace(trackers=[], is_main_process=True)
+    ).close()
     assert {path.name for path in (tmp_path / "samples").iterdir()} == kept | {"step-best"}
     assert (tmp_path / "merged").exists() == exported
 

@@ -571,6 +571,12 @@ def keep(model, tmp_path):
     return save
 
 
+def restored(learner, candidates: list[Path], output, accelerator) -> None:
+    """Restores the learner in the directory of its name."""
+    options, folder = SimpleNamespace(output=output), Path(output.output_dir) / learner.name
+    restore(learner, candidates, SimpleNamespace(options=options, accelerator=accelerator, folder_of=lambda _: folder))
+
+
 @pytest.mark.parametrize(
     ("there", "flag"),
     [
@@ -580,9 +586,9 @@ def keep(model, tmp_path):
     ],
 )
 def test_other_content_is_named_by_its_own_option(there, flag):
-    identity = Identity("model", "all; class images: few", "--model m", "--data d")
+    identity = Identity("model", "all; class images: few", "--model m", "--data d", "--class_data_dir c")
     with pytest.raises(InvalidArgument, match=f"^{flag}"):
-        refuse_other_content({"class_data_dir": "c"}, Path("out"), there, identity)
+        refuse_other_content(Path("out"), there, identity)
 
 
 def test_changed_options_without_effect_on_a_finished_method_are_noted(keep):
@@ -602,11 +608,13 @@ def test_a_checkpoint_that_loads_but_differs_from_its_checksums_is_passed_over(k
     weights.write_bytes(content)
     load_file(weights)
     flags = keep.options.replace(resume_from_checkpoint="latest")
-    restore(keep.learner, paths[::-1], flags.output, keep.accelerator)
+    restored(keep.learner, paths[::-1], flags.output, keep.accelerator)
     assert (keep.learner.step, keep.learner.seconds) == (1, 10.0)
     assert capsys.readouterr().out.count("warning: ") == 2
     with pytest.raises(InvalidArgument, match="damaged"):
-        restore(keep.learner, paths[1:2], flags.replace(resume_from_checkpoint="checkpoint-2").output, keep.accelerator)
+        restored(
+            keep.learner, paths[1:2], flags.replace(resume_from_checkpoint="checkpoint-2").output, keep.accelerator
+        )
 
 
 @pytest.mark.exhaustive
@@ -616,11 +624,11 @@ def test_a_checkpoint_without_its_record_is_damaged_and_not_nothing(keep, tmp_pa
     keep.learner.name, named = tmp_path.name, {"output_dir": str(tmp_path.parent), "method": [tmp_path.name]}
     flags = keep.options.replace(**named, max_train_steps=9, resume_from_checkpoint="latest")
     (second / "trainer.json").unlink()
-    restore(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags.output, keep.accelerator)
+    restored(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags.output, keep.accelerator)
     assert keep.learner.step == 1
     (first / "trainer.json").unlink()
     with pytest.raises(InvalidArgument, match=r"no checkpoint in .* is whole"):
-        restore(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags.output, keep.accelerator)
+        restored(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags.output, keep.accelerator)
 
 
 def test_a_checkpoint_that_cannot_be_loaded_sets_no_others_aside(keep, tmp_path, monkeypatch):
@@ -628,9 +636,9 @@ def test_a_checkpoint_that_cannot_be_loaded_sets_no_others_aside(keep, tmp_path,
     keep.learner.name, flags = tmp_path.name, keep.options.replace(output_dir=str(tmp_path.parent))
     with monkeypatch.context() as patch, pytest.raises(RunFailed, match="nothing on disk was changed"):
         patch.setattr(torch, "load", out_of_memory)
-        restore(keep.learner, [first], flags.output, keep.accelerator)
+        restored(keep.learner, [first], flags.output, keep.accelerator)
     assert [step_of(path) for path in checkpoints_of(tmp_path)] == [3, 2, 1]
-    restore(keep.learner, [first], flags.output, keep.accelerator)
+    restored(keep.learner, [first], flags.output, keep.accelerator)
     assert [step_of(path) for path in checkpoints_of(tmp_path)] == [1]
 
 
@@ -643,7 +651,7 @@ def test_who_is_killed_after_going_back_goes_on_from_there(keep, tmp_path, elsew
     chosen = second.rename(tmp_path / "kept") if elsewhere else set_aside(second)
     keep.learner.name = keep.learner.method = tmp_path.name
     named = flags.replace(resume_from_checkpoint=str(chosen))
-    restore(keep.learner, [chosen], named.output, keep.accelerator)
+    restored(keep.learner, [chosen], named.output, keep.accelerator)
     assert plan_resume(flags.replace(resume_from_checkpoint="latest")).checkpoints == {tmp_path.name: [second]}
     assert digests(second, "*") == digests(chosen, "*")
     shutil.rmtree(second)
@@ -659,9 +667,9 @@ def test_log_and_best_adapter_of_another_line_are_not_taken_for_its_own(keep, tm
     other = keep(2)
     write_json(tmp_path / "best" / "step-000002" / "loss.json", {"step": 2, "loss": 0.1})
     (tmp_path / "log.jsonl").write_text('{"step": 2, "split": "validation", "loss": 0.1}\n')
-    restore(keep.learner, [other], flags.output, keep.accelerator)
+    restored(keep.learner, [other], flags.output, keep.accelerator)
     assert best_of(tmp_path) and read_log(tmp_path / "log.jsonl")
-    restore(keep.learner, [aside], flags.output, keep.accelerator)
+    restored(keep.learner, [aside], flags.output, keep.accelerator)
     assert best_of(tmp_path) is None and not read_log(tmp_path / "log.jsonl")
     assert read_log(tmp_path / "set-aside-log.jsonl") and (tmp_path / "set-aside-best").is_dir()
 
@@ -675,10 +683,10 @@ def test_what_a_checkpoint_was_merged_into_steps_aside_with_it(keep, tmp_path):
     for weights in merged:
         weights.path.parent.mkdir()
         weights.path.touch()
-    restore(keep.learner, [checkpoints[1]], flags.output, keep.accelerator)
+    restored(keep.learner, [checkpoints[1]], flags.output, keep.accelerator)
     assert [weights.path.is_file() for weights in merged] == [True, True, False]
     assert (tmp_path / "set-aside-merged-by-weights-3").is_dir()
-    restore(keep.learner, [set_aside(checkpoints[0])], flags.output, keep.accelerator)  # a line of its own
+    restored(keep.learner, [set_aside(checkpoints[0])], flags.output, keep.accelerator)  # a line of its own
     assert not any(weights.path.is_file() for weights in merged)
 
 
@@ -723,9 +731,9 @@ def test_batch_accumulation_and_processes_may_change_as_long_as_a_steps_samples_
     flags = keep.options.replace(train_batch_size=batch, gradient_accumulation_steps=accumulation)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     if same:
-        return check_past(flags.flat(), checkpoint, read_checkpoint(checkpoint), None)
+        return check_past(flags, checkpoint, read_checkpoint(checkpoint), None)
     with pytest.raises(InvalidArgument, match="batch size x accumulation x processes") as error:
-        check_past(flags.flat(), checkpoint, read_checkpoint(checkpoint), None)
+        check_past(flags, checkpoint, read_checkpoint(checkpoint), None)
     assert str(batch * accumulation * processes) in str(error.value) and "trained with 8" in str(error.value)
 
 
@@ -736,18 +744,18 @@ def test_what_steers_is_not_added_half_way_and_named_itself(keep, steering):
     flags = keep.options.replace(validation_noises=4, **steering)
     (name,) = steering
     with pytest.raises(InvalidArgument, match=rf"^--{name}( 3)?: needs --validation_noises .* leave it out"):
-        check_past(flags.flat(), plain, read_checkpoint(plain), None)
+        check_past(flags, plain, read_checkpoint(plain), None)
     for patience in (flags.validation.early_stopping_patience, 5, None):
-        check_past(flags.replace(early_stopping_patience=patience).flat(), measured, read_checkpoint(measured), None)
+        check_past(flags.replace(early_stopping_patience=patience), measured, read_checkpoint(measured), None)
     with pytest.raises(InvalidArgument, match=r"--validation_noises 4: .* was trained with 2; use that"):
         fewer = keep(3, validation_noises=2)
-        check_past(flags.replace(save_best=False).flat(), fewer, read_checkpoint(fewer), None)
+        check_past(flags.replace(save_best=False), fewer, read_checkpoint(fewer), None)
 
 
 def test_what_a_run_was_begun_without_is_to_be_left_out(keep):
     checkpoint = keep(1)
     with pytest.raises(InvalidArgument, match=r"--caption_prefix sks: .* was trained with none; leave it out, or"):
-        check_past(keep.options.replace(caption_prefix="sks").flat(), checkpoint, read_checkpoint(checkpoint), None)
+        check_past(keep.options.replace(caption_prefix="sks"), checkpoint, read_checkpoint(checkpoint), None)
 
 
 @pytest.mark.exhaustive
@@ -760,9 +768,9 @@ def test_what_a_run_was_begun_without_is_to_be_left_out(keep):
     ],
 )
 def test_several_values_are_told_as_they_are_typed(keep, name, before, value, words):
-    record = {"settings": settings_of(keep.options.replace(**{name: before}).flat())}
+    record = {"settings": settings_of(keep.options.replace(**{name: before}))}
     with pytest.raises(InvalidArgument, match=words):
-        check_past(keep.options.replace(**{name: value}).flat(), keep(1), record, None)
+        check_past(keep.options.replace(**{name: value}), keep(1), record, None)
 
 
 @pytest.mark.exhaustive
@@ -773,6 +781,6 @@ def test_where_images_have_several_sizes_a_forwards_samples_stay_too(keep, monke
     checkpoint = keep(1, train_batch_size=8, gradient_accumulation_steps=1, **sizes)
     record, flags = read_checkpoint(checkpoint), keep.options.replace(gradient_accumulation_steps=1, **sizes)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check_past(flags.replace(train_batch_size=4).flat(), checkpoint, record, None)
+    check_past(flags.replace(train_batch_size=4), checkpoint, record, None)
     with pytest.raises(InvalidArgument, match=r"several sizes, batch size x processes = 2: .* was trained with 8"):
-        check_past(flags.replace(train_batch_size=1, gradient_accumulation_steps=4).flat(), checkpoint, record, None)
+        check_past(flags.replace(train_batch_size=1, gradient_accumulation_steps=4), checkpoint, record, None)

@@ -17,10 +17,10 @@ from torch._functorch.aot_autograd import make_boxed_func
 from images.runs import assert_same, main, refused
 from reslora import ResLoraConfig, connect
 from reslora.errors import InvalidArgument
+from reslora.images.context import ImageContext
 from reslora.options.images import Options
 from reslora.training import compiling
 from reslora.training.compiling import checked
-from reslora.training.context import Context
 from reslora.training.trained import Trained, compiled
 from reslora.wiring import connection_of
 
@@ -72,7 +72,7 @@ class Checked:
             distributed_type=Accelerator(cpu=True).distributed_type,
             print=print,
         )
-        self.context = Context(Options.of(compile=True, lora_dropout=dropout), None, accelerator, None)
+        self.context = ImageContext(Options.of(compile=True, lora_dropout=dropout), None, accelerator, None)
 
     def loss(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
         self.forwards += 1

@@ -131,7 +131,7 @@ def test_shortcuts_and_checkpointed_gradients(tmp_path, shortcut):
     batch, found = one.batch(CAPTIONS), []
     for checkpointed in (False, True):
         if checkpointed:
-            prepare(learner, one.context)
+            prepare(learner, exact_steps.study_of(one.context))
         learner.trained(batch).mean().backward()
         found.append([parameter.grad.clone() for parameter in learner.parameters])
         for parameter in learner.parameters:

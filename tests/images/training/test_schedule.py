@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 
 from images.runs import read_by
+from reslora.images.context import ImageContext
 from reslora.images.data.samples import TrainingData
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
+from reslora.images.schedule import schedule_of
 from reslora.options.images import Options
-from reslora.training.context import Context
-from reslora.training.schedule import Schedule, schedule_of
+from reslora.training.schedule import Schedule
 
 
 def scheduled(processes: int = 1, images: int = 10, **flags) -> Schedule:
@@ -22,7 +23,7 @@ def scheduled(processes: int = 1, images: int = 10, **flags) -> Schedule:
     made = Options.of(**defaults | flags, seed=0)
     source = Source(None, None, tuple(range(images)), (), (Size(8, 8),), (0,) * images)
     training_data = TrainingData((source,), None, None, {}, **read_by(made))
-    return schedule_of(training_data.updates(processes), Context(made, None, SimpleNamespace(print=print), None))
+    return schedule_of(training_data.updates(processes), ImageContext(made, None, SimpleNamespace(print=print), None))
 
 
 def test_an_epoch_is_as_many_steps_as_its_images_need():

@@ -139,7 +139,7 @@ def test_checkpointed_gradients_are_the_same(setting, name):
     learner, batch, found = learner_of(one, "reslora"), one.batch(), []
     for checkpointed in (False, True):
         if checkpointed:
-            prepare(learner, one.context)
+            prepare(learner, exact_steps.study_of(one.context))
         encoders = one.loss.encoders
         assert [encoder.is_activation_checkpointing for encoder in encoders] == [checkpointed] * len(encoders)
         learner.trained(batch).mean().backward()
@@ -282,7 +282,9 @@ def test_gradients_are_clipped_over_all_parts(model):
     training_data, loss, denoiser = exact_steps.setting(model, accelerator, FLAG)
     learner = exact_steps.learner_of(denoiser, loss, accelerator)
     before = [parameter.detach().clone() for parameter in learner.parameters]
-    take_step(learner, iter(training_loader(training_data, range(1), 1, 0, pin=False)), loss.context)
+    take_step(
+        learner, iter(training_loader(training_data, range(1), 1, 0, pin=False)), exact_steps.study_of(loss.context)
+    )
     moved = [now.detach() - then for now, then in zip(learner.parameters, before, strict=True)]
     assert all((value != 0).any() for value in moved)
     assert torch.cat([value.flatten() for value in moved]).norm().item() == pytest.approx(0.05, rel=1e-4)  # rate 1

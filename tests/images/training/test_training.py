@@ -33,17 +33,17 @@ from images.runs import (
     without,
 )
 from reslora.images import run as running
+from reslora.images.context import ImageContext
 from reslora.images.data.batch import collate
 from reslora.images.data.plan import Plan
 from reslora.images.data.samples import TrainingSamples, ValidationSamples, training_loader
 from reslora.images.initial_lora import add_adapters
 from reslora.images.output import exports
+from reslora.images.schedule import schedule_of
 from reslora.options.images import Options
 from reslora.runtime.log import of_split, read_log
 from reslora.training import loop
-from reslora.training.context import Context
 from reslora.training.loop import take_step
-from reslora.training.schedule import schedule_of
 from reslora.training.state import Learner, new_learner
 from reslora.training.trained import Trained
 
@@ -170,7 +170,7 @@ def test_rates_and_ranks_move_once_a_step_and_not_where_it_was_skipped(model, mo
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", skipped)
     batches = iter(training_loader(training_data, range(2), 1, 0, pin=False))
     for _ in range(2):
-        take_step(learner, batches, loss.context)
+        take_step(learner, batches, exact_steps.study_of(loss.context))
     assert learner.allocator.steps == ([] if skipped else [1, 2]) and learner.allocator.gradients == 2
     assert learner.lr_scheduler.last_epoch - before == (0 if skipped else 2)
 
@@ -181,12 +181,12 @@ def test_every_forward_of_a_run_has_dropout_masks_of_its_own(monkeypatch):
     layer.register_forward_pre_hook(lambda *_: states.append(tuple(torch.get_rng_state().tolist())))
     optimizer = torch.optim.SGD(layer.parameters())
     flags = Options.of(seed=0, gradient_accumulation_steps=2, max_grad_norm=1.0)
-    context = Context(flags, None, Accelerator(cpu=True, gradient_accumulation_steps=2), None)
+    context = ImageContext(flags, None, Accelerator(cpu=True, gradient_accumulation_steps=2), None)
     for process in range(2):
         monkeypatch.setattr(Accelerator, "process_index", process)
         learner = Learner("lora", layer, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), None, layer)
         for _ in range(2):
-            take_step(learner, itertools.repeat(torch.ones(1, 1)), context)
+            take_step(learner, itertools.repeat(torch.ones(1, 1)), exact_steps.study_of(context))
     assert len(states) == len(set(states)) == 8
 
 
@@ -197,7 +197,8 @@ def test_gradients_are_clipped_to_a_norm_and_with_0_not_at_all(longest, moved):
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     learner = Learner("lora", layer, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1), None, layer)
     flags = Options.of(seed=0, gradient_accumulation_steps=1, max_grad_norm=longest)
-    take_step(learner, itertools.repeat(torch.ones(1, 1)), Context(flags, None, Accelerator(cpu=True), None))
+    context = ImageContext(flags, None, Accelerator(cpu=True), None)
+    take_step(learner, itertools.repeat(torch.ones(1, 1)), exact_steps.study_of(context))
     assert before - layer.weight.item() == pytest.approx(moved, abs=1e-5)
 
 

@@ -9,9 +9,9 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from ....bundled import ASSETS
+from ....content_hash import folder_mark
 from ....errors import InvalidArgument, first_line, refused_as
 from ....io import read_object
-from ...content_hash import folder_mark
 from ..families import FAMILIES, load_family
 from ..families.base import Family
 from .combining import cast, check_finite, in_short, in_words, reduced, summed

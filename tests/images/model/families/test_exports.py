@@ -17,11 +17,11 @@ from suites import quick
 import reslora
 import train_sd
 from images.runs import assert_same_merge, train_family
+from reslora.images.context import ImageContext
 from reslora.images.model.families import load_family
 from reslora.images.output.calibration_file import read_calibration
 from reslora.images.output.exports import kohya_metadata
 from reslora.options.images import Options
-from reslora.training.context import Context
 from reslora.training.schedule import Schedule
 
 
@@ -169,7 +169,7 @@ def test_what_a_model_predicts_is_in_kohyas_and_stability_ais_names(width, predi
         use_aspect_ratio_buckets=True,
     )  # fmt: skip
     training_data = SimpleNamespace(options=flags, objective=SimpleNamespace(prediction_type=prediction))
-    context = Context(flags, SimpleNamespace(family=load_family("StableDiffusionPipeline")), None, None)
+    context = ImageContext(flags, SimpleNamespace(family=load_family("StableDiffusionPipeline")), None, None)
     config = SimpleNamespace(cross_attention_dim=width)
     metadata = kohya_metadata(config, training_data, Schedule(7, 1, 0, False), context)
     named = {"base_model": "sd", "learning_rate": "0.5", "seed": "3", "steps": "7", "resolution": "16 8"}

@@ -1,20 +1,18 @@
 """Examples as tokens, and answers that are generated."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from conftest import tiny_llama
 from tokenizers import processors
 
 from reslora.options.texts import LlmOptions
-from reslora.texts import llm, llm_trainer
+from reslora.texts import llm
+from reslora.texts.adapter import attach
 from reslora.texts.llm_tasks import Example
-from reslora.texts.llm_trainer import Encoder, calibration_batches, count_right, example_losses, generate
-from reslora.texts.trainer import attach
-from texts.helpers import adapter_of, trainer_of
+from reslora.texts.llm_tokens import Encoder, calibration_batches, count_right, example_losses, generate
+from texts.helpers import adapter_of
 
-from .helpers import bytes_tokenizer, flags, token_loss
+from .helpers import bytes_tokenizer, token_loss
 
 
 def test_the_loss_is_on_the_answer_and_the_end_which_is_learnt_though_it_pads():
@@ -95,15 +93,11 @@ def answers(model, encoder, examples: list[Example], max_new_tokens: int) -> lis
     return [f"The answer is {example.gold if example.gold in '123' else 0}." for example in examples]
 
 
-def test_right_answers_are_counted_by_hand(tiny, data, tmp_path, monkeypatch):
+def test_right_answers_are_counted_by_hand():
     """By what the answer comes to; a number alone is no answer."""
     said = ["It is 1 + 1. The answer is 02.0.", "3", "The answer is 3. The answer is 4.", "The answer is -5.", ""]
     assert count_right(said, [Example("", "", gold) for gold in ("2", "3", "4", "-5", "2")]) == 3
     assert count_right(said, [Example("", "", gold) for gold in ("3", "3", "3", "5", "")]) == 0
-    trainer = trainer_of(flags(tiny, data, tmp_path, "--method", "lora"))
-    trainer.examples["test"] = SUMS
-    monkeypatch.setattr(llm_trainer, "generate", answers)
-    assert trainer.figures("test")["accuracy"] == 3 / 5
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -111,13 +105,18 @@ def test_losses_of_an_experiment_are_in_the_order_of_its_examples(monkeypatch, s
     """They are measured in that of their lengths."""
     asked = []
     monkeypatch.setattr(llm, "generate", answers)
-    monkeypatch.setattr(llm, "example_losses", lambda model, encoder, batch: [float(each.gold) for each in batch])
-    study, (first, *rest) = llm.LlmStudy(), SUMS
-    study.encoder, study.examples = Encoder(bytes_tokenizer()), {"test": [*reversed(rest), first]}
-    options = LlmOptions.of(max_new_tokens=8)
-    arguments = SimpleNamespace(training=SimpleNamespace(per_device_eval_batch_size=size), options=options)
-    losses, figures = study.measured(arguments, None, lambda: asked.append(1))
+    texts, (first, *rest) = llm.LlmTexts(), SUMS
+    texts.encoder, texts.examples = Encoder(bytes_tokenizer()), {"test": [*reversed(rest), first]}
+    shortest = len(texts.encoder(first)["input_ids"])
+
+    def losses_of(model, encoder, rows):  # the number of a sum's ones, in each of its tokens
+        return [torch.full((2,), 1.0 + (len(row["input_ids"]) - shortest) / 4) for row in rows]
+
+    monkeypatch.setattr(llm, "example_losses", losses_of)
+    options = LlmOptions.of(max_new_tokens=8, eval_batch_size=size)
+    losses, figures = texts.measured(options, None, lambda: asked.append(1))
     assert losses == [5, 4, 3, 2, 1] and figures == {"accuracy": 3 / 5} and len(asked) == -(-5 // size)
+    assert texts.figures(options, None, lambda: None) == {"loss": 3, "accuracy": 3 / 5}
 
 
 def test_the_loss_of_an_example_is_the_mean_over_its_answer_whatever_is_beside_it():
@@ -126,16 +125,6 @@ def test_the_loss_of_an_example_is_the_mean_over_its_answer_whatever_is_beside_i
     encoder = Encoder(bytes_tokenizer())
     examples = [Example("a", "", "1"), Example("abcdef", "because of that", "22"), Example("xyz", "", "3")]
     expected = [token_loss(model, [encoder(example)]) for example in examples]
-    assert example_losses(model, encoder, examples) == pytest.approx(expected, rel=1e-4)
+    losses = example_losses(model, encoder, [*map(encoder, examples)])
+    assert [own.mean().item() for own in losses] == pytest.approx(expected, rel=1e-4)
     assert max(expected) - min(expected) > 1e-2
-
-
-def test_a_schedule_free_optimizer_is_measured_by_its_average(tiny, data, tmp_path):
-    more = ["--method", "lora", "--optim", "schedule_free_adamw"]
-    trainer = trainer_of(flags(tiny, data, tmp_path, *more))
-    trainer.train()
-    trainer.optimizer.train()
-    rows = [trainer.encoder(example) for example in trainer.examples["test"]]
-    between = token_loss(trainer.model.eval(), rows)
-    loss = trainer.figures("test", accuracy=False)["loss"]
-    assert loss == pytest.approx(token_loss(trainer.model.eval(), rows)) != pytest.approx(between)

@@ -1,11 +1,9 @@
-"""Tokenization of a causal model's examples, and a trainer that also evaluates generated answers."""
+"""Tokenization of a causal model's examples, their losses, and generated answers."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -13,9 +11,8 @@ from ..attributes import override_attributes
 from ..chains import base_model
 from ..errors import InvalidArgument
 from ..formatting import is_or_are
-from ..runtime.processes import all_gather, say
+from ..runtime.processes import say
 from .llm_tasks import Example, extract_answer, same_answer
-from .trainer import AdapterTrainer
 
 IGNORED = -100  # label of tokens without loss
 
@@ -79,7 +76,9 @@ def encode_training(encoder: Encoder, examples: list[Example], max_length: int) 
         )
     if len(kept) < len(rows):
         long = len(rows) - len(kept)
-        say(f"{long} of {len(rows)} training examples {is_or_are(long)} longer than {max_length} tokens: left out")
+        place = next(each.place for each, row in zip(examples, rows, strict=True) if len(row["input_ids"]) > max_length)
+        count = f"{long} of {len(rows)} training examples {is_or_are(long)}"
+        say(f"{count} longer than {max_length} tokens: left out (for example {place})")
     return kept
 
 
@@ -93,102 +92,25 @@ def calibration_batches(rows: list[dict], count: int, size: int) -> list[dict[st
     return [{"input_ids": torch.tensor([ids[: len(group[0])] for ids in group])} for group in groups] or None
 
 
-# -- training and evaluation -------------------------------------------------------------------------------------------
-
-
-class LlmTrainer(AdapterTrainer):
-    """An `AdapterTrainer` that evaluates the loss per answer token, and the accuracy of generated answers."""
-
-    control: Any  # set by `Trainer`
-
-    def __init__(
-        self,
-        *args,
-        encoder: Encoder,
-        examples: dict[str, list[Example]],
-        max_new_tokens: int,
-        eval_accuracy: bool = False,
-        **kwargs,
-    ) -> None:
-        super().__init__(*args, data_collator=encoder.collate, **kwargs)
-        self.encoder, self.examples = encoder, examples
-        self.max_new_tokens, self.eval_accuracy = max_new_tokens, eval_accuracy
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Return and log validation metrics: `eval_loss`, and `eval_accuracy` with --eval_accuracy."""
-        figures = self.figures("validation", accuracy=self.eval_accuracy)
-        logs = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-        self.log(dict(logs))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
-        return logs
-
-    def figures(self, split: str, accuracy: bool = True) -> dict[str, float]:
-        """Return the loss per answer token and, on request, the accuracy, over all processes."""
-        training = self.model.training
-        self.model.eval()
-        self.take_average()
-        figures = {"loss": self._loss(split)}
-        if accuracy:
-            figures["accuracy"] = self._accuracy(split)
-        self.model.train(training)
-        return figures
-
-    @torch.no_grad()
-    def _loss(self, split: str) -> float:
-        rows = [self.encoder(example) for example in self._mine(split)]
-        loss, tokens = 0.0, 0
-        for batch in self._batches(sorted(rows, key=lambda row: len(row["input_ids"])), f"{split} loss"):
-            logits, labels, _ = learnt_tokens(self.model, self.encoder, batch)
-            loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-            tokens += len(labels)
-        return _ratio_over_processes(loss, tokens)
-
-    def _accuracy(self, split: str) -> float:
-        examples = sorted(self._mine(split), key=lambda example: len(example.prompt))
-        right = 0
-        for batch in self._batches(examples, f"{split} answers"):
-            answers = generate(self.model, self.encoder, batch, self.max_new_tokens)
-            right += count_right(answers, batch)
-        return _ratio_over_processes(right, len(examples))
-
-    def _mine(self, split: str) -> list[Example]:
-        return self.examples[split][self.args.process_index :: self.args.world_size]
-
-    def _batches(self, items: list, title: str) -> Iterator[list]:
-        size = self.args.per_device_eval_batch_size
-        starts = range(0, len(items), size)
-        quiet = self.args.disable_tqdm or self.args.process_index > 0
-        for start in tqdm(starts, desc=title, leave=False, disable=quiet, dynamic_ncols=True):
-            self.stopping.check("stopped while evaluating; resume with --resume_from_checkpoint latest")
-            yield items[start : start + size]
-
-
-def _ratio_over_processes(total: float, count: int) -> float:
-    """Return `total` / `count`, each summed over all processes."""
-    totals, counts = zip(*all_gather((total, count)), strict=True)
-    return sum(totals) / sum(counts)
+# -- losses and answers ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def example_losses(model: PreTrainedModel, encoder: Encoder, examples: list[Example]) -> list[float]:
-    """Return the mean loss of each example's answer tokens, computed in one batch."""
-    logits, labels, counts = learnt_tokens(model, encoder, [*map(encoder, examples)])
-    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
-    return [float(own.mean()) for own in losses.split(counts)]
+def example_losses(model: PreTrainedModel, encoder: Encoder, rows: list[dict[str, list[int]]]) -> list[torch.Tensor]:
+    """Return the losses of each row's answer tokens, computed in one batch."""
+    batch = encoder.collate(rows)
+    counts = (batch["labels"] != IGNORED).sum(1).tolist()
+    return list(token_losses(model, batch).double().split(counts))
 
 
-def learnt_tokens(
-    model: Any, encoder: Encoder, rows: list[dict[str, list[int]]]
-) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Return logits and labels of the tokens with loss, and the number of these tokens in each row.
-
-    Logits are tokens x vocabulary, in at least float32; labels have shape (tokens,).
-    """
-    inputs = {name: value.to(model.device) for name, value in encoder.collate(rows).items()}
+def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the loss of each token that has a label, of shape (tokens,), in at least float32."""
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
     labels = inputs.pop("labels")[:, 1:]
     learnt = labels != IGNORED
-    logits = model(**inputs).logits[:, :-1][learnt]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[learnt], learnt.sum(1).tolist()
+    logits = model(**inputs, use_cache=False).logits[:, :-1][learnt]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(logits, labels[learnt], reduction="none")
 
 
 def count_right(answers: list[str], examples: list[Example]) -> int:

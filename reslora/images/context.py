@@ -1,0 +1,48 @@
+"""The context of an image run: resolved options, model, processes, and LoRA files to start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..options.images import Options
+from ..training.context import Context
+
+if TYPE_CHECKING:
+    from .initial_lora import Start
+    from .model.families.base import Part
+    from .model.loading import Model
+
+
+@dataclass(frozen=True)
+class ImageContext(Context):
+    """The context of an image run."""
+
+    options: Options
+    model: Model
+    start: Start | None = None
+    """The LoRA file that training starts from."""
+    assistant: Start | None = None
+    """The LoRA file that is active only in training."""
+
+    @property
+    def writes_merged(self) -> bool:
+        """Whether to export merged weights; in an experiment only if --merged_weights is given."""
+        return not self.place or self.options.experiment.merged_weights
+
+    @property
+    def encoders(self) -> tuple[Part, ...]:
+        """Text encoders that are trained."""
+        return self.model.family.trainable if self.options.adapter.train_text_encoder else ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the frozen weights."""
+        return weight_dtype(self.accelerator.mixed_precision)
+
+
+def weight_dtype(mixed_precision: str) -> torch.dtype:
+    """Return the dtype of the frozen weights."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)

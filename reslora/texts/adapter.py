@@ -1,0 +1,112 @@
+"""Add a method's adapter to a language model."""
+
+from collections.abc import Sequence
+
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..chains import base_model
+from ..errors import InvalidArgument, refused_as
+from ..formatting import pluralize
+from ..methods import adapters
+from ..methods.adapters import check_rank, known_targets
+from ..methods.control_scales import gauged
+from ..methods.patterns import entries, spell_out
+from ..methods.registry import METHODS, AdapterSettings, adapter_config, check_steps
+from ..methods.targets import check_layers
+from ..options.texts import MethodOptions
+
+UNFIT = (ValueError, TypeError, ImportError)
+"""Exceptions of PEFT for an invalid setting, or a missing package."""
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+"""Exceptions of transformers for a model that cannot be read."""
+
+
+def attach(
+    model: PreTrainedModel,
+    adapter: MethodOptions,
+    total_steps: int,
+    example_inputs: dict | None = None,
+    modules_to_save: Sequence[str] | None = None,
+) -> PeftModel:
+    """Add the method's adapter to `model`, connect it if the method is ResLoRA, and return PEFT's model.
+
+    `total_steps` is for AdaLoRA's schedule; `example_inputs` as in `reslora.connect`; `modules_to_save` as in PEFT.
+    PEFT's task type follows from the model: generation or classification.
+
+    Raises `InvalidArgument` for target modules that are unknown or match nothing, a rank larger than a layer, or
+    shortcuts that connect no blocks.
+    """
+    targets = _targets(model, adapter)
+    check_layers(model, targets, modules_to_save or ())
+    check_steps([adapter.name], total_steps, f"--method {adapter.name} with {pluralize(total_steps, 'step')}")
+    task = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
+    settings = AdapterSettings(
+        adapter.rank, adapter.lora_alpha, adapter.lora_dropout, targets, total_steps, task, modules_to_save,
+        rank_pattern=entries("rank_pattern", adapter.rank_pattern),
+        alpha_pattern=entries("alpha_pattern", adapter.alpha_pattern),
+    )  # fmt: skip
+    config = adapter_config(adapter.name, settings)
+    shortcuts = adapter.reslora_config if METHODS[adapter.name].shortcuts else None
+    with refused_as(f"--lora_r {adapter.rank}", "give a smaller one, or name other --target_modules", UNFIT):
+        check_rank(model, config)
+    spell_out(model, config)
+    flag = f"--target_modules {' '.join(targets) if isinstance(targets, list) else targets}"
+    with refused_as(flag, "name other layers, or another --method", UNFIT):
+        adapted = adapters.attach(model, config, shortcuts, example_inputs)
+        if METHODS[adapter.name].measured:
+            with gauged(adapter.name, adapted, adapter.reslora_config, example_inputs):
+                pass
+    if adapter.merge_and_save:
+        _refuse_tied(base_model(adapted), flag)
+    return adapted
+
+
+def put_start(model: PeftModel, folder: str) -> None:
+    """Copy the LoRA of --init_lora into a newly initialized adapter with the same rank and alpha.
+
+    Raises `InvalidArgument` if its layers differ from those of the adapter.
+    """
+    state, own = load_peft_weights(folder, device="cpu"), get_peft_model_state_dict(model)
+    for name in (*own, *state):
+        if name not in own or name not in state or own[name].shape != state[name].shape:
+            problem = f"it does not fit the model, first at {name}"
+            raise InvalidArgument(f"--init_lora {folder}", problem, "give a LoRA of this model")
+    set_peft_model_state_dict(model, state)
+
+
+def _refuse_tied(base: PreTrainedModel, flag: str) -> None:
+    """Raise `InvalidArgument` for an adapter on tied embeddings, for which a merged model has only one weight."""
+    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
+    embeddings = [module for module in embeddings if module is not None]
+    weights = {id(getattr(module, "base_layer", module).weight) for module in embeddings}
+    if len(weights) < len(embeddings) and any(isinstance(module, BaseTunerLayer) for module in embeddings):
+        raise InvalidArgument(
+            flag, "the input and the output embedding are one weight", "name other layers, or omit --merge_and_save"
+        )
+
+
+def _targets(model: PreTrainedModel, adapter: MethodOptions) -> list[str] | str:
+    linear = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    }
+    known = ", ".join(sorted(linear))
+    targets = adapter.target_modules or known_targets(model.config.model_type)
+    if not targets:
+        raise InvalidArgument(
+            "--target_modules",
+            f"missing, and not known for model type {model.config.model_type!r}",
+            f"name some of {known}",
+        )
+    if targets == ["all-linear"]:
+        return "all-linear"
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            problem = f"{target} matches no layer of {type(model).__name__}"
+            raise InvalidArgument(f"--target_modules {' '.join(targets)}", problem, f"name some of {known}")
+    return targets

@@ -1,0 +1,86 @@
+"""Print the length of a run of texts, and the memory that it takes, without loading weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..experiment.schedule import ArmSchedule
+from ..formatting import pluralize
+from ..model import enable_gradient_checkpointing
+from ..options.grid import Grid
+from ..options.texts import T, TextOptions
+from ..runtime.processes import say
+from ..runtime.signals import StopRequest
+from ..tracing import to_device
+from .adapter import attach
+from .arguments import checked
+from .run import start_accelerator
+from .study import Texts, plan_of, schedule_of
+
+GIB = 2**30
+STATES = 4 * (1 + 1 + 2)
+"""Bytes for each trained parameter in float32: its weight, its gradient, and the two moments of AdamW."""
+
+
+def show_plan(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
+    """Print the plan of a run, or of an experiment's run with the highest rank and the largest batch; write nothing."""
+    if isinstance(asked, Grid):
+        say(ArmSchedule(asked).runs_in_words())
+        most = {name: max(asked.values(name)) for name in ("rank", "train_batch_size")}
+        options: TextOptions = checked(asked.run(**most))
+    else:
+        options = asked
+    with stop.at_once():
+        accelerator = start_accelerator(options)
+    texts.read(options)
+    batches = plan_of(texts, options, accelerator)
+    schedule, options = schedule_of(batches.updates, options)
+    with torch.device("meta"):
+        base = texts.empty(options)
+        example = to_device(texts.example, "meta") if texts.example else None
+        model = attach(base, options.adapter, schedule.steps, example, texts.classifier or None)
+    longest = sorted(texts.rows, key=lambda row: len(row["input_ids"]), reverse=True)
+    batch = to_device(texts.collate(longest[: options.training.train_batch_size]), "meta")
+    if options.training.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    frozen, trained = (
+        [value for value in model.parameters() if value.requires_grad is wanted] for wanted in (False, True)
+    )
+    weights = sum(value.numel() * value.element_size() for value in frozen)
+    states = STATES * sum(value.numel() for value in trained)
+    activations = saved_bytes(model, batch)
+    looks = schedule.steps // schedule.validation_steps if schedule.validation_steps else 0
+    say(
+        f"{pluralize(schedule.steps, 'step')}, {pluralize(batches.updates, 'step')} in an epoch of "
+        f"{pluralize(len(texts.rows), 'example')}; {pluralize(looks, 'evaluation')}, and a checkpoint every "
+        f"{pluralize(options.output.checkpointing_steps, 'step')}"
+    )
+    say(
+        f"about {(weights + states + activations) / GIB:.2f} GiB on each device: {weights / GIB:.2f} for the frozen "
+        f"weights, {states / GIB:.2f} for what is trained with its gradient and AdamW's state, and "
+        f"{activations / GIB:.2f} for the activations of a batch of the longest examples"
+    )
+
+
+def saved_bytes(model: PeftModel, batch: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes that a forward pass on the meta device keeps for the backward pass, with the logits."""
+    kept: dict[int, int] = {}
+    owned = {value.untyped_storage()._cdata for value in (*model.parameters(), *model.buffers())}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage._cdata not in owned and not isinstance(value, nn.Parameter):
+            kept[storage._cdata] = storage.nbytes()
+        return value
+
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "attention_mask")}
+    if model.can_generate():  # a mask of all pairs of tokens: others are read, and without values they cannot be
+        examples, tokens = inputs["input_ids"].shape
+        inputs["attention_mask"] = torch.ones(examples, 1, tokens, tokens, dtype=torch.bool, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        logits = model.train()(**inputs).logits
+    return sum(kept.values()) + 2 * 4 * logits.numel()  # logits and their probabilities, in float32
