@@ -13,26 +13,26 @@ from collections.abc import Sequence
 import torch
 
 from ...experiment.schedule import ArmSchedule
-from ...experiment.study import print_estimate
+from ...experiment.study import TIMED_STEPS, print_estimate
 from ...options.grid import Grid
 from ...options.images import Options
 from ...runtime.processes import broadcast_from_main, is_main, wait
 from ...runtime.status import Status
 from ...tracing import evaluating
 from ...training.checkpoints import Identity
-from ...training.context import Context
 from ...training.loop import take_step
 from ...training.preparing import attention_of, prepare
 from ...training.schedule import Schedule
+from ..context import ImageContext
 from ..data.dataset import ImageDataset
 from ..data.samples import TIMESTEPS, losses_of
 from ..data.training_data import material_of
 from ..run import load_and_check
 from ..study import ImageStudy
-from .run import SELECT_NOISES, TIMED_STEPS, expected_times, there_of, with_few_looks
+from .run import SELECT_NOISES, expected_times, there_of, with_few_looks
 
 
-def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context: Context) -> None:
+def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context: ImageContext) -> None:
     """Train the first steps of the first method, and print how long the experiment takes; leave no files.
 
     `kinds`: all images of the experiment, of which one batch is encoded. The context's options are those of the arm
@@ -70,7 +70,7 @@ def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context
         print_estimate(arms, context.accelerator.device, steps, step, start, measuring, start + test_time)
 
 
-def timed(images: ImageDataset, schedule: Schedule, context: Context) -> tuple[float, float, float]:
+def timed(images: ImageDataset, schedule: Schedule, context: ImageContext) -> tuple[float, float, float]:
     """Train a few steps of the schedule on these images.
 
     Returns times in seconds: to load the model, of a step (median, without the first one, which may compile), and to
@@ -82,13 +82,13 @@ def timed(images: ImageDataset, schedule: Schedule, context: Context) -> tuple[f
     study = ImageStudy(schedule, Identity("", "", "", ""), context, pipeline, training_data)
     began = time.monotonic()
     learner = study.learner(method)
-    prepare(learner, context)
+    prepare(learner, study)
     start, times = time.monotonic() - began, []
     with attention_of(accelerator, training_data.shapes.values()):
         batches = study.batches(range(2 + TIMED_STEPS))
         for _ in range(1 + TIMED_STEPS):
             began = time.monotonic()
-            take_step(learner, batches, context).item()
+            take_step(learner, batches, study).item()
             times.append(time.monotonic() - began)
         began, measured = time.monotonic(), [(0, number) for number in range(min(4, len(images)))]
         with evaluating(learner.denoiser, *learner.trained.loss.encoders), torch.no_grad(), accelerator.autocast():
