@@ -129,8 +129,9 @@ class TrainTab(ControlTab):
         """Make the number of runs, the buttons, the command and the log."""
         self.plan = gr.HTML(elem_id="train-plan")
         with gr.Row(elem_classes="actions"):
-            self.facts = gr.HTML(elem_id="facts")
-            self.needs = gr.HTML(elem_id="needs")
+            with gr.Row(elem_id="before-start"):
+                self.facts = gr.HTML(elem_id="facts")
+                self.needs = gr.HTML(elem_id="needs")
             self.start = gr.Button(START, variant="primary", elem_id="start", min_width=130)
             self.stop = gr.Button("Stop and save", elem_id="stop", min_width=110)
             self.resume = gr.Button("Resume", elem_id="resume", min_width=80)
