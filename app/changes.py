@@ -66,7 +66,7 @@ class Change:
                 if self.files[name] is None:
                     raise RunError(f"{name} exists again: move this file away first. Nothing was restored.")
                 if "before" not in states.values():
-                    raise RunError(f"{name} was changed after this change, so nothing was restored.")
+                    raise RunError(f"{name} was changed later, so nothing was restored.")
             for name, state in states.items():
                 if state == "after":
                     put_back(self.place / name, self.folder.path / name)

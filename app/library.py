@@ -157,7 +157,7 @@ class Library:
         if run := self.named(name, Run):
             return run
         if language := self.named(name, LanguageRun):
-            raise RunError(f"{name} was trained by {language_script(language)}, and is listed only under Runs.")
+            raise RunError(f"{name} was trained by {language_script(language)}, and appears only under Runs.")
         raise RunError("There is no run of that name; choose one from the list.")
 
     def beside(self, run: Run, names: object) -> Run:

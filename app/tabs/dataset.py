@@ -148,7 +148,7 @@ class DatasetTab(Tab):
         return {self.folder: gr.update(choices=self.list_folders())}
 
     def open(self, folder: str | None) -> dict:
-        """Return the folder list's update when the tab is opened; without a valid selection, select the first folder."""
+        """Return the folder list's update when the tab is opened; without a valid selection, select the first one."""
         names = self.list_folders()
         folder = folder if folder in names else next(name for name in names if name != ".")
         return gr.update(choices=names, value=folder)

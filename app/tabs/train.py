@@ -168,7 +168,7 @@ class TrainTab(ControlTab):
     # -- events --------------------------------------------------------------------------------------------------------
 
     def arrive(self) -> dict:
-        """Return the choices of image folders, and of presets, runs and experiments to load settings of, by component."""
+        """Return the choices of image folders, and of presets, runs and experiments with settings, by component."""
         settings = [*form.PRESETS, *self.library.runs(), *self.library.experiments()]
         return {self.folder: gr.update(choices=self.jobs.folders()), self.begin: gr.update(choices=settings)}
 
