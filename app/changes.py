@@ -136,7 +136,7 @@ def write(path: Path, backup: Path, stamp: tuple[int, ...], content: bytes | Non
 
 
 def put_back(backup: Path, path: Path) -> None:
-    """Restore a file from its backup; without a backup, remove it."""
+    """Move `backup` back to `path`; if there is no backup, remove the file at `path`."""
     if os.path.lexists(backup):
         path.parent.mkdir(parents=True, exist_ok=True)
         backup.replace(path)

@@ -51,7 +51,7 @@ class DatasetTab(Tab):
         self.shown_parts = [self.status, self.images, self.page, self.undo]
 
     def choosing_rows(self) -> None:
-        """Make the components that select a folder and filter its images."""
+        """Make the components that select a folder and filter the folder's images."""
         with gr.Row(elem_id="which-images"):
             self.folder = open_choice("Folder", elem_id="folder")
             self.which = gr.Dropdown(

@@ -98,7 +98,7 @@ def test_nothing_is_restored_in_the_place_of_what_waits(manager):
     which, one = manager.trashed()
     with manager.jobs.changing() as entries:
         entries += [Entry("one"), Entry("which", "experiment", state="failed")]
-    assert "Another one is in the queue" in refused(manager.restore, one)
+    assert "Another run named one is in the queue" in refused(manager.restore, one)
     assert list(manager.trashed()) == [which, one] and manager.restore(which) == "which is restored."
     manager.jobs.remove("one")
     assert manager.restore(one) == "one is restored."
