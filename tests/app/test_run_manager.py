@@ -163,7 +163,7 @@ def test_cards_show_the_newest_sample_and_escape_all_else(manager, tmp_path):
     assert shown.count('data-do="trash"') == 3 and "Restore one" in shown and "LoRA, ResLoRA · 8 of 8 steps" in shown
     assert lists.runs(manager, "TEXTAREA").count(
         'class="run"'
-    ) == 1 and "No run's name or notes contain this" in lists.runs(manager, "zzz")
+    ) == 1 and "No name and no notes of a run contain this" in lists.runs(manager, "zzz")
     # What a card shows is what the folder has now.
     assert "no notes" in lists.runs(manager, "two")
     manager.write_notes("two", "", "good")
