@@ -187,7 +187,7 @@ class TrainTab(ControlTab):
     # -- events --------------------------------------------------------------------------------------------------------
 
     def arrive(self) -> dict:
-        """Return the choices of image folders, and of the presets, runs and experiments with settings to load."""
+        """Return the choices of image folders, and of presets, runs and experiments with settings, by component."""
         settings = [*form.PRESETS, *self.library.runs(), *self.library.experiments()]
         folders = gr.update(choices=[BUNDLED, *self.jobs.folders()])
         return {self.folder: folders, self.begin: gr.update(choices=settings)}
