@@ -226,7 +226,7 @@ class Jobs:
                     break
                 except subprocess.TimeoutExpired:
                     if time.monotonic() > latest or not wanted():
-                        process.kill()
+                        process.terminate()  # not kill: the trainer removes its temporary folder
                         raise RunError(f"The estimate took longer than {PLAN_SECONDS} seconds.") from None
         return self.without_folders((out if process.returncode == 0 else out + errors[-2000:]).strip())
 

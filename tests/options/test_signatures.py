@@ -18,7 +18,8 @@ SEE_ALL = {
     # a run, which resumes with the same options or is refused
     "reslora/training/context.py": "Context",
     "reslora/images/accelerator.py": "start_accelerator",
-    "reslora/images/run.py": "run begin find_all settle check_folder show_plan",
+    "reslora/images/run.py": "run begin find_all settle check_folder",
+    "reslora/images/planning.py": "show_plan",
     "reslora/training/checkpoints.py": "plan_resume already_trained notes_of write_exports",
     "reslora/texts/llm.py": "arguments",
     "reslora/texts/experiment.py": "run opened",
@@ -32,6 +33,7 @@ SEE_ALL = {
     # the application's form
     "app/jobs.py": "resolved",
     "app/bases.py": "options",
+    "app/estimates.py": "methods_of number_of_runs seconds_a_step training_time",
     "app/image_folders.py": "Images options_of _flags images state_of read with_masks whole_line images_of "
     "skipped_images "
     "buckets_of",
