@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import datasets
 import PIL.Image
@@ -20,6 +21,7 @@ from app.library import Library
 from app.runs import RunError
 from reslora.images.data.folders import load_folders
 from reslora.images.data.listing import TRASH
+from reslora.images.data.size import Size
 
 
 @pytest.fixture
@@ -44,6 +46,11 @@ def test_what_the_trainer_says_of_a_folder_names_no_place_of_this_machine(edits,
     said = [*found[0].notes, found[1].refused]
     assert all(str(tmp_path) not in line for line in said)
     assert "they do if the folder above is named" in said[0] and "name the folder above, where" in said[-1]
+
+
+def test_a_card_tells_width_and_then_height():
+    image = image_folders.Image("a.png", Path("a.png"), (), (640, 480), (Size(height=48, width=64),))
+    assert image_cards.sizes(image) == "640 &times; 480 &rarr; 64 &times; 48"
 
 
 def test_only_folders_on_the_list_are_shown(edits, tmp_path):
