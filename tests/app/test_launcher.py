@@ -424,7 +424,7 @@ def test_what_a_language_script_has_begun_goes_on_without_the_page(trainings, ki
     before = sorted(folder.iterdir())
     with pytest.raises(RunError, match="glue was started by train_glue"):
         trainings.add(Entry("glue", kind, resume=True))
-    line = "was started by" if kind == "experiment" else "a run of that name"
+    line = "was started by" if kind == "experiment" else "A run with this name"
     with pytest.raises(RunError, match=line):
         trainings.command("glue", {"learning_rate": "1e-3 3e-3", "seed": "0 1"}, kind=Experiment)
     assert sorted(folder.iterdir()) == before and trainings.entries() == []
