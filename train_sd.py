@@ -33,7 +33,7 @@ def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parse the options, and import heavy libraries only after they were checked."""
     asked = parse_args(argv, __doc__)
     if asked.flat()["plan"]:
-        from reslora.images.run import show_plan
+        from reslora.images.planning import show_plan
 
         show_plan(asked, stop)
     elif isinstance(asked, Grid):

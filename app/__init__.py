@@ -1,1 +1,1 @@
-"""The Gradio application: watch LoRA and ResLoRA learn side by side, then use the result. Start it: `python -m app`."""
+"""The Gradio application, started by `python -m app`: train LoRA and ResLoRA, compare them, and generate images."""

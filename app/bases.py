@@ -59,7 +59,7 @@ def bundled(named: str, known: Mapping[str, Path] = PIPELINES) -> str | None:
 
 
 def mark_of(folder: Path) -> str:
-    """Return a content hash of a folder, cached until one of its files changes."""
+    """Return a content hash of a folder, cached until a file in the folder changes."""
     return _mark(folder, tuple(map(stamp_of, folder.rglob("*"))))
 
 

@@ -21,7 +21,7 @@ from .image_folders import Image, Images, leads_out, names_of
 from .runs import RunError, stamp_of
 
 Captions = tuple[str, ...] | None
-"""Captions of an image. Empty: its table row has no caption. None: it has neither a table row nor a caption file."""
+"""Captions of an image. Empty: the image's table row has no caption. None: there is no table row or caption file."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Change:
                 if self.files[name] is None:
                     raise RunError(f"{name} exists again: move this file away first. Nothing was restored.")
                 if "before" not in states.values():
-                    raise RunError(f"{name} was changed after this change, so nothing was restored.")
+                    raise RunError(f"{name} was changed later, so nothing was restored.")
             for name, state in states.items():
                 if state == "after":
                     put_back(self.place / name, self.folder.path / name)
@@ -136,7 +136,7 @@ def write(path: Path, backup: Path, stamp: tuple[int, ...], content: bytes | Non
 
 
 def put_back(backup: Path, path: Path) -> None:
-    """Restore a file from its backup; without a backup, remove it."""
+    """Move `backup` back to `path`; if there is no backup, remove the file at `path`."""
     if os.path.lexists(backup):
         path.parent.mkdir(parents=True, exist_ok=True)
         backup.replace(path)

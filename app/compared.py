@@ -95,7 +95,7 @@ def cells(run: Run, images: dict[tuple[int, int], Path]) -> dict[Cell, Path]:
 
 
 def rows_of(shown: list[Column]) -> list[Cell]:
-    """Return the cells for which any column has an image, sorted by prompt index, then by the order of the runs."""
+    """Return at most `MOST_ROWS` cells with an image in any column, by prompt index, then by the order of the runs."""
     found = list(dict.fromkeys(cell for column in shown for cell in column.images))
     prompts = list(dict.fromkeys(cell[2] for cell in found))
     return sorted(found, key=lambda cell: (cell[0], prompts.index(cell[2]), cell[1]))[:MOST_ROWS]
@@ -110,7 +110,7 @@ def prompt_of(run: Run, number: int) -> str:
 def images(run: Run, step: int, status: str = "") -> str:
     """Return the grid of samples at a step: a row per prompt and image, a column per run and method.
 
-    `status` is the status of the run according to `Jobs`, which also knows a trainer that has just started.
+    `status`: the run's status by `Jobs`, which also detects a trainer that has just started; empty: `run.status`.
     """
     shown = columns(run, step)
     rows = rows_of(shown)

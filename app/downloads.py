@@ -28,7 +28,7 @@ class Download:
     place: str
     """Path of the file or folder, relative to the repository; absolute if it is outside of the repository."""
     use: str
-    """How to load it: lines of Python, or the folder of another tool."""
+    """How to load the download: lines of Python, or the folder of another tool to copy it to."""
 
 
 def downloads_of(run: Run) -> list[Download]:

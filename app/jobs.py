@@ -226,7 +226,7 @@ class Jobs:
                     break
                 except subprocess.TimeoutExpired:
                     if time.monotonic() > latest or not wanted():
-                        process.kill()
+                        process.terminate()  # not kill: the trainer removes its temporary folder
                         raise RunError(f"The estimate took longer than {PLAN_SECONDS} seconds.") from None
         return self.without_folders((out if process.returncode == 0 else out + errors[-2000:]).strip())
 
@@ -387,7 +387,7 @@ class Jobs:
         return self.without_folders(run.log_tail(1))[:300]
 
     def without_folders(self, text: str) -> str:
-        """Return text in which this machine's folders are replaced by short names."""
+        """Return `text` with this machine's folders replaced by short names."""
         names = {self.library.folder: "runs", self.data: "data", REPOSITORY: ".", Path.home(): "~"}
         names |= {Path(sys.prefix): "python", Path(sys.base_prefix): "python"}
         for path in sorted(filter(None, names), key=lambda path: -len(str(path))):

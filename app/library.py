@@ -65,8 +65,8 @@ class Experiment(Run):
     def seconds_an_arm(self) -> float | None:
         """Mean duration of the finished arms in seconds.
 
-        The duration of an arm is the larger of its training time and its wall time, because the wall time of a resumed
-        arm starts when it was resumed.
+        An arm's duration is the larger of training time and wall time, because the wall time of a resumed arm only
+        starts when it is resumed.
         """
         ended = [arm for arm in self.arms if arm.get("status") == "finished"]
         known = [[number(arm.get("seconds")) or 0.0, number(arm.get("wall_seconds")) or 0.0] for arm in ended]
@@ -109,9 +109,9 @@ class LanguageRun(Run):
 
 
 class Library:
-    """The runs and experiments in `folder`. If `folder` itself is a run or an experiment, it is the only one.
+    """The runs and experiments in `folder`. If `folder` itself is a run or an experiment, only this one is listed.
 
-    `extra`: the folders of further runs.
+    `extra`: the folders of further runs, such as the example.
     """
 
     def __init__(self, folder: Path, extra: tuple[Path, ...] = ()) -> None:
@@ -157,7 +157,7 @@ class Library:
         if run := self.named(name, Run):
             return run
         if language := self.named(name, LanguageRun):
-            raise RunError(f"{name} was trained by {language_script(language)}, and is listed only under Runs.")
+            raise RunError(f"{name} was trained by {language_script(language)}, and appears only under Runs.")
         raise RunError("There is no run of that name; choose one from the list.")
 
     def beside(self, run: Run, names: object) -> Run:

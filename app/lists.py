@@ -107,7 +107,7 @@ def runs(manager: RunManager, words: str) -> str:
         run for run in manager.library.everything() if words in run.name.casefold() or words in run.notes.casefold()
     ]
     cards = "".join(card_of(manager, run) for run in everything[:MOST])
-    found = f'<div class="runs">{cards}</div>' if cards else notice("No run's name or notes contain this text.")
+    found = f'<div class="runs">{cards}</div>' if cards else notice("No name and no notes of a run contain this.")
     if (more := len(everything) - MOST) > 0:
         found += notice(f"{more:,} older runs are not shown: find them by the search field above.")
     return found + trash(manager)

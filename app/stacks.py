@@ -69,7 +69,9 @@ def stacked(library: Library, run: Run | None, names: object, strengths: str) ->
         owner, weights = known[name]
         if not same_base(owner, run):
             mine, theirs = (Path(base_of(one).name).name for one in (run, owner))
-            raise RunError(f"{name} is a LoRA for {theirs}, but this run trains {mine}: choose LoRAs for {mine}.")
+            raise RunError(
+                f"{name} is a LoRA for {theirs}, but this run trains {mine}: choose LoRAs of one base model."
+            )
         found.append(Weights(name, weights.kind, weights.method, weights.path))
     return stack(list(zip(found, numbers(strengths, names), strict=True)))
 

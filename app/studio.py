@@ -123,7 +123,7 @@ class Visitor:
                 return self.events.put(event, timeout=0.1)
 
     def step(self, step: Step) -> None:
-        """Send a step message, unless the last one is less than `PAUSE` old. Raises `Cancelled` as `check` does."""
+        """Send a step message if the last one is at least `PAUSE` seconds old. Raises `Cancelled` as `check` does."""
         if time.monotonic() - self.told < PAUSE:
             self.check()
         else:

@@ -59,7 +59,7 @@ def place_of(folder: Path, contents: Contents) -> Path:
 
 
 def inside(folder: Path) -> Contents:
-    """Return the current contents of a folder of uploads, including its trash."""
+    """Return the current contents of a folder of uploads, including the folder's trash."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     return {path.relative_to(folder).as_posix(): path for path in files}
 

@@ -174,7 +174,7 @@ def refuse_others(label: str, tensors: Mapping[str, Tensor], wanted: Mapping[str
         raise RunError(f"{label}: {name} is missing.")
     for name, tensor in tensors.items():
         if name not in wanted:
-            raise RunError(f"{label}: this model has no {name}.")
+            raise RunError(f"{label}: {name} is not a tensor of this model.")
         if tensor.shape != wanted[name].shape:
             raise RunError(
                 f"{label}: {name} has shape {shape(tensor.shape)}, but {shape(wanted[name].shape)} in this model."
@@ -193,7 +193,7 @@ def refuse_misfits(label: str, model: nn.Module, layers: Mapping[str, Factors], 
     for name, (down, up, _) in layers.items():
         weight = getattr(modules.get(name), "weight", None)
         if weight is None:
-            raise RunError(f"{label}.{name}: this model has no such layer.")
+            raise RunError(f"{label}.{name} is not a layer of this model.")
         if (found := torch.Size([len(up), *down.shape[1:]])) != weight.shape:
             raise RunError(f"{label}.{name} has shape {shape(found)}, but {shape(weight.shape)} in this model.")
     if not config.get("target_modules"):

@@ -12,6 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from why_report import Kept, records, to_lora
 
+from reslora.experiment.statistics import coverage_in_words, level_of
+
 SHORTCUT, ALPHA, PLACEBO, OTHER = "#e8590c", "#1971c2", "#868e96", "#2f9e44"
 KINDS = {"shortcut": SHORTCUT, "larger alpha": ALPHA, "placebo": PLACEBO, "other method": OTHER}
 LINES = {
@@ -52,7 +54,9 @@ def forest() -> Figure:
         Patch(color="#e9ecef", label="below the minimum detectable effect"),
     ]
     figure.legend(handles=shown, loc="outside upper center", ncols=4, frameon=False)
-    figure.supxlabel("test loss compared with LoRA's, in percent (confidence interval); left is better")
+    readings = sorted({each.record["readings"] for column in columns for each in column})
+    levels = " or ".join(coverage_in_words(level_of(reading)) for reading in readings)
+    figure.supxlabel(f"test loss compared with LoRA's, in percent ({levels} confidence interval); left is better")
     return figure
 
 

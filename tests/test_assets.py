@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ASSETS, EXAMPLE = ROOT / "assets", ROOT / "app" / "example"
 sys.path.insert(0, str(ASSETS / "make"))
 
+import make_data  # noqa: E402
 from augment import STYLES, load_pictures, mirrorable, move, restyle, styled_caption  # noqa: E402
 from captions import VALIDATION_PROMPTS, is_held_out, is_known, new_tokenizer  # noqa: E402
 from checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
@@ -114,6 +115,25 @@ def test_bundled_pipeline_draws_on_white_and_takes_a_lora_in_every_dtype(dtype):
 
 def test_validation_prompts_are_those_of_the_file():
     assert set(VALIDATION_PROMPTS) == set((ASSETS / "validation_prompts.txt").read_text().splitlines())
+
+
+def test_the_fine_tuning_set_is_that_of_its_name_without_the_prompts(tmp_path, monkeypatch, capsys):
+    source, target = tmp_path / "flat", tmp_path / "chosen" / "flat"
+    source.mkdir()
+    rows = [
+        {"file_name": f"{i}.png", "text": text} for i, text in enumerate(["pear", "red apple", "a b c", "plum", "kiwi"])
+    ]
+    lines = [json.dumps(row | {"category": "Food & Drink", "subcategory": "fruit"}) + "\n" for row in rows]
+    (source / "metadata.jsonl").write_text("".join(lines))
+    for row in rows:
+        (source / row["file_name"]).write_bytes(row["text"].encode())
+    monkeypatch.setattr("sys.argv", ["make_data.py", "--output", str(tmp_path), "--select", str(target)])
+    monkeypatch.setattr(make_data.select, "__defaults__", (2,))
+    make_data.main()
+    assert "2 of 3 images" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in target.glob("*.png")} == {"0.png": b"pear", "3.png": b"plum"}
+    chosen = [json.loads(line) for line in (target / "metadata.jsonl").read_text().splitlines()]
+    assert chosen == [rows[0], rows[3]]
 
 
 def test_fine_tuning_set_has_known_captions_and_none_of_the_prompts():

@@ -55,7 +55,7 @@ class DatasetTab(Tab):
         self.shown_parts = [self.status, self.images, self.page, self.undo]
 
     def choosing_rows(self) -> None:
-        """Make the components that select a folder and filter its images."""
+        """Make the components that select a folder and filter the folder's images."""
         with gr.Row(elem_id="which-images"):
             self.folder = open_choice("Folder", elem_id="folder")
             self.which = gr.Dropdown(
@@ -176,7 +176,7 @@ class DatasetTab(Tab):
         return {self.folder: gr.update(choices=self.list_folders()), self.model: models}
 
     def open(self, folder: str | None) -> dict:
-        """Return the update of the folder list when the tab opens; select the first folder if none is valid."""
+        """Return the folder list's update when the tab is opened; without a valid selection, select the first one."""
         names = self.list_folders()
         folder = folder if folder in names else next(name for name in names if name != ".")
         return gr.update(choices=names, value=folder)

@@ -129,8 +129,9 @@ class TrainTab(ControlTab):
         """Make the number of runs, the buttons, the command and the log."""
         self.plan = gr.HTML(elem_id="train-plan")
         with gr.Row(elem_classes="actions"):
-            self.facts = gr.HTML(elem_id="facts")
-            self.needs = gr.HTML(elem_id="needs")
+            with gr.Row(elem_id="before-start"):
+                self.facts = gr.HTML(elem_id="facts")
+                self.needs = gr.HTML(elem_id="needs")
             self.start = gr.Button(START, variant="primary", elem_id="start", min_width=130)
             self.stop = gr.Button("Stop and save", elem_id="stop", min_width=110)
             self.resume = gr.Button("Resume", elem_id="resume", min_width=80)
@@ -186,7 +187,7 @@ class TrainTab(ControlTab):
     # -- events --------------------------------------------------------------------------------------------------------
 
     def arrive(self) -> dict:
-        """Return the choices of image folders, and of the presets, runs and experiments with settings to load."""
+        """Return the choices of image folders, and of presets, runs and experiments with settings, by component."""
         settings = [*form.PRESETS, *self.library.runs(), *self.library.experiments()]
         folders = gr.update(choices=[BUNDLED, *self.jobs.folders()])
         return {self.folder: folders, self.begin: gr.update(choices=settings)}

@@ -12,12 +12,9 @@ from torch import nn
 
 from ..errors import InvalidArgument
 from ..experiment.record import EXPERIMENT
-from ..experiment.schedule import ArmSchedule
-from ..formatting import pluralize
-from ..options.grid import Grid
 from ..options.images import Options
 from ..runtime.folder_lock import locked
-from ..runtime.processes import all_gather, broadcast_from_main, on_all, say
+from ..runtime.processes import all_gather, broadcast_from_main, on_all
 from ..runtime.signals import NOT_BEGUN, StopRequest
 from ..runtime.status import Status
 from ..training.checkpoints import OF_CLASS, Identity, check_length, plan_resume
@@ -203,32 +200,6 @@ def identity_of(kinds: Sequence[ImageDataset], context: ImageContext) -> Identit
                 flag, "its content differs between the processes", "give every process the same files"
             )
     return identity
-
-
-def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
-    """Print an estimate of the run's memory; write no files. Raise an error if the run does not fit into memory.
-
-    For an experiment, this is the estimate for its highest rank and its largest batch size, after a line with the
-    number of runs. Then its first steps are timed, to print how long it takes.
-    """
-    if isinstance(asked, Grid):
-        training = asked.base.training
-        steps = training.max_train_steps or pluralize(training.num_train_epochs, "epoch")
-        each = pluralize(steps, "step") if isinstance(steps, int) else steps
-        runs = ArmSchedule(asked).runs_in_words()
-        say(f"{runs}; {each} each")
-    most = ("rank", "train_batch_size")
-    options = asked.run(**{name: max(asked.values(name)) for name in most}) if isinstance(asked, Grid) else asked
-    with stop.at_once():
-        accelerator = start_accelerator(options)
-    images = on_all(lambda: load_folders(options.model, options.data, options.training, options.output))
-    context = settle(options, accelerator, stop)
-    check_before_loading(images, context)
-    if isinstance(asked, Grid):
-        from .experiment.first_steps import time_first_steps  # imports this module
-
-        with stop.at_once():
-            time_first_steps(asked, images, context)
 
 
 def check_before_loading(kinds: Sequence[ImageDataset], context: ImageContext) -> None:

@@ -47,7 +47,7 @@ def test_a_copy_of_a_bundled_pipeline_is_the_one_here_until_it_differs(tmp_path)
 
 def test_a_damaged_config_names_no_model(tmp_path):
     (tmp_path / "config.json").write_text('{"pretrained_model_name_or_path": "owner/mo')
-    with pytest.raises(RunError, match=r"its config\.json cannot be read, so its model is not known"):
+    with pytest.raises(RunError, match=r"its config\.json cannot be read, so the run's base model is not known"):
         base_of(Library(tmp_path).find(tmp_path.name))
 
 

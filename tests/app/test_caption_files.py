@@ -82,7 +82,7 @@ def test_what_somebody_else_has_changed_stays_and_nothing_else_is_written(tmp_pa
     changed = folder / ("1.txt" if layout == "txt" else f"metadata.{layout}")
     changed.write_text(changed.read_text().replace("blue", "green"))
     theirs = trained_with(folder)
-    with pytest.raises(RunError, match=r"1\.png was changed meanwhile"):
+    with pytest.raises(RunError, match=r"1\.png was changed in the meantime"):
         write(images, edits)
     assert trained_with(folder) == theirs
 
@@ -99,7 +99,7 @@ def test_a_table_that_is_replaced_while_it_is_rewritten_stays(tmp_path, monkeypa
 
     monkeypatch.setattr(caption_files.Table, "edit", late)
     theirs = table.read_text() + "\n"
-    with pytest.raises(RunError, match=r"metadata\.jsonl has changed"):
+    with pytest.raises(RunError, match=r"metadata\.jsonl was changed in the meantime"):
         write(images, [Edit("0.png", images.images["0.png"].captions, ("mine",))])
     assert table.read_text() == theirs and not list(folder.glob(".*.tmp"))
 
@@ -147,6 +147,6 @@ def test_a_caption_that_is_changed_while_others_are_written_stays_and_so_do_they
         original(path, *rest)
 
     monkeypatch.setattr(folder_changes, "write", meanwhile)
-    with pytest.raises(RunError, match=r"2\.txt has changed"):
+    with pytest.raises(RunError, match=r"2\.txt was changed in the meantime"):
         write(images, [Edit(name, image.captions, ("mine",)) for name, image in images.images.items()])
     assert trained_with(folder) == [*captions[:2], ["theirs, longer"]]

@@ -66,7 +66,7 @@ def test_only_listed_models_and_folders_that_may_change_are_captioned(captioning
     for model in ("", "/etc", "../models/blip", "blip", None, 7):
         with pytest.raises(RunError, match="Give an image-text model"):
             captioning.start(images, model, "", "", False)
-    with pytest.raises(RunError, match="bundled images stay"):
+    with pytest.raises(RunError, match="bundled images cannot be changed"):
         captioning.start(captioning.edits.look(BUNDLED), "owner/model", "", "", True)
     monkeypatch.setattr(captioning, "work", lambda *_: None)  # it goes on
     captioning.start(images, "owner/model", "--prefix", "", False)

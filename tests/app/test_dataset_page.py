@@ -114,7 +114,7 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         page.keyboard.type("mine")  # before theirs: the page may still be about to show what the folder holds now
         theirs.write_text(theirs.read_text().replace("blue box", "green box"))
         page.keyboard.press("Control+Enter")
-        page.locator('.card[data-name="1.png"] .told').get_by_text("changed meanwhile").wait_for()
+        page.locator('.card[data-name="1.png"] .told').get_by_text("changed in the meantime").wait_for()
         assert caption(1) == "green box"
         page.keyboard.press("Escape")
 
@@ -262,7 +262,7 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
     def state() -> dict[str, bytes]:
         return {str(path): path.read_bytes() for place in (folder, other) for path in place.rglob("*.*")}
 
-    before, refused = state(), "Nothing was changed: the images are those of set, and another folder is chosen by now."
+    before, refused = state(), "Nothing was changed: the page shows images of set, but another folder is selected."
     with visit(browser, address, 1280, "light") as page:
         box, told = page.locator('.card[data-name="0.png"] textarea'), page.locator('.card[data-name="0.png"] .told')
         with locked_file(page, "two"):
@@ -322,7 +322,7 @@ def test_a_program_puts_a_folder_in_order(address, folder, tmp_path):
     assert damaged["name"] == "3.png" and damaged["left_out"].startswith("damaged (")
     assert (damaged["captions"], damaged["size"], damaged["buckets"]) == (["blue box"], [32, 32], [[64, 64]])
     client.predict("set", "0.png", "red disc", "one", api_name="/set_caption")
-    with pytest.raises(AppError, match=r"0\.png was changed meanwhile"):
+    with pytest.raises(AppError, match=r"0\.png was changed in the meantime"):
         client.predict("set", "0.png", "red disc", "two", api_name="/set_caption")
     client.predict("set", ["0.png", "1.png"], "Replace", "o", "0", api_name="/change_captions")
     assert [(folder / f"{number}.txt").read_text() for number in range(2)] == ["0ne", "blue b0x"]

@@ -45,7 +45,7 @@ def planned(jobs: Jobs, **settings) -> tuple:
 )
 def test_the_time_is_that_of_a_run_of_the_same_model_and_batch(jobs, settings, runs, time):
     if time is None:
-        with pytest.raises(RunError, match="needs images"):
+        with pytest.raises(RunError, match="needs training images"):
             experiments.plan(jobs, "new", {"method": ["lora"], "model": "owner/model"})
         time = UNKNOWN
     _, found = planned(jobs, **settings)

@@ -130,8 +130,8 @@ def test_one_that_is_stopped_while_methods_are_compared_goes_on_with_that(librar
     monkeypatch.setattr(os, "kill", lambda process, number: None)
     for content, when in ((examples.unfinished(), "after this step"), (examples.experiment(None), "soon")):
         write_experiment(found.folder, content | {"chosen": {}, "verdicts": []})
-        assert trainings.stop("which", Experiment) == f"which was asked to stop {when}; what is trained is saved."
-        assert trainings.stop("which", Experiment) == "which was asked to stop already; what is trained is saved."
+        assert trainings.stop("which", Experiment) == f"which was asked to stop {when}; the trained steps are saved."
+        assert trainings.stop("which", Experiment) == "which was already asked to stop; the trained steps are saved."
         trainings.asked.clear()
     assert "60 of 60 runs finished \u00b7 Resume compares them" in experiments.summary(found, "stopped")
 
@@ -165,7 +165,7 @@ def test_a_plan_is_counted_by_the_trainers_own_parser(library):
     wired = form | {"shortcut": ["input", "middle"], "pre_num": "1 4"}
     assert "16 runs: 4 methods" in plan(library, wired)
     assert "12 runs" in plan(library, form | {"learning_rate": "1e-4", "seed": "0", "rank": "2 4 8 16 32 64"})
-    assert "Another model needs images" in plan(library, form | {"model": "owner/model"})
+    assert "A model from the hub needs training images" in plan(library, form | {"model": "owner/model"})
     for wrong in ({"seed": "x"}, {"learning_rate": "-1"}, {"method": ["none"]}, {"blocks_to_swap": "0.5"}):
         assert "argument" in plan(library, form | wrong)
 
@@ -369,7 +369,7 @@ def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(libra
     values = tab.values_of({"seed": [0, 1]})
     for name, uploads in (("new", [{"path": str(tmp_path / "red disc.png")}]), ("which", None)):
         first, _ = tab.do_plan(name, uploads, "", None, "", *values)
-        assert "some seconds" in first
+        assert "a few seconds" in first
     stored = Path(planned[0][planned[0].index("--train_data_dir") + 1])
     assert [path.suffix for path in sorted(stored.iterdir())] == [".png", ".txt"]
     assert "--train_data_dir" not in planned[1] and str(library.folder / "which" / "config.json") in planned[1]

@@ -129,9 +129,9 @@ def test_a_session_stops_what_it_waits_for_of_one_kind_or_all_of_it(studio, run,
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("colour", "1", "X: no setting of that name; choose one of checkpoint, "),
-        (None, "1", "X: no setting of that name"),
-        ("strength", " , ", r"X \(strength\): give its values, as in 0 0.5 1"),
+        ("colour", "1", "X: no setting has this name; choose one of checkpoint, "),
+        (None, "1", "X: no setting has this name"),
+        ("strength", " , ", r"X \(strength\): give the values, such as 0 0.5 1"),
         ("strength", "0 half", r"X \(strength\): half is not a number from -2 to 2"),
         ("strength", "nan", r"X \(strength\): nan is not a number"),
         ("strength", "3", r"X \(strength\): 3 is not a number from -2 to 2"),
@@ -153,13 +153,13 @@ def test_an_axis_that_says_nothing_is_refused_in_a_line(name, text, said):
     [
         (("seed", "1"), ("seed", "2"), START, "X and Y are both seed"),
         (("seed", "1 2 3 4 5 6 7 8 9"), ("steps", "1 2 3 4 5 6 7 8"), START, "9 x 8 values are 72 cells: at most 64"),
-        (("checkpoint", "3"), ("seed", "1"), START, "lora has no checkpoint of step 3; it has 2, 4"),
+        (("checkpoint", "3"), ("seed", "1"), START, "lora has no checkpoint at step 3; it has checkpoints at 2, 4"),
         (("checkpoint", "2"), ("method", "lora dora"), START, "This run has no method dora; it has lora, reslora"),
-        (("checkpoint", "2"), ("seed", "1"), "base model", "The base model has no checkpoint: choose"),
+        (("checkpoint", "2"), ("seed", "1"), "base model", "The base model has no checkpoints: choose"),
         (("method", "reslora"), ("seed", "1"), "lora: unmerged, step 9", "reslora has no unmerged, step 9 in this run"),
-        (("merge", "best"), ("seed", "1"), START, "There is no merge best; choose of lstsq"),
-        (("merge", "input"), ("method", "lora"), START, "Only ResLoRA is merged by a method"),
-        (("method", "lora"), ("seed", "1"), "own.safetensors", "A LoRA file and a stack have no method"),
+        (("merge", "best"), ("seed", "1"), START, "There is no merge method best; choose from lstsq"),
+        (("merge", "input"), ("method", "lora"), START, "The merge method applies only to ResLoRA"),
+        (("method", "lora"), ("seed", "1"), "own.safetensors", "An uploaded LoRA file or a stack has no method"),
     ],
 )
 def test_a_grid_that_cannot_be_drawn_is_refused_before_anything_is(run, x, y, start, said):
@@ -167,7 +167,7 @@ def test_a_grid_that_cannot_be_drawn_is_refused_before_anything_is(run, x, y, st
     weights = BASE if start == BASE.label else Weights(start, "file", method, run.folder)
     with pytest.raises(RunError, match=f"^{said}"):
         grid(run, weights, REQUEST, axis("X", *x), axis("Y", *y))
-    with pytest.raises(RunError, match="stack have no merge"):
+    with pytest.raises(RunError, match="stack has no merge"):
         grid(run, stack([(weights, 1.0)]), REQUEST, axis("X", "merge", "input"), axis("Y", NONE, ""))
 
 
@@ -188,7 +188,7 @@ def test_a_run_without_calibration_samples_is_merged_by_what_needs_none(run, stu
     (tmp_path / "runs" / "short" / "reslora" / "calibration.safetensors").unlink()
     short = Library(tmp_path / "runs").find("short")
     assert "lstsq" in suggestion(run, "merge") and suggestion(short, "merge") == "input weights none"
-    with pytest.raises(RunError, match=r"lstsq needs calibration samples, and this run has kept none; choose another"):
+    with pytest.raises(RunError, match=r"lstsq needs calibration samples, and this run has none; choose another"):
         studio.merge(short, short.checkpoints("reslora")[0], "lstsq")
 
 
@@ -234,7 +234,7 @@ def test_what_is_drawn_before_a_cell_fails_can_be_taken_along(run, studio, tmp_p
         return [*GridPart.draw_grid(part, *settings, *axes, asked=SimpleNamespace(session_hash=""))][-1]
 
     _, said, sheet, cells = draw("2 4")
-    assert f"ended the grid after {len(cells)} of 4 cells" in said and "checkpoint-4" in said and len(cells) in (1, 2)
+    assert f"The grid ended after {len(cells)} of 4 cells" in said and "checkpoint-4" in said and len(cells) in (1, 2)
     with PIL.Image.open(sheet) as image:
         assert image.width > 2 * 32
     with pytest.raises(RunError):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import datasets
 import PIL.Image
@@ -20,6 +21,7 @@ from app.library import Library
 from app.runs import RunError
 from reslora.images.data.folders import load_folders
 from reslora.images.data.listing import TRASH
+from reslora.images.data.size import Size
 
 
 @pytest.fixture
@@ -44,6 +46,11 @@ def test_what_the_trainer_says_of_a_folder_names_no_place_of_this_machine(edits,
     said = [*found[0].notes, found[1].refused]
     assert all(str(tmp_path) not in line for line in said)
     assert "they do if the folder above is named" in said[0] and "name the folder above, where" in said[-1]
+
+
+def test_a_card_tells_width_and_then_height():
+    image = image_folders.Image("a.png", Path("a.png"), (), (640, 480), (Size(height=48, width=64),))
+    assert image_cards.sizes(image) == "640 &times; 480 &rarr; 64 &times; 48"
 
 
 def test_only_folders_on_the_list_are_shown(edits, tmp_path):
@@ -78,13 +85,13 @@ def test_nothing_outside_a_folder_is_shown(edits, tmp_path):
         lambda: edits.save_caption(images, "0.png", "", "mine"),
         lambda: edits.change_captions(images, list(images.images), ADD_TAG, "mine"),
     ):
-        with pytest.raises(RunError, match="leads out of the folder") as refusal:
+        with pytest.raises(RunError, match="is a link to outside of the folder") as refusal:
             change()
         assert "secret" not in str(refusal.value)
     edits.change_captions(images, ["1.png"], ADD_TAG, "mine")
     (folder / "1.txt").unlink()
     (folder / "1.txt").symlink_to(tmp_path / "secret.txt")
-    with pytest.raises(RunError, match="leads out of the folder"):
+    with pytest.raises(RunError, match="is a link to outside of the folder"):
         edits.undo(images)  # which was read before
     assert (tmp_path / "secret.txt").read_text() == "secret words"
 
@@ -239,7 +246,7 @@ def test_undo_is_refused_once_and_only_for_what_was_changed_again(edits, tmp_pat
     edits.change_captions(edits.look("set"), ["0.png"], ADD_TAG, "x")
     edits.change_captions(edits.look("set"), ["1.png"], ADD_TAG, "y")
     (folder / "1.txt").write_text("somebody else's")
-    with pytest.raises(RunError, match="has changed"):
+    with pytest.raises(RunError, match="was changed later"):
         edits.undo(edits.look("set"))
     assert "add tag" in edits.undo(edits.look("set"))
     assert trained(folder).captions[:2] == [["red disc"], ["somebody else's"]]
@@ -274,7 +281,7 @@ def test_undo_takes_back_what_its_button_says_change_by_change(edits, tmp_path):
     for was, text in (("red disc", "b"), ("b", "red disc"), ("red disc", "b")):
         assert edits.save_caption(edits.look("set"), "0.png", was, text) == text
     edits.change_captions(edits.look("set"), ["1.png"], ADD_TAG, "theirs")
-    with pytest.raises(RunError, match=r"Nothing was undone.*\(add tag, 1 caption\)"):
+    with pytest.raises(RunError, match=r"Nothing was undone.*add tag, 1 caption"):
         edits.undo(edits.look("set"), mine)
     assert trained(folder).captions[:2] == [["b"], ["blue box, theirs"]]
     edits.undo(edits.look("set"))  # theirs, by themselves

@@ -181,7 +181,7 @@ def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
     lined.add(Entry("b"), [str(tmp_path / "x.png")], "a red box")
     (stored,) = [entry for entry in lined.entries() if entry.name == "b"]
     assert stored.folder == "runs/b" and (tmp_path / "runs/.images/b/00000.txt").read_text() == "a red box"
-    with pytest.raises(RunError, match="in the queue already"):
+    with pytest.raises(RunError, match="already in the queue"):
         lined.add(Entry("b"))
     let_end(lined, "a")
     assert states(lined) == {"a": FAILED, "b": RUNNING}
@@ -283,7 +283,7 @@ def test_one_on_each_gpu(lined, monkeypatch):
     assert [add(lined, name).state for name in "abc"] == [RUNNING, RUNNING, WAITING]
     wait_until(lambda: len(started(lined)) == 2, "two")
     assert sorted(started(lined)) == ["a 5", "b GPU-7"]
-    with pytest.raises(RunError, match="choose the one to stop"):
+    with pytest.raises(RunError, match="choose the run to stop"):
         write_run(lined.path.parent / "looked-at") and lined.stop("looked-at")
     let_end(lined, "b")
     wait_until(lambda: len(started(lined)) == 3, "the third")

@@ -156,7 +156,7 @@ def test_a_form_that_begins_with_a_run_has_its_model_or_says_why_not(trainings, 
     write_run(runs / "file", pretrained_transformer_file="/elsewhere/transformer.safetensors")
     unnamed = {"folder": "a model in a folder", "damaged": "a model", "vae": "--pretrained_vae"}
     for name, what in (unnamed | {"file": "--pretrained_transformer_file"}).items():
-        with pytest.raises(RunError, match=f"{name} was trained with {what}.*cannot name") as refusal:
+        with pytest.raises(RunError, match=f"{name} was trained with {what}.*cannot set") as refusal:
             TrainTab.fill(tab, name)
         assert str(tmp_path) not in str(refusal.value) and "\n" not in str(refusal.value)
 
@@ -312,7 +312,7 @@ def test_what_was_stopped_while_it_encoded_is_started_anew(trainings, tmp_path, 
     assert kept and (folder / "logs").is_dir()
     (folder / LOG_NAME).touch()
     (folder / SAVE).touch()
-    with pytest.raises(RunError, match="start a new one"):
+    with pytest.raises(RunError, match="start a new run"):
         trainings.resumable("new")
     assert train_sd.main([*trainings.command("new", {"max_train_steps": "1"})[1:], *flags]) == 0
     assert kept.items() <= {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}.items()
@@ -331,7 +331,7 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     with pytest.raises(RunError, match="run is training"):
         trainings.start("second", [])
     assert (
-        trainings.stop("run") == "run was asked to stop soon; what is trained is saved."
+        trainings.stop("run") == "run was asked to stop soon; the trained steps are saved."
     )  # it has taken all its steps
     assert trainings.status(run) in ("stopping", "stopped")
     trainings.asked.add(process.pid)
@@ -346,7 +346,7 @@ def test_who_is_told_to_stop_by_two_applications_saves(run):
     process = subprocess.Popen([sys.executable, "-c", SAVING, "train_sd.py"], cwd=run.folder, env=environment)
     wait_until(lambda: run.process, "the lock", process)
     for _ in range(2):
-        assert "what is trained is saved" in Jobs(Library(run.folder.parent)).stop("run")
+        assert "the trained steps are saved" in Jobs(Library(run.folder.parent)).stop("run")
         wait_until((run.folder / "saving").exists, "the save", process)
     (run.folder / "end").touch()
     assert ended(process) == 128 + signal.SIGTERM and (run.folder / "saved").exists()
@@ -359,7 +359,7 @@ def test_who_asks_for_what_cannot_come_is_told_why(run, monkeypatch):
     monkeypatch.setattr(trainings, "is_active", lambda run: True)
     assert "run is starting" in trainings.ask(SAMPLE)
     monkeypatch.setattr(Run, "process", property(lambda run: os.getpid()))
-    assert trainings.ask(SAVE) == "run has no step to take now."
+    assert trainings.ask(SAVE) == "run has finished its training steps."
     config.write_text(json.dumps(run.config | {"max_train_steps": 8, "validation_prompt": []}))
     assert "no prompts" in trainings.ask(SAMPLE) and not (run.folder / SAMPLE).exists()
     assert trainings.ask(SAVE) == "run: a checkpoint is saved after this step."
@@ -424,7 +424,7 @@ def test_what_a_language_script_has_begun_goes_on_without_the_page(trainings, ki
     before = sorted(folder.iterdir())
     with pytest.raises(RunError, match="glue was started by train_glue"):
         trainings.add(Entry("glue", kind, resume=True))
-    line = "was started by" if kind == "experiment" else "a run of that name"
+    line = "was started by" if kind == "experiment" else "A run with this name"
     with pytest.raises(RunError, match=line):
         trainings.command("glue", {"learning_rate": "1e-3 3e-3", "seed": "0 1"}, kind=Experiment)
     assert sorted(folder.iterdir()) == before and trainings.entries() == []
@@ -478,7 +478,7 @@ def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, tas
         with pytest.raises(RunError, match="language is training"):
             trainings.start("second", [])
         for request in (SAVE, SAMPLE):
-            assert trainings.ask(request) == f"language is of {script}, which cannot be asked for that."
+            assert trainings.ask(request) == f"language is trained by {script}, which cannot save or sample on request."
             assert not (run / request).exists()
         assert "language was asked to stop" in trainings.stop("language", Experiment if kind == "experiment" else Run)
 

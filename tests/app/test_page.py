@@ -221,7 +221,7 @@ def test_is_served_where_gradio_gives_up_on_its_own_page(opens, monkeypatch, cap
         assert answers == [200] and opened == [demo.local_url] * opens
     finally:
         demo.close()
-    assert "slow to answer" in capsys.readouterr().err
+    assert "slow to respond" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -372,11 +372,11 @@ def test_the_settings_of_a_training_have_names(client):
 @pytest.mark.exhaustive
 def test_what_nobody_listens_to_keeps_nobody_waiting(address, client, log):
     """Four requests of 8 images x 150 steps, whose senders went away at once; another visitor is served meanwhile."""
-    before = log.read_text().count("Gave up")
+    before = log.read_text().count("Stopped generating images")
     left = [post(address, "generate", *(GENERATE | {"steps": 150, "images": 8}).values()) for _ in range(4)]
     gallery, *_ = generated(client, steps=1, beside=False)
     assert len(gallery) == 1
-    wait_until(lambda: log.read_text().count("Gave up") >= before + 4, "four requests to be given up")
+    wait_until(lambda: log.read_text().count("Stopped generating images") >= before + 4, "four requests to be given up")
     for url in left:
         with urllib.request.urlopen(url, timeout=LIMIT) as answer:
             assert "Cancelled after 0 of 16 images" in answer.read().decode()
@@ -422,7 +422,7 @@ def test_a_program_can_draw_grids_and_stack_and_write_models(client, runs):
     said, place, use = client.predict(*(MODEL | {"loras": names[:2]}).values(), api_name="/full_model")
     assert "is written" in said and place.endswith("/shown/models/full") and "DiffusionPipeline.from_pretrained" in use
     assert (runs / "models" / "full" / "model_index.json").is_file()
-    for changes, said in (({}, "There is a models/full already"), ({"name": "../x"}, "Give the model a name")):
+    for changes, said in (({}, "models/full already exists"), ({"name": "../x"}, "Give the model a name")):
         with pytest.raises(AppError, match=said):
             client.predict(*(MODEL | changes).values(), api_name="/full_model")
     upload = handle_file(runs / "tiny" / "lora" / "kohya.safetensors")

@@ -41,7 +41,7 @@ def refused(function, *inputs) -> str:
 def test_notes_are_written_by_who_has_seen_the_last_ones(manager):
     run = manager.library.find("one")
     assert manager.write_notes("one", "", " two lines\r\nof <b>notes</b> ") == run.notes == "two lines\nof <b>notes</b>"
-    assert "changed meanwhile" in refused(manager.write_notes, "one", "", "mine")
+    assert "changed in the meantime" in refused(manager.write_notes, "one", "", "mine")
     for text in ("x" * (LONGEST_NOTES + 1), "\ud800", None, 7, ["x"]):
         refused(manager.write_notes, "one", run.notes, text)
     for name in (*HOSTILE, "elsewhere"):
@@ -70,7 +70,7 @@ def test_what_is_thrown_away_comes_back_as_it_was(manager, tmp_path):
     (which, one), names = manager.trashed(), [folder.name for folder in manager.trashed().values()]
     assert names == ["which", "one"]
     write_run(tmp_path / "runs" / "one")
-    assert "Another run is named one" in refused(manager.restore, one)
+    assert "Another run named one exists" in refused(manager.restore, one)
     manager.throw_away("one")
     manager.restore(one)
     assert {path: path.read_bytes() for path in before} == before
@@ -98,7 +98,7 @@ def test_nothing_is_restored_in_the_place_of_what_waits(manager):
     which, one = manager.trashed()
     with manager.jobs.changing() as entries:
         entries += [Entry("one"), Entry("which", "experiment", state="failed")]
-    assert "Another one is in the queue" in refused(manager.restore, one)
+    assert "Another run named one is in the queue" in refused(manager.restore, one)
     assert list(manager.trashed()) == [which, one] and manager.restore(which) == "which is restored."
     manager.jobs.remove("one")
     assert manager.restore(one) == "one is restored."
@@ -163,7 +163,7 @@ def test_cards_show_the_newest_sample_and_escape_all_else(manager, tmp_path):
     assert shown.count('data-do="trash"') == 3 and "Restore one" in shown and "LoRA, ResLoRA · 8 of 8 steps" in shown
     assert lists.runs(manager, "TEXTAREA").count(
         'class="run"'
-    ) == 1 and "No name and no notes contain this" in lists.runs(manager, "zzz")
+    ) == 1 and "No name and no notes of a run contain this" in lists.runs(manager, "zzz")
     # What a card shows is what the folder has now.
     assert "no notes" in lists.runs(manager, "two")
     manager.write_notes("two", "", "good")

@@ -126,7 +126,7 @@ def test_loras_of_another_model_are_neither_offered_nor_taken(library, run, tmp_
     both = Library(tmp_path / "runs", (run.folder,))
     assert set(NAMES) <= set(loras(both, run)) and "other: lora" not in loras(both, run)
     assert list(loras(both, both.find("other"))) == ["other: lora"]
-    with pytest.raises(RunError, match=r"^other: lora is a LoRA of other, and this run trains model: choose LoRAs of"):
+    with pytest.raises(RunError, match=r"^other: lora is a LoRA for other, but this run trains model: choose LoRAs"):
         stacked(both, run, ["tiny: lora", "other: lora"], "")
 
 
@@ -146,12 +146,12 @@ def test_loras_of_a_run_whose_config_is_damaged_are_not_offered(run, tmp_path):
 @pytest.mark.parametrize(
     ("names", "strengths", "said"),
     [
-        (["tiny: dora"], "", "There is no LoRA of that name"),
-        (["../../etc/passwd"], "", "There is no LoRA of that name"),
-        ([None], "", "There is no LoRA of that name"),
-        ([["tiny: lora"]], "", "There is no LoRA of that name"),
-        (NAMES, "1", "1 strength for 2 LoRAs: give one for each, as in 1 0.5"),
-        (NAMES[:1], "1 0.5", "2 strengths for 1 LoRA: give one for each"),
+        (["tiny: dora"], "", "There is no LoRA with this name"),
+        (["../../etc/passwd"], "", "There is no LoRA with this name"),
+        ([None], "", "There is no LoRA with this name"),
+        ([["tiny: lora"]], "", "There is no LoRA with this name"),
+        (NAMES, "1", "1 strength for 2 LoRAs: give one each, such as 1 0.5"),
+        (NAMES[:1], "1 0.5", "2 strengths for 1 LoRA: give one each"),
         (NAMES, "1 much", "Strength much of tiny: reslora: give a number from -2 to 2"),
         (NAMES, "1 nan", "Strength nan of tiny: reslora"),
         (NAMES, "3 1", "Strength 3 of tiny: lora"),
@@ -167,17 +167,17 @@ def test_a_stack_that_makes_no_sense_is_refused_in_a_line(library, run, names, s
 def test_a_lora_that_was_cut_is_refused_by_name(studio, run, tmp_path, end):
     path = tmp_path / "cut.safetensors"
     path.write_bytes((run.folder / "lora" / DIFFUSERS_FILE).read_bytes()[:end])
-    with pytest.raises(RunError, match=r"^cut: cut short or damaged, or no safetensors file"):
+    with pytest.raises(RunError, match=r"^cut: the file is incomplete, damaged, or not a safetensors file"):
         drawn(studio, run, stack([(Weights("cut", "file", "", path), 1.0)]))
 
 
 def test_what_has_no_plain_weights_is_not_written_as_a_whole(run):
     for label, strength, said in (
-        ("base model", 1.0, "no whole model is made of that; choose a LoRA"),
-        ("reslora: unmerged, step 4", 1.0, "no whole model is made of that; merge it first"),
-        ("lora: merged weights", 0.5, "at another strength than 1, choose the LoRA file"),
+        ("base model", 1.0, "cannot be written as a complete model; choose a LoRA"),
+        ("reslora: unmerged, step 4", 1.0, "cannot be written as a complete model; merge it first"),
+        ("lora: merged weights", 0.5, "can only be written at strength 1; for another strength, choose the LoRA file"),
     ):
-        with pytest.raises(RunError, match=f"^{label}: {said}"):
+        with pytest.raises(RunError, match=f"^{label} {said}"):
             to_write(run.find_weights(label), strength)
     file = run.find_weights("lora: kohya.safetensors")
     assert to_write(file, 0.5).parts == ((file, 0.5),)
@@ -246,9 +246,9 @@ def test_what_is_not_of_plain_lora_is_refused_by_name(studio, run, foreign, tmp_
         (
             "text_model.encoder.layers.0.self_attn.q_proj",
             7,
-            r"encoder\.layers\.0\.self_attn\.q_proj is 7 x 7 in it, and",
+            r"encoder\.layers\.0\.self_attn\.q_proj has shape 7 x 7, but",
         ),
-        ("text_model.encoder.layers.9.self_attn.q_proj", 8, r"encoder\.layers\.9\.self_attn\.q_proj is of no layer of"),
+        ("text_model.encoder.layers.9.self_attn.q_proj", 8, r"encoder\.layers\.9\.self_attn\.q_proj is not a layer of"),
     ],
 )
 def test_layers_of_another_text_encoder_are_refused_by_name(run, tmp_path, layer, width, said):

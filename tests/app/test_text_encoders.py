@@ -133,7 +133,7 @@ def test_nothing_is_made_of_weights_that_a_trainer_is_replacing(studio, copy, tm
     (copy.folder / "lora" / "exports.json").unlink()  # which comes back with the last of them
     target = tmp_path / "models" / "full"
     for make in (lambda: drawn(studio, copy, weights), lambda: list(studio.write_whole(copy, weights, target))):
-        with pytest.raises(RunError, match="lora: merged weights: they are being replaced; try again later"):
+        with pytest.raises(RunError, match="lora: merged weights: a trainer is replacing these weights; try"):
             make()
     assert not list(target.parent.iterdir())
 

@@ -73,7 +73,7 @@ def test_captions_of_one_name_from_two_folders_are_not_mixed_up(sent, tmp_path):
         with pytest.raises(RunError, match="Several files are named a"):
             store_images(tmp_path / "new", of_these, "")
     assert len(list(store_images(tmp_path / "new", uploads[::2], "mine").iterdir())) == 4
-    with pytest.raises(RunError, match="None of these is an image"):
+    with pytest.raises(RunError, match="None of the uploaded files is an image"):
         store_images(tmp_path / "new", uploads[1::2], "")
 
 

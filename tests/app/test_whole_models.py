@@ -79,9 +79,9 @@ def test_it_draws_what_generate_draws(studio, library, monkeypatch, chosen):
     image, _ = drawn_by_the_lines(target, monkeypatch)
     assert np.abs(image - generated(studio, run, weights)).max() <= 1
     assert list(library.runs()) == ["tiny"]
-    with pytest.raises(RunError, match="There is a models/mine already: give another name"):
+    with pytest.raises(RunError, match="models/mine already exists: give another name"):
         place_for(library, "mine")
-    with pytest.raises(RunError, match="There is a models/mine already"):
+    with pytest.raises(RunError, match="models/mine already exists"):
         list(studio.write_whole(run, to_write(weights, 1.0), target))
     assert [path.name for path in target.parent.iterdir()] == ["mine"]
 
@@ -161,7 +161,7 @@ def test_a_base_that_is_gone_makes_no_model(studio, library, tmp_path, gone):
     with pytest.raises(RunError, match=r"^The model of this run cannot be loaded: .*no such folder|no vae folder"):
         list(studio.write_whole(run, run.find_weights("lora: kohya.safetensors"), target))
     parts = {"unet": run.find_weights("lora: merged weights").path}
-    with pytest.raises(RunError, match=r"^The base model's \w+ is gone: put its folder back\.$"):
+    with pytest.raises(RunError, match=r"^The base model's folder \w+ is missing: restore this folder\.$"):
         whole_models.write(target, studio.model, studio.pipeline.components, parts, lambda: None)
     assert nothing_is_left(library)
 

@@ -1,4 +1,4 @@
-"""The bundled run's losses are what they were when `held_still.json` was recorded, shortcut by shortcut."""
+"""The bundled U-Net's losses on OpenMoji are what they were when `held_still.json` was recorded, by shortcut."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from images.runs import losses, main
+from reslora.bundled import ASSETS
 
 pytestmark = pytest.mark.exhaustive
 
@@ -14,7 +15,7 @@ HELD = json.loads(Path(__file__).with_name("held_still.json").read_text())
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """What is encoded of the bundled images is the same for every shortcut."""
+    """What is encoded of the images is the same for every shortcut."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -26,6 +27,7 @@ def test_the_same_losses_as_ever(shortcut, cache, tmp_path):
     flags += ["--train_batch_size", 8, "--seed", 11, "--method", *methods, "--cache_dir", cache]
     flags += ["--max_train_samples", 48, "--num_validation_images", 0, "--num_inference_steps", 1]
     flags += ["--merge_calibration_samples", 1, "--mixed_precision", "no"]
+    flags += ["--train_data_dir", ASSETS / "openmoji", "--learning_rate", 2.5e-4]
     assert main(*flags, "--report_to", "none", "--output_dir", tmp_path / "out") == 0
     for method in methods:
         held = HELD["lora" if method == "lora" else shortcut]

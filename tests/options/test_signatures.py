@@ -16,7 +16,8 @@ SEE_ALL = {
     # a run, which resumes with the same options or is refused
     "reslora/images/context.py": "ImageContext",
     "reslora/images/accelerator.py": "start_accelerator",
-    "reslora/images/run.py": "run begin find_all settle check_folder show_plan",
+    "reslora/images/run.py": "run begin find_all settle check_folder",
+    "reslora/images/planning.py": "show_plan",
     "reslora/training/checkpoints.py": "settings_of check_past past_of",
     "reslora/training/trackers.py": "note_settings",
     "reslora/texts/plan.py": "show_plan",
@@ -38,6 +39,7 @@ SEE_ALL = {
     # the application's form
     "app/jobs.py": "resolved",
     "app/bases.py": "options",
+    "app/estimates.py": "methods_of number_of_runs seconds_a_step training_time",
     "app/image_folders.py": "Images options_of _flags images state_of read with_masks whole_line images_of "
     "skipped_images "
     "buckets_of",

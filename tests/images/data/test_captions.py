@@ -16,7 +16,7 @@ from reslora.images.data.samples import CalibrationSamples, TrainingData, Valida
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
 from reslora.images.data.training_data import captions_of, source_of
-from reslora.images.experiment.run import of_seed
+from reslora.images.experiment.run import data_of_variant
 from reslora.images.generators import generator
 from reslora.images.settings import parse_args
 from reslora.options.images import Options
@@ -208,7 +208,7 @@ def test_each_seed_of_an_experiment_has_variants_of_its_own(monkeypatch):
     monkeypatch.setattr(making, "encode_texts", lambda wanted, *rest: wanted)
     context = ImageContext(options_of(training_data), model, accelerator, None)
     for seed in (3, 4):
-        found = of_seed(training_data, seed, None, context)
+        found = data_of_variant(training_data, context.options.replace(seed=seed), None, context)
         assert set(found.texts) == {"", "a", *captions_of(found, 1)}
         assert set(told(material_with(EVERYTHING, seed=seed), range(12))) <= set(found.texts)
 

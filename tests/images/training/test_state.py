@@ -117,7 +117,10 @@ def test_optimizers_that_are_none_are_refused_before_long_work(base_flags, capsy
 def test_a_package_that_is_missing_is_told_by_the_flag_that_was_given(base_flags, capsys, monkeypatch, flags):
     monkeypatch.setitem(OPTIMIZERS, "adamw8bit", Named("absent.AdamW8bit", "bitsandbytes"))
     line = refused(capsys, *base_flags, *flags)
-    assert f"error: {' '.join(flags)}: bitsandbytes is not installed; pip install bitsandbytes, or leave it" in line
+    assert (
+        f"error: {' '.join(flags)}: bitsandbytes is not installed; pip install bitsandbytes, or leave the option out"
+        in line
+    )
 
 
 def test_prodigy_has_a_rate_of_its_own(base_flags, tmp_path):

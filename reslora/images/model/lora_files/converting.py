@@ -20,8 +20,8 @@ from .names import Names, Parts, names_of
 from .reading import Content, family_of, read_content, read_parts
 from .writing import output_of, write
 
-APART = ("addition_embed_type", "guidance_embeds")
-"""Fields of a denoiser's configuration that distinguish families with the same class of denoiser."""
+APART = {"addition_embed_type": "text_time", "guidance_embeds": True}
+"""Values in a denoiser's configuration that distinguish families with the same class of denoiser."""
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -140,7 +140,8 @@ def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
             kind = config.get("_class_name", "model without _class_name")
             fitting = [each for each in known if each.denoiser_class.__name__ == kind and not each.edits]
             if len(fitting) > 1:  # the class is shared
-                fitting = [each for each in fitting if all(each.published.get(k) == config.get(k) for k in APART)]
+                own = [config.get(name) == value for name, value in APART.items()]
+                fitting = [each for each in fitting if own == [each.published.get(k) == v for k, v in APART.items()]]
         else:
             kind = DiffusionPipeline.load_config(name)["_class_name"]
             fitting = [each for each in known if each.pipeline.__name__ == kind]
