@@ -278,7 +278,7 @@ def test_an_arm_ends_at_the_first_select_loss_that_is_not_finite(common, tmp_pat
     assert run(*command, "--max_steps", "4", "--eval_steps", "2", "--output_dir", tmp_path) == 0
     well, failed = record(tmp_path)["arms"]
     assert (well["status"], well["select_by_step"].keys()) == ("finished", {"2", "4"})
-    assert (failed["status"], failed["select_by_step"]) == ("failed", {"2": None})
+    assert (failed["status"], failed["select_by_step"]) == ("failed", {})
     assert failed["reason"] == "lora/lr-1e+30/seed-42: validation loss nan at step 2"
     assert not (tmp_path / failed["folder"] / "adapters").exists()
 
