@@ -74,6 +74,7 @@ from reslora.images.memory.phases import ACTIVATIONS, ADAPTER, BASE, GRADIENTS, 
 from reslora.images.model.quantising import blocks, pack
 from reslora.images.run import settle
 from reslora.images.settings import parse_args
+from reslora.images.study import ImageStudy
 from reslora.io import read_object
 from reslora.runtime.signals import StopRequest
 from reslora.training.loop import take_step
@@ -219,8 +220,13 @@ def learner_of(method: str, denoiser: nn.Module, context: ImageContext, rehearsa
     )
     add_adapters(trained, method, STEPS, context)
     learner = new_learner(method, trained, Schedule(STEPS, STEPS, 0, by_epochs=False), context)
-    prepare(learner, context)
+    prepare(learner, study_of(context, rehearsal))
     return learner
+
+
+def study_of(context: ImageContext, rehearsal: Rehearsal) -> ImageStudy:
+    """Return a study without images, for single steps."""
+    return ImageStudy(Schedule(STEPS, STEPS, 0, by_epochs=False), None, context, rehearsal.pipeline, None)
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------
@@ -292,7 +298,7 @@ def steps(setting: Setting, args: argparse.Namespace) -> dict:
 
     def trainer_step(method: str) -> Callable[[], object]:
         learner = learner_of(method, speed_steps.twin(base), context, rehearsal)
-        return lambda: take_step(learner, itertools.repeat(batch), context)
+        return lambda: take_step(learner, itertools.repeat(batch), study_of(context, rehearsal))
 
     rows: dict[str, Callable[[], object]] = {PEFT: model_step()}
     rows |= {f"ResLoRA {name}({count})": model_step(name, count) for name, count in SHORTCUTS.items()}
@@ -357,7 +363,7 @@ def train(context: ImageContext, rehearsal: Rehearsal) -> None:
     for number in range(3):
         if number == 1 and context.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        take_step(learner, itertools.repeat(batch), context)
+        take_step(learner, itertools.repeat(batch), study_of(context, rehearsal))
 
 
 def peak_of(work: Callable[[], None], device: torch.device) -> int:

@@ -34,7 +34,7 @@ from reslora.images.data.sources import Source
 from reslora.images.denoising import DenoisingLoss
 from reslora.images.model.families.stable_diffusion import StableDiffusion
 from reslora.images.model.objective import DdpmObjective
-from reslora.images.output.reports import Reports
+from reslora.images.output.reports import ImageReports
 from reslora.images.schedule import schedule_of, steps_of
 from reslora.images.settings import parse_args, with_family
 from reslora.images.study import ImageStudy
@@ -178,9 +178,9 @@ def train_on(device: Device, training_data: TrainingData, context: ImageContext,
     rates = torch.optim.lr_scheduler.ConstantLR(optimizer)
     trained = Trained({"unet": denoiser}, DenoisingLoss(context, training_data.objective, pipeline, denoiser.config))
     learner = Learner("lora", trained, optimizer, rates, None, trained, name="lora")
-    prepare(learner, context)
     schedule = schedule_of(training_data.updates(1), context)
-    reports = Reports(folder / "log", learner, schedule, context.accelerator)
+    prepare(learner, Unmeasured(schedule, None, context, pipeline, training_data))
+    reports = ImageReports(folder / "log", learner, schedule, context.accelerator)
     context = dataclasses.replace(context, accelerator=simulated(context.accelerator, device))
     study = Unmeasured(schedule, None, context, pipeline, training_data)
     began = time.process_time()

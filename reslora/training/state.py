@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
 from torch import nn
+from transformers.optimization import get_inverse_sqrt_schedule
 
 from ..errors import refused_as
 from ..methods.adapters import RankAllocator, rank_allocator
@@ -160,10 +161,13 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
             module.to(context.accelerator.device)
     groups, of_encoders = groups_of(trained, options.optimizer)
     optimizer = new_optimizer(groups, options.training, options.optimizer, context.accelerator, of_encoders)
-    lr_scheduler = get_scheduler(
-        options.optimizer.lr_scheduler, optimizer, step_rules=options.optimizer.lr_step_rules,
-        num_warmup_steps=schedule.warmup_steps, num_training_steps=schedule.steps,
-    )  # fmt: skip
+    if options.optimizer.lr_scheduler == "inverse_sqrt":  # only transformers has it
+        lr_scheduler = get_inverse_sqrt_schedule(optimizer, schedule.warmup_steps)
+    else:
+        lr_scheduler = get_scheduler(
+            options.optimizer.lr_scheduler, optimizer, step_rules=options.optimizer.lr_step_rules,
+            num_warmup_steps=schedule.warmup_steps, num_training_steps=schedule.steps,
+        )  # fmt: skip
     return Learner(
         method, trained, optimizer, lr_scheduler, rank_allocator(denoiser), trained, name=context.name_of(method),
         before=context.before + options.adapter.method.index(method),

@@ -54,7 +54,7 @@ def test_a_run_becomes_an_experiment(begun, capsys):
     assert (flags.values("seed"), validation.validation_split, validation.save_best) == ([0, 1], 0, False)
     assert validation.validation_noises is None
     assert flags.base.experiment.select_split == 0.1 and flags.base.data.max_train_samples is None
-    assert "--max_train_samples, --validation_split, --save_best" in capsys.readouterr().out
+    assert "--max_train_samples, --save_best, --validation_split" in capsys.readouterr().out
     with pytest.raises(InvalidArgument, match=r"^--validation_split: this is an experiment; leave it out"):
         parse_args([*config, "--seed", "0", "1", "--validation_split", "0.3"])
 

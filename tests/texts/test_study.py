@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_bert, tiny_llama
 from suites import quick
+from transformers import get_scheduler
 
 from reslora.chains import base_model
 from reslora.errors import InvalidArgument, RunFailed, Stopped
@@ -232,3 +233,19 @@ def test_biases_have_no_weight_decay():
     assert "weight_decay" not in decayed and biases["weight_decay"] == 0.0
     assert [tuple(value.shape) for value in biases["params"]] == [(model.config.num_labels,)]
     assert len(decayed["params"]) + 1 == len(trained(model))
+
+
+NAMES = [name for name in LlmOptions.table()["lr_scheduler_type"].choices if name != "piecewise_constant"]
+
+
+@pytest.mark.parametrize("name", quick(NAMES, "inverse_sqrt"))
+def test_learning_rates_are_those_of_transformers(tmp_path, name):
+    trained_in(tmp_path, "lora", lr_scheduler_type=name, warmup_steps=2)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-2)
+    schedule = get_scheduler(name, optimizer, 2, STEPS)
+    expected = []
+    for _ in range(STEPS):
+        optimizer.step()
+        schedule.step()
+        expected += schedule.get_last_lr()
+    assert [row["lr"] for row in read_log(tmp_path)] == pytest.approx(expected)

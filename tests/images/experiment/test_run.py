@@ -394,7 +394,7 @@ def test_another_split_of_the_images_is_refused(images, tmp_path):
     parts = parts_of(found, flags.data, flags.validation, flags.experiment)
     fewer, other = dataclasses.replace(parts, train=parts.train[1:]), dataclasses.replace(parts, test=parts.train[:1])
     run.check_same(grid, None, content_of(parts, found))  # there is nothing yet
-    identity = run.identity_record(grid.flat(), Identity("model", "images", "--model", "--images"))
+    identity = run.identity_record(grid, Identity("model", "images", "--model", "--images"))
     record = {"identity": identity | {"parts": content_of(parts, found)}, "arms": []}
     (tmp_path / "experiment.json").write_text(json.dumps(record))
     run.check_same(grid, None, content_of(parts, found))
