@@ -11,9 +11,9 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.utils.data import DataLoader, Dataset
 
+from ...content_hash import content_mark
 from ...errors import RunFailed
 from ...options.images import NOISES, DataOptions, MethodOptions, TrainingOptions, ValidationOptions
-from ..content_hash import content_mark
 from ..generators import derive, generator, shuffled
 from ..model.objective import Objective
 from .batch import Batch, collate

@@ -8,11 +8,11 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 from safetensors import safe_open
 
+from ...content_hash import content_mark
 from ...errors import InvalidArgument, first_line, refused_as
 from ...io import replacing
 from ...options.images import ModelOptions, OutputOptions
 from ..cache_folder import cache_folder
-from ..content_hash import content_mark
 from ..generators import derive
 from .families import load_family
 from .families.base import Family
