@@ -34,7 +34,7 @@ SEE_ALL = {
     "reslora/experiment/schedule.py": "ArmSchedule",
     "reslora/experiment/runner.py": "run_experiment",
     "reslora/images/experiment/run.py": "open_study take_folder going_on with_varied check_folder check_same "
-    "check_variants data_key data_of_variant",
+    "check_variants data_key data_of_variant identity_record",
     "reslora/images/experiment/first_steps.py": "time_first_steps",
     # the application's form
     "app/jobs.py": "resolved",
