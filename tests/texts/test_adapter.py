@@ -100,5 +100,5 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         next(iter(trained_parameters(model))).fill_(torch.inf)
     with pytest.raises(RunFailed) as error:
         save_adapter(model, tmp_path / "adapter")
-    assert_one_line(error, "lora_A", "not finite", "what was saved before is intact")
+    assert_one_line(error, "lora_A", "not finite", "earlier checkpoints are intact")
     assert not (tmp_path / "adapter").exists()
