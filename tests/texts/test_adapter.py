@@ -84,7 +84,7 @@ def test_a_rank_larger_than_a_layer_is_refused(method):
 def test_adalora_needs_steps_to_move_ranks():
     with pytest.raises(InvalidArgument) as error:
         attach(tiny_llama(layers=3), adapter_of(method="adalora"), total_steps=2)
-    assert_one_line(error, "--method adalora with 2 steps", "3 to move ranks")
+    assert_one_line(error, "--method adalora with 2 steps", "3 steps to move ranks")
     attach(tiny_llama(layers=3), adapter_of(method="adalora"), total_steps=3)
 
 
