@@ -24,7 +24,7 @@ from app.studio import Studio
 LONG = {
     "run": None, "weights": BASE.label, "adapter": None, "beside": False, "random": False, "prompt": "red disc",
     "negative": "", "seed": 3, "steps": 150, "guidance": 2, "width": 32, "height": 32, "images": 8, "strength": 1,
-    "adapter_config": None, "loras": [], "strengths": "",
+    "adapter_config": None, "loras": [], "strengths": "", "reference": None,
 }  # fmt: skip
 SHORT = LONG | {"images": 1, "steps": 1}
 
@@ -64,7 +64,8 @@ class Server:
         stream.sendall(f"GET {address.path}/{path} HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
         told = b""
         while b"event: generating" not in told:
-            told += stream.recv(4096)
+            told += (more := stream.recv(4096))
+            assert more, f"the stream ended with {told.decode()!r}"
         return stream
 
 
