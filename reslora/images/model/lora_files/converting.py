@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from ....bundled import ASSETS
 from ....content_hash import folder_mark
 from ....errors import InvalidArgument, first_line, refused_as
+from ....formatting import pluralize
 from ....io import read_object
 from ..families import FAMILIES, load_family
 from ..families.base import Family
@@ -88,7 +89,7 @@ def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], 
         if all(folder.is_dir() for folder in folders) and len(set(map(folder_mark, folders))) > 1:
             others.append(part)
     if others:
-        print(f"not in the LoRA: {len(others)} other tensors that differ or are in one model only, such as {others[0]}")
+        print(f"not in the LoRA, but different: {pluralize(len(others), 'other tensor')}, such as {others[0]}")
     return parts, names, said, torch.float32
 
 
