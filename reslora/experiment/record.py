@@ -176,7 +176,7 @@ class Stated(TypedDict):
 
 
 class Answer(TypedDict):
-    """The answer to a claim."""
+    """The answer to a claim: confirmed, refuted, or open."""
 
     conclusion: Literal["confirmed", "refuted", "not enough data"]
     more_seeds: int | None
@@ -239,7 +239,7 @@ class Parts(Protocol):
 
 
 def facts_of(parts: Parts, libraries: Sequence[str]) -> Facts:
-    """Return the versions of `libraries` and of reslora-sd, and the size of each part."""
+    """Return the versions of `libraries` and of reslora-sd, and the number of items in each part of the data split."""
     split = Split(train=parts.trained, select=len(parts.select), test=len(parts.test), duplicates=parts.duplicates)
     return {"versions": {"reslora-sd": __version__} | {name: version(name) for name in libraries}, "split": split}
 

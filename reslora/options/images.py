@@ -53,7 +53,7 @@ PRESERVATION = Need(
 )
 HUBER = Need(
     lambda options: options.training.loss_type != "l2",
-    "leave it out, or change that",
+    "leave it out, or change --huber_schedule",
     "--loss_type l2 does not read it",
 )
 
@@ -128,7 +128,7 @@ class MethodOptions(SharedMethodOptions):
         "also train the CLIP text encoders (Stable Diffusion, SDXL, SD 3, Flux.1): their attention gets the same "
         "adapter, with shortcuts between its own layers. T5 is not trained", variable=True)
     merge_calibration_samples: int = again(
-        help="number of training images that ResLoRA's merge and the controls read; with 0, --merge input uses norms "
+        help="number of training images on which ResLoRA's merge and control methods are calibrated; with 0, --merge input uses norms "
         "recorded in training")
 
 
@@ -222,8 +222,8 @@ class DataOptions:
     cache_latents: bool = free(True,
         "encode every image once and store its latents on disk, instead of encoding it in every step")
     cache_text_embeddings: bool = free(True,
-        "encode every caption once and store it on disk, then free the text encoder; it stays if captions have "
-        "more than 1000 variants in a run, and more than four each")
+        "encode every caption once, store the result on disk, and free the text encoder. The text encoder is kept if "
+        "random changes of captions make more than 1000 texts, and more than four per caption")
     dataloader_num_workers: int = free(0, "processes that read images", NATURAL)
 
     @property
@@ -265,9 +265,9 @@ class TrainingOptions(SharedTrainingOptions):
     huber_c: float = option(0.1,
         "huber and smooth_l1: the threshold; if --huber_schedule lets it fall, its lowest value",
         POSITIVE, variable=True, needs=HUBER)
-    huber_scale: float = option(1.0, "huber and smooth_l1: factor on that threshold; not with --huber_schedule snr",
+    huber_scale: float = option(1.0, "huber and smooth_l1: factor of the threshold of --huber_c; not with --huber_schedule snr",
         POSITIVE, variable=True, needs=(HUBER, Need(lambda options: options.training.huber_schedule != "snr",
-        "leave it out, or change that", "--huber_schedule snr does not read it")))
+        "leave it out, or change --huber_schedule", "--huber_schedule snr does not read it")))
     output_preservation_weight: float = option(0.0,
         "weight of a second loss, which keeps the model's predictions for --output_preservation_prompt as they are "
         "without the adapter; a step takes more than twice as long", NOT_NEGATIVE,
@@ -385,7 +385,7 @@ class ValidationOptions(SharedValidationOptions):
 
 @group
 class ExperimentOptions(SharedExperimentOptions):
-    """Data splits and schedule of an experiment: runs with several values of some options."""
+    """Data splits and schedule of an experiment, which is several runs with different values of some options."""
 
     select_split: float | None = again(help="fraction of the images that is held out to choose learning rates and "
         "checkpoints")
@@ -400,7 +400,7 @@ class OutputOptions(SharedOutputOptions):
     """Outputs and their location."""
 
     logging_dir: str = free("logs", "TensorBoard's folder inside --output_dir", metavar="FOLDER", path="relative")
-    report_to: str = free("tensorboard", "a tracker that accelerate knows, such as wandb; all, or none")
+    report_to: str = free("tensorboard", "tracker that accelerate supports, such as wandb; all: every installed one; none: no tracker")
     push_to_hub: bool = free(False,
         "upload LoRA files, samples, losses, figures and a model card when done; the card is the README.md in the "
         "run's folder, where there is one",

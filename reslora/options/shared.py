@@ -85,7 +85,8 @@ class SharedMethodOptions:
     merge: str = option(AUTO, "ResLoRA: how the shortcuts are merged into plain LoRA weights", choices=MERGES,
         essential="ResLoRA: how shortcuts are merged into plain LoRA weights", resume="merged", implies="reslora",
         read_by="shortcuts")
-    merge_calibration_samples: int = option(64, "number of training samples that ResLoRA's merge and the controls read",
+    merge_calibration_samples: int = option(64,
+        "number of training samples on which ResLoRA's merge and the control methods are calibrated",
         NATURAL, resume="merged", implies="reslora")
 
     @property
@@ -96,7 +97,7 @@ class SharedMethodOptions:
 
 @group
 class SharedExperimentOptions:
-    """Data splits and schedule of an experiment: runs with several values of some options."""
+    """Data splits and schedule of an experiment, which is several runs with different values of some options."""
 
     select_split: float | None = option(None,
         "fraction of the training data that is held out to choose learning rates and checkpoints", PART, or_else="0.1")

@@ -110,7 +110,7 @@ class MethodOptions(SharedMethodOptions):
 
 @group
 class ExperimentOptions(SharedExperimentOptions):
-    """Data splits and schedule of an experiment: runs with several values of some options."""
+    """Data splits and schedule of an experiment, which is several runs with different values of some options."""
 
     select_split: float | None = again(
         help="fraction of the training examples that is held out to choose learning rates and checkpoints; for tasks "

@@ -128,7 +128,7 @@ def start_accelerator(options: TextOptions) -> Accelerator:
         if training.fp16:
             raise InvalidArgument("--fp16", "needs a GPU", "leave it out, or take --bf16 --use_cpu")
         if training.bf16 and not use_cpu:
-            raise InvalidArgument("--bf16", "there is no GPU", "add --use_cpu, or leave it out")
+            raise InvalidArgument("--bf16", "there is no GPU", "add --use_cpu, or leave --bf16 out")
     if training.deepspeed and told:
         raise InvalidArgument("--deepspeed", "accelerate ignores it with --cpu", "give --use_cpu here instead")
     trackers = [tracker for tracker in map(tracker_of, output.report_to) if tracker]

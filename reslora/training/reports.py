@@ -38,7 +38,7 @@ class Reports:
         """Store a row for the log until the next `flush`.
 
         The loss is converted to a float only then, because the conversion waits for the device. `figures`: other
-        columns of the row, such as `by_timestep`, the loss at each timestep from 0 to 1, which is pure noise.
+        columns of the row, such as `by_timestep`, the loss at each timestep; timestep 1 is pure noise.
         """
         learner = self.learner
         rate, seconds = learner.learning_rate, round(learner.seconds, 3)

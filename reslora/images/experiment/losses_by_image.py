@@ -36,7 +36,7 @@ def write_thumbnails(folder: Path, images: Iterable[tuple[str, Callable[[], PIL.
 
 
 def best_verdict(experiment: Experiment) -> Verdict | None:
-    """Return the verdict on the label whose test loss is lowest relative to its reference's; None without verdicts."""
+    """Return the verdict with the largest improvement over its reference; None without verdicts."""
     return min(experiment["verdicts"], key=lambda verdict: verdict["relative"], default=None)
 
 

@@ -63,7 +63,7 @@ class Flux(Family):
     }
 
     def encode_frozen(self, pipeline, captions, longest):
-        """Return `states` of T5 (batch x tokens x width)."""
+        """Return the hidden states of T5 by the name `states` (batch x tokens x width)."""
         device = pipeline.text_encoder_2.device
         return {"states": pipeline._get_t5_prompt_embeds(captions, max_sequence_length=longest, device=device)}
 

@@ -211,7 +211,9 @@ def pairs_of(content: Content) -> dict[str, Factors]:
         b = up[name]
         fit = a.dim() in (2, 4) and b.shape[1:2] == a.shape[:1] and math.prod(b.shape[2:]) == 1
         if not (fit and a.numel() and b.numel()):
-            raise InvalidArgument(content.flag, f"{name}: shapes of its factors do not fit", "give a complete file")
+            raise InvalidArgument(
+                content.flag, f"{name}: the shapes of its factors do not match", "give a file that is not damaged"
+            )
         if not (a.is_floating_point() and b.is_floating_point()):
             dtypes = f"{a.dtype} and {b.dtype}".replace("torch.", "")
             raise InvalidArgument(content.flag, f"{name} is {dtypes}", "give a LoRA in floating point")

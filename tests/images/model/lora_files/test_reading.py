@@ -298,8 +298,8 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda down, up: (down[:0], up[:, :0]), "conv_in: shapes of its factors do not fit"),
-        (lambda down, up: (down, up.expand(-1, -1, 3, 3)), "conv_in: shapes of its factors do not fit"),
+        (lambda down, up: (down[:0], up[:, :0]), "conv_in: the shapes of its factors do not match"),
+        (lambda down, up: (down, up.expand(-1, -1, 3, 3)), "conv_in: the shapes of its factors do not match"),
         (lambda down, up: (down.int(), up.int()), "conv_in is int32 and int32; give a LoRA in floating point"),
         (lambda down, up: (down.to(torch.int8), up), "conv_in is int8 and float64"),
         (lambda down, up: (down, up.to(torch.complex64)), "conv_in is float64 and complex64"),
