@@ -128,8 +128,8 @@ class MethodOptions(SharedMethodOptions):
         "also train the CLIP text encoders (Stable Diffusion, SDXL, SD 3, Flux.1): their attention gets the same "
         "adapter, with shortcuts between its own layers. T5 is not trained", variable=True)
     merge_calibration_samples: int = again(
-        help="number of training images on which ResLoRA's merge and control methods are calibrated; with 0, --merge input uses norms "
-        "recorded in training")
+        help="number of training images on which ResLoRA's merge and control methods are calibrated; with 0, "
+        "--merge input uses norms recorded in training")
 
 
 @group
@@ -265,7 +265,8 @@ class TrainingOptions(SharedTrainingOptions):
     huber_c: float = option(0.1,
         "huber and smooth_l1: the threshold; if --huber_schedule lets it fall, its lowest value",
         POSITIVE, variable=True, needs=HUBER)
-    huber_scale: float = option(1.0, "huber and smooth_l1: factor of the threshold of --huber_c; not with --huber_schedule snr",
+    huber_scale: float = option(1.0,
+        "huber and smooth_l1: factor of the threshold of --huber_c; not with --huber_schedule snr",
         POSITIVE, variable=True, needs=(HUBER, Need(lambda options: options.training.huber_schedule != "snr",
         "leave it out, or change --huber_schedule", "--huber_schedule snr does not read it")))
     output_preservation_weight: float = option(0.0,
@@ -400,7 +401,8 @@ class OutputOptions(SharedOutputOptions):
     """Outputs and their location."""
 
     logging_dir: str = free("logs", "TensorBoard's folder inside --output_dir", metavar="FOLDER", path="relative")
-    report_to: str = free("tensorboard", "tracker that accelerate supports, such as wandb; all: every installed one; none: no tracker")
+    report_to: str = free("tensorboard",
+        "tracker that accelerate supports, such as wandb; all: every installed one; none: no tracker")
     push_to_hub: bool = free(False,
         "upload LoRA files, samples, losses, figures and a model card when done; the card is the README.md in the "
         "run's folder, where there is one",

@@ -61,8 +61,8 @@ def take_cores(local_processes: int) -> None:
         torch.set_num_threads(threads)
         if chosen and threads > 1 and int(os.environ.get("RANK", 0)) == 0:
             print(
-                f"using {threads} threads per process: OMP_NUM_THREADS=1 is ignored, because launchers set it by default. "
-                "Set it to 2 or more to choose another number; for one thread, start as many processes as cores (taskset)",
+                f"using {threads} threads per process: OMP_NUM_THREADS=1 is ignored, because launchers set it. "
+                "Set it to 2 or more to choose another number; for one thread, limit the cores (taskset)",
                 flush=True,
             )
 

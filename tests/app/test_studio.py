@@ -445,7 +445,7 @@ KOHYA_A, KOHYA_B = f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight"
         ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t[:, :-1]), f"{DOWN} is 8 x 7 in it, 8 x 8 in"),
         ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t[:-1]), f"{DOWN} is 7 x 8 in it, 8 x 8 in"),
         ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t[0]), f"unet.{DOWN}: the shapes of its factors"),
-        ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t[:, :1]), f"unet.{DOWN}: the shapes of its factors"),
+        ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t[:, :1]), f"{DOWN}: the shapes of its factors"),
         ("kohya.safetensors", without(KOHYA_A), f"{KOHYA} lacks one of its two factors"),
         ("kohya.safetensors", without(KOHYA_B), f"{KOHYA} lacks one of its two factors"),
         ("kohya.safetensors", with_value(KOHYA_A, lambda t: t[:, :-1]), f"{DOWN} is 8 x 7 in it, 8 x 8 in"),

@@ -104,7 +104,7 @@ def test_the_number_of_threads_is_the_users_and_how_to_give_it_is_printed(
     monkeypatch.setattr(torch, "set_num_threads", used.append)
     take_cores(2)
     assert used[-1] == threads
-    line = "3 threads per process: OMP_NUM_THREADS=1 is ignored, because launchers set it by default"
+    line = "3 threads per process: OMP_NUM_THREADS=1 is ignored, because launchers set it"
     assert (line in capsys.readouterr().out) == said
     assert "OMP_NUM_THREADS" in train_sd.__doc__  # which --help shows
 
