@@ -33,7 +33,7 @@ from reslora.training.sharding import share, take_plugin
 from reslora.training.state import Learner, new_learner
 from reslora.training.trained import Trained
 
-STEPS, IMAGES, CAPTIONS = 4, 7, ("red disc", "blue")
+STEPS, IMAGES, CAPTIONS = 4, 7, ("blue", "red disc")
 SIZE = Size(64, 64)
 
 
