@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
@@ -21,7 +21,7 @@ from reslora.images.initial_lora import add_adapters, read_start
 from reslora.images.model.assistant import add_assistant
 from reslora.images.model.families import load_family
 from reslora.images.model.loading import Model
-from reslora.images.model.objective import DdpmObjective
+from reslora.images.model.objective import objective_of
 from reslora.images.model.quantising import pack
 from reslora.images.settings import parse_args, with_family
 from reslora.runtime.script import shares_the_cpu
@@ -33,7 +33,7 @@ from reslora.training.sharding import share, take_plugin
 from reslora.training.state import Learner, new_learner
 from reslora.training.trained import Trained
 
-STEPS, IMAGES, CAPTIONS = 4, 7, ("red disc", "blue box")
+STEPS, IMAGES, CAPTIONS = 4, 7, ("blue", "red disc")
 SIZE = Size(64, 64)
 
 
@@ -52,25 +52,26 @@ def setting(
 ) -> tuple[TrainingData, DenoisingLoss, torch.nn.Module]:
     """What is trained on, the loss and the bare denoiser, in float64, of the pipeline in a folder."""
     words = ["--pretrained_model_name_or_path", str(folder), "--train_data_dir", str(folder), "--rank", "2"]
-    words += ["--output_dir", str(folder / "out"), "--max_grad_norm", "0.05", "--snr_gamma", "5"]
-    words += ["--method", "reslora", *flags]
-    family = load_family("StableDiffusionPipeline")
-    flags = with_family(parse_args(words), family.defaults)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    objective = DdpmObjective(pipeline.scheduler, flags.training.snr_gamma)
+    words += ["--output_dir", str(folder / "out"), "--max_grad_norm", "0.05", "--method", "reslora"]
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    family = load_family(type(pipeline).__name__)
+    words += ["--snr_gamma", "5"] if family.objective == "ddpm" else []
+    flags = with_family(parse_args([*words, *flags]), family.defaults)
+    objective = objective_of(flags.model, flags.training, family, pipeline)
     captions = {*CAPTIONS, *flags.training.preserved_prompts}
     if flags.adapter.train_text_encoder:
         pipeline.text_encoder.double().requires_grad_(False)
         texts = {caption: {} for caption in captions}
     else:
         with torch.no_grad():
-            texts = {caption: family.encode_captions(pipeline, [caption], None) for caption in captions}
+            longest = flags.training.max_sequence_length
+            texts = {caption: family.encode_captions(pipeline, [caption], longest) for caption in captions}
         texts = {caption: {name: value[0].double() for name, value in text.items()} for caption, text in texts.items()}
     images = SimpleNamespace(captions=[[CAPTIONS[index % 2]] for index in range(IMAGES)])
     train, held_out = tuple(range(IMAGES - 2)), (IMAGES - 2, IMAGES - 1)
     source = Source(images, RandomLatents(), train, held_out, (SIZE,), (0,) * IMAGES)
     training_data = TrainingData((source,), texts, objective, {SIZE: (4, 8, 8)}, **read_by(flags))
-    denoiser = pipeline.unet.double().requires_grad_(False)
+    denoiser = getattr(pipeline, family.denoiser).double().requires_grad_(False)
     if flags.model.base_precision != "no":
         pack(denoiser, flags.model.base_precision, torch.device("cpu"))
     if file := flags.model.assistant_lora:

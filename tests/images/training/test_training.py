@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from launching import forked, start
+from pipelines import FAMILIES
 from safetensors.torch import load_file
 from torch import nn
 from waiting import ended, ignore_sigint, is_running, wait_until
@@ -124,6 +125,17 @@ def steps_of_two(folder: Path, model: Path, batch: int, accumulation: int, *more
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 1), (1, 2)])
 def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_path, batch, accumulation):
     assert_equal_but_for_rounding(steps_of_two(tmp_path, model, batch, accumulation), one_batch)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", ["flux", "chroma"])
+def test_steps_of_two_processes_are_those_of_one_batch_with_flows(tmp_path, family):
+    """Blocks and their shortcuts are computed again in the backward pass. Chroma masks the shorter captions."""
+    model, more = FAMILIES[family](tmp_path / "model"), "--gradient_checkpointing"
+    one, last = exact_steps.trained(model, 4, 1, more), f" {exact_steps.STEPS - 1}"
+    assert_equal_but_for_rounding(steps_of_two(tmp_path, model, 2, 1, more), one)
+    moved = [value - one[name.removesuffix(last) + " 0"] for name, value in one.items() if name.endswith(last)]
+    assert len(moved) > 60 and all(value.any() for value in moved)
 
 
 def test_a_step_is_that_of_plain_gradient_descent(model, one_batch):
