@@ -34,9 +34,21 @@ def new_accelerator(flag: str, logging_dir: str, folder: Path, **arguments: Any)
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
             raise InvalidArgument(flag, "there is no GPU, and fp16 is very slow on a CPU", "use bf16 or no")
+        warn_of_single_process(accelerator.num_processes)
         take_cores(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
         keep_freed_memory()
     return accelerator
+
+
+def warn_of_single_process(processes: int) -> None:
+    """Print a warning if accelerate launch was asked for several processes on a CPU, but has started one.
+
+    In this case it sets MASTER_ADDR, but no RANK.
+    """
+    asked = {"ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR"} <= os.environ.keys()
+    if asked and "RANK" not in os.environ and processes == 1:
+        started = "accelerate launch has started one process, as always on a CPU without a configuration"
+        print(f"warning: {started}; add --config_file assets/accelerate/cpu_two_processes.yaml", flush=True)
 
 
 def keep_freed_memory() -> None:

@@ -13,7 +13,7 @@ import train_sd
 from images.runs import RESUME, main, refused
 from reslora.images import accelerator as setup
 from reslora.images.settings import ASSETS, parse_args
-from reslora.training.accelerator import take_cores
+from reslora.training.accelerator import take_cores, warn_of_single_process
 from reslora.training.preparing import attention_of
 
 
@@ -107,6 +107,24 @@ def test_the_number_of_threads_is_the_users_and_how_to_give_it_is_printed(
     line = "3 threads per process: OMP_NUM_THREADS=1 is ignored, because launchers set it"
     assert (line in capsys.readouterr().out) == said
     assert "OMP_NUM_THREADS" in train_sd.__doc__  # which --help shows
+
+
+@pytest.mark.parametrize(
+    ("variables", "processes", "warned"),
+    [
+        ((ACCELERATE, "MASTER_ADDR"), 1, True),
+        ((ACCELERATE,), 1, False),
+        ((ACCELERATE, "MASTER_ADDR", "RANK"), 2, False),
+    ],
+)
+def test_one_process_instead_of_several_is_warned_of(monkeypatch, capsys, variables, processes, warned):
+    """`accelerate launch --cpu --num_processes 2` starts one process, and would train on half of the batch."""
+    for name in (ACCELERATE, "MASTER_ADDR", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name in variables:
+        monkeypatch.setenv(name, "0")
+    warn_of_single_process(processes)
+    assert ("warning: accelerate launch has started one process" in capsys.readouterr().out) == warned
 
 
 @pytest.mark.parametrize(
