@@ -408,7 +408,7 @@ def worker(name: str, args: argparse.Namespace) -> None:
         context, rehearsal = Setting(name, args, Path(folder)).context()
         batch, device = random_batch(rehearsal), context.accelerator.device.type
         learner = learner_of("reslora", random_denoiser(context), context, rehearsal)
-        step = functools.partial(take_step, learner, itertools.repeat(batch), context)
+        step = functools.partial(take_step, learner, itertools.repeat(batch), study_of(context, rehearsal))
         times = [seconds_of(step, device) for _ in range(2 + (2 if args.miniature else args.rounds))]
         samples = len(batch.noise) * context.accelerator.num_processes
         context.accelerator.print(json.dumps({"samples_per_second": samples / statistics.median(times[2:])}))
