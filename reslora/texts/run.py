@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, parse_flag_from_env
 
 from ..content_hash import folder_mark
@@ -131,12 +131,15 @@ def start_accelerator(options: TextOptions) -> Accelerator:
             raise InvalidArgument("--bf16", "there is no GPU", "add --use_cpu, or leave --bf16 out")
     if training.deepspeed and told:
         raise InvalidArgument("--deepspeed", "accelerate ignores it with --cpu", "give --use_cpu here instead")
+    by_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if by_deepspeed and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+        PartialState(cpu=True)  # connects the processes; `Accelerator(cpu=True)` would, but without DeepSpeed
     trackers = [tracker for tracker in map(tracker_of, output.report_to) if tracker]
     accelerator = new_accelerator(
         f"--{training.mixed_precision}",
         output.logging_dir,
         Path(output.output_dir),
-        cpu=(use_cpu or shares_the_cpu()) and not training.deepspeed,
+        cpu=(use_cpu or shares_the_cpu()) and not (training.deepspeed or by_deepspeed),
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         mixed_precision=training.mixed_precision,
         log_with=trackers or None,

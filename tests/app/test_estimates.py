@@ -4,7 +4,7 @@ import threading
 
 import pytest
 from app_runs import write_run
-from waiting import wait_until
+from waiting import LIMIT, wait_until
 
 from app import estimates, experiments
 from app.estimates import UNKNOWN, MemoryEstimates
@@ -74,7 +74,7 @@ def test_memory_is_estimated_in_the_background_for_the_last_question_only(jobs, 
 
     def plan(words, wanted):
         planned.append(words)
-        held.wait()
+        held.wait(LIMIT)
         if not wanted():
             raise RunError("given up")
         return "the most, 1.00 GiB, while training; "
