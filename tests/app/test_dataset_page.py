@@ -281,7 +281,7 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
             page.locator("#text textarea, #text input").fill("red")
             page.locator("#tick-all").click()
             page.locator("#apply").click()
-            page.get_by_test_id("toast-body").get_by_text("those of two").wait_for()
+            page.get_by_test_id("toast-body").get_by_text("images of two").wait_for()
         shows("set")
         assert box.input_value() == "of set" and state() == before
         told.get_by_text(refused).wait_for()

@@ -27,6 +27,7 @@ def stock(folder: Path) -> Path:
     return script
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("processes", [2])
 def test_losses_and_weights_are_those_of_stock_transformers(tiny, tmp_path, processes):
     """Of texts of unequal lengths, in float32, with accumulation, clipping, warmup and a rest of the epoch."""
