@@ -979,7 +979,7 @@ def plan_one(page) -> None:
     page.wait_for_function("document.querySelector('#command textarea').value.endsWith('--seed 0 1')")
     page.locator("#facts").get_by_text("known after the first steps").wait_for()
     page.locator("#needs dd", has_text="iB").wait_for()
-    for words, shown in (("noise offset", "visible"), ("", "detached")):  # without words the group closes again
+    for words, shown in (("noise offset", "visible"), ("", "hidden")):  # without words the group closes again
         page.locator("#search input").fill(words)
         page.locator("#flag-noise_offset").wait_for(state=shown)
     page.get_by_role("button", name="Controls for research").click()
