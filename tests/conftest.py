@@ -37,6 +37,12 @@ LAYERS = 5
 RANK = 3
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Give models with random weights the same weights in every run, those of fixtures too."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
     """Forget what earlier tests compiled: functions are compiled anew only so often."""

@@ -47,6 +47,7 @@ def tokenizer(**special) -> BertTokenizer:
 def blip() -> tuple:
     text = {**TEXT, "encoder_hidden_size": 16, "bos_token_id": 5, "eos_token_id": 3, "sep_token_id": 3}
     model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=VISION, initializer_range=1.0))
+    torch.nn.init.constant_(model.text_decoder.cls.predictions.bias[:6], -1e3)  # words only, no special token
     images = BlipImageProcessor(size={"height": SIDE, "width": SIDE})
     return model, BlipProcessor(images, tokenizer(bos_token="[DEC]"))
 
