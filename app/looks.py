@@ -15,7 +15,7 @@ import numpy as np
 
 from reslora.content_hash import content_mark
 from reslora.images.data.images import damage, open_image
-from reslora.images.experiment.split import groups_of, look_of
+from reslora.images.experiment.split import features_of, groups_of
 
 from .image_folders import Image, Images
 from .runs import stamp_of
@@ -108,7 +108,7 @@ def look_at(image: Image) -> tuple[Stamp, Look]:
     """Open an image, and return the result of `stamp_of` for its file and the result of opening it."""
     stamp = stamp_of(image.path)
     try:
-        return stamp, Look("", content_mark(image.path), look_of(open_image(image.path)).tobytes())
+        return stamp, Look("", content_mark(image.path), features_of(open_image(image.path)).tobytes())
     except Exception as error:
         return stamp, Look(damage(error))
 

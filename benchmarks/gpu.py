@@ -72,7 +72,7 @@ from reslora.images.denoising import DenoisingLoss
 from reslora.images.initial_lora import add_adapters
 from reslora.images.memory.phases import ACTIVATIONS, ADAPTER, BASE, GRADIENTS, OPTIMIZER, Rehearsal
 from reslora.images.model.quantising import blocks, pack
-from reslora.images.run import settle
+from reslora.images.run import resolve_context
 from reslora.images.settings import parse_args
 from reslora.images.study import ImageStudy
 from reslora.io import read_object
@@ -181,7 +181,7 @@ class Setting:
         parsed = parse_args([*words, "--no-plan", "--method", "lora", "reslora", *(() if mini else size.flags), *more])
         accelerator = start_accelerator(parsed)
         images = load_folders(parsed.model, parsed.data, parsed.training, parsed.output)
-        context = settle(parsed, accelerator, StopRequest())
+        context = resolve_context(parsed, accelerator, StopRequest())
         return context, Rehearsal(images, context)
 
 

@@ -115,7 +115,7 @@ def overhead(args: argparse.Namespace) -> dict:
     found = {}
     for batch in args.batch:
         with tempfile.TemporaryDirectory() as folder:
-            training_data, context = material_of(Path(folder), batch, args.steps)
+            training_data, context = load_training_data(Path(folder), batch, args.steps)
             for milliseconds in args.device_ms:
                 device = Device(milliseconds / 1e3)
                 host = train_on(device, training_data, context, Path(folder))
@@ -127,7 +127,7 @@ def overhead(args: argparse.Namespace) -> dict:
     return {"overhead": found}
 
 
-def material_of(folder: Path, batch: int, steps: int) -> tuple[TrainingData, ImageContext]:
+def load_training_data(folder: Path, batch: int, steps: int) -> tuple[TrainingData, ImageContext]:
     """Return 64 images and captions, as train_sd.py would have encoded them."""
     flags = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", str(folder / "images")]
     flags += ["--resolution", "64", "--train_batch_size", str(batch), "--max_train_steps", str(steps)]

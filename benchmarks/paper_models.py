@@ -11,12 +11,12 @@ import torch
 
 from reslora.images.accelerator import start_accelerator
 from reslora.images.data.folders import load_folders
-from reslora.images.data.training_data import material_of
+from reslora.images.data.training_data import load_training_data
 from reslora.images.denoising import DenoisingLoss
 from reslora.images.initial_lora import add_adapter, config_of
 from reslora.images.output.exports import calibration_batches as image_batches
 from reslora.images.output.reports import Validation
-from reslora.images.run import load_and_check, settle
+from reslora.images.run import load_and_check, resolve_context
 from reslora.images.settings import parse_args
 from reslora.methods.adapters import load_adapter
 from reslora.options.texts import LlmOptions
@@ -36,14 +36,14 @@ def newest_checkpoint(folder: Path) -> Path:
 def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     """Return the loss on held-out images of a method's last checkpoint, unmerged and merged by every method."""
     flags = parse_args([*flags, "--output_dir", str(method.parent)])
-    context = settle(
+    context = resolve_context(
         flags,
         start_accelerator(flags),
         StopRequest(),
     )
     flags, accelerator = context.options, context.accelerator
     pipeline, objective = load_and_check(context)
-    training_data = material_of(
+    training_data = load_training_data(
         load_folders(flags.model, flags.data, flags.training, flags.output), pipeline, objective, context
     )
     denoiser = context.model.load_denoiser(context.dtype, accelerator.device)

@@ -37,7 +37,7 @@ from reslora.images.accelerator import start_accelerator
 from reslora.images.data import encoding
 from reslora.images.data.folders import load_folders
 from reslora.images.memory.plan import plan_of
-from reslora.images.run import settle
+from reslora.images.run import resolve_context
 from reslora.images.settings import parse_args
 from reslora.runtime.peak_memory import free_memory, peak_memory
 from reslora.runtime.signals import StopRequest
@@ -107,7 +107,7 @@ def planned(flags: list[str]) -> dict:
     accelerator = start_accelerator(parsed)
     images, context = (
         load_folders(parsed.model, parsed.data, parsed.training, parsed.output),
-        settle(parsed, accelerator, StopRequest()),
+        resolve_context(parsed, accelerator, StopRequest()),
     )
     began = time.perf_counter()
     plan = plan_of(images, context, free_memory(CPU))

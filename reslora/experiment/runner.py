@@ -85,7 +85,7 @@ def train_arms(results: Results, pool: WorkerPool | None = None) -> None:
             if not schedule.running:
                 return
             if pool:
-                study.goes_on(ended, total)
+                study.report_progress(ended, total)
                 ((_, (arm,)), seconds) = pool.ended()
             else:
                 (arm,) = schedule.running

@@ -111,7 +111,7 @@ class ExperimentStudy(ABC):
     def say(self, phase: str, name: str = "") -> None:  # noqa: B027 - not every run has a status
         """Write the current phase to the run's status; `name`: the arm that it is about, if it is about one."""
 
-    def goes_on(self, ended: int, total: int) -> None:
+    def report_progress(self, ended: int, total: int) -> None:
         """Write to the status how many arms have ended, if several are trained at once."""
         self.say(f"training, {ended} of {pluralize(total, 'arm')} ended")
 

@@ -95,7 +95,7 @@ def check_pipeline(
     if validation.num_inference_steps > known:
         argument = f"--num_inference_steps {validation.num_inference_steps}"
         raise InvalidArgument(argument, f"the model has {known} timesteps", "give fewer")
-    told = family.is_told_guidance or bool(pipeline.config.get("is_distilled"))
+    told = family.takes_guidance or bool(pipeline.config.get("is_distilled"))
     for prompt in prompts_of(validation):
         check_prompt(prompt, known, multiple, f"the guidance of {family.name} is told to it" if told else "")
     for size in named_buckets(data.aspect_ratio_buckets or ""):
@@ -203,7 +203,7 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
         problem = f"{family.name} reads as many tokens as its text encoder can"
         raise InvalidArgument(f"--max_sequence_length {longest}", problem, "leave it out")
     default = Options.table()["guidance_scale_train"].default
-    if guidance != default and not (family.is_told_guidance and model.denoiser_config().get("guidance_embeds")):
+    if guidance != default and not (family.takes_guidance and model.denoiser_config().get("guidance_embeds")):
         problem = f"the denoiser of this {family.name} is told no guidance"
         raise InvalidArgument(f"--guidance_scale_train {guidance}", problem, f"leave it at {default}")
 

@@ -9,7 +9,7 @@ from ..runtime.signals import StopRequest
 from .accelerator import start_accelerator
 from .data.folders import load_folders
 from .experiment.first_steps import time_first_steps
-from .run import check_before_loading, settle
+from .run import check_before_loading, resolve_context
 
 
 def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
@@ -29,7 +29,7 @@ def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
     with stop.at_once():
         accelerator = start_accelerator(options)
     images = on_all(lambda: load_folders(options.model, options.data, options.training, options.output))
-    context = settle(options, accelerator, stop)
+    context = resolve_context(options, accelerator, stop)
     check_before_loading(images, context)
     if isinstance(asked, Grid):
         with stop.at_once():

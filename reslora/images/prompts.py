@@ -138,7 +138,7 @@ def resolved(prompt: Prompt, data: DataOptions, validation: ValidationOptions, f
     """Return the prompt with all options resolved, and with the guidance scale as the family's pipeline expects it."""
     side = data.resolution[0]
     guidance = prompt.guidance_scale
-    if prompt.cfg_scale is not None and not family.is_told_guidance:
+    if prompt.cfg_scale is not None and not family.takes_guidance:
         guidance = max(0.0, prompt.cfg_scale - (1 - family.unguided))
     return dataclasses.replace(
         prompt, cfg_scale=None, guidance_scale=validation.guidance_scale if guidance is None else guidance,

@@ -28,7 +28,7 @@ from .data.class_images import load_class_images, missing_class_images
 from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
 from .data.samples import TrainingData
-from .data.training_data import material_of, note_images, print_folder_counts
+from .data.training_data import load_training_data, note_images, print_folder_counts
 from .initial_lora import read_start, with_start
 from .memory.plan import check_memory
 from .model.loading import find_model
@@ -71,10 +71,10 @@ def run(options: Options, stop: StopRequest) -> None:
         if context.options.output.push_to_hub:
             broadcast_from_main(lambda: check_upload(context.options.output))
         check_before_loading(kinds, context)
-        goes_on = bool(resume.finished or any(resume.checkpoints.values()))
-        pipeline, training_data = encode(kinds, context, goes_on)
+        resuming = bool(resume.finished or any(resume.checkpoints.values()))
+        pipeline, training_data = encode(kinds, context, resuming)
         print_folder_counts(training_data, context)
-        forget_encoder(pipeline, context)
+        free_encoder(pipeline, context)
         schedule = schedule_of(training_data.updates(context.accelerator.num_processes), context)
         broadcast_from_main(lambda: check_length(context.options, resume, schedule.steps))
         check_averages(context.options.validation, context.options.output, schedule.steps)
@@ -101,35 +101,35 @@ def begin(
     with stop.at_once():
         accelerator = start_accelerator(options)
 
-    def take_folder() -> None:
+    def lock_folder() -> None:
         stop.check(NOT_BEGUN)  # a signal may have come while accelerate started
         stack.enter_context(lock(Path(options.output.output_dir)))
         check()
 
-    broadcast_from_main(take_folder)
+    broadcast_from_main(lock_folder)
     kinds, context = find_all(options, accelerator, stop)
     return kinds, context, identity_of(kinds, context)
 
 
 def encode(
-    kinds: Sequence[ImageDataset], context: ImageContext, goes_on: bool, track: bool = True
+    kinds: Sequence[ImageDataset], context: ImageContext, resuming: bool, track: bool = True
 ) -> tuple[DiffusionPipeline, TrainingData]:
     """Return the pipeline without its denoiser, and the encoded images and captions.
 
-    `goes_on`: whether the run is resumed.
+    `resuming`: whether the run is resumed.
     """
     pipeline, objective = on_all(lambda: load_and_check(context))
     if track:
         start_trackers(context, "train_sd")
-    training_data = material_of(kinds, pipeline, objective, context)
-    note_images(training_data, context, goes_on)
+    training_data = load_training_data(kinds, pipeline, objective, context)
+    note_images(training_data, context, resuming)
     return pipeline, training_data
 
 
 def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> tuple[list[ImageDataset], ImageContext]:
     """Return the training images, followed by the class images if there are any, and the context."""
     images = on_all(lambda: load_folders(options.model, options.data, options.training, options.output))
-    context = settle(options, accelerator, stop)
+    context = resolve_context(options, accelerator, stop)
     if broadcast_from_main(lambda: missing_class_images(context.options.data, context.options.output)):
         # Generating class images takes minutes, so all checks run before it. They run again afterwards and print their
         # notes only then.
@@ -144,7 +144,7 @@ def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> t
     return [*images, *load_class_images(context)], context
 
 
-def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> ImageContext:
+def resolve_context(options: Options, accelerator: Accelerator, stop: StopRequest) -> ImageContext:
     """Return the context: the model, and the options with all defaults resolved.
 
     This resolves the options whose defaults depend on the model or on accelerate.
@@ -238,7 +238,7 @@ def load_and_check(context: ImageContext) -> tuple[DiffusionPipeline, Objective]
     return pipeline, objective
 
 
-def forget_encoder(pipeline: DiffusionPipeline, context: ImageContext) -> None:
+def free_encoder(pipeline: DiffusionPipeline, context: ImageContext) -> None:
     """Free the image encoder once all images are encoded: samples need only the decoder, except of an edit model."""
     if context.options.data.cache_latents and not context.model.family.edits:
         # not None: Qwen-Image's autoencoder reads `encoder` to count its layers even when it decodes
@@ -254,7 +254,11 @@ def show(context: ImageContext, training_data: TrainingData | None = None) -> No
     if training_data:
         context.status.say("finishing")
         write_figures(
-            options.adapter, options.validation, options.output, len(training_data.held_out), training_data.learnt
+            options.adapter,
+            options.validation,
+            options.output,
+            len(training_data.held_out),
+            training_data.training_images,
         )
     else:
         print(f"{context.folder} contains this run, which is finished; nothing to do")

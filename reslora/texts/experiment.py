@@ -56,7 +56,7 @@ from .run import begin, identity_of, run
 from .split import Parts
 from .study import Texts, TextStudy, plan_of, schedule_of
 
-MOST_LOOKS = 10
+MAX_EVALUATIONS = 10
 LEAST_LOSS = 1e-12  # the statistics need losses above zero, but the loss of a confident prediction can round to zero
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 CHANGING = ("method", "learning_rate", "seed")  # options to which an experiment can add values
@@ -108,13 +108,13 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
         texts.prepare(plain, parts)
         parts = dataclasses.replace(parts, trained=len(texts.rows))
         steps, _ = schedule_of(plan_of(texts, plain, accelerator).updates, plain)
-        schedule.grid = grid.replace(**looks(grid.base.validation, steps.steps))
+        schedule.grid = grid.replace(**evaluations_of(grid.base.validation, steps.steps))
         schedule.estimated = bool(orders and orders.number)  # one process prints the estimate
         experiment = TextExperiment(schedule, texts, parts, context, stop, accelerator.device)
         if orders:
             experiment = dataclasses.replace(experiment, context=dataclasses.replace(context, status=Status()))
         else:
-            broadcast_from_main(lambda: take_folder(experiment))
+            broadcast_from_main(lambda: prepare_folder(experiment))
             tell = functools.cache(say)  # several labels may print the same line
             for label in schedule.labels:
                 experiment.check_label(label, tell)
@@ -139,13 +139,13 @@ def options_of(arm: Arm, schedule: ArmSchedule) -> Any:
     return checked(options.replace(**own))
 
 
-def looks(validation: ValidationOptions, steps: int) -> dict[str, Any]:
-    """Return options that evaluate every --eval_steps, or MOST_LOOKS times; empty if --eval_strategy is not `no`."""
-    every = validation.eval_steps or math.ceil(steps / MOST_LOOKS)
+def evaluations_of(validation: ValidationOptions, steps: int) -> dict[str, Any]:
+    """Return options to evaluate every --eval_steps, or MAX_EVALUATIONS times, if --eval_strategy is `no`."""
+    every = validation.eval_steps or math.ceil(steps / MAX_EVALUATIONS)
     return {"eval_strategy": "steps", "eval_steps": every} if validation.eval_strategy == "no" else {}
 
 
-def take_folder(experiment: TextExperiment) -> None:
+def prepare_folder(experiment: TextExperiment) -> None:
     """Raise `InvalidArgument` if the directory has another experiment or a single run.
 
     Otherwise remove temporary files.

@@ -107,10 +107,10 @@ def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the loss of each token that has a label, of shape (tokens,), in at least float32."""
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     labels = inputs.pop("labels")[:, 1:]
-    learnt = labels != IGNORED
-    logits = model(**inputs, use_cache=False).logits[:, :-1][learnt]
+    answers = labels != IGNORED
+    logits = model(**inputs, use_cache=False).logits[:, :-1][answers]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(logits, labels[learnt], reduction="none")
+    return torch.nn.functional.cross_entropy(logits, labels[answers], reduction="none")
 
 
 def count_right(answers: list[str], examples: list[Example]) -> int:

@@ -79,12 +79,12 @@ def begin(
         accelerator = start_accelerator(options)
     folder = Path(options.output.output_dir)
 
-    def take_folder() -> None:
+    def lock_folder() -> None:
         stop.check(NOT_BEGUN)
         stack.enter_context(lock(folder))
         check()
 
-    broadcast_from_main(take_folder)
+    broadcast_from_main(lock_folder)
     return Context(options, None, accelerator, stop, status=Status(folder, accelerator.device))
 
 

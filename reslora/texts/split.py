@@ -91,10 +91,10 @@ def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares:
         trained = f"{pluralize(len(found), 'example')} to train on"
         problem = f"{trained}, {len(select)} to choose by, but for near-duplicates of others"
         raise InvalidArgument("this experiment", problem, "give more that differ in more than numbers and case")
-    learnt, chosen, tested = ({found[number] for number in numbers} for numbers in cut(found, *wanted))
+    training_part, chosen, tested = ({found[number] for number in numbers} for numbers in cut(found, *wanted))
     select += _one_of_each([example for example in train if keys[example] in chosen], keys)
     test += _one_of_each([example for example in train if keys[example] in tested], keys)
-    train = [example for example in train if keys[example] in learnt]
+    train = [example for example in train if keys[example] in training_part]
     enough = enough_of(found) if wanted[1] else 1
     return Parts(train, select, test, len(keys) - len(set(keys.values())), words, enough)
 

@@ -35,7 +35,7 @@ def new_accelerator(flag: str, logging_dir: str, folder: Path, **arguments: Any)
         if accelerator.mixed_precision == "fp16":
             raise InvalidArgument(flag, "there is no GPU, and fp16 is very slow on a CPU", "use bf16 or no")
         warn_of_single_process(accelerator.num_processes)
-        take_cores(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+        set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
         keep_freed_memory()
     return accelerator
 
@@ -59,7 +59,7 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def take_cores(local_processes: int) -> None:
+def set_threads(local_processes: int) -> None:
     """Use this process's share of the CPU cores, or as many threads as OMP_NUM_THREADS specifies.
 
     Launchers set OMP_NUM_THREADS to 1 if the user has not set it. Therefore a 1 is ignored in a process that a launcher

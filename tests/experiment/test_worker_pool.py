@@ -84,7 +84,7 @@ def train(
 ) -> tuple[ArmSchedule, list[set]]:
     """What there is in the end, and what ran whenever the record was written."""
     schedule, told = ArmSchedule(parse_args(argv)), []
-    study = SimpleNamespace(goes_on=lambda ended, total: None)
+    study = SimpleNamespace(report_progress=lambda ended, total: None)
     results = SimpleNamespace(schedule=schedule, write=lambda: told.append(set(schedule.running)), study=study)
     pool = WorkerPool(size, "train_sd.py", functools.partial(work, argv, what or {}), stop or StopRequest())
     with pool.working():

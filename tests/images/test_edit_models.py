@@ -22,11 +22,11 @@ from images.runs import RESUME, SCRIPT, assert_same, final_weights, main, refuse
 from reslora.images.data.batch import collate
 from reslora.images.data.folders import load_folders
 from reslora.images.data.samples import TrainingSamples
-from reslora.images.data.training_data import material_of
+from reslora.images.data.training_data import load_training_data
 from reslora.images.denoising import DenoisingLoss
 from reslora.images.memory.phases import Rehearsal
 from reslora.images.memory.plan import guess, plan_of
-from reslora.images.run import load_and_check, settle
+from reslora.images.run import load_and_check, resolve_context
 from reslora.images.settings import parse_args
 from reslora.runtime.signals import StopRequest
 from reslora.seeds import derive
@@ -64,10 +64,10 @@ def stirred(model: Path, scale: float = 0.1) -> Path:
 
 def training_data_of(flags: list[str]) -> SimpleNamespace:
     options = parse_args(flags)
-    context = settle(options, Accelerator(cpu=True), StopRequest())
+    context = resolve_context(options, Accelerator(cpu=True), StopRequest())
     pipeline, objective = load_and_check(context)
     images = load_folders(options.model, options.data, options.training, options.output)
-    found = material_of(images, pipeline, objective, context)
+    found = load_training_data(images, pipeline, objective, context)
     return SimpleNamespace(data=found, pipeline=pipeline, objective=objective, context=context)
 
 

@@ -13,7 +13,7 @@ import train_sd
 from images.runs import RESUME, main, refused
 from reslora.images import accelerator as setup
 from reslora.images.settings import ASSETS, parse_args
-from reslora.training.accelerator import take_cores, warn_of_single_process
+from reslora.training.accelerator import set_threads, warn_of_single_process
 from reslora.training.preparing import attention_of
 
 
@@ -102,7 +102,7 @@ def test_the_number_of_threads_is_the_users_and_how_to_give_it_is_printed(
     used = [int(given or 0)]
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    take_cores(2)
+    set_threads(2)
     assert used[-1] == threads
     line = "3 threads per process: OMP_NUM_THREADS=1 is ignored, because launchers set it"
     assert (line in capsys.readouterr().out) == said

@@ -16,7 +16,7 @@ SEE_ALL = {
     # a run, which resumes with the same options or is refused
     "reslora/images/context.py": "ImageContext",
     "reslora/images/accelerator.py": "start_accelerator",
-    "reslora/images/run.py": "run begin find_all settle check_folder",
+    "reslora/images/run.py": "run begin find_all resolve_context check_folder",
     "reslora/images/planning.py": "show_plan",
     "reslora/training/checkpoints.py": "settings_of check_past past_of",
     "reslora/training/trackers.py": "note_settings",
@@ -33,7 +33,7 @@ SEE_ALL = {
     "reslora/experiment/arms.py": "labels_of others_of rates_of reference_of references_of options_of check_values",
     "reslora/experiment/schedule.py": "ArmSchedule",
     "reslora/experiment/runner.py": "run_experiment",
-    "reslora/images/experiment/run.py": "open_study take_folder going_on with_varied check_folder check_same "
+    "reslora/images/experiment/run.py": "open_study prepare_folder resumed_options with_varied check_folder check_same "
     "check_variants data_key data_of_variant identity_record",
     "reslora/images/experiment/first_steps.py": "time_first_steps",
     # the application's form

@@ -415,7 +415,7 @@ def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
 
 def test_the_select_loss_is_measured_when_it_is_asked_for_or_ten_times():
     def looks(strategy: str, every: float | None) -> dict:
-        return experiment.looks(LlmValidationOptions(eval_strategy=strategy, eval_steps=every), 95)
+        return experiment.evaluations_of(LlmValidationOptions(eval_strategy=strategy, eval_steps=every), 95)
 
     assert looks("no", None)["eval_steps"] == 10 and looks("no", 7)["eval_steps"] == 7 and looks("steps", 7) == {}
 
@@ -584,7 +584,7 @@ def test_glue_arms_equal_plain_runs_and_are_judged_by_its_metrics(tmp_path, caps
 def test_a_damaged_record_is_refused_before_anything_is_trained(tmp_path):
     (tmp_path / "experiment.json").write_text('{"format": 1, "readings"')
     with pytest.raises(InvalidArgument, match=rf"^--output_dir {tmp_path}: experiment.json is damaged; "):
-        experiment.take_folder(SimpleNamespace(schedule=SimpleNamespace(folder=tmp_path)))
+        experiment.prepare_folder(SimpleNamespace(schedule=SimpleNamespace(folder=tmp_path)))
 
 
 @pytest.mark.exhaustive

@@ -91,7 +91,7 @@ class CaptionTransform:
 VERBATIM = CaptionTransform()
 
 
-def recipe_of(options: DataOptions) -> CaptionTransform:
+def build_caption_transform(options: DataOptions) -> CaptionTransform:
     """Return the caption transform that the options specify."""
     return CaptionTransform(
         options.caption_prefix or "", options.caption_suffix or "", options.caption_dropout, options.enable_wildcard,

@@ -43,7 +43,7 @@ def load_class_images(context: ImageContext) -> list[ImageDataset]:
     options = context.options
     if options.data.class_data_dir is None:
         return []
-    broadcast_from_main(lambda: draw_missing(context))
+    broadcast_from_main(lambda: generate_missing(context))
     here = options.replace(
         train_data_dir=options.data.class_data_dir, train_data_repeats=[1], train_data_weight=[1.0],
         dataset_name=None, max_train_samples=None,
@@ -84,7 +84,7 @@ def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
     return max(0, missing)
 
 
-def draw_missing(context: ImageContext) -> None:
+def generate_missing(context: ImageContext) -> None:
     """Generate images of --class_prompt until --num_class_images exist.
 
     The base model generates them. The random generator of each image is seeded with --seed and the file name.

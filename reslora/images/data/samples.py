@@ -83,7 +83,7 @@ class TrainingData:
         """The number of the source, and of the image in it, for every held-out image."""
         return [(number, image) for number, source in enumerate(self.sources) for image in source.held_out]
 
-    def learnt(self, count: int) -> list[PIL.Image.Image]:
+    def training_images(self, count: int) -> list[PIL.Image.Image]:
         """Return at most `count` training images for figures, evenly spaced over the data, no larger than SHOWN pixels.
 
         Class images and images that cannot be read at present are left out.

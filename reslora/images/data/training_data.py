@@ -18,7 +18,7 @@ from ..model.loading import wide_enough
 from ..model.objective import Objective
 from ..prompts import UNRELATED, prompts_of
 from .buckets import bucket_of, ladder, named_buckets, own_bucket
-from .captions import VERBATIM, recipe_of
+from .captions import VERBATIM, build_caption_transform
 from .class_images import balanced
 from .dataset import ImageDataset, data_flag
 from .encoding import (
@@ -42,7 +42,7 @@ UNEVEN = 2  # if an epoch uses one bucket this many times as often as another, t
 VARIANTS, FEW_VARIANTS = 4, 1000  # the most texts encoded beforehand: per caption, or in total if that is more
 
 
-def material_of(
+def load_training_data(
     kinds: Sequence[ImageDataset], pipeline: DiffusionPipeline, objective: Objective, context: ImageContext
 ) -> TrainingData:
     """Return the training data, with captions and images encoded or found in the cache.
@@ -59,8 +59,8 @@ def material_of(
         print_skipped_images(source.images, context)
     if any(images.of_class for images in kinds):
         per_forward = options.training.train_batch_size * context.accelerator.num_processes
-        learnt, of_class = ([s for s in sources if s.images.of_class == kind] for kind in (False, True))
-        sources = balanced(learnt, of_class, per_forward)
+        training, of_class = ([s for s in sources if s.images.of_class == kind] for kind in (False, True))
+        sources = balanced(training, of_class, per_forward)
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
     parts = options.adapter, options.data, options.training, options.validation
@@ -70,7 +70,7 @@ def material_of(
     return with_texts(training_data, pipeline, context)
 
 
-def note_images(training_data: TrainingData, context: ImageContext, goes_on: bool) -> None:
+def note_images(training_data: TrainingData, context: ImageContext, resuming: bool) -> None:
     """Write to `images.json` which images the run uses. Call this after all images were opened to find damaged ones.
 
     Raises `InvalidArgument` if processes find different images damaged. Raises it also if a resumed run would use other
@@ -84,7 +84,7 @@ def note_images(training_data: TrainingData, context: ImageContext, goes_on: boo
 
     def note() -> None:
         there = read_object(path).get("images", used)
-        if goes_on and there != used:
+        if resuming and there != used:
             example = f" (left out: {left_out[0]})" if left_out else ""
             problem = f"{context.folder} was trained on {there}, what can be used now is {used}{example}"
             raise InvalidArgument(data_flag(options.data), problem, "restore it, or choose another --output_dir")
@@ -208,7 +208,7 @@ def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeli
     buckets = tuple(dict.fromkeys(sizes))
     bucket = tuple(buckets.index(sizes[index]) for index in keep)
     weight = images.weight * (options.data.prior_loss_weight if images.of_class else 1.0)
-    transform = VERBATIM if images.of_class else recipe_of(options.data)
+    transform = VERBATIM if images.of_class else build_caption_transform(options.data)
     return Source(images, latents, tuple(range(len(images))), (), buckets, bucket, weight, images.repeats, transform)
 
 

@@ -26,10 +26,10 @@ from ...training.schedule import Schedule
 from ..context import ImageContext
 from ..data.dataset import ImageDataset
 from ..data.samples import TIMESTEPS, losses_of
-from ..data.training_data import material_of
+from ..data.training_data import load_training_data
 from ..run import load_and_check
 from ..study import ImageStudy
-from .run import SELECT_NOISES, expected_times, there_of, with_few_looks
+from .run import SELECT_NOISES, expected_times, there_of, with_default_evaluations
 
 
 def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context: ImageContext) -> None:
@@ -53,7 +53,7 @@ def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context
     if not options.validation.validation_steps:
         before = there_of(arms.folder).get("validation_steps")
         samples = select * TIMESTEPS * SELECT_NOISES
-        schedule = with_few_looks(schedule, options.training, arms.is_race, samples, before)
+        schedule = with_default_evaluations(schedule, options.training, arms.is_race, samples, before)
     images = kinds[0].select(range(min(len(kinds[0]), options.training.train_batch_size)))
     folder = broadcast_from_main(tempfile.mkdtemp)
     own = options.replace(output_dir=folder, cache_dir=None, metric_model=None, method=options.adapter.method[:1])
@@ -78,7 +78,7 @@ def timed(images: ImageDataset, schedule: Schedule, context: ImageContext) -> tu
     """
     (method,), accelerator = context.options.adapter.method, context.accelerator
     pipeline, objective = load_and_check(context)
-    training_data = material_of([images], pipeline, objective, context)
+    training_data = load_training_data([images], pipeline, objective, context)
     study = ImageStudy(schedule, Identity("", "", "", ""), context, pipeline, training_data)
     began = time.monotonic()
     learner = study.learner(method)

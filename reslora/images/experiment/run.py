@@ -52,16 +52,16 @@ from ..data.training_data import latents_of, print_folder_counts, with_texts
 from ..model.objective import check_objective, objective_of
 from ..model_checks import check_family, check_methods
 from ..output.reports import ImageReports
-from ..run import begin, check_before_loading, encode, forget_encoder
+from ..run import begin, check_before_loading, encode, free_encoder
 from ..schedule import schedule_of, steps_of
 from ..study import ImageStudy
 from .losses_by_image import write_thumbnails
 from .report_sections import IMAGES
-from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
+from .split import Parts, check_count, content_of, parts_of, training_images, with_parts
 from .test_split_losses import base_losses, export_chosen, is_exported, test_and_export
 
-LEAST_LOOKS, MOST_LOOKS = 4, 10  # default number of measurements of a run on the selection split
-MEASURING = 1 / 8  # at most this fraction of the time of training, unless that is less than LEAST_LOOKS measurements
+MIN_EVALUATIONS, MAX_EVALUATIONS = 4, 10  # default number of measurements of a run on the selection split
+MEASURING = 1 / 8  # at most this fraction of the time of training, but MIN_EVALUATIONS measurements in any case
 FORWARDS = 3  # forward passes that take as long as a training pass: its backward pass counts as two
 # Noises per timestep and image of the selection and test splits; earlier versions took NOISES for both.
 SELECT_NOISES, TEST_NOISES = 1, 1
@@ -88,7 +88,7 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         given = given.replace(logging_dir=f"{given.base.output.logging_dir}/process-{orders.number}")
     began, plain, folder = time.monotonic(), given.run(), Path(given.base.output.output_dir)
     with contextlib.ExitStack() as stack:
-        check, lock = (lambda: None, share_lock) if orders else (lambda: take_folder(given), locked)
+        check, lock = (lambda: None, share_lock) if orders else (lambda: prepare_folder(given), locked)
         kinds, context, identity = begin(plain, stop, stack, check, lock)
         asked = with_varied(context.options, given)
         if orders:
@@ -101,27 +101,27 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
             check_before_loading(kinds, with_options(widest, train_batch_size=largest))
         check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), plain.data)
         on_all(lambda: check_variants(asked, context))
-        alone, goes_on = (plain.experiment.arms_at_once or 1) == 1, (folder / EXPERIMENT).exists()
-        pipeline, training_data = encode(kinds, widest, goes_on, track=bool(orders) or alone)
+        alone, resuming = (plain.experiment.arms_at_once or 1) == 1, (folder / EXPERIMENT).exists()
+        pipeline, training_data = encode(kinds, widest, resuming, track=bool(orders) or alone)
         for each in asked.variants():
             objective_of(each.model, each.training, context.model.family, pipeline)
         parts = broadcast_from_main(
-            lambda: parts_of(learnt(training_data.sources), plain.data, plain.validation, plain.experiment)
+            lambda: parts_of(training_images(training_data.sources), plain.data, plain.validation, plain.experiment)
         )
-        content = content_of(parts, learnt(training_data.sources))
+        content = content_of(parts, training_images(training_data.sources))
         broadcast_from_main(lambda: check_same(asked, identity, content))
         processes = context.accelerator.num_processes
         training_data = with_parts(training_data, parts, processes)
         print_folder_counts(training_data, context)
         variants = {data_key(options): options for options in asked.runs("seed", *ENCODED)}
         data_of = {key: data_of_variant(training_data, options, pipeline, context) for key, options in variants.items()}
-        forget_encoder(pipeline, context)
+        free_encoder(pipeline, context)
         racing = broadcast_from_main(lambda: ArmSchedule(asked).is_race)
         schedule = schedule_of(training_data.updates(processes), context)
         if not plain.validation.validation_steps:
             before = broadcast_from_main(lambda: there_of(folder).get("validation_steps"))
             samples = len(parts.select) * TIMESTEPS * SELECT_NOISES
-            schedule = with_few_looks(schedule, plain.training, racing, samples, before)
+            schedule = with_default_evaluations(schedule, plain.training, racing, samples, before)
         schedule = dataclasses.replace(schedule, sampled=(0, schedule.steps))
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         broadcast_from_main(lambda: check_same(asked, identity, content))
@@ -153,7 +153,7 @@ def there_of(folder: Path) -> dict:
     return read_experiment(folder).get("identity") or {}
 
 
-def take_folder(grid: Grid[Options]) -> None:
+def prepare_folder(grid: Grid[Options]) -> None:
     """Check the folder's content, and remove the partial files of a killed process.
 
     Raises `InvalidArgument` if the folder cannot be used for this experiment.
@@ -175,14 +175,14 @@ def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
     check_same(grid, identity)
     arm_schedule.check_racing()
     for arm in arm_schedule.arms():
-        own, folder = going_on(arm_schedule.options_of(arm)), arm_schedule.folder_of(arm)
+        own, folder = resumed_options(arm_schedule.options_of(arm)), arm_schedule.folder_of(arm)
         if arm_schedule.ended(arm):
             check_past(own, folder, read_object(folder / EXPORTS), identity)
         else:
             plan_resume(own, identity, arm_schedule.place_of(arm))
 
 
-def going_on(options: Options) -> Options:
+def resumed_options(options: Options) -> Options:
     """Return an arm's options, changed to resume from its latest checkpoint."""
     return options.replace(resume_from_checkpoint="latest")
 
@@ -220,17 +220,17 @@ def identity_record(grid: Grid[Options], identity: Identity) -> dict:
     return past | {"settings": settings} | {name: values[name] for name in FIXED}
 
 
-def with_few_looks(
+def with_default_evaluations(
     schedule: Schedule, options: TrainingOptions, racing: bool, samples: int, before: int | None = None
 ) -> Schedule:
-    """Return the schedule with the default number of measurements: MOST_LOOKS, or as many as MEASURING permits.
+    """Return the schedule with the default number of measurements: MAX_EVALUATIONS, or as many as MEASURING permits.
 
     Without racing, there is at most one in each epoch, but an epoch may be a single step, or half of a run. `samples`:
     number of samples of a measurement. `before`: steps between measurements of the experiment in the folder, if any.
     """
     trained = schedule.steps * options.gradient_accumulation_steps * options.train_batch_size
-    looks = min(MOST_LOOKS, max(LEAST_LOOKS, int(MEASURING * FORWARDS * trained / samples)))
-    least = math.ceil(schedule.steps / looks)
+    evaluations = min(MAX_EVALUATIONS, max(MIN_EVALUATIONS, int(MEASURING * FORWARDS * trained / samples)))
+    least = math.ceil(schedule.steps / evaluations)
     every = before or (least if racing else max(schedule.validation_steps, least))
     return dataclasses.replace(schedule, validation_steps=every)
 
@@ -369,7 +369,7 @@ class ImageExperiment(ExperimentStudy):
 
         The arm keeps only its latest checkpoint, unless --checkpoints_total_limit is given.
         """
-        options = going_on(self.schedule.options_of(arm))
+        options = resumed_options(self.schedule.options_of(arm))
         options = options.replace(checkpoints_total_limit=options.output.checkpoints_total_limit or 1)
         before = self.schedule.arms().index(arm) if arm in self.schedule.arms() else 0
         place = self.schedule.place_of(arm)

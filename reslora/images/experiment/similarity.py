@@ -63,13 +63,13 @@ def similarities(
     found = {"image_similarity": (drawn * metric.of(sources, tested)).sum(1).mean()}
     if metric.reads_captions:
         found["caption_similarity"] = (drawn * metric.captions(captions)).sum(1).mean()
-    found["nearest_training"] = (drawn @ metric.of(sources, learnt(setting)).T).amax(1).mean()
+    found["nearest_training"] = (drawn @ metric.of(sources, training_images(setting)).T).amax(1).mean()
     found["unrelated_similarity"] = (kept * base).sum(1).mean()
     found["diversity"] = apart.sum() / (DRAWINGS * (DRAWINGS - 1))
     return {name: float(value) for name, value in found.items()}
 
 
-def learnt(setting: Setting) -> list[Image]:
+def training_images(setting: Setting) -> list[Image]:
     """Return at most MOST_TRAINING training images; a hash of the content determines which."""
     sources = setting.training_data.sources
     marks = {

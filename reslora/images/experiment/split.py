@@ -72,7 +72,7 @@ def parts_of(
     """
     flat = [(source, number) for source, found in images.items() for number in range(len(found))]
     marks = [images[source].marks[number] for source, number in flat]
-    groups = groups_of(marks, looks_of(images, flat, data_flag(data)))
+    groups = groups_of(marks, features_of_all(images, flat, data_flag(data)))
     named = ([images[flat[each][0]].name(flat[each][1]) for each in group[:2]] for group in groups if len(group) > 1)
     check_count(len(groups), data, next(named, []))
     known = [min(marks[image] for image in group) for group in groups]
@@ -93,7 +93,7 @@ def content_of(parts: Parts, images: Mapping[int, ImageDataset]) -> str:
     return f"{derive('parts', marks):016x}"
 
 
-def learnt(sources: Sequence[Source]) -> dict[int, ImageDataset]:
+def training_images(sources: Sequence[Source]) -> dict[int, ImageDataset]:
     """Return the images of each source by the source's number, without class images."""
     return {number: source.images for number, source in enumerate(sources) if not source.images.of_class}
 
@@ -109,7 +109,7 @@ def check_count(images: int, options: DataOptions, alike: Sequence[str] = ()) ->
 
 def with_parts(training_data: TrainingData, parts: Parts, processes: int) -> TrainingData:
     """Return the training data with the split: the training part to train on, the selection part held out."""
-    learnt, of_class = [], []
+    own_images, of_class = [], []
     for number, source in enumerate(training_data.sources):
         source = dataclasses.replace(source, repeats=source.images.repeats)  # those before they were balanced
         if source.images.of_class:
@@ -117,9 +117,11 @@ def with_parts(training_data: TrainingData, parts: Parts, processes: int) -> Tra
         else:
             both = (parts.train, parts.select)
             own = [tuple(sorted(image for where, image in part if where == number)) for part in both]
-            learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1]))
+            own_images.append(dataclasses.replace(source, train=own[0], held_out=own[1]))
     sources = (
-        balanced(learnt, of_class, training_data.training.train_batch_size * processes) if of_class else tuple(learnt)
+        balanced(own_images, of_class, training_data.training.train_batch_size * processes)
+        if of_class
+        else tuple(own_images)
     )
     return dataclasses.replace(training_data, sources=sources)
 
@@ -127,7 +129,7 @@ def with_parts(training_data: TrainingData, parts: Parts, processes: int) -> Tra
 def groups_of(marks: Sequence[str], looks: np.ndarray) -> list[list[int]]:
     """Return groups of near-duplicates (connected components), as lists of indices.
 
-    `marks`: hashes of content; `looks`: images x features, from `look_of`.
+    `marks`: hashes of content; `looks`: images x features, from `features_of`.
     """
     (bits, cells), pairs = np.split(looks, [BITS], axis=1), []
     weights, squares = bits.sum(1), np.square(cells).sum(1)
@@ -148,8 +150,8 @@ def groups_of(marks: Sequence[str], looks: np.ndarray) -> list[list[int]]:
     return [np.flatnonzero(group == number).tolist() for number in range(count)]
 
 
-def looks_of(images: Mapping[int, ImageDataset], flat: Sequence[Image], flag: str) -> np.ndarray:
-    """Return the features of images, from `look_of`, for `groups_of`: images x features.
+def features_of_all(images: Mapping[int, ImageDataset], flat: Sequence[Image], flag: str) -> np.ndarray:
+    """Return the features of images, from `features_of`, for `groups_of`: images x features.
 
     Raises `InvalidArgument` if an image cannot be opened.
     """
@@ -157,13 +159,13 @@ def looks_of(images: Mapping[int, ImageDataset], flat: Sequence[Image], flag: st
     def one(image: Image) -> np.ndarray:
         found, number = images[image[0]], image[1]
         with refused_as(f"{flag}, {found.name(number)}", "repair or remove it"):
-            return look_of(found.open(number))
+            return features_of(found.open(number))
 
     with ThreadPoolExecutor() as pool:  # PIL decodes without the GIL
         return np.stack(list(pool.map(one, flat)))
 
 
-def look_of(image: PIL.Image.Image) -> np.ndarray:
+def features_of(image: PIL.Image.Image) -> np.ndarray:
     """Return the features of an image: a float32 vector of 384 and 192 values.
 
     The first 384 are the bits of the perceptual hash. The others are 8 x 8 cells in each color, minus the color's mean.

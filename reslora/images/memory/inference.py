@@ -141,7 +141,7 @@ def drawing(
 
 def passes(family: Family, guidance: float | None) -> int:
     """Return how many forward passes an image needs per denoising step: 2 with classifier-free guidance, else 1."""
-    return 1 if family.is_told_guidance or (guidance or 0) <= family.unguided else 2
+    return 1 if family.takes_guidance or (guidance or 0) <= family.unguided else 2
 
 
 def denoising(rehearsal: Rehearsal, denoiser: Any, count: int, size: Size, dtype: torch.dtype) -> int:

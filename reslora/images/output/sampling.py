@@ -89,7 +89,7 @@ class Sampler:
         negatives = wanted if self.references and self.family.reads_references else wanted[:1]
         negative = self._text([(one.negative_prompt, one.reference) for one, _ in negatives])
         drawn = self.pipeline(
-            **self.family.drawing_inputs(self.pipeline, text, negative, not first.negative_prompt),
+            **self.family.sampling_inputs(self.pipeline, text, negative, not first.negative_prompt),
             **self._reference([one for one, _ in wanted]),
             generator=[torch.Generator().manual_seed(seed) for _, seed in wanted],
             num_inference_steps=first.num_inference_steps, **{self.family.guidance: first.guidance_scale},

@@ -24,16 +24,16 @@ def write_figures(
     validation: ValidationOptions,
     output_options: OutputOptions,
     held_out: int,
-    learnt: Callable[[int], list[Image.Image]] = lambda _: [],
+    training_images: Callable[[int], list[Image.Image]] = lambda _: [],
 ) -> None:
     """Write `comparison.png` and `loss.png`; for a single method, copy its LoRA file to the output directory.
 
     diffusers' training script writes its LoRA file there, too. `loss.png` is written last, because it marks the run as
-    finished. `learnt(count)` returns up to `count` of the training images.
+    finished. `training_images(count)` returns up to `count` of the training images.
     """
     output, measured = Path(output_options.output_dir), min(held_out, validation.max_validation_images)
     if validation.validation_prompt and validation.num_validation_images:
-        write_comparison(adapter, validation, output_options, output / "comparison.png", learnt(COLUMNS + 3))
+        write_comparison(adapter, validation, output_options, output / "comparison.png", training_images(COLUMNS + 3))
     if len(adapter.method) == 1 and METHODS[adapter.method[0]].plain_lora:
         with replacing(output / DIFFUSERS_FILE) as temporary:
             shutil.copyfile(output / adapter.method[0] / DIFFUSERS_FILE, temporary)
@@ -46,7 +46,7 @@ def write_comparison(
     validation: ValidationOptions,
     output_options: OutputOptions,
     path: Path,
-    learnt: Sequence[Image.Image] = (),
+    training_images: Sequence[Image.Image] = (),
 ) -> None:
     """Write the comparison figure, like the paper's Figure 3.
 
@@ -67,7 +67,7 @@ def write_comparison(
         rows.append((f"prompt: {prompt}", drawn))
     columns = [f"step {step}" if step else "before\ntraining" for step in chosen] + ["merged into\nthe model"]
     if any(image for _, methods in rows for _, images in methods for image in images):
-        comparison(path, columns, rows, above=("some of the training images", learnt))
+        comparison(path, columns, rows, above=("some of the training images", training_images))
 
 
 def _image(samples: Path, number: int, prompt: str) -> Path | None:

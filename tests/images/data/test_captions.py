@@ -11,7 +11,7 @@ from pipelines import flux, image_folder
 from images.runs import load_images, losses, only, options_of, printed, read_by, refused, with_options
 from reslora.images.context import ImageContext
 from reslora.images.data import training_data as making
-from reslora.images.data.captions import VERBATIM, CaptionTransform, recipe_of
+from reslora.images.data.captions import VERBATIM, CaptionTransform, build_caption_transform
 from reslora.images.data.samples import CalibrationSamples, TrainingData, ValidationSamples, training_loader
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
@@ -101,9 +101,9 @@ def test_dropout_leaves_nothing_of_the_caption_not_even_the_prefix():
 
 def test_each_part_of_the_recipe_is_that_of_its_flag():
     words = "--caption_prefix sks --caption_suffix end --caption_dropout 0.3 --caption_tag_dropout_rate 0.1"
-    found = recipe_of(parse_args([*words.split(), "--shuffle_caption", "--keep_tokens", "2"]).data)
+    found = build_caption_transform(parse_args([*words.split(), "--shuffle_caption", "--keep_tokens", "2"]).data)
     assert found == CaptionTransform("sks", "end", dropout=0.3, shuffle=True, keep=2, tag_dropout=0.1)
-    assert recipe_of(parse_args(["--enable_wildcard"]).data) == CaptionTransform(wildcards=True)
+    assert build_caption_transform(parse_args(["--enable_wildcard"]).data) == CaptionTransform(wildcards=True)
 
 
 # -- a function of seed and position ---------------------------------------------------------------------------------

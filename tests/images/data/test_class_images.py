@@ -14,13 +14,13 @@ from pipelines import FAMILIES, image_folder, random_image, same_image
 
 from images.runs import RESUME, assert_same, final_weights, killed_after, losses, main, only, parts, printed, refused
 from reslora.errors import InvalidArgument
-from reslora.images.data.class_images import LOCK, balanced, draw_missing, missing_class_images
+from reslora.images.data.class_images import LOCK, balanced, generate_missing, missing_class_images
 from reslora.images.data.images import open_image
 from reslora.images.data.plan import Plan
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
 from reslora.images.model import loading, quantising
-from reslora.images.run import settle
+from reslora.images.run import resolve_context
 from reslora.images.settings import parse_args
 from reslora.runtime.folder_lock import guard_of
 from reslora.runtime.signals import StopRequest
@@ -47,7 +47,7 @@ def test_what_is_missing_is_drawn_by_every_family_and_the_same_again(family, dat
     drawn = pictures(tmp_path / "class")
     assert len(drawn) == 3 and not np.array_equal(drawn[0], drawn[1])
     (tmp_path / "class" / "class-00001.png").unlink()
-    draw_missing(settle(parse_args([*map(str, flags)]), Accelerator(cpu=True), StopRequest()))
+    generate_missing(resolve_context(parse_args([*map(str, flags)]), Accelerator(cpu=True), StopRequest()))
     assert "generating 1 class image in" in capsys.readouterr().out
     for before, after in zip(drawn, pictures(tmp_path / "class"), strict=True):
         assert np.abs(before - after).max() <= 2  # of 255: another batch rounds otherwise
@@ -58,7 +58,7 @@ def test_qwen_images_class_images_are_guided(data, tmp_path):
     model, drawn = FAMILIES["qwen_image"](tmp_path / "model"), []
     for scale in (1, 9):
         flags = parse_args([*map(str, flags_for(tmp_path / str(scale), model, data, "out", "--guidance_scale", scale))])
-        draw_missing(settle(flags, Accelerator(cpu=True), StopRequest()))
+        generate_missing(resolve_context(flags, Accelerator(cpu=True), StopRequest()))
         drawn += [pictures(tmp_path / str(scale) / "class")]
     assert all(np.abs(one - other).max() > 2 for one, other in zip(*drawn, strict=True))
 
@@ -71,7 +71,7 @@ def test_class_images_are_drawn_by_what_the_denoiser_predicts(data, tmp_path):
         folder = tmp_path / str(len(drawn))
         model = FAMILIES["stable_diffusion"](folder / "model", scheduler={"prediction_type": said})
         flags = parse_args([*map(str, flags_for(folder, model, data, "out", *told))])
-        draw_missing(settle(flags, Accelerator(cpu=True), StopRequest()))
+        generate_missing(resolve_context(flags, Accelerator(cpu=True), StopRequest()))
         drawn.append(pictures(folder / "class"))
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
 
@@ -82,7 +82,7 @@ def test_blocks_that_are_swapped_draw_the_same(data, tmp_path, monkeypatch):
     for blocks in (0, 2):
         flags = flags_for(tmp_path / str(blocks), model, data, "out", "--blocks_to_swap", blocks)
         assert not copied
-        draw_missing(settle(parse_args([*map(str, flags)]), Accelerator(cpu=True), StopRequest()))
+        generate_missing(resolve_context(parse_args([*map(str, flags)]), Accelerator(cpu=True), StopRequest()))
         drawn += [pictures(tmp_path / str(blocks) / "class")]
     assert copied and np.array_equal(*drawn)
 
@@ -95,7 +95,7 @@ def test_a_base_in_fewer_bits_draws_them_too(data, tmp_path, monkeypatch):
         loading, "pack", lambda denoiser, name, *rest: packed.append(name) or pack(denoiser, name, *rest)
     )
     flags = flags_for(tmp_path, model, data, "out", "--base_precision", "fp8")
-    draw_missing(settle(parse_args([*map(str, flags)]), Accelerator(cpu=True), StopRequest()))
+    generate_missing(resolve_context(parse_args([*map(str, flags)]), Accelerator(cpu=True), StopRequest()))
     assert packed == ["fp8"] and len(pictures(tmp_path / "class")) == 3
 
 
@@ -116,7 +116,7 @@ def test_a_run_with_class_images_goes_on_as_if_it_had_not_stopped(model, data, t
 def test_class_images_that_another_run_draws_are_waited_for_and_not_drawn_over(model, data, tmp_path, capsys):
     """That run may have read them by then: with others in their place it could not go on."""
     flags = parse_args([*map(str, flags_for(tmp_path, model, data, "out"))])
-    context = settle(flags, Accelerator(cpu=True), StopRequest())
+    context = resolve_context(flags, Accelerator(cpu=True), StopRequest())
     theirs, asked = guard_of(tmp_path / "class" / LOCK).acquire(timeout=0), []
 
     def draws_meanwhile(message: str) -> None:
@@ -127,7 +127,7 @@ def test_class_images_that_another_run_draws_are_waited_for_and_not_drawn_over(m
                 (tmp_path / "other" / f"{number}.png").rename(tmp_path / "class" / f"class-{number:05d}.png")
             theirs.lock.release()
 
-    draw_missing(dataclasses.replace(context, stop=SimpleNamespace(check=draws_meanwhile)))
+    generate_missing(dataclasses.replace(context, stop=SimpleNamespace(check=draws_meanwhile)))
     assert all(map(same_image, map(open_image, sorted((tmp_path / "class").iterdir())), map(random_image, range(3))))
     assert len(asked) == 1 and "waiting for it" in capsys.readouterr().out
 

@@ -194,10 +194,10 @@ def test_images_to_be_looked_at_are_those_trained_on_from_all_over_the_data():
 
     sources = source(range(300, 310), of_class=True), source(range(0, 60, 10)), source(range(60, 120, 10))
     training_data = TrainingData(sources, {}, None, {}, **read_by(Options.of()))
-    sizes = [image.size for image in training_data.learnt(6)]
+    sizes = [image.size for image in training_data.training_images(6)]
     assert sizes == [(1, 1), (21, 1), (61, 1), (round(81 * SHOWN / 600), SHOWN), (101, 1)]
-    assert len(training_data.learnt(5)) == 4 and len(training_data.learnt(99)) == 11
-    assert TrainingData((), {}, None, {}, **read_by(Options.of())).learnt(6) == []
+    assert len(training_data.training_images(5)) == 4 and len(training_data.training_images(99)) == 11
+    assert TrainingData((), {}, None, {}, **read_by(Options.of())).training_images(6) == []
 
 
 # -- crops and mirror images -------------------------------------------------------------------------------------------

@@ -523,7 +523,7 @@ def test_switches_and_lists_vary(flags, tmp_path):
 def test_measuring_takes_a_part_of_the_time_of_training(steps, batch, racing, before, every):
     schedule = Schedule(steps, 500 if steps > 500 else 1, 0, by_epochs=False)
     options = TrainingOptions(train_batch_size=batch)
-    assert run.with_few_looks(schedule, options, racing, 240, before).validation_steps == every
+    assert run.with_default_evaluations(schedule, options, racing, 240, before).validation_steps == every
 
 
 def test_samples_are_generated_at_the_ends_of_an_arm():

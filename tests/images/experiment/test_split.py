@@ -19,7 +19,7 @@ from reslora.experiment.hashed_split import cut, too_few
 from reslora.experiment.record import facts_of
 from reslora.images.data.dataset import FEATURES, ImageDataset
 from reslora.images.experiment import split
-from reslora.images.experiment.split import BITS, groups_of, look_of, parts_of
+from reslora.images.experiment.split import BITS, features_of, groups_of, parts_of
 from reslora.options.images import Options
 
 SHARES = Options.of(select_split=0.2, test_split=0.3, max_validation_images=64, train_data_dir="images")
@@ -128,7 +128,7 @@ def test_duplicates_of_duplicates_are_together(monkeypatch, at_once):
 
 def groups(images: list[PIL.Image.Image]) -> list[list[int]]:
     """Of images that are each a content of its own."""
-    return groups_of([str(number) for number in range(len(images))], np.stack(list(map(look_of, images))))
+    return groups_of([str(number) for number in range(len(images))], np.stack(list(map(features_of, images))))
 
 
 def sketch(number: int) -> PIL.Image.Image:

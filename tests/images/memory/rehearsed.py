@@ -18,7 +18,7 @@ from reslora.images.initial_lora import add_adapters
 from reslora.images.memory.meta_tensors import tensors_of
 from reslora.images.memory.phases import Rehearsal
 from reslora.images.model.objective import objective_of
-from reslora.images.run import settle
+from reslora.images.run import resolve_context
 from reslora.images.settings import parse_args
 from reslora.model import enable_gradient_checkpointing
 from reslora.runtime.signals import StopRequest
@@ -31,7 +31,7 @@ def resolved(model: Path, data: Path, output: Path, *flags: str) -> tuple[list[I
     given = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--output_dir", str(output)]
     given += ["--resolution", "64", "--train_batch_size", "4", "--rank", "4", "--method", "lora", "--report_to", "none"]
     parsed = parse_args([*given, "--num_inference_steps", "2", *flags])
-    return load_folders(parsed.model, parsed.data, parsed.training, parsed.output), settle(
+    return load_folders(parsed.model, parsed.data, parsed.training, parsed.output), resolve_context(
         parsed,
         start_accelerator(parsed),
         StopRequest(),

@@ -80,9 +80,9 @@ class Recorder:
         return SimpleNamespace(images=np.zeros((len(generator), 2, 2, 3)))
 
 
-def family_of(drawing_inputs=lambda *_: {}, told: bool = False) -> SimpleNamespace:
+def family_of(sampling_inputs=lambda *_: {}, told: bool = False) -> SimpleNamespace:
     return SimpleNamespace(
-        denoiser="unet", guidance="guidance_scale", drawing_inputs=drawing_inputs, is_told_guidance=told, unguided=1.0
+        denoiser="unet", guidance="guidance_scale", sampling_inputs=sampling_inputs, takes_guidance=told, unguided=1.0
     )
 
 
@@ -113,7 +113,7 @@ def test_prompts_are_drawn_by_their_own_options_and_together_where_these_are_ali
     said = []
     texts = {text: {"states": torch.tensor([float(ord(text[0]))])} for text in ("a", "b", "c", "d", "n")} | {"": {}}
 
-    def drawing_inputs(pipeline, text, negative, empty):
+    def sampling_inputs(pipeline, text, negative, empty):
         said.append(([chr(int(value)) for value in text["states"]], len(negative), empty))
         return {}
 
@@ -126,7 +126,7 @@ def test_prompts_are_drawn_by_their_own_options_and_together_where_these_are_ali
     for told, scales in ((False, [4.0, 2.0, 1.0]), (True, [4.0, 9, 4.0])):
         pipeline = Recorder()
         flags = FLAGS.replace(train_batch_size=8)
-        Sampler(pipeline, family_of(drawing_inputs, told), texts, flags.data, flags.training, flags.validation).draw(
+        Sampler(pipeline, family_of(sampling_inputs, told), texts, flags.data, flags.training, flags.validation).draw(
             torch.nn.Identity(), prompts, 1
         )
         found = [(count, how["width"], how["height"], how["num_inference_steps"]) for count, how in pipeline.batches]

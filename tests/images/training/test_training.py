@@ -452,7 +452,7 @@ def test_a_stop_before_a_merge_alone_leaves_a_finished_run_as_it_is(run, base_fl
 @pytest.mark.parametrize("moment", ["material", "step"])
 def test_a_folder_that_is_moved_is_not_made_anew(base_flags, tmp_path, monkeypatch, capsys, moment):
     """The run ends before it writes there, and goes on with what it has where that is now."""
-    output, moved, take, encode = tmp_path / "out", tmp_path / "moved", loop.take_step, running.material_of
+    output, moved, take, encode = tmp_path / "out", tmp_path / "moved", loop.take_step, running.load_training_data
     flags = [*base_flags, "--method", "lora", "--output_dir"]
 
     def moved_in_step(learner, *rest):
@@ -469,7 +469,7 @@ def test_a_folder_that_is_moved_is_not_made_anew(base_flags, tmp_path, monkeypat
         if moment == "step":
             patch.setattr(loop, "take_step", moved_in_step)
         else:
-            patch.setattr(running, "material_of", moved_while_it_prepares)
+            patch.setattr(running, "load_training_data", moved_while_it_prepares)
         assert f"--output_dir {output} was moved or removed during training" in failed(capsys, *flags, output)
     assert not output.exists() and (moved / "lora" / "checkpoint-2").is_dir() == (moment == "step")
     assert main(*flags, moved, *RESUME) == 0

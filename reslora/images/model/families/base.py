@@ -100,7 +100,7 @@ class Family:
     """The names of A and B in ComfyUI's files. With these names diffusers reads the files too, if it can."""
     text_names: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Text encoders that LoRA files may contain, trainable here or not: the prefixes of kohya's and ComfyUI's names."""
-    is_told_guidance: bool = False
+    takes_guidance: bool = False
     """Whether guidance is an input of the denoiser, so that a negative prompt has no effect."""
     thinking: bool | None = None
     """Whether the text encoder thinks, in the chat template that captions are put into; None without a template."""
@@ -242,7 +242,7 @@ class Family:
             "modelspec.architecture": f"{architecture}/lora",
         }
 
-    def drawing_inputs(self, pipeline: DiffusionPipeline, text: Text, negative: Text, empty: bool) -> dict:
+    def sampling_inputs(self, pipeline: DiffusionPipeline, text: Text, negative: Text, empty: bool) -> dict:
         """Return the pipeline's keyword arguments for the prompt and the negative prompt.
 
         `text`: the prompt's text states. `negative`: the negative prompt's text states, with batch size 1. `empty`:

@@ -24,7 +24,7 @@ class Chroma(Flux):
     denoiser_class = ChromaTransformer2DModel
     text_parts = ("text_encoder", "tokenizer")
     trainable = ()
-    is_told_guidance = False
+    takes_guidance = False
     original: ClassVar = {
         ours: theirs
         for ours, theirs in ORIGINAL.items()
@@ -68,7 +68,7 @@ class Chroma(Flux):
             "attention_mask": mask,
         }  # fmt: skip
 
-    def drawing_inputs(self, pipeline, text, negative, empty):
+    def sampling_inputs(self, pipeline, text, negative, empty):
         """Return text states of the captions and of the negative prompt, with boolean masks, which really mask."""
         states, mask = side_by_side(text["states"])
         others, others_mask = side_by_side([negative["states"][0]] * len(states))

@@ -46,7 +46,7 @@ class Flux(Family):
     trainable: tuple[Part, ...] = (Part("text_encoder"),)
     unused_parts = ("image_encoder", "feature_extractor")
     lora_files = ()
-    is_told_guidance = True
+    takes_guidance = True
     patch = 2
     original = ORIGINAL
     published: ClassVar = {"guidance_embeds": True}
@@ -91,7 +91,7 @@ class Flux(Family):
         """Return the unpacked velocity."""
         return FluxPipeline._unpack_latents(output[0], *noisy.shape[2:], vae_scale_factor=1)
 
-    def drawing_inputs(self, pipeline, text, negative, empty):
+    def sampling_inputs(self, pipeline, text, negative, empty):
         """Return text states and pooled states; a negative prompt has no effect on distilled guidance."""
         return {"prompt_embeds": text["states"], "pooled_prompt_embeds": text["pooled"]}
 

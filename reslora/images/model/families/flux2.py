@@ -17,7 +17,7 @@ class Flux2(Flux2Klein):
 
     name = "flux2"
     pipeline = Flux2Pipeline
-    is_told_guidance = True
+    takes_guidance = True
     thinking = None
     original: ClassVar = ORIGINAL | {
         "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
@@ -41,7 +41,7 @@ class Flux2(Flux2Klein):
             inputs["guidance"] = torch.full((len(noisy),), conditions.guidance, device=noisy.device)
         return inputs
 
-    def drawing_inputs(self, pipeline, text, negative, empty):
+    def sampling_inputs(self, pipeline, text, negative, empty):
         """Return text states; a negative prompt has no effect on distilled guidance."""
         return {"prompt_embeds": text["states"]}
 

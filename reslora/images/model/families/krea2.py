@@ -84,7 +84,7 @@ class Krea2(WithQwenAutoencoder):
             "encoder_attention_mask": mask,
         }  # fmt: skip
 
-    def drawing_inputs(self, pipeline, text, negative, empty):
+    def sampling_inputs(self, pipeline, text, negative, empty):
         """Return text states of captions and negative prompt, padded to one length, as the pipeline requires."""
         states, count = list(text["states"]), len(text["states"])
         both, mask = side_by_side([*states, *[negative["states"][0]] * count])

@@ -51,7 +51,7 @@ class QwenImage(WithQwenAutoencoder):
             "img_shapes": [[(1, height // 2, width // 2)]] * batch,
         }
 
-    def drawing_inputs(self, pipeline, text, negative, empty):
+    def sampling_inputs(self, pipeline, text, negative, empty):
         """Return text states of the captions and of the negative prompt, which guidance requires."""
         states, mask = side_by_side(text["states"])
         others, others_mask = side_by_side([negative["states"][0]] * len(states))

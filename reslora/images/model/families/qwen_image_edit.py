@@ -62,9 +62,9 @@ class QwenImageEdit(QwenImage):
         """Return the images, which the pipeline scales to their own size."""
         return {"image": references}
 
-    def drawing_inputs(self, pipeline, text, negative, empty):
+    def sampling_inputs(self, pipeline, text, negative, empty):
         """Return text states of the captions, and of the negative prompt with each caption's reference image."""
-        inputs = super().drawing_inputs(pipeline, text, negative, empty)
+        inputs = super().sampling_inputs(pipeline, text, negative, empty)
         others, others_mask = side_by_side(negative["states"])
         return inputs | {"negative_prompt_embeds": others, "negative_prompt_embeds_mask": others_mask}
 

@@ -74,14 +74,14 @@ class StableDiffusionXL(WithUNet):
         added = {"text_embeds": conditions.text["pooled"], "time_ids": conditions.sizes.to(noisy.dtype)}
         return {**super().denoiser_inputs(config, noisy, timesteps, conditions), "added_cond_kwargs": added}
 
-    def drawing_inputs(self, pipeline, text, negative, empty):
+    def sampling_inputs(self, pipeline, text, negative, empty):
         """Return states and pooled states of prompt and negative prompt.
 
         An empty negative prompt becomes zeros if the pipeline's configuration has `force_zeros_for_empty_prompt`.
         """
         if empty and pipeline.config.force_zeros_for_empty_prompt:
             negative = {name: torch.zeros_like(value) for name, value in text.items()}
-        return super().drawing_inputs(pipeline, text, negative, empty)
+        return super().sampling_inputs(pipeline, text, negative, empty)
 
     def kohya_name(self, config, name):
         """Return the name in Stability AI's code or, for deep U-Nets, in diffusers; kohya's scripts read both."""

@@ -48,7 +48,7 @@ class ZImage(Family):
         """Return the velocity, which is the negated output."""
         return -torch.stack(list(output[0])).squeeze(2)
 
-    def drawing_inputs(self, pipeline, text, negative, empty):
+    def sampling_inputs(self, pipeline, text, negative, empty):
         """Return lists of text states of the captions and of the negative prompt."""
         states = list(text["states"])
         return {"prompt_embeds": states, "negative_prompt_embeds": [negative["states"][0]] * len(states)}

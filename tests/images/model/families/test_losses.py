@@ -11,11 +11,11 @@ from pipelines import EDITS, FAMILIES, image_folder
 from reslora.images.data.batch import Batch, collate
 from reslora.images.data.folders import load_folders
 from reslora.images.data.samples import TrainingSamples
-from reslora.images.data.training_data import material_of
+from reslora.images.data.training_data import load_training_data
 from reslora.images.denoising import DenoisingLoss
 from reslora.images.model.families import load_family
 from reslora.images.model.families.base import Conditions, Family
-from reslora.images.run import load_and_check, settle
+from reslora.images.run import load_and_check, resolve_context
 from reslora.images.settings import parse_args
 from reslora.runtime.signals import StopRequest
 
@@ -33,7 +33,7 @@ class Setting:
         places = ["--pretrained_model_name_or_path", str(folder / "model"), "--train_data_dir", str(folder / "images")]
         flags = parse_args([*places, "--output_dir", str(folder / "out"), "--resolution", "32", "--rank", "2", *flags])
         accelerator = Accelerator(cpu=True)
-        context = settle(flags, accelerator, StopRequest())
+        context = resolve_context(flags, accelerator, StopRequest())
         self.context, model, self.family, self.options = context, context.model, context.model.family, context.options
         _, self.objective = load_and_check(context)
         lacking = {part: None for part, kind in model.index.items() if kind == [None, None]}
@@ -383,7 +383,7 @@ def test_the_validation_loss_is_the_squared_error_within_masks(setting, more, sh
 def test_flux_shift_is_by_as_many_tokens_as_the_denoiser_reads(setting, family, monkeypatch):
     """The latents of klein are in patches already, a token each."""
     one, told, read = setting(family, "--timestep_sampling", "flux_shift"), [], []
-    training_data = material_of(
+    training_data = load_training_data(
         load_folders(one.options.model, one.options.data, one.options.training, one.options.output),
         one.loss.pipeline,
         one.objective,
