@@ -46,7 +46,7 @@ from reslora.training import loop
 
 CASES = (
     ("stable_diffusion", "128"), ("stable_diffusion", "128", "--gradient_checkpointing"), ("flux", "128"),
-    ("qwen_image", "128"), ("sdxl", "128"),
+    ("qwen_image", "128"), ("sdxl", "128"), ("pipeline", "96"), ("pipeline-flow", "96"),
 )  # fmt: skip
 SD15 = ["--method", "lora", "reslora", "--mixed_precision", "bf16", "--max_train_steps", "1000"]
 SD15 += ["--validation_prompt", "a cat in a hat", "--num_validation_images", "1"]
@@ -64,7 +64,7 @@ MEBI = 2**20
 
 def flags_of(family: str, side: str, more: list[str], folder: Path) -> list[str]:
     """Return the options of a run of two steps with samples."""
-    model = FAMILIES[family](folder / "model")
+    model = FAMILIES[family](folder / "model") if family in FAMILIES else ROOT / "assets" / family
     image_folder(folder / "images", 8)
     given = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder / "images"), "--rank", "4"]
     given += ["--resolution", side, "--train_batch_size", "8", "--max_train_steps", "2", "--report_to", "none"]
@@ -195,7 +195,8 @@ def main() -> None:
         row |= {"resident": real.pop("resident"), "ratio": round(of / most, 3)}
         rows.append(row)
         told = ", ".join(f"{name} {plan[name] / MEBI:.1f}/{real[name] / MEBI:.1f}" for name in names)
-        print(f"{row['case']}: planned/allocated MiB: {told}; of the peaks {row['ratio']:.3f}", flush=True)
+        resident = row["resident"] / MEBI
+        print(f"{row['case']}: planned/allocated MiB: {told}; of the peaks {row['ratio']:.3f}; resident {resident:.1f}")
         keep("trainer/plan", {"cases": rows})
 
 

@@ -39,6 +39,7 @@ def train_method(method: str, resume: Resume, study: Study) -> None:
     """Train a method from its latest checkpoint, or from zero if there is none, and export it."""
     context, name, candidates = study.context, study.context.name_of(method), resume.checkpoints[method]
     options, say, folder = context.options, context.accelerator.print, context.folder_of(method)
+    context.accelerator.free_memory()  # reference cycles would keep the model of the method before
     with memory_reported(folder), contextlib.ExitStack() as stack:
         broadcast_from_main(lambda: stack.enter_context(writing_into(folder)))
         context.status.say("loading the model", name)

@@ -1,11 +1,13 @@
 """One method's training: the same seed gives the same bytes, what the schedule does, and how a run ends early."""
 
+import gc
 import itertools
 import math
 import os
 import shutil
 import signal
 import subprocess
+import weakref
 from pathlib import Path
 
 import psutil
@@ -39,6 +41,7 @@ from reslora.images.data.batch import collate
 from reslora.images.data.plan import Plan
 from reslora.images.data.samples import TrainingSamples, ValidationSamples, training_loader
 from reslora.images.initial_lora import add_adapters
+from reslora.images.model.loading import Model
 from reslora.images.output import exports
 from reslora.images.schedule import schedule_of
 from reslora.options.images import Options
@@ -60,6 +63,26 @@ def test_memory_that_runs_out_leaves_the_checkpoints_and_says_which(brief_flags,
     assert "memory ran out (" in line and f"{output}/lora/checkpoint-2: resume with --resume_from_checkpoint" in line
     monkeypatch.undo()
     assert main(*without(brief_flags, "--max_train_steps"), *steps, "--output_dir", output, *RESUME) == 0
+
+
+@pytest.mark.exhaustive
+def test_a_method_is_not_in_memory_with_the_one_before(brief_flags, tmp_path, monkeypatch):
+    loaded, alive, load = [], [], Model.load_denoiser
+
+    def noted(*given) -> nn.Module:
+        alive.append(sum(model() is not None for model in loaded))
+        denoiser = load(*given)
+        loaded.append(weakref.ref(denoiser))
+        return denoiser
+
+    monkeypatch.setattr(Model, "load_denoiser", noted)
+    methods = ["--method", "lora", "reslora", "--mixed_precision", "bf16", "--output_dir", tmp_path / "out"]
+    gc.disable()  # it could collect the model before by chance
+    try:
+        assert main(*without(brief_flags, "--method"), *methods) == 0
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
 
 
 @pytest.mark.exhaustive
