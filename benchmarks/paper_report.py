@@ -13,7 +13,7 @@ import why_plots
 from matplotlib.figure import Figure
 from measured import RESULTS, ROOT
 from why import EXPERIMENTS as OF_WHY
-from why_report import NOT_RUN, alpha_table, counted, records, summary_table, why_tables
+from why_report import NOT_RUN, Kept, alpha_table, counted, split_records, summary_table, why_tables
 
 from reslora.formatting import pluralize
 from reslora.merges import MERGES as FOR_LINKS
@@ -44,11 +44,15 @@ def write(experiments: dict) -> None:
 
 def part(name: str, experiments: dict) -> str:
     """Return the content between the marks of that name."""
+    published, amended = split_records()
     special = {
         "cost": cost_table, "speed": speed_tables, "not-run": lambda: not_run(experiments), "limits": limits_table,
-        "merging": merging_table, "why": why_tables, "counted": counted, "summary": summary_table, "alpha": alpha_table,
-        "forest": lambda: plot_of_all("every comparison with LoRA", why_plots.forest, "why-forest.png"),
-        "rates": lambda: plot_of_all("loss by learning rate and method", why_plots.rates, "why-rates.png"),
+        "merging": merging_table, "why": lambda: why_tables(published),
+        "counted": counted, "summary": summary_table, "alpha": alpha_table,
+        "forest": lambda: plot_of(published, "every comparison with LoRA", why_plots.forest, "why-forest.png"),
+        "rates": lambda: plot_of(published, "loss by learning rate and method", why_plots.rates, "why-rates.png"),
+        "amendments": lambda: plot_of(amended, "amended shortcuts", why_plots.forest, "why-amendments.png")
+        + "\n\n" + why_tables(amended),
     }  # fmt: skip
     return special[name]() if name in special else section(name, experiments)
 
@@ -451,6 +455,6 @@ def not_run(experiments: dict) -> str:
     return f"These experiments have not run: {', '.join(f'`{name}`' for name in names)}."
 
 
-def plot_of_all(shows: str, plot: Callable[[], Figure], name: str) -> str:
-    """Return a plot of all experiments of `why.py` as a Markdown image."""
-    return f"![{shows}]({saved(plot(), name)})" if records() else NOT_RUN
+def plot_of(found: list[Kept], shows: str, plot: Callable[[list[Kept]], Figure], name: str) -> str:
+    """Return a plot of experiments of `why.py` as a Markdown image."""
+    return f"![{shows}]({saved(plot(found), name)})" if found else NOT_RUN

@@ -10,8 +10,8 @@ RESULTS.md has the hypotheses, written before any experiment ran. Each experimen
 `experiment.json`, without this machine's paths, is written to benchmarks/results/why/NAME.json, even if it is not
 finished.
 
-SVAMP and SST-2 need a model and the data set, from the Hub or from local folders: --llm FOLDER, --encoder FOLDER,
---text FOLDER (it holds svamp/train.jsonl and so on). The transformers of 6 and 24 layers come from
+The tasks of GLUE and SVAMP need a model and the data set, from the Hub or from local folders: --llm FOLDER, --encoder
+FOLDER, --text FOLDER (it holds svamp/train.jsonl and so on). The transformers of 6 and 24 layers come from
 assets/make/train_flow.py: --depth FOLDER holds 6/pipeline and 24/pipeline.
 """
 
@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from measured import RESULTS, ROOT, check_names, machine
 
+from reslora.experiment.record import ENDED_AS
 from reslora.io import read_object, write_json
 
 SCRATCH = ROOT / "runs" / "why"
@@ -42,6 +43,8 @@ FEWER = ("lora", "lora_x2", "lora_matched", "is_placebo", "ms_placebo")
 UNDERTRAINED = ("lora", "lora_x2", "lora_x4")
 """The controls that hypothesis 5 requires; `ms(4)` converges fastest, and one run of SVAMP takes over five minutes."""
 SHORTCUTS = ("input", "block", "middle")
+AMENDMENTS = {"mean": "averaged shortcuts", "decay": "fading shortcuts", "gated": "gated shortcuts"}
+PIPELINES = {"pipeline": "the bundled U-Net", "pipeline-flow": "the bundled transformer"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Experiment:
         """Return the command; {llm}, {encoder}, {text} and {depth} in its flags are replaced by options."""
         flags = [flag.format(**vars(args)) for flag in self.flags]
         several = ["--method", *self.methods, "--learning_rate", *self.rates, "--seed", *self.seeds]
-        several += ["--shortcut", *self.shortcuts, "--pre_num", *self.pre_nums] if "reslora" in self.methods else []
+        if "reslora" in self.methods:
+            several += ["--shortcut", *self.shortcuts, *(["--pre_num", *self.pre_nums] if self.pre_nums else [])]
         if self.script != "train_sd.py" and not torch.cuda.is_available():
             several.append("--use_cpu")
         if args.at_once > 1:
@@ -97,12 +101,6 @@ DEPTH = {
 """The methods that hypothesis 4 requires: a step of 24 layers takes four times as long as one of 6."""
 # The defaults of train_sd.py for the bundled pipelines.
 BUNDLED = ("--resolution", "64", "--max_train_steps", "200")
-GLUE_FLAGS = (
-    *("--model_name_or_path", "{encoder}", "--task_name", "sst2", "--data_dir", "{text}/sst2", "--report_to", "none"),
-    *("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64", "--max_seq_length", "128"),
-    *("--max_steps", "160", "--eval_strategy", "steps", "--eval_steps", "40", "--save_steps", "40"),
-    *("--max_eval_samples", "600", "--bf16"),
-)
 TEXT_RATES = ("1e-3", "2e-3", "4e-3")
 
 
@@ -110,6 +108,34 @@ def images(pipeline: str, shows: str, *flags: str, rates: tuple[str, ...] = IMAG
     """Return an experiment of train_sd.py."""
     flags = ("--pretrained_model_name_or_path", pipeline, *IMAGE_FLAGS, *flags)
     return Experiment("train_sd.py", shows, rates, flags, **more)
+
+
+def amendment(name: str, pipeline: str, rates: tuple[str, ...], ranks: tuple[str, ...]) -> Experiment:
+    """Return an experiment of docs/method.md on an amendment of the shortcuts, on the bundled set.
+
+    `ranks`: those that `gated` is compared at.
+    """
+    flags = ("--pretrained_model_name_or_path", f"assets/{pipeline}", "--max_train_steps", "120", "--test_split", "0.3")
+    methods = ("lora", "lora_matched", "reslora") if name == "decay" else ("lora", "reslora")
+    more = {
+        "mean": ("--shortcut_scale", "mean"),
+        "decay": ("--shortcut_decay", "0.75"),
+        "gated": ("--rank", *ranks, "--reference", "reslora rank 4"),
+    }[name]
+    shortcuts = ("gated",) if name == "gated" else SHORTCUTS
+    shows = f"{AMENDMENTS[name]}, {PIPELINES[pipeline]}"
+    return Experiment("train_sd.py", shows, rates, (*flags, *more), methods, shortcuts, (), SEEDS[:3])
+
+
+def glue(task: str, title: str, steps: int, **more) -> Experiment:
+    """Return an experiment on a task of GLUE."""
+    every = str(steps // 4)
+    flags = ("--model_name_or_path", "{encoder}", "--task_name", task, "--data_dir", f"{{text}}/{task}")
+    flags += ("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64", "--max_seq_length", "128")
+    flags += ("--max_steps", str(steps), "--eval_strategy", "steps", "--eval_steps", every, "--save_steps", every)
+    flags += ("--max_eval_samples", "600", "--bf16", "--report_to", "none")
+    shows = f"{title}, a text encoder of 6 layers, rank 4"
+    return Experiment("train_glue.py", shows, TEXT_RATES, flags, **more, seeds=SEEDS[:3], needs="text")
 
 
 def svamp(steps: int, rank: int) -> Experiment:
@@ -138,10 +164,20 @@ EXPERIMENTS = {
     "unet-r4": images("assets/pipeline", "the bundled U-Net, rank 4", "--rank", "4"),
     "depth-6": images("{depth}/6/pipeline", "a transformer of 6 layers", *BUNDLED, **DEPTH),
     "depth-24": images("{depth}/24/pipeline", "a transformer of 24 layers", *BUNDLED, **DEPTH),
-    "sst2": Experiment(
-        "train_glue.py", "SST-2, a text encoder of 6 layers, rank 4", TEXT_RATES, GLUE_FLAGS,
-        methods=(*FEWER, "reslora"), shortcuts=("input", "middle"), seeds=SEEDS[:3], needs="text",
-    ),
+    **{
+        f"{name}-{pipeline}": amendment(name, pipeline, rates, ranks)
+        for pipeline, rates, ranks in (
+            ("pipeline", ("2.5e-4", "5e-4", "1e-3", "2e-3"), ("4", "5", "9")),
+            ("pipeline-flow", ("5e-4", "1e-3", "2e-3", "4e-3"), ("4", "5", "16")),
+        )
+        for name in AMENDMENTS
+    },
+    "sst2": glue("sst2", "SST-2", 160, methods=(*FEWER, "reslora"), shortcuts=("input", "middle")),
+    "cola": glue("cola", "CoLA", 320, methods=("lora", "lora_x2", "reslora")),
+    **{
+        task: glue(task, title, 160, methods=("lora", "lora_x2", "reslora"))
+        for task, title in (("stsb", "STS-B"), ("mrpc", "MRPC"), ("qnli", "QNLI"))
+    },
     **{f"svamp-60-r{rank}": svamp(60, rank) for rank in (4, 1, 16)},
     **{f"svamp-200-r{rank}": svamp(200, rank) for rank in (4, 1, 16)},
 }  # fmt: skip
@@ -155,10 +191,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, help="end each experiment after so long")
     parser.add_argument("--at_once", type=int, default=1, help="arms at a time, each by a process of its own")
     parser.add_argument("--llm", default=LLM, help="causal model, folder or name on the hub")
-    parser.add_argument("--encoder", default=ENCODER, help="text encoder for SST-2, folder or name on the hub")
-    parser.add_argument(
-        "--text", metavar="FOLDER", help="holds svamp/{train,test}.jsonl, sst2/{train,validation}.jsonl"
-    )
+    parser.add_argument("--encoder", default=ENCODER, help="text encoder for GLUE, folder or name on the hub")
+    parser.add_argument("--text", metavar="FOLDER", help="holds TASK/{train,validation,test}.jsonl")
     parser.add_argument("--depth", metavar="FOLDER", help="holds 6/pipeline and 24/pipeline")
     return parser
 
@@ -183,7 +217,7 @@ def main() -> None:
 def progress(record: dict) -> str:
     """Format how many of an experiment's runs have ended."""
     arms = record.get("arms", [])
-    ended = sum(arm["status"] in ("finished", "failed") for arm in arms)
+    ended = sum(arm["status"] in ENDED_AS for arm in arms)
     return f"{ended} of {len(arms)} arms" if arms else "not run"
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from why_report import Kept, records, to_lora
+from why_report import Kept, reference_of, to_reference
 
 from reslora.experiment.statistics import coverage_in_words, level_of
 
@@ -31,12 +31,12 @@ def color_of(label: str) -> str:
     return next((color for start, color in kinds if label.startswith(start)), OTHER)
 
 
-def forest() -> Figure:
-    """Plot difference to LoRA, confidence interval and minimum detectable effect of every label of every experiment."""
+def forest(experiments: Sequence[Kept]) -> Figure:
+    """Plot the difference to LoRA (or to an experiment's other reference) of every label, with its interval and MDE."""
     columns: list[list[Kept]] = [[], []]
-    for each in records():
+    for each in experiments:
         columns["transformer" not in each.title].append(each)
-    found = [[to_lora(each.record) for each in column] for column in columns]
+    found = [[to_reference(each.record) for each in column] for column in columns]
     rows = max(sum(len(verdicts) + 2.2 for verdicts in column) for column in found)
     figure = plt.figure(figsize=(12, 0.19 * rows + 1), layout="constrained")
     for part, column, all_verdicts in zip(figure.subfigures(1, 2), columns, found, strict=True):
@@ -80,9 +80,8 @@ def forest_panel(axis: Axes, title: str, verdicts: Sequence[dict], widest: float
     axis.tick_params(axis="y", length=0)
 
 
-def rates() -> Figure:
+def rates(experiments: Sequence[Kept]) -> Figure:
     """Plot the loss on the selection split by learning rate, of the first seed at its best checkpoint."""
-    experiments = records()
     across = 3
     figure, axes = plt.subplots(-(-len(experiments) // across), across, figsize=(12, 15), layout="constrained")
     for axis, each in zip(axes.flat, experiments, strict=False):
@@ -101,7 +100,7 @@ def rates_panel(axis: Axes, each: Kept) -> None:
     """Plot one experiment's curves; a ring marks the learning rate that was chosen over all seeds."""
     arms, chosen = each.record["arms"], each.record["chosen"]
     curves = {label: curve_of(arms, label) for label in chosen}
-    lowest = min(curves["lora"].values())
+    lowest = min(curves[reference_of(each.record)].values())
     main = [label for label in curves if label in LINES]
     shown = main if any(label.startswith("reslora") for label in main) else list(curves)
     for number, label in enumerate(shown):

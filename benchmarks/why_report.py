@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from measured import ROOT
-from why import EXPERIMENTS, KEPT, Experiment
+from why import AMENDMENTS, EXPERIMENTS, KEPT, Experiment
 
-from reslora.experiment.record import Verdict
+from reslora.experiment.record import ENDED_AS, Verdict
 from reslora.experiment.statistics import (
     arrays_of,
     coverage_in_words,
@@ -30,7 +30,6 @@ from reslora.images.refusals import read_index
 SHORTCUTS = ("input", "block(4)", "middle(4)")
 WIRED = ("reslora", *(f"reslora {kind}" for kind in SHORTCUTS))  # the first if an experiment has only one kind
 NOT_RUN = "*Not run yet.*"
-ENDED = ("finished", "failed")
 # The reference of each label, by hypothesis: LoRA at the shortcut's scale, its placebo, and larger alphas.
 PAIRS = {
     "scale": {f"reslora {kind}": f"lora_matched {kind}" for kind in SHORTCUTS},
@@ -43,6 +42,7 @@ PAIRS = {
 class Kept(NamedTuple):
     """The record of an experiment that has run, at least in part."""
 
+    name: str
     title: str
     record: dict
     unit: str
@@ -58,23 +58,35 @@ def records() -> list[Kept]:
             if path.is_file():
                 record = json.loads(path.read_text(encoding="utf-8"))
                 title = experiment.shows + when(experiment, record)
-                found.append(Kept(title[:1].upper() + title[1:], record, unit))
+                title += f" (compared with {reference_of(record)})" * (reference_of(record) != "lora")
+                found.append(Kept(name, title[:1].upper() + title[1:], record, unit))
     return found
 
 
-def why_tables() -> str:
-    """Return a section for every experiment that has run."""
-    return "\n\n".join(section(*each) for each in records()) or NOT_RUN
+def reference_of(record: Mapping) -> str:
+    """Return the label that an experiment's other labels are compared with."""
+    return record.get("references", ["lora"])[0]
+
+
+def split_records() -> tuple[list[Kept], list[Kept]]:
+    """Return the records of experiments on the paper's shortcuts, and of those on amendments."""
+    amended = [each for each in records() if each.name.partition("-")[0] in AMENDMENTS]
+    return [each for each in records() if each not in amended], amended
+
+
+def why_tables(found: Sequence[Kept]) -> str:
+    """Return a section for every experiment."""
+    return "\n\n".join(section(*each[1:]) for each in found) or NOT_RUN
 
 
 def summary_table() -> str:
     """Return a row for every experiment: its significant differences, and the shortcut with the lowest loss."""
     rows = []
-    for title, record, _ in records():
-        found = to_lora(record)
+    for _, title, record, _ in split_records()[0]:
+        found = to_reference(record)
         of_shortcuts = [verdict for verdict in found if verdict["label"].startswith("reslora")]
         lowest = min(of_shortcuts, key=lambda verdict: verdict["relative"], default=None)
-        ended = [arm for arm in record["arms"] if arm["status"] in ENDED]
+        ended = [arm for arm in record["arms"] if arm["status"] in ENDED_AS]
         seeds = sorted({verdict["seeds"] for verdict in found})
         cells = [title, str(len(ended)), f"{sum(arm['seconds'] for arm in ended) / 3600:.1f}", str(record["readings"])]
         cells.append(" to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))))
@@ -93,8 +105,8 @@ def counted() -> str:
     """Return two sentences: how many shortcuts differ significantly from LoRA, and the minimum detectable effects."""
     found = [
         (unit, verdict)
-        for _, record, unit in records()
-        for verdict in to_lora(record)
+        for _, _, record, unit in split_records()[0]
+        for verdict in to_reference(record)
         if verdict["label"].startswith("reslora")
     ]
     if not found:
@@ -116,7 +128,7 @@ def counted() -> str:
 def alpha_table() -> str:
     """Return a table of the learning rates chosen with LoRA's alpha, and with two and four times it."""
     labels, rows = ("lora", "lora_x2", "lora_x4"), []
-    for title, record, _ in records():
+    for _, title, record, _ in split_records()[0]:
         found = [record["chosen"][label]["learning_rate"] for label in labels if label in record["chosen"]]
         if len(found) > 1:
             cells = [f"{rate:g}" for rate in found] + [""] * (3 - len(found))
@@ -127,10 +139,10 @@ def alpha_table() -> str:
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows]) if rows else NOT_RUN
 
 
-def to_lora(record: Mapping) -> list[Verdict]:
-    """Compare every label of an experiment with LoRA, corrected for the number of labels."""
-    tests = tested(record["arms"], record["chosen"])
-    return compare(record, tests, {label: "lora" for label in tests if label != "lora" and "lora" in tests})
+def to_reference(record: Mapping) -> list[Verdict]:
+    """Compare every label of an experiment with its reference, corrected for the number of labels."""
+    tests, reference = tested(record["arms"], record["chosen"]), reference_of(record)
+    return compare(record, tests, {label: reference for label in tests if label != reference and reference in tests})
 
 
 def compare(record: Mapping, tests: Mapping[str, np.ndarray], references: Mapping[str, str]) -> list[Verdict]:
@@ -155,7 +167,7 @@ def content(pipeline: Path) -> str:
 def section(title: str, record: dict, unit: str = "images") -> str:
     """Return the tables of one experiment: its labels, then its pairs."""
     arms, split = record["arms"], record["split"]
-    ended = [arm for arm in arms if arm["status"] in ENDED]
+    ended = [arm for arm in arms if arm["status"] in ENDED_AS]
     # Earlier records of images have the full selection part, of which no more than this were measured.
     select = min(split["select"], record["settings"].get("max_validation_images") or split["select"])
     parts = f"{split['train']} for training, {select} in the selection split, {split['test']} in the test split"
@@ -167,9 +179,10 @@ def section(title: str, record: dict, unit: str = "images") -> str:
 
 
 def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
-    """Return a table: each label's chosen learning rate and checkpoint, its test loss and its difference to LoRA."""
-    found = {verdict["label"]: verdict for verdict in to_lora(record)}
-    head = f"difference to LoRA | {coverage(record)} CI | 95% PI | MDE"
+    """Return a table: each label's chosen learning rate and checkpoint, its test loss and its difference."""
+    found = {verdict["label"]: verdict for verdict in to_reference(record)}
+    reference = "LoRA" if reference_of(record) == "lora" else reference_of(record)
+    head = f"difference to {reference} | {coverage(record)} CI | 95% PI | MDE"
     rows = [f"| | learning rate | step | seeds | test loss | 95% PI | {head} |"]
     rows.append("|---" * 10 + "|")
     for label, losses in sorted(tests.items(), key=lambda item: np.nanmean(item[1])):

@@ -37,8 +37,11 @@ FEW_CONTROLS = {
     "sst2": why.FEWER,
     "svamp": ("lora", "lora_x2", "lora_x4"),
     "depth": ("lora", "lora_x2", "lora_matched"),
+    "decay": ("lora", "lora_matched"),
+    **dict.fromkeys(("mean", "gated"), ("lora",)),
+    **dict.fromkeys(("cola", "mrpc", "stsb", "qnli"), ("lora", "lora_x2")),
 }
-SHORTCUTS = {"sst2": ["input", "middle"], "svamp": "middle"}
+SHORTCUTS = {"sst2": ["input", "middle"], "svamp": "middle", "gated": ["gated"]}
 
 
 def test_trainers_take_every_command_with_all_controls_and_enough_seeds_and_rates(tmp_path):
@@ -98,16 +101,20 @@ def test_a_shortcut_stands_beside_its_placebo_seed_by_seed_and_image_by_image():
     ours, theirs = map(np.array, losses.values())
     percent = 100 / theirs.mean()
     mean, half = (ours - theirs).mean() * percent, half_width(spread_of(ours - theirs), level_of(1)) * percent
-    row = next(line for line in why_report.why_tables().splitlines() if line.startswith("| information"))
+    row = next(
+        line for line in why_report.why_tables(why_report.records()).splitlines() if line.startswith("| information")
+    )
     low, high = rerun(percent * (ours - theirs).mean(1))
     cells = [cell.strip() for cell in row.split("|")][2:-2]
     stars = "**" if abs(mean) > half else ""
     assert cells[:3] == ["reslora input", "is_placebo", f"{stars}{mean:+.2f}%{stars}"]
     assert cells[3:] == [f"{mean - half:+.2f} to {mean + half:+.2f}", f"{low:+.2f} to {high:+.2f}"]
     (why.KEPT / "unet.json").write_text(json.dumps(record(arms) | {"readings": 2}))
-    assert f"| is_placebo | {mean:+.2f}% |" in why_report.why_tables()  # a second reading is judged more strictly
+    assert f"| is_placebo | {mean:+.2f}% |" in why_report.why_tables(
+        why_report.records()
+    )  # a second reading is judged more strictly
     low, high = rerun(ours.mean(1))
-    assert f"| {ours.mean():.4f} | {low:.4f} to {high:.4f} |" in why_report.why_tables()
+    assert f"| {ours.mean():.4f} | {low:.4f} to {high:.4f} |" in why_report.why_tables(why_report.records())
 
 
 def test_the_one_shortcut_of_an_experiment_stands_beside_larger_alphas():
@@ -140,17 +147,32 @@ def test_the_summary_counts_what_is_significant_and_has_the_lowest_shortcut():
 def test_plots_show_each_comparison_and_each_learning_rate():
     why.KEPT.mkdir()
     (why.KEPT / "unet.json").write_text(json.dumps(record(compared())))
-    ((_, found, _),) = why_report.records()
-    (verdict,) = why_report.to_lora(found)
-    panel = why_plots.forest().subfigs[1].axes[0]
+    experiments, amended = why_report.split_records()
+    ((_, _, found, _),) = experiments
+    assert amended == []
+    (verdict,) = why_report.to_reference(found)
+    panel = why_plots.forest(experiments).subfigs[1].axes[0]
     interval, point = panel.lines[:2]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["reslora input"]
     assert tuple(interval.get_xdata()) == verdict["interval"] and point.get_xdata()[0] == verdict["relative"]
     assert panel.patches[0].get_width() == min(2 * verdict["detectable"], 4 * 3.6)
-    panel = why_plots.rates().axes[0]
+    panel = why_plots.rates(experiments).axes[0]
     curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in panel.lines}
     assert curves["lora"] == ([1e-3, 2e-3], [0.0, pytest.approx(50)])
     assert curves["reslora input"] == ([1e-3], [pytest.approx(5)])
+
+
+def test_an_amendment_is_compared_with_the_reference_of_its_experiment():
+    why.KEPT.mkdir()
+    losses = {"lora rank 4": 1.1, "reslora rank 4": 1.0, "lora rank 5": 0.9}
+    arms = [arm(label, seed, [loss, loss + 0.1, loss + seed / 9]) for label, loss in losses.items() for seed in (0, 1)]
+    (why.KEPT / "gated-pipeline.json").write_text(json.dumps(record(arms) | {"references": ["reslora rank 4"]}))
+    published, (each,) = why_report.split_records()
+    assert published == [] and each.title == "Gated shortcuts, the bundled U-Net (compared with reslora rank 4)"
+    signs = {verdict["label"]: np.sign(verdict["relative"]) for verdict in why_report.to_reference(each.record)}
+    assert signs == {"lora rank 4": 1, "lora rank 5": -1}
+    assert "difference to reslora rank 4" in why_report.why_tables(why_report.records())
+    assert len(why_plots.forest([each]).subfigs[1].axes[0].get_yticklabels()) == 2
 
 
 def test_larger_alphas_are_compared_by_the_learning_rate_that_was_chosen():
@@ -191,5 +213,5 @@ def test_a_table_says_if_its_pipeline_has_been_exchanged_since():
 
 
 def test_what_has_not_run_says_so():
-    assert why_report.why_tables() == why_report.summary_table() == "*Not run yet.*"
+    assert why_report.why_tables(why_report.records()) == why_report.summary_table() == "*Not run yet.*"
     assert why_report.alpha_table() == why_report.counted() == "*Not run yet.*"
