@@ -49,7 +49,8 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
     if moments and options.merge in shortcut_class(options.shortcut).merges:  # last, because the class imports torch
         reads.append(f"--merge {options.merge}")
     for argument in reads:
-        raise InvalidArgument(argument, "needs calibration samples", f"give --{calibration} 64, or another one")
+        other = f"another {argument.split()[0]}"
+        raise InvalidArgument(argument, "needs calibration samples", f"give --{calibration} 64, or {other}")
 
 
 def refuse_with_gates(options: SharedMethodOptions) -> None:

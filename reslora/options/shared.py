@@ -62,8 +62,8 @@ class SharedMethodOptions:
     target_modules: list[str] = option(None, "layers that get an adapter, by the end of their name", metavar="NAME",
         variable=True)
     shortcut: str = option("input",
-        "ResLoRA and lora_matched: what a block adds from the blocks before it. gated, which also trains a gate for "
-        "each rank, is not for lora_matched",
+        "of ResLoRA and lora_matched: what a block adds from the blocks before it. gated also trains a gate for each "
+        "rank; lora_matched does not take it",
         choices=SHORTCUTS, varies=True, essential="ResLoRA: input, block, middle, gated or none", implies="reslora",
         read_by="reads_shortcut")
     pre_num: int = option(DEFAULT_PRE_NUM,

@@ -316,7 +316,10 @@ class TextExperiment(ExperimentStudy):
         return read_object(folder / EXPORTS).get(EXPORTED) == step and (folder / "peft").is_dir()
 
     def test_and_export(self, arm: Arm, step: int, keep: Callable[[dict], None] | None, to_export: bool) -> None:
-        """Merge the adapter that an arm has saved at a step, test it, and export it into the arm's directory."""
+        """Merge the adapter that an arm has saved at a step, test it, and export it into the arm's directory.
+
+        `keep`: function that stores the test losses; None to test nothing. `to_export`: whether to export.
+        """
         study, folder = self.study_of(arm), self.schedule.folder_of(arm)
         with writing_into(folder):
             model = self.restored(arm, step, folder if to_export else None)

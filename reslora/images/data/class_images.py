@@ -184,9 +184,10 @@ def sizes_of(sources: Sequence[Source]) -> Counter[Size]:
 
 
 def share_of(fewer: Counter[Size], others: Counter[Size], times: int, per_forward: int) -> float:
-    """Return the samples per epoch of `fewer`, each repeated `times` times, divided by the samples of `others`.
+    """Return the ratio of samples per epoch between two groups of images, given the number of images of each size.
 
-    The last batch of each size is filled up with further images of that size; the ratio counts these images, too.
+    The numerator is that of `fewer`, each used `times` times; the denominator is that of `others`. The last batch of
+    each size is filled up to `per_forward` samples with further images of that size, which the ratio counts too.
     """
     uses = other_uses = 0.0
     for size in fewer | others:

@@ -252,7 +252,10 @@ def print_bucket_sizes(sources: Sequence[Source], context: ImageContext) -> None
 
 
 def print_folder_counts(training_data: TrainingData, context: ImageContext) -> None:
-    """Print repeats, weight and masks of each source that has a label."""
+    """Print repeats, weight of the loss and number of masks of each source (a folder of images) that has a label.
+
+    The label names the source in the printed line; a source that is alone may have none.
+    """
     plan = training_data.plan(context.accelerator.num_processes)
     print_uneven_buckets(plan, context)
     for source in training_data.sources:

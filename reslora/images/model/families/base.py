@@ -1,4 +1,7 @@
-"""The interface of model families: what differs between text-to-image models. It has no optimizer, option or folder."""
+"""The interface of model families: the code that differs between text-to-image models.
+
+It does not depend on optimizers, options or folders.
+"""
 
 import math
 import re

@@ -80,7 +80,7 @@ class Chroma(Flux):
         }
 
     def model_version(self, config, predicts_v):
-        """Return the names of Chroma."""
+        """Return the two names of Chroma."""
         return self.version
 
 

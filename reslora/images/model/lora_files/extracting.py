@@ -72,7 +72,7 @@ class Place:
     swapped: bool = False
 
     def read(self, weights: Weights) -> torch.Tensor:
-        """Return the weight."""
+        """Return the layer's weight (out, in, *kernel) from the file; the two halves are swapped if `swapped`."""
         value = weights.read(self.name, self.rows)
         return torch.cat(value.chunk(2)[::-1]) if self.swapped else value
 
