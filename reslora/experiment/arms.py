@@ -198,7 +198,7 @@ def check_values(grid: Grid) -> None:
         raise InvalidArgument(f"--reference {experiment.reference}", problem, f"give one of {', '.join(known)}")
     claimed, references = experiment.claim, references_of(grid, labels)
     if experiment.claim_margin is not None and not claimed:
-        raise InvalidArgument(f"--claim_margin {experiment.claim_margin:g}", "there is no claim", "add --claim LABEL")
+        raise InvalidArgument(f"--claim_margin {experiment.claim_margin:g}", "there is no claim", "add --claim NAME")
     if claimed and (claimed not in names or not references or claimed == references[0]):
         problem = "is not compared with a reference here"
         others = [name for name in names if references and name != references[0]]

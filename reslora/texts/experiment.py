@@ -68,7 +68,7 @@ FIXED = (
 TEXTS = About(
     "example",
     {
-        "accuracy": ("Accuracy", "share of the test examples that are answered right"),
+        "accuracy": ("Accuracy", "fraction of the test examples with a correct answer"),
         "f1": ("F1", "of the test examples"),
         "matthews": ("Matthews", "Matthews' correlation of labels on the test examples"),
         "pearson": ("Pearson", "correlation of scores on the test examples"),

@@ -78,9 +78,9 @@ def test_a_limit_takes_the_same_ones_however_the_examples_are_ordered():
 @pytest.mark.parametrize(
     ("files", "shares", "words"),
     [
-        ({"train": ["a", "b"]}, {}, "2 examples to train on"),
-        ({"train": ["a 1", "a 2"], "select": ["b"], "test": ["A 7"]}, {}, "0 examples to train on"),
-        ({"train": ["a", "c"], "select": ["b"], "test": ["B"]}, {}, "0 to choose by"),
+        ({"train": ["a", "b"]}, {}, "2 examples for training"),
+        ({"train": ["a 1", "a 2"], "select": ["b"], "test": ["A 7"]}, {}, "0 examples for training"),
+        ({"train": ["a", "c"], "select": ["b"], "test": ["B"]}, {}, "0 for the selection split"),
         ({"train": WORDS, "test": ["b"]}, {"test_split": 0.2}, "--test_split 0.2: the task has a file for this split"),
     ],
 )

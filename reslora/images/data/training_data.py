@@ -123,7 +123,7 @@ def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context
             vars(pipeline).update(vars(whole))  # setting the encoders is not enough: `__init__` reads them
             data = dataclasses.replace(data, cache_text_embeddings=False)
             context.accelerator.print(
-                "captions have too many variants to cache: each step encodes its captions, text encoders stay loaded"
+                "too many variants of captions to cache: each step encodes its captions, text encoders stay in memory"
             )
         wanted += captions or []
     texts = encode_texts(wanted, key, load_encoders, context, references)

@@ -149,7 +149,7 @@ def test_what_is_to_be_learnt_is_no_class_image(tmp_path, place):
     learnt = tmp_path / "class" / place
     learnt.mkdir(parents=True, exist_ok=True)
     flags = ["--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a disc", "--train_data_dir"]
-    with pytest.raises(InvalidArgument, match=r"^--class_data_dir \S+/class: has what is to be learnt in it"):
+    with pytest.raises(InvalidArgument, match=r"^--class_data_dir \S+/class: contains the training images of"):
         missing_class_images(*parts(parse_args([*flags, str(learnt)]), "data", "output"))
     assert missing_class_images(*parts(parse_args([*flags, str(tmp_path)]), "data", "output")) == 100
 

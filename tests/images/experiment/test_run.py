@@ -136,7 +136,7 @@ def test_what_an_experiment_leaves(whole):
     assert len(found["timesteps"]) == 8 and found["settings"]["seed"] == [0, 1]
     split = found["split"]
     assert split["train"] + split["select"] + split["test"] == 8 and split["duplicates"] == 0
-    only(lines, "4 arms", f"{split['train']} to train on", f"{split['test']} to compare by")
+    only(lines, "4 arms", f"{split['train']} for training", f"{split['test']} in the test split")
     for one in found["arms"]:
         assert sorted(one["select_by_step"]) == ["1", "2"] and one["memory_bytes"] > 0 and one["seconds"] > 0
         assert len(one["test"]["losses"]) == split["test"] and len(one["test"]["by_timestep"]) == 8
@@ -399,7 +399,7 @@ def test_another_split_of_the_images_is_refused(images, tmp_path):
     (tmp_path / "experiment.json").write_text(json.dumps(record))
     run.check_same(grid, None, content_of(parts, found))
     for wrong in (fewer, other):
-        with pytest.raises(InvalidArgument, match=r"begun with another split of these images.*; choose another$"):
+        with pytest.raises(InvalidArgument, match=r"started with another split of these images.*; choose another$"):
             run.check_same(grid, None, content_of(wrong, found))
 
 
