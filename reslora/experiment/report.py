@@ -297,7 +297,7 @@ def between(ends: tuple[float, float] | None, in_words: Callable[[float], str] =
 
 
 def chosen_table(experiment: Experiment, unit: str) -> str:
-    """Return the table of each label's chosen learning rate and checkpoint, with their losses; HTML."""
+    """Return the table of each method's chosen learning rate and checkpoint, with their losses; HTML."""
     arms = {arm["label"]: arm for arm in experiment["arms"]}
     tests = {label: losses.mean(1) for label, losses in tested(experiment["arms"], experiment["chosen"]).items()}
     rows = []
@@ -328,7 +328,7 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
 
 
 def costs_of(experiment: Experiment, label: str) -> list[str]:
-    """Return time, memory and file size of a label at its chosen learning rate and step, as text."""
+    """Return time, memory and file size of a method at its chosen learning rate and step, as text."""
     arms = [arm for arm in experiment["arms"] if arm["label"] == label and is_chosen(arm, experiment["chosen"])]
     step = str(experiment["chosen"][label]["step"])
     times = [time for arm in arms if (time := arm.get("seconds_by_step", {}).get(step)) is not None]
@@ -442,7 +442,7 @@ def finite(values: Iterable[float | None]) -> list[float]:
 
 
 def labels_of(experiment: Experiment) -> list[str]:
-    """Return all labels in the given order."""
+    """Return all methods in the given order."""
     return list(dict.fromkeys(arm["label"] for arm in experiment["arms"]))
 
 

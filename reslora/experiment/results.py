@@ -149,7 +149,7 @@ class Results:
         print(f"{schedule.folder / REPORT}")
 
     def references(self) -> set[str]:
-        """Return the labels with which others are compared."""
+        """Return the methods with which others are compared."""
         return set(self.schedule.references)
 
     def count_reading(self, to_read: Sequence[Arm]) -> None:
@@ -225,13 +225,13 @@ class Results:
         print(f"{self.schedule.name_of(arm)}: {phase}", flush=True)
 
     def is_chosen(self, arm: Arm) -> bool:
-        """Return whether an arm has finished, without diverging, at its label's chosen learning rate."""
+        """Return whether an arm has finished, without diverging, at its method's chosen learning rate."""
         choice = self.chosen.get(arm.label)
         finished = self.schedule.ended(arm).get("status") == "finished"
         return finished and choice is not None and choice["learning_rate"] == arm.rate
 
     def step_of(self, arm: Arm) -> int:
-        """Return the step of the chosen checkpoint of an arm's label."""
+        """Return the step of the chosen checkpoint of an arm's method."""
         return self.chosen[arm.label]["step"]
 
     def beforehand(self) -> list[str]:
@@ -324,8 +324,8 @@ class Results:
     def export(self, trained: Sequence[Arm]) -> record.Best:
         """Export the best arm and return its record.
 
-        Its label has the lowest mean loss on the selection split of the ranking's best labels, or of all labels if
-        there is no ranking. Of that label's arms, the best arm has the lowest loss on the selection split.
+        Its method has the lowest mean loss on the selection split of the ranking's best methods, or of all methods if
+        there is no ranking. Of that method's arms, the best arm has the lowest loss on the selection split.
         """
         labels = {arm.label for arm in trained}
         best_labels = labels.intersection(self.ranking["best"]) if self.ranking else set()

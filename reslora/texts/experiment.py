@@ -240,9 +240,9 @@ class TextExperiment(ExperimentStudy):
         return past | {"settings": settings} | {name: values.get(name) for name in FIXED} | parts
 
     def check_label(self, label: str, tell: Callable[[str], object]) -> None:
-        """Raise `InvalidArgument` if a label's adapter cannot be attached, and print the layers without shortcuts.
+        """Raise `InvalidArgument` if a method's adapter cannot be attached, and print the layers without shortcuts.
 
-        Does nothing if an arm of the label has ended.
+        Does nothing if an arm of the method has ended.
         """
         arms = [arm for arm in self.schedule.arms() if arm.label == label]
         if not broadcast_from_main(lambda: any(self.schedule.ended(arm) for arm in arms)):
