@@ -348,7 +348,7 @@ def sentence_of(verdict: Verdict, pair: Pair, unit: str) -> str:
     elif not pair.differences.any():
         sentence = f"{label} and {reference} have the same test losses"
     elif verdict["expected"] is None:
-        among = " after correction for all comparisons and readings" if verdict["p"] < LEVEL else ""
+        among = " after correction for all comparisons and evaluations" if verdict["p"] < LEVEL else ""
         effect = verdict["detectable"]
         mde = "not known with two seeds" if effect is None else f"{percents(effect)[0]}%"
         sentence = f"no significant difference between {label} and {reference}{among} (minimum detectable effect {mde})"
