@@ -54,7 +54,7 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
 
 
 def refuse_with_gates(options: SharedMethodOptions) -> None:
-    """Raise `InvalidArgument` for what has no meaning with --shortcut gated, whose weights of terms are trained."""
+    """Raise `InvalidArgument` for options that --shortcut gated does not support, because it trains its weights."""
     for name, default in (("shortcut_scale", "sum"), ("shortcut_decay", None)):
         if (value := getattr(options, name)) != default:
             problem = "it has no meaning with --shortcut gated, which trains a gate for each rank"

@@ -290,7 +290,7 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
 def with_partners(found: Found, folder: Path, partners: Path) -> Found:
     """Return the rows with the images of the same names in the folder `partners` as reference images.
 
-    Suffixes may differ. Raises `InvalidArgument` if the rows are no files.
+    Suffixes may differ. Raises `InvalidArgument` if the rows were not read from files.
     """
     if not found.files:
         fix = "name a column with --conditioning_image_column instead"

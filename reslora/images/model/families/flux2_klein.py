@@ -34,7 +34,10 @@ ORIGINAL = {
 
 
 class Flux2Klein(Family):
-    """FLUX.2 klein, trained as in diffusers' train_dreambooth_lora_flux2_klein.py, and also in the text's attention."""
+    """FLUX.2 klein, trained as in diffusers' train_dreambooth_lora_flux2_klein.py.
+
+    Unlike in that script, the attention layers for the text are adapted too.
+    """
 
     name = "flux2_klein"
     pipeline = Flux2KleinPipeline
