@@ -124,7 +124,7 @@ def check_text_encoder(adapter: MethodOptions, optimizer: OptimizerOptions) -> N
 
 
 def check_prompts(validation: ValidationOptions) -> None:
-    """Raise `InvalidArgument` for another number of --validation_prompt_options or --validation_image than prompts."""
+    """Raise `InvalidArgument` if --validation_prompt_options or --validation_image do not fit the number of prompts."""
     options, prompts = validation.validation_prompt_options, validation.validation_prompt
     if options and len(options) != len(prompts):
         problem = f"{len(options)} for {pluralize(len(prompts), 'prompt')}"
