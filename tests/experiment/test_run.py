@@ -258,7 +258,7 @@ def test_a_reading_of_the_test_images_counts_once_wherever_it_is_cut_off(tmp_pat
     for _ in range(2):
         record, _ = go(tmp_path / "out")
         assert all(arm["wall_seconds"] >= 0 for arm in record["arms"])
-        assert record["readings"] == 1 and not any("were read" in note for note in record["notes"])
+        assert record["readings"] == 1 and not any("was evaluated" in note for note in record["notes"])
     record, _ = go(tmp_path / "out", "--seed", "0", "1", "2")
     assert record["readings"] == 2 and any("was evaluated 2 times" in note for note in record["notes"])
 

@@ -486,7 +486,7 @@ def test_a_model_that_is_not_finite_is_no_lora(tmp_path, capsys):
     tensors["conv_in.weight"][0] = float("nan")
     save_file(tensors, next((tmp_path / "unet").glob("*.safetensors")))
     flags = ["--extract", source, tmp_path / "unet", tmp_path / "out", "--to", "kohya", "--rank", 2]
-    assert f"--extract {tmp_path / 'unet'}: conv_in is not finite there" in refused(capsys, *flags)
+    assert f"--extract {tmp_path / 'unet'}: conv_in is not finite, in it" in refused(capsys, *flags)
 
 
 def test_a_name_that_is_no_text_is_told_where_only_text_can_be_printed(tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ def test_a_checkpoint_is_never_chosen_by_what_it_is_tested_on(tiny, tmp_path, ca
         return loaded(parsed(flags(tiny, data, tmp_path, "--eval_strategy", "steps", *more)))
 
     found = load()
-    assert "5 of 50 training examples are held out for validation" in capsys.readouterr().out
+    assert "5 of 50 training examples are held out, because" in capsys.readouterr().out
     assert [len(found[split]) for split in ("train", "validation", "test")] == [45, 5, 10]
     bodies = {split: {example.prompt for example in examples} for split, examples in found.items()}
     assert not bodies["train"] & bodies["validation"] and not bodies["validation"] & bodies["test"]
