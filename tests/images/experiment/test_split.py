@@ -213,7 +213,7 @@ def test_an_image_at_several_resolutions_is_one_of_those_that_are_trained_on():
     )
     assert len(found.train) > 2 * len(once.train) and found.trained == once.trained == len(once.train)
     assert found.trained + len(found.select) + len(found.test) == 20
-    assert f"images: {once.trained} for training" in str(found) and facts_of(found, ())["split"]["train"] == once.trained
+    assert f" {once.trained} for training" in str(found) and facts_of(found, ())["split"]["train"] == once.trained
 
 
 def test_no_more_images_choose_than_are_measured():
