@@ -135,7 +135,7 @@ def options_of(resolution: object = "", buckets: object = False, column: object 
 
 @functools.lru_cache(maxsize=64)
 def _flags(resolution: str, buckets: bool, column: str) -> Options:
-    """Return what `options_of` returns, cached; `resolution` is whole numbers separated by spaces."""
+    """Return the options of `options_of`, from a cache; `resolution`: whole numbers separated by spaces."""
     sides = resolution.split()
     if not all(side.isdecimal() for side in sides):
         raise RunError("Give the resolution as whole numbers with spaces between them, such as 512 768.")

@@ -298,7 +298,7 @@ def chain_plan(plan: dict | None) -> str:
     An arrow is a shortcut between two blocks. Scissors mark a missing shortcut, with the reason.
     """
     if not plan or not plan.get("chains"):
-        return notice("This run has no chain plan yet: it is written when ResLoRA is merged after training.")
+        return notice("The linked layers are not known yet: ResLoRA writes them when it is merged after training.")
     roles: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
     for chain in plan["chains"]:

@@ -321,7 +321,10 @@ def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: 
 
 @torch.no_grad()
 def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
-    """Return the state dict of the base model with the adapter merged into the adapted layers."""
+    """Return the state dict of the base model with the adapter merged into the adapted layers.
+
+    Names, shapes and dtypes are those of the base model's state dict. Merged values are computed in at least float32.
+    """
     owners = {f"{name}.": module for name, module in _unmerged(base).items()}
     state = {}
     for key, value in base.state_dict().items():

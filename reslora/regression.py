@@ -61,7 +61,7 @@ class Gram:
             below.copy_(torch.linalg.solve_triangular(top.t(), below, upper=True, left=False))
 
     def solve(self, right: torch.Tensor) -> torch.Tensor:
-        """Return `(S + ridge I)^-1 right` for `right` (n x m); call `factorise` first."""
+        """Return `(S + ridge I)^-1 right` for the sum S (n x n) and `right` (n x m); call `factorise` first."""
         right = right.to(self.panels[0], copy=True)
         for panel in self.panels:
             top, below = _parts(panel)

@@ -1,16 +1,17 @@
 """The arms of an experiment and their order of training, as functions of options and results.
 
-An arm is a label (a method, with its rank or shortcut if several are given) with a learning rate and a seed. The order
-does not depend on a time limit, so that an experiment without a limit can resume a limited one:
+An arm is a method with a learning rate and a seed. If options such as the rank vary, each combination of a method with
+their values is compared like a method of its own (`Label`), and "method" below means such a combination. The order does
+not depend on a time limit, so that an experiment without a limit can resume a limited one:
 
-1. The first seed at all learning rates and labels. The learning rates go from coarse to fine, starting in the middle;
-each is trained with every label before the next one. So whenever the experiment ends, the numbers of learning rates
-that two labels have tried differ by at most one.
+1. The first seed at all learning rates and methods. The learning rates go from coarse to fine, starting in the middle;
+each is trained with every method before the next one. So whenever the experiment ends, the numbers of learning rates
+that two methods have tried differ by at most one.
 
-2. The other seeds that choose learning rates, one after the other, at NEAR learning rates of each label: first the one
+2. The other seeds that choose learning rates, one after the other, at NEAR learning rates of each method: first the one
 that is best with the first seed, then the nearest ones. Afterwards the same seeds at all other learning rates.
 
-3. The seeds that do not choose learning rates, one after the other, at each label's chosen learning rate.
+3. The seeds that do not choose learning rates, one after the other, at each method's chosen learning rate.
 
 If the learning rates race (`racing.py`), `ArmSchedule.race_order` takes the place of 1 and 2.
 """
@@ -45,12 +46,12 @@ EVERY = 4  # one of this many seeds chooses learning rates, starting with the fi
 
 @dataclass(frozen=True)
 class Label:
-    """A compared setting: a method with values of the options that vary, except learning rate and seed."""
+    """What is compared: a method with its values of the options that vary, except learning rate and seed."""
 
     name: str
     method: str
     rank: int | None
-    """None if all labels have the same rank; likewise `shortcut` and `pre_num`."""
+    """None if all methods have the same rank; likewise `shortcut` and `pre_num`."""
     shortcut: str | None
     place: str = ""
     """Prefix of the learning rate in directory names."""
@@ -78,9 +79,9 @@ Losses = Mapping[Arm, float]
 
 
 def labels_of(grid: Grid) -> list[Label]:
-    """Return the labels to compare; ResLoRA and `lora_matched` have one label for each shortcut.
+    """Return the combinations of method and varying options to compare, such as one of ResLoRA for each shortcut.
 
-    A method that does not use an option has one label for all its values.
+    For an option that varies, but that a method does not use, the method has a single combination.
     """
     found, shared, varied = [], grid.base.adapter, grid.varied
     # values that vary are in the name anyway
@@ -114,7 +115,7 @@ def others_of(grid: Grid, method: str) -> list[dict[str, Any]]:
 
 
 def in_folder(value: object) -> str:
-    """Return an option's value as in labels and names of directories.
+    """Return an option's value as in methods and names of directories.
 
     A list that is long or contains characters that a file system may not accept is shortened, with a hash.
     """
@@ -126,9 +127,9 @@ def in_folder(value: object) -> str:
 
 
 def rates_of(grid: Grid, label: Label) -> list[float]:
-    """Return a label's learning rates in ascending order.
+    """Return a method's learning rates in ascending order.
 
-    If the optimizer varies and the label's optimizer has a learning rate of its own, as Prodigy has, it is the only
+    If the optimizer varies and the method's optimizer has a learning rate of its own, as Prodigy has, it is the only
     one.
     """
     own = named(label.values["optimizer"]).learning_rate if "optimizer" in label.values else None
@@ -136,9 +137,9 @@ def rates_of(grid: Grid, label: Label) -> list[float]:
 
 
 def reference_of(grid: Grid, labels: Sequence[Label]) -> str:
-    """Return the method or label with which the others are compared: --reference, or else LoRA.
+    """Return the method or combination with which the others are compared: --reference, or else LoRA.
 
-    Without --reference, it is the first label if the only method is not LoRA and has several labels.
+    Without --reference, it is the first combination if the only method is not LoRA and has several.
     """
     if grid.base.experiment.reference:
         return grid.base.experiment.reference
@@ -147,7 +148,7 @@ def reference_of(grid: Grid, labels: Sequence[Label]) -> str:
 
 
 def references_of(grid: Grid, labels: Sequence[Label]) -> list[str]:
-    """Return the labels with which others are compared: the reference, or all labels of the reference method."""
+    """Return the combinations with which others are compared: the reference, or all those of the reference method."""
     reference = reference_of(grid, labels)
     own = [label.name for label in labels if label.name == reference]
     return own or [label.name for label in labels if label.method == reference]
@@ -198,7 +199,7 @@ def check_values(grid: Grid) -> None:
         raise InvalidArgument(f"--reference {experiment.reference}", problem, f"give one of {', '.join(known)}")
     claimed, references = experiment.claim, references_of(grid, labels)
     if experiment.claim_margin is not None and not claimed:
-        raise InvalidArgument(f"--claim_margin {experiment.claim_margin:g}", "there is no claim", "add --claim LABEL")
+        raise InvalidArgument(f"--claim_margin {experiment.claim_margin:g}", "there is no claim", "add --claim NAME")
     if claimed and (claimed not in names or not references or claimed == references[0]):
         problem = "is not compared with a reference here"
         others = [name for name in names if references and name != references[0]]
@@ -270,7 +271,7 @@ def in_order(grids: Grids, seeds: Sequence[int], losses: Losses) -> list[Arm]:
 
 
 def arms_by_rate(rates: Mapping[str, Sequence[float]], seed: int) -> list[Arm]:
-    """Return the arms of a seed: every label at its first learning rate, then every label at its second."""
+    """Return the arms of a seed: every method at its first learning rate, then every method at its second."""
     longest = max(map(len, rates.values()))
     return [
         Arm(label, own[place], seed) for place in range(longest) for label, own in rates.items() if place < len(own)
@@ -302,11 +303,11 @@ def nearest(losses: Mapping[float, float]) -> list[float]:
 
 
 def grown(grids: Grids, seeds: Sequence[int], losses: Losses) -> dict[str, list[float]]:
-    """Return each label's learning rates, extended by one if needed (--extend_rates).
+    """Return each method's learning rates, extended by one if needed (--extend_rates).
 
-    If some labels have fewer learning rates than others, these labels get one more. Otherwise all labels get one more
-    if any label's best learning rate is its lowest or highest, and none if not. `losses` contains at least all arms of
-    the first seed.
+    If some methods have fewer learning rates than others, these get one more. Otherwise all methods get one more if any
+    method's best learning rate is its lowest or highest, and none if not. `losses` contains at least all arms of the
+    first seed.
     """
     best = {label: best_rate(label, rates, seeds, losses) for label, rates in grids.items()}
     most = max(map(len, grids.values()))

@@ -1,8 +1,8 @@
-"""Answer a claim that was stated before an experiment: is a label better than its reference by more than a margin?
+"""Answer a claim that was stated before an experiment: is a method better than its reference by more than a margin?
 
 This is a test of superiority by a margin, as in clinical trials (ICH E9): the claim is confirmed if the confidence
 interval of the improvement lies completely above the margin, refuted if it lies completely below, and otherwise open.
-The claim is one hypothesis, so the interval is not corrected for other pairs of labels. Like all verdicts, it is
+The claim is one hypothesis, so the interval is not corrected for other pairs of methods. Like all verdicts, it is
 corrected for repeated evaluations on the test split: its coverage is 97% at the first one. If the true improvement
 equals the margin, the claim is confirmed with a probability of at most 2.5%, and refuted with a probability of at most
 2.5%.
@@ -123,6 +123,6 @@ def changes(claims: Iterable[Stated], total: int) -> list[str]:
         same = all(before[name] == now[name] for name in ("label", "reference", "margin"))
         was = f"{before['label']} better than {before['reference']} by more than {before['margin']:g}%"
         what = "the file was changed, but not what it claims" if same else f"the claim was changed: it was {was}"
-        when = f"{now['ended']} of {total} arms had ended, and the test split was read {now['readings']} times"
+        when = f"{now['ended']} of {total} runs had ended, and the test split was evaluated {now['readings']} times"
         found.append(f"{what}; {when} (SHA-256 before: {before['sha256'] or 'no file'})")
     return found

@@ -1,4 +1,4 @@
-"""The race of a label's learning rates: which one is trained next, and when a run is stopped early.
+"""The race of a method's learning rates: which one is trained next, and when a run is stopped early.
 
 The race starts at the middle learning rate. The neighbors of the best one so far follow, the lower one first, until
 both are worse. A run is stopped early at the first measurement at which it is clearly worse than the best finished run

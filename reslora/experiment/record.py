@@ -50,7 +50,7 @@ class TestLosses(TypedDict):
 
 
 class Arm(TypedDict):
-    """One training run of the experiment: a label with a learning rate and a seed."""
+    """One training run of the experiment: a method with a learning rate and a seed."""
 
     label: str
     """Name of the compared setting: the method, with its rank or shortcut if these vary, such as `reslora block(4)`."""
@@ -87,7 +87,7 @@ class Arm(TypedDict):
 
 
 class Choice(TypedDict):
-    """The learning rate and checkpoint of a label.
+    """The learning rate and checkpoint of a method.
 
     They have the lowest mean loss on the selection split over all choosing seeds.
     """
@@ -103,9 +103,9 @@ class Choice(TypedDict):
 
 
 class Verdict(TypedDict):
-    """Comparison of a label with the reference on the test split.
+    """Comparison of a method with the reference on the test split.
 
-    A difference is the label's loss minus the reference's loss.
+    A difference is the method's loss minus the reference's loss.
     """
 
     label: str
@@ -141,11 +141,11 @@ class Verdict(TypedDict):
 
 
 class Worse(TypedDict):
-    """A label that is significantly worse than one of the best."""
+    """A method that is significantly worse than one of the best."""
 
     label: str
     reference: str
-    """One of the best labels, compared with which it is significantly worse."""
+    """One of the best methods, compared with which it is significantly worse."""
     relative: float
     """Difference in percent of the reference's loss."""
     interval: tuple[float, float]
@@ -153,7 +153,7 @@ class Worse(TypedDict):
 
 
 class Ranking(TypedDict):
-    """The labels that do not differ significantly from the best one."""
+    """The methods that do not differ significantly from the best one."""
 
     best: list[str]
     worse: list[Worse]
@@ -161,7 +161,7 @@ class Ranking(TypedDict):
 
 
 class Stated(TypedDict):
-    """A claim: that a label is better than its reference by more than a margin."""
+    """A claim: that a method is better than its reference by more than a margin."""
 
     label: str
     reference: str
@@ -252,7 +252,7 @@ class Experiment(Facts):
     """Options and their values."""
     arms: list[Arm]
     chosen: dict[str, Choice]
-    """The choice of each label."""
+    """The choice of each method."""
     verdicts: list[Verdict]
     ranking: NotRequired[Ranking | None]
     base: NotRequired[TestLosses | None]
@@ -296,7 +296,7 @@ def read_experiment(folder: Path) -> dict:
     """
     found = read_object(folder / EXPERIMENT)
     if not found and (folder / EXPERIMENT).exists():
-        fix = f"restore it from a copy, or remove it: trained arms stay, and {READINGS} counts the test readings"
+        fix = f"restore it from a copy, or remove it: trained runs stay, and {READINGS} counts the test evaluations"
         raise InvalidArgument(f"--output_dir {folder}", f"{EXPERIMENT} is damaged", fix)
     return found
 

@@ -78,17 +78,17 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
         ("Claim", claim_of(experiment)),
         ("Verdicts", verdict_table(experiment, unit)),
         ("What to use", what_to_use(experiment, about)),
-        (f"Notes as of {pluralize(as_of, 'arm')}" if as_of else "Notes", in_lines(experiment["notes"])),
+        (f"Notes as of {pluralize(as_of, 'run')}" if as_of else "Notes", in_lines(experiment["notes"])),
         ("What is missing", missing(experiment)),
         (f"Chosen on the select {unit}s", chosen_table(experiment, unit)),
-        ("Arms", arm_table(experiment, about)),
+        ("Runs", arm_table(experiment, about)),
         (f"Loss on the select {unit}s", select_charts(experiment, about.losses)),
         *about.sections(experiment, folder),
         ("Settings and versions", settings_of(experiment)),
     )
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
     split = experiment["split"]
-    arms = pluralize(len(experiment["arms"]), "arm")
+    arms = pluralize(len(experiment["arms"]), "run")
     parts = f"{split['train']} {unit}s to train on, {split['select']} to select by, {split['test']} to test with"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{headline}</title>'
@@ -107,9 +107,9 @@ def headline_of(experiment: Experiment, unit: str) -> str:
     """Return the main result as one sentence."""
     verdicts, total = experiment["verdicts"], len(experiment["arms"])
     ended = sum(arm["status"] in ENDED_AS for arm in experiment["arms"])
-    so_far = f"So far, with {ended} of {total} arms: " if ended < total else ""
+    so_far = f"So far, with {ended} of {total} runs: " if ended < total else ""
     if verdicts and "as_of" in experiment:
-        so_far = f"As of {pluralize(experiment['as_of'], 'arm')}, with {ended} of {total} ended: "
+        so_far = f"As of {pluralize(experiment['as_of'], 'run')}, with {ended} of {total} ended: "
     if not verdicts:
         finished = any(arm["status"] == "finished" for arm in experiment["arms"])
         none = "Nothing is compared yet" if finished and not experiment["chosen"] else "There is nothing to compare"
@@ -130,7 +130,7 @@ def claim_of(experiment: Experiment) -> str:
         return ""
     claim, found = claims[-1], experiment.get("answer")
     what = f"{claim['label']} is better than {claim['reference']} by more than {claim['margin']:g}%"
-    when = f"Stated when {pluralize(claim['ended'], 'arm')} had ended"
+    when = f"Stated when {pluralize(claim['ended'], 'run')} had ended"
     when += f", after {pluralize(claim['readings'], 'evaluation')} on the test split"
     file = f"in a file with SHA-256 {claim['sha256']}" if claim["sha256"] else "on the command line, not in a file"
     lines = [f"Claim: {what}", f"Answer: {found['sentence'] if found else 'none yet'}", f"{when}, {file}."]
@@ -297,7 +297,7 @@ def between(ends: tuple[float, float] | None, in_words: Callable[[float], str] =
 
 
 def chosen_table(experiment: Experiment, unit: str) -> str:
-    """Return the table of each label's chosen learning rate and checkpoint, with their losses; HTML."""
+    """Return the table of each method's chosen learning rate and checkpoint, with their losses; HTML."""
     arms = {arm["label"]: arm for arm in experiment["arms"]}
     tests = {label: losses.mean(1) for label, losses in tested(experiment["arms"], experiment["chosen"]).items()}
     rows = []
@@ -328,7 +328,7 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
 
 
 def costs_of(experiment: Experiment, label: str) -> list[str]:
-    """Return time, memory and file size of a label at its chosen learning rate and step, as text."""
+    """Return time, memory and file size of a method at its chosen learning rate and step, as text."""
     arms = [arm for arm in experiment["arms"] if arm["label"] == label and is_chosen(arm, experiment["chosen"])]
     step = str(experiment["chosen"][label]["step"])
     times = [time for arm in arms if (time := arm.get("seconds_by_step", {}).get(step)) is not None]
@@ -368,10 +368,10 @@ def arm_table(experiment: Experiment, about: About) -> str:
             ]
         )
     names = ["Method", "Learning rate", "Seed", "Status", "Lowest select loss", "Test loss", "Steps", "Time", "Memory"]
-    found = table("Arms", [*names, *(about.columns[name][0] for name in shown)], rows, marked)
+    found = table("Runs", [*names, *(about.columns[name][0] for name in shown)], rows, marked)
     meanings = in_lines(f"{title}: {meaning}" for title, meaning in (about.columns[name] for name in shown))
     shaded = " Shaded: at the chosen rate." if marked else ""
-    note = f"<p>An arm is one training: a method with one learning rate and one seed.{shaded}</p>"
+    note = f"<p>A run is one training: a method with one learning rate and one seed.{shaded}</p>"
     return (note + times_of(experiment) if rows else "") + found + meanings
 
 
@@ -442,7 +442,7 @@ def finite(values: Iterable[float | None]) -> list[float]:
 
 
 def labels_of(experiment: Experiment) -> list[str]:
-    """Return all labels in the given order."""
+    """Return all methods in the given order."""
     return list(dict.fromkeys(arm["label"] for arm in experiment["arms"]))
 
 
@@ -540,7 +540,7 @@ def missing(experiment: Experiment) -> str:
     lines: list[str] = []
     for status, what in (("running", "in training"), ("waiting", "not trained yet"), ("failed", "failed")):
         counted = Counter(arm["label"] for arm in experiment["arms"] if arm["status"] == status)
-        lines += [f"{label}: {pluralize(arms, 'arm')} {what}" for label, arms in counted.items()]
+        lines += [f"{label}: {pluralize(arms, 'run')} {what}" for label, arms in counted.items()]
     compared = {verdict["label"] for verdict in experiment["verdicts"]}
     references = {verdict["reference"] for verdict in experiment["verdicts"]}
     compared |= references or set(experiment.get("references", [REFERENCE]))

@@ -149,7 +149,7 @@ class Results:
         print(f"{schedule.folder / REPORT}")
 
     def references(self) -> set[str]:
-        """Return the labels with which others are compared."""
+        """Return the methods with which others are compared."""
         return set(self.schedule.references)
 
     def count_reading(self, to_read: Sequence[Arm]) -> None:
@@ -225,13 +225,13 @@ class Results:
         print(f"{self.schedule.name_of(arm)}: {phase}", flush=True)
 
     def is_chosen(self, arm: Arm) -> bool:
-        """Return whether an arm has finished, without diverging, at its label's chosen learning rate."""
+        """Return whether an arm has finished, without diverging, at its method's chosen learning rate."""
         choice = self.chosen.get(arm.label)
         finished = self.schedule.ended(arm).get("status") == "finished"
         return finished and choice is not None and choice["learning_rate"] == arm.rate
 
     def step_of(self, arm: Arm) -> int:
-        """Return the step of the chosen checkpoint of an arm's label."""
+        """Return the step of the chosen checkpoint of an arm's method."""
         return self.chosen[arm.label]["step"]
 
     def beforehand(self) -> list[str]:
@@ -288,12 +288,13 @@ class Results:
             yield f"compared at equal training time, that of {schedule.references[0]}, {seconds:.3g} s: {steps}"
         left = len(arms) - len(losses)
         if left:
-            line = f"{record.UNFINISHED}{left} of {len(arms)} arms {is_or_are(left)} still to be trained"
+            line = f"{record.UNFINISHED}{left} of {len(arms)} runs {is_or_are(left)} still to be trained"
             limit = f"--experiment_minutes {experiment.experiment_minutes:g}"
             yield f"{line}, none within {limit}; run the same command to resume for as long again"
         there = {path.parent for method in METHODS for path in (schedule.folder / method).glob(f"**/seed-*/{ENDED}")}
         if more := len(there - {schedule.folder_of(arm) for arm in arms}):
-            yield f"left out: {pluralize(more, 'arm')} of other methods, rates or seeds, which the folder has as well"
+            others = "other methods, learning rates or seeds, which the folder contains too"
+            yield f"left out: {pluralize(more, 'run')} of {others}"
         endings = map(schedule.ended, arms)
         yield from (ended["reason"] for ended in endings if ended.get("status") == "failed" and ended["reason"])
         waiting = {arm.label for arm in arms if arm not in losses}
@@ -317,15 +318,15 @@ class Results:
         if references and references.isdisjoint(arm.label for arm in trained):
             yield f"nothing to compare with: no learning rate of {schedule.reference} is chosen"
         if self.readings > 1:  # the user may have seen earlier results before extending the experiment
-            read = f"the test {self.study.about.unit}s were read {self.readings} times, as arms came in"
+            read = f"the test split was evaluated {self.readings} times, as runs were added"
             level = f"{100 * level_of(self.readings):.2g}%"
-            yield f"{read}: this reading is judged at {level}, so that chance claims a difference in 5% at most of all"
+            yield f"{read}: this time at a significance level of {level}, so that all times together are at most at 5%"
 
     def export(self, trained: Sequence[Arm]) -> record.Best:
         """Export the best arm and return its record.
 
-        Its label has the lowest mean loss on the selection split of the ranking's best labels, or of all labels if
-        there is no ranking. Of that label's arms, the best arm has the lowest loss on the selection split.
+        Its method has the lowest mean loss on the selection split of the ranking's best methods, or of all methods if
+        there is no ranking. Of that method's arms, the best arm has the lowest loss on the selection split.
         """
         labels = {arm.label for arm in trained}
         best_labels = labels.intersection(self.ranking["best"]) if self.ranking else set()

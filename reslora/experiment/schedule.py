@@ -136,13 +136,13 @@ class ArmSchedule:
     def arms(self) -> list[Arm]:
         """Return all arms: first those whose seeds choose learning rates, then those of the other seeds.
 
-        The former are in order of label, learning rate and seed, and the latter in order of seed and label. Arms
+        The former are in order of label, learning rate and seed, and the latter in order of seed and method. Arms
         that a race has ruled out are not included.
         """
         return [arm for label in self.grids for arm in self.choosing_arms(label)] + self.other_arms()
 
     def choosing_arms(self, label: str) -> list[Arm]:
-        """Return a label's arms of the seeds that choose its learning rate, in order of learning rate and seed.
+        """Return a method's arms of the seeds that choose its learning rate, in order of learning rate and seed.
 
         In a race these are only the arms that have ended, and those that may still be trained.
         """
@@ -156,11 +156,11 @@ class ArmSchedule:
 
     @property
     def is_race(self) -> bool:
-        """Whether the learning rates of each label race, with the first seed."""
+        """Whether the learning rates of each method race, with the first seed."""
         return self.racing and len(self.given) > 1
 
     def start_of(self, label: str) -> float:
-        """Return the learning rate that a label trains first."""
+        """Return the learning rate that a method trains first."""
         return coarse_to_fine(rates_of(self.grid, self.labels[label]))[0]
 
     @property
@@ -172,11 +172,11 @@ class ArmSchedule:
     def runs_in_words(self) -> str:
         """Return how many arms there are, and how many of them choose learning rates."""
         choosing = sum(len(self.choosing_arms(label)) for label in self.grids)
-        arms = f"{self.total_in_words} {'arm' if len(self.arms()) == 1 else 'arms'}"
+        arms = f"{self.total_in_words} {'run' if len(self.arms()) == 1 else 'runs'}"
         return f"{arms}, {choosing} to choose learning rates" if len(self.given) > 1 else arms
 
     def race(self, label: str) -> dict[float, float]:
-        """Return the lowest loss at each learning rate at which the label's first seed has ended.
+        """Return the lowest loss at each learning rate at which the method's first seed has ended.
 
         It is infinite if the arm diverged or was stopped early.
         """
@@ -184,7 +184,7 @@ class ArmSchedule:
         return {arm.rate: self.loss_of(arm) for arm in arms if self.ended(arm)}
 
     def rates_to_race(self, label: str, losses: Mapping[float, float]) -> list[float]:
-        """Return the learning rates that the label's race may still train, the next one first."""
+        """Return the learning rates that the method's race may still train, the next one first."""
         return racing.remaining(self.grids[label], losses, self.start_of(label))
 
     @property
@@ -195,7 +195,7 @@ class ArmSchedule:
     def other_arms(self) -> list[Arm]:
         """Return the arms of the seeds in `others`.
 
-        These are the arms at each label's chosen learning rate, and those that have ended at another learning rate.
+        These are the arms at each method's chosen learning rate, and those that have ended at another learning rate.
         """
         rates = {label: self.rate_of(label) for label in self.grids}
         return [
@@ -207,7 +207,7 @@ class ArmSchedule:
         ]
 
     def rate_of(self, label: str) -> float | None:
-        """Return a label's chosen learning rate.
+        """Return a method's chosen learning rate.
 
         None if at least one seed failed at each of the learning rates. It is the middle one until all arms that choose
         learning rates have ended.
@@ -226,12 +226,12 @@ class ArmSchedule:
 
     @property
     def references(self) -> list[str]:
-        """The labels with which others are compared."""
+        """The methods with which others are compared."""
         return references_of(self.grid, list(self.labels.values()))
 
     @property
     def compared_seconds(self) -> float | None:
-        """The training time, in seconds, at which labels are compared: that of the first reference at its last step.
+        """The training time, in seconds, at which methods are compared: that of the first reference at its last step.
 
         None without `--compare_at time`, and until an arm of the reference has ended.
         """
@@ -347,9 +347,9 @@ class ArmSchedule:
     def race_order(self, losses: Losses) -> list[Arm]:
         """Return the arms that choose learning rates and may be trained now, in order; some may be running already.
 
-        Until all races are decided, these are the next arm of each label's race, first those of labels that have
+        Until all races are decided, this is the next arm of each method's race, first those of methods that have
         trained fewer arms; the result of an arm decides which one is next. Afterwards, these are the arms of the other
-        choosing seeds at each label's best learning rates (`racing.near_best`).
+        choosing seeds at each method's best learning rates (`racing.near_best`).
         """
         first = self.seeds[0]
         races = {label: self.rates_to_race(label, self.race(label)) for label in self.grids}
@@ -363,7 +363,7 @@ class ArmSchedule:
     def why_stop(self, arm: Arm) -> str:
         """Return why racing stops an arm early, from the losses in its log; empty if it continues or does not race.
 
-        The arm is compared with the finished arm of its label and seed that has the lowest loss.
+        The arm is compared with the finished arm of its method and seed that has the lowest loss.
         """
         if not self.is_race or arm.seed != self.seeds[0]:
             return ""

@@ -2,7 +2,7 @@
 
 The data is d[s, i], a method's loss minus another's, for seed s and test image i. A seed determines initialization,
 order and noise, and is the same for both methods. Seeds and images are crossed random effects. A lower loss is better.
-An arm is one training run: a label (a method with its rank or shortcut) with a learning rate and a seed.
+An arm is one training run: a method (with its values of the options that vary) with a learning rate and a seed.
 benchmarks/experiment_statistics.py simulates the error rates of these tests.
 """
 
@@ -84,10 +84,10 @@ def spread_of(differences: np.ndarray) -> Spread:
 
 
 def moderated(spread: Spread, shared: np.ndarray | float, labels: int) -> Spread:
-    """Return a pair's spread with its mean square of seeds shrunk toward `shared`, the mean over all pairs of labels.
+    """Return a pair's spread with its mean square of seeds shrunk toward `shared`, the mean over all pairs of methods.
 
     A few seeds give a poor estimate of the variance between seeds, but this variance is similar for all methods. For
-    the same reason limma shrinks the variances of genes (Smyth, 2004). The mean over all pairs has (labels - 1) x
+    the same reason limma shrinks the variances of genes (Smyth, 2004). The mean over all pairs has (methods - 1) x
     (seeds - 1) degrees of freedom. At most PRIOR degrees of freedom are added: with more, a method whose variation is
     three times that of the others would have too many false positives.
     """
@@ -190,7 +190,7 @@ def holm(p_values: Sequence[float], counts: Sequence[int] = ()) -> list[float]:
 
 @functools.cache
 def equal_pairs(labels: int) -> frozenset[int]:
-    """Return the possible numbers of equal pairs among this many labels: 0, 1 or 3 of three labels, but not 2."""
+    """Return the possible numbers of pairs that are equal, among this many methods: 0, 1 or 3 of three, but not 2."""
     if not labels:
         return frozenset({0})
     groups = ((math.comb(size, 2), equal_pairs(labels - size)) for size in range(1, labels + 1))
@@ -198,7 +198,7 @@ def equal_pairs(labels: int) -> frozenset[int]:
 
 
 def counts_of(pairs: int, labels: int) -> list[int]:
-    """Return `counts` for `holm` that are valid for all pairs of labels (Shaffer, 1986).
+    """Return `counts` for `holm` that are valid for all pairs of methods (Shaffer, 1986).
 
     If a pair is missing, they are the defaults of `holm`.
     """
@@ -208,12 +208,12 @@ def counts_of(pairs: int, labels: int) -> list[int]:
 
 
 class Pair(NamedTuple):
-    """A label and the reference that it is compared with, restricted to the seeds that both have."""
+    """A method and the reference that it is compared with, restricted to the seeds that both have."""
 
     label: str
     reference: str
     differences: np.ndarray
-    """The label's losses minus the reference's, of shape (seeds, images)."""
+    """The method's losses minus the reference's, of shape (seeds, images)."""
     base: float
     """Mean loss of the reference."""
     missing: int
@@ -281,7 +281,7 @@ def judge(arrays: Arrays, pairs: Iterable[tuple[str, str]], reading: int = 1) ->
 
 
 def pair_of(label: str, reference: str, arrays: Arrays) -> Pair:
-    """Return the differences of two labels on the seeds that both have."""
+    """Return the differences of two methods on the seeds that both have."""
     ours, theirs = arrays[label], arrays[reference]
     both = np.isfinite(ours).all(1) & np.isfinite(theirs).all(1)
     base = theirs[both].mean() if both.any() else math.nan
@@ -289,7 +289,7 @@ def pair_of(label: str, reference: str, arrays: Arrays) -> Pair:
 
 
 def shared_square(arrays: Arrays, pairs: Sequence[Pair]) -> float:
-    """Return the mean square of seeds, pooled over all pairs of the labels that occur in `pairs`."""
+    """Return the mean square of seeds, pooled over all pairs of the methods that occur in `pairs`."""
     labels = dict.fromkeys(name for pair in pairs for name in (pair.label, pair.reference))
     every = [pair for two in itertools.combinations(labels, 2) if (pair := pair_of(*two, arrays)).known]
     spreads = [spread_of(pair.differences) for pair in every]
@@ -300,8 +300,8 @@ def shared_square(arrays: Arrays, pairs: Sequence[Pair]) -> float:
 def arrays_of(losses: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
     """Return the losses as arrays of shape (seeds, images).
 
-    Raises `ValueError` if the losses of a label have another number of dimensions, or another shape than those of the
-    other labels, and for losses <= 0.
+    Raises `ValueError` if the losses of a method have another number of dimensions, or another shape than those of the
+    other methods, and for losses <= 0.
     """
     arrays = {label: np.asarray(values, float) for label, values in losses.items()}
     shape = next(iter(arrays.values())).shape if arrays else ()
@@ -348,7 +348,7 @@ def sentence_of(verdict: Verdict, pair: Pair, unit: str) -> str:
     elif not pair.differences.any():
         sentence = f"{label} and {reference} have the same test losses"
     elif verdict["expected"] is None:
-        among = " after correction for all comparisons and readings" if verdict["p"] < LEVEL else ""
+        among = " after correction for all comparisons and evaluations" if verdict["p"] < LEVEL else ""
         effect = verdict["detectable"]
         mde = "not known with two seeds" if effect is None else f"{percents(effect)[0]}%"
         sentence = f"no significant difference between {label} and {reference}{among} (minimum detectable effect {mde})"
@@ -367,9 +367,9 @@ def sentence_of(verdict: Verdict, pair: Pair, unit: str) -> str:
 
 
 def ranking_of(tests: Tests, labels: Iterable[str]) -> Ranking | None:
-    """Return the labels that do not differ significantly from the best one, and by how much the others are worse.
+    """Return the methods that do not differ significantly from the best one, and by how much the others are worse.
 
-    A label is worse if it is significantly worse than the other label of any of its pairs. None if no pair is tested.
+    A method is worse if it is significantly worse than the other method of any of its pairs. None if no pair is tested.
     """
     known = [test for _, test in tests if test]
     behind: dict[str, list[Judged]] = {}
@@ -388,9 +388,9 @@ def ranking_of(tests: Tests, labels: Iterable[str]) -> Ranking | None:
 
 
 def order_of(label: str, judged: Judged, best: Sequence[str]) -> tuple[bool, bool, float]:
-    """Return the sort key of a pair in which `label` is worse than the other label.
+    """Return the sort key of a pair in which `label` is worse than the other method.
 
-    Pairs in which the other label is one of the `best` come first, then the pair with the reference, then low p values.
+    Pairs in which the other one is one of the `best` come first, then the pair with the reference, then low p values.
     """
     pair = judged.pair
     other = pair.reference if label == pair.label else pair.label
@@ -398,7 +398,7 @@ def order_of(label: str, judged: Judged, best: Sequence[str]) -> tuple[bool, boo
 
 
 def worse_of(label: str, judged: Judged) -> Worse:
-    """Return by how much a label is worse than the other label of a pair, in percent of the other label's loss."""
+    """Return by how much a method is worse than the other method of a pair, in percent of the other method's loss."""
     pair, half = judged.pair, float(half_width(judged.spread, judged.reading_level))
     other, base = (pair.reference, pair.base) if label == pair.label else (pair.label, pair.base + pair.mean)
     size, least, most = (100 / base * (abs(pair.mean) + end) for end in (0, -half, half))
@@ -406,7 +406,7 @@ def worse_of(label: str, judged: Judged) -> Worse:
 
 
 def ranking_in_words(best: Sequence[str], worse: Sequence[Worse]) -> str:
-    """Return the ranking as a sentence: the best labels, then each other label and by how much it is worse."""
+    """Return the ranking as a sentence: the best methods, then each other method and by how much it is worse."""
     sentence = f"best: {', '.join(best)}" + " (cannot be told apart)" * (len(best) > 1)
     reference = None
     for each in worse:
@@ -440,10 +440,11 @@ def compare(
 ) -> tuple[list[Verdict], Ranking | None]:
     """Return the verdict on each label, and the ranking, from the test losses of arms at the chosen learning rates.
 
-    `reference` is a label or a method. The reference of another label is the label of that method with the same rank
-    and the same values of the other options that vary, or else the first one. Further labels of that method are
-    compared with the first one. Without the reference nothing is compared. `reading`: number of evaluations on the test
-    split. `base`: losses of the base model. Raises `ValueError` if arms were evaluated on different images.
+    `reference`: a method, or one combination of a method with options that vary (`arms.Label`). If the reference method
+    has several combinations, another method is compared with the one of equal rank and equal values, or else with the
+    first one; the further combinations are compared with the first one. Without the reference nothing is compared.
+    `reading`: number of evaluations on the test split. `base`: losses of the base model. Raises `ValueError` if arms
+    were evaluated on different images.
     """
     judged = [arm for arm in arms if arm["test"] and is_chosen(arm, chosen)]
     kinds = {arm["label"]: (arm["rank"], arm.get("values", {})) for arm in judged}
@@ -475,9 +476,9 @@ def mean_of(test: TestLosses | None) -> float | None:
 
 
 def tested(arms: Iterable[Arm], chosen: Mapping[str, Choice]) -> dict[str, np.ndarray]:
-    """Return the test losses of each label at its chosen learning rate, of shape (seeds, images).
+    """Return the test losses of each method at its chosen learning rate, of shape (seeds, images).
 
-    A seed that only other labels have is a row of NaN, and a non-finite loss is NaN. Raises `ValueError` if arms
+    A seed that only other methods have is a row of NaN, and a non-finite loss is NaN. Raises `ValueError` if arms
     were evaluated on different images.
     """
     tests: dict[str, dict[int, TestLosses]] = {}
@@ -496,17 +497,17 @@ def tested(arms: Iterable[Arm], chosen: Mapping[str, Choice]) -> dict[str, np.nd
 
 
 def is_chosen(arm: Arm, chosen: Mapping[str, Choice]) -> bool:
-    """Return whether an arm was trained at its label's chosen learning rate."""
+    """Return whether an arm was trained at its method's chosen learning rate."""
     label = arm["label"]
     return label in chosen and arm["learning_rate"] == chosen[label]["learning_rate"]
 
 
 def choose(arms: Iterable[Arm], seeds: Iterable[int] | None = None) -> dict[str, Choice]:
-    """Return each label's learning rate and checkpoint with the lowest mean loss on the selection split over seeds.
+    """Return each method's learning rate and checkpoint with the lowest mean loss on the selection split over seeds.
 
     The means are over the ended arms with these `seeds` (default: all). A learning rate is not chosen if an arm with
     any seed failed or was stopped early there, or if fewer seeds have ended there than elsewhere. Checkpoints with a
-    non-finite loss are left out. A label without a remaining checkpoint is not in the result.
+    non-finite loss are left out. A method without a remaining checkpoint is not in the result.
     """
     losses: dict[str, dict[float, list[Mapping[str, float | None]]]] = {}
     failed = set()
@@ -526,7 +527,7 @@ def choose(arms: Iterable[Arm], seeds: Iterable[int] | None = None) -> dict[str,
 
 
 def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choice | None:
-    """Return the choice of one label from the `select_by_step` of each seed at each learning rate.
+    """Return the choice of one method from the `select_by_step` of each seed at each learning rate.
 
     None if no loss is finite. Learning rates with fewer seeds than others are left out.
 

@@ -49,18 +49,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("inputs", nargs="*", metavar="IN", help="LoRA file of any tool, or folder that PEFT, diffusers or a run wrote")
     add("output", metavar="OUT", help="a name that ends in .safetensors, or a folder")
     add("--overwrite", action="store_true",
-        help="replace OUT if it exists; an input, and what is in one, is never replaced")
+        help="replace OUT if it exists; inputs, and files inside them, are never replaced")
     add("--to", choices=FORMATS, help="the format of OUT; required")
     add("--base", metavar="MODEL",
-        help="the model's folder or name on the hub: its configurations alone are read; default: that of the run which "
-             "wrote the first IN")
-    add("--family", choices=[*FAMILIES.values()], help="the model's family, where neither --base nor the file says it")
-    add("--weight", nargs="+", type=float, metavar="W", help="of each IN in their sum; default: 1")
-    add("--rank", type=whole(1), help="reduce layers of more than this rank to it, with the least error")
+        help="folder or hub name of the base model, of which only configurations are read; default: that of the run "
+             "which wrote the first IN")
+    add("--family", choices=[*FAMILIES.values()], help="the model's family, if neither --base nor the file decides it")
+    add("--weight", nargs="+", type=float, metavar="W", help="weight of each IN in the sum; default: 1")
+    add("--rank", type=whole(1), help="reduce layers of a higher rank to this rank, with the least error")
     add("--extract", nargs=2, metavar=("BASE", "TUNED"),
         help="make the LoRA of TUNED - BASE: safetensors files, or folders in diffusers format")
     add("--dtype", choices=DTYPES,
-        help="of the tensors in OUT; default: that of the first IN (float16 if of 8 bits), float32 for --extract")
+        help="dtype of OUT's tensors; default: that of the first IN (float16 if it has 8 bits), float32 for --extract")
     # fmt: on
     return parser
 
@@ -70,7 +70,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.to is None:  # not argparse's `required`, which would be reported instead of a misspelled option
         raise InvalidArgument("--to", "missing", f"give one of {', '.join(FORMATS)}")
     if args.extract and (args.inputs or args.weight):
-        raise InvalidArgument("--extract", "it reads two models, and no IN", "leave out IN or --extract")
+        raise InvalidArgument("--extract", "it takes two models instead of IN", "leave out IN or --extract")
     if args.extract and not args.rank:
         raise InvalidArgument("--extract", "the difference between two models has no low rank", "add --rank N")
     if not args.extract and not args.inputs:

@@ -97,7 +97,7 @@ def check_pipeline(
         raise InvalidArgument(argument, f"the model has {known} timesteps", "give fewer")
     told = family.takes_guidance or bool(pipeline.config.get("is_distilled"))
     for prompt in prompts_of(validation):
-        check_prompt(prompt, known, multiple, f"the guidance of {family.name} is told to it" if told else "")
+        check_prompt(prompt, known, multiple, f"{family.name} takes the guidance scale as an input" if told else "")
     for size in named_buckets(data.aspect_ratio_buckets or ""):
         if any(side % multiple or not side for side in (size.height, size.width)):
             argument = f"--aspect_ratio_buckets {size.height},{size.width}"
@@ -117,7 +117,7 @@ def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> No
     """
     where = f"--validation_prompt {prompt.prompt!r}"
     if (prompt.num_inference_steps or 0) > timesteps:
-        problem = f"{prompt.num_inference_steps} steps, and the model knows {timesteps} timesteps"
+        problem = f"{prompt.num_inference_steps} steps, and the model has {timesteps} timesteps"
         raise InvalidArgument(where, problem, "give fewer")
     for side in (prompt.width or multiple, prompt.height or multiple):
         if side % multiple:
@@ -166,7 +166,7 @@ def check_methods(adapter: MethodOptions, training: TrainingOptions, context: Im
         with refused_as(argument, "change the option that the error names", (ValueError, RuntimeError)):
             try_method(denoiser, method, adapter, training, config)
         if rank_allocator(denoiser) and (unread := model.family.unused_weights(denoiser)):
-            problem = f"nothing reads what {' and '.join(unread)} of the last block return, so AdaLoRA cannot rank them"
+            problem = f"the outputs of {' and '.join(unread)} in the last block are unused, so AdaLoRA cannot rank them"
             raise InvalidArgument(argument, problem, "give targets without them, or another method")
         print_links(denoiser, method, adapter.reslora_config, context.print_once)
 
@@ -200,11 +200,11 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
         problem = f"the text encoder of {family.name} is not trained"
         raise InvalidArgument("--train_text_encoder", problem, f"leave it out, or give a model of {names}")
     if longest is not None and "max_sequence_length" not in family.defaults:
-        problem = f"{family.name} reads as many tokens as its text encoder can"
+        problem = f"{family.name} always reads as many tokens as its text encoder can"
         raise InvalidArgument(f"--max_sequence_length {longest}", problem, "leave it out")
     default = Options.table()["guidance_scale_train"].default
     if guidance != default and not (family.takes_guidance and model.denoiser_config().get("guidance_embeds")):
-        problem = f"the denoiser of this {family.name} is told no guidance"
+        problem = f"the denoiser of this {family.name} does not take guidance as an input"
         raise InvalidArgument(f"--guidance_scale_train {guidance}", problem, f"leave it at {default}")
 
 

@@ -117,14 +117,14 @@ def check_text_encoder(adapter: MethodOptions, optimizer: OptimizerOptions) -> N
     """Raise `InvalidArgument` if the optimizer or a method does not support the options of text encoders."""
     rate = optimizer.text_encoder_lr
     if rate not in (None, optimizer.learning_rate) and named(optimizer.optimizer).path == PRODIGY:
-        problem = f"--optimizer {optimizer.optimizer} takes one rate for all parts, and --learning_rate is another"
+        problem = f"--optimizer {optimizer.optimizer} has one learning rate for all parts, and --learning_rate differs"
         raise InvalidArgument(f"--text_encoder_lr {rate:g}", problem, "leave it out")
     if adapter.train_text_encoder:
         refuse_unable(adapter.method, "parts")
 
 
 def check_prompts(validation: ValidationOptions) -> None:
-    """Raise `InvalidArgument` for another number of --validation_prompt_options or --validation_image than prompts."""
+    """Raise `InvalidArgument` if --validation_prompt_options or --validation_image do not fit the number of prompts."""
     options, prompts = validation.validation_prompt_options, validation.validation_prompt
     if options and len(options) != len(prompts):
         problem = f"{len(options)} for {pluralize(len(prompts), 'prompt')}"
@@ -187,7 +187,7 @@ def check_optimizer(options: OptimizerOptions) -> None:
     if options.has_factors and named(options.optimizer).path == PRODIGY:
         patterns = f"--lr_pattern {as_typed(options.lr_pattern)}"
         argument = patterns if options.lr_pattern else f"--loraplus_lr_ratio {options.loraplus_lr_ratio:g}"
-        problem = f"--optimizer {options.optimizer} estimates one rate for all layers"
+        problem = f"--optimizer {options.optimizer} estimates one learning rate for all layers"
         raise InvalidArgument(argument, problem, "leave it out, or give another optimizer")
 
 
@@ -220,7 +220,7 @@ def check_compile(model: ModelOptions, adapter: MethodOptions, training: Trainin
         check_compiled("--compile", adapter)
     elif model.blocks_to_swap or model.base_precision != "no":
         saves = "--blocks_to_swap" if model.blocks_to_swap else f"--base_precision {model.base_precision}"
-        problem = f"keeps whole weights for the backward, which {saves} is there to avoid"
+        problem = f"stores the complete weights for the backward pass, which {saves} avoids"
         raise InvalidArgument("--compile", problem, "add --gradient_checkpointing, or leave one of them out")
 
 

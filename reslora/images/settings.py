@@ -61,7 +61,7 @@ def parsed_values(parser: OptionsParser, argv: Sequence[str] | None) -> dict[str
     values = read_file(path, Options.table(), given, PROG)
     if values.get("claim") and path.suffix != ".json":
         for name in values.keys() & given.keys() - ADDED:
-            problem = f"{path} states a claim, and this option with it"
+            problem = f"{path} states a claim with this option, which cannot be changed here"
             raise InvalidArgument(f"--{name} {as_typed(given[name])}", problem, "change the file, or leave it out")
         values[CLAIM] = hashlib.sha256(path.read_bytes()).hexdigest()
     return (of_this_run(values, given, path) if path.suffix == ".json" else values) | given

@@ -80,7 +80,7 @@ class ImageStudy(Study):
         for part, weights in self.context.model.family.unused_weights(denoiser).items():
             for weight in weights:
                 weight.requires_grad_(uses_deepspeed(accelerator))  # DeepSpeed does not wait
-            line = f"{learner.name}: nothing reads what {part} of the last block returns, so it stays as it is"
+            line = f"{learner.name}: the output of {part} in the last block is unused, so {part} is not trained"
             accelerator.print(line)
 
     def calibration(self) -> Iterator[Batch]:

@@ -49,11 +49,12 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
     if moments and options.merge in shortcut_class(options.shortcut).merges:  # last, because the class imports torch
         reads.append(f"--merge {options.merge}")
     for argument in reads:
-        raise InvalidArgument(argument, "needs calibration samples", f"give --{calibration} 64, or another one")
+        other = f"another {argument.split()[0]}"
+        raise InvalidArgument(argument, "needs calibration samples", f"give --{calibration} 64, or {other}")
 
 
 def refuse_with_gates(options: SharedMethodOptions) -> None:
-    """Raise `InvalidArgument` for what has no meaning with --shortcut gated, whose weights of terms are trained."""
+    """Raise `InvalidArgument` for options that --shortcut gated does not support, because it trains its weights."""
     for name, default in (("shortcut_scale", "sum"), ("shortcut_decay", None)):
         if (value := getattr(options, name)) != default:
             problem = "it has no meaning with --shortcut gated, which trains a gate for each rank"

@@ -404,8 +404,8 @@ class OutputOptions(SharedOutputOptions):
     report_to: str = free("tensorboard",
         "tracker that accelerate supports, such as wandb; all: every installed one; none: no tracker")
     push_to_hub: bool = free(False,
-        "upload LoRA files, samples, losses, figures and a model card when done; the card is the README.md in the "
-        "run's folder, where there is one",
+        "upload LoRA files, samples, losses, figures and a model card when done; if the run's folder has a README.md, "
+        "it is the card",
         in_experiments="leave it out, and upload the folder of the run that you choose")
     hub_token: str | None = free(None, "token for the hub", secret=True)
     hub_model_id: str | None = free(None, "repository on the hub", or_else="the folder's name")

@@ -39,7 +39,7 @@ class OptionsParser(Parser):
         )
         self.add_argument("--help-all", nargs=0, action=Help, help="print all options and exit")
         if not kind.switches_take_values:
-            self.add_argument("--config", metavar="FILE", help=f"{CONFIG}; the command line wins")
+            self.add_argument("--config", metavar="FILE", help=f"{CONFIG}; the command line takes precedence")
         self.add_argument(
             "--vary",
             nargs="+",

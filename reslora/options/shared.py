@@ -62,8 +62,8 @@ class SharedMethodOptions:
     target_modules: list[str] = option(None, "layers that get an adapter, by the end of their name", metavar="NAME",
         variable=True)
     shortcut: str = option("input",
-        "ResLoRA and lora_matched: what a block adds from the blocks before it. gated, which also trains a gate for "
-        "each rank, is not for lora_matched",
+        "of ResLoRA and lora_matched: what a block adds from the blocks before it. gated also trains a gate for each "
+        "rank; lora_matched does not take it",
         choices=SHORTCUTS, varies=True, essential="ResLoRA: input, block, middle, gated or none", implies="reslora",
         read_by="reads_shortcut")
     pre_num: int = option(DEFAULT_PRE_NUM,
@@ -104,11 +104,11 @@ class SharedExperimentOptions:
     test_split: float | None = option(None, "fraction of the training data by which methods are compared", PART,
         or_else="0.1")
     reference: str | None = free(None,
-        "baseline with which the others are compared: a method, or a label of the report (a method with the values "
-        "that vary)", or_else="lora; without it, of a single method the first label", metavar="LABEL")
+        "method with which the others are compared; if options vary, also one combination, by its name in the report, "
+        "such as 'lora rank 4'", or_else="lora, or the first combination of a single other method", metavar="NAME")
     claim: str | None = free(None,
-        "label of the report that is claimed to have a lower test loss than --reference; state it before the "
-        "experiment, in a file for --config, whose hash the report shows", metavar="LABEL")
+        "method (or combination, as for --reference) that is claimed to have a lower test loss than --reference; state "
+        "it before the experiment, in a file for --config, whose hash the report shows", metavar="NAME")
     claim_margin: float | None = free(None,
         "smallest improvement that matters for --claim, in percent of the reference's test loss", NOT_NEGATIVE,
         or_else="0")
@@ -126,7 +126,7 @@ class SharedExperimentOptions:
         "time limit: start another run only if it, and all tests and exports, are expected to end within this many "
         "minutes; the same command resumes later", POSITIVE)
     arms_at_once: int | None = free(None,
-        "number of arms to train at once, each in its own process; several GPUs are shared out evenly", COUNT,
+        "number of runs to train at once, each in its own process; several GPUs are divided evenly", COUNT,
         or_else="1")
 
 
@@ -143,7 +143,7 @@ class SharedTrainingOptions:
         "passes over the images; each takes images / (batch x processes) forward passes, rounded up for every bucket. "
         "A step takes --gradient_accumulation_steps of these; with a bundled pipeline the default is 200 steps", COUNT,
         counts_if_given=True, yields_to="max_train_steps", kohya=("max_train_epochs",))
-    max_train_steps: int | None = free(None, "steps; wins over --num_train_epochs", COUNT,
+    max_train_steps: int | None = free(None, "training steps; takes precedence over --num_train_epochs", COUNT,
         or_else="200 for bundled models, else --num_train_epochs decides", short="steps", essential="training steps",
         yields_to="num_train_epochs")
     gradient_checkpointing: bool = free(False, "less memory, slower", essential=True)

@@ -202,7 +202,7 @@ class TrainingOptions(SharedTrainingOptions):
     num_train_epochs: float = again(default=3.0, parse=POSITIVE, help="passes over the training examples",
         essential="passes over the training examples")
     max_train_steps: int | None = again(name="max_steps", parse=steps, or_else="--num_train_epochs decides",
-        help="training steps; wins over --num_train_epochs")
+        help="training steps; takes precedence over --num_train_epochs")
     compile: bool = again(name="torch_compile", help="compile the model by torch.compile. The run is refused if the "
         "compiled model's first gradients differ from the uncompiled model's")
     eval_batch_size: int = free(8,

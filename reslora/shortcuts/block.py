@@ -154,7 +154,7 @@ class BlockShortcut(Shortcut):
 
     @classmethod
     def moments(cls, block: Factors, merged: Merged | None, needs_moments: bool) -> Moments:
-        """Create the moments of a block without a gap, because the exact merge needs no fit."""
+        """Create the block's moments without `stand_in`: the exact merge fits nothing."""
         return Moments()
 
     def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:

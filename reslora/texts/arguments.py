@@ -106,7 +106,7 @@ def with_start(options: T) -> T:
         return options
     flag, config = f"--init_lora {place}", read_object(Path(place) / "adapter_config.json")
     if config.get("peft_type") != "LORA" or not (Path(place) / "adapter_model.safetensors").is_file():
-        raise InvalidArgument(flag, "is no LoRA of PEFT", "give a folder such as RUN/peft")
+        raise InvalidArgument(flag, "contains no LoRA in PEFT's format", "give a folder such as RUN/peft")
     if others := [name for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if config.get(name)]:
         raise InvalidArgument(flag, f"it has {others[0]}", "give a LoRA with one rank and one alpha")
     if unable := [name for name in options.adapter.method if not METHODS[name].trains_lora]:

@@ -26,7 +26,7 @@ class BatchPlan(Dataset):
     processes: int
     process: int
     orders: dict[int, list[int]] = field(default_factory=dict)
-    """Order of the epoch of the last batch."""
+    """Numbers of the examples in order, by epoch; only the epoch of the latest batch is stored."""
 
     @property
     def passes(self) -> int:

@@ -68,7 +68,7 @@ FIXED = (
 TEXTS = About(
     "example",
     {
-        "accuracy": ("Accuracy", "share of the test examples that are answered right"),
+        "accuracy": ("Accuracy", "fraction of the test examples with a correct answer"),
         "f1": ("F1", "of the test examples"),
         "matthews": ("Matthews", "Matthews' correlation of labels on the test examples"),
         "pearson": ("Pearson", "correlation of scores on the test examples"),
@@ -240,9 +240,9 @@ class TextExperiment(ExperimentStudy):
         return past | {"settings": settings} | {name: values.get(name) for name in FIXED} | parts
 
     def check_label(self, label: str, tell: Callable[[str], object]) -> None:
-        """Raise `InvalidArgument` if a label's adapter cannot be attached, and print the layers without shortcuts.
+        """Raise `InvalidArgument` if a method's adapter cannot be attached, and print the layers without shortcuts.
 
-        Does nothing if an arm of the label has ended.
+        Does nothing if an arm of the method has ended.
         """
         arms = [arm for arm in self.schedule.arms() if arm.label == label]
         if not broadcast_from_main(lambda: any(self.schedule.ended(arm) for arm in arms)):
@@ -316,7 +316,10 @@ class TextExperiment(ExperimentStudy):
         return read_object(folder / EXPORTS).get(EXPORTED) == step and (folder / "peft").is_dir()
 
     def test_and_export(self, arm: Arm, step: int, keep: Callable[[dict], None] | None, to_export: bool) -> None:
-        """Merge the adapter that an arm has saved at a step, test it, and export it into the arm's directory."""
+        """Merge the adapter that an arm has saved at a step, test it, and export it into the arm's directory.
+
+        `keep`: function that stores the test losses; None to test nothing. `to_export`: whether to export.
+        """
         study, folder = self.study_of(arm), self.schedule.folder_of(arm)
         with writing_into(folder):
             model = self.restored(arm, step, folder if to_export else None)

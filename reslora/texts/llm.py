@@ -83,7 +83,7 @@ def _validation_count(arguments: LlmTaskOptions, count: int) -> int:
         fix = "add validation.jsonl, or more examples to train.jsonl; or give --eval_strategy no"
         raise InvalidArgument(f"--eval_strategy with {count} training example", "there is none to validate on", fix)
     held_out = min(max(1, count // 10), HELD_OUT)
-    say(f"{held_out} of {count} training examples {is_or_are(held_out)} held out for validation: there are no others")
+    say(f"{held_out} of {count} training examples {is_or_are(held_out)} held out, because there is no validation file")
     return held_out
 
 

@@ -170,7 +170,7 @@ def read_examples(name: str, split: str, data_dir: str | None, cache_dir: str | 
         path, rows = _local_rows(name, data_dir, split)
         unlabeled = rows and all(isinstance(row, dict) and row.get("label") == "" for row in rows)
         if split == "test" and task.test_split != "test" and unlabeled:
-            say(f"{path}: all its labels are empty, as in the hub's: it is left out")
+            say(f"{path}: skipped, because its labels are empty, as in the hub's file")
             rows = []
         return examples_of(task, path, rows)
     return [] if split == "validation" else examples_of(task, *_hub_rows(name, task, cache_dir, split))

@@ -42,9 +42,9 @@ class Parts(Generic[T]):
     """Number of training examples, after limits and without examples that are too long."""
 
     def __str__(self) -> str:
-        numbers = f"{self.trained} to train on, {len(self.select)} to choose by ({self.files[0]})"
-        numbers += f", {len(self.test)} to compare by ({self.files[1]})"
-        return f"examples: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
+        numbers = f"{self.trained} for training, {len(self.select)} in the selection split ({self.files[0]})"
+        numbers += f", {len(self.test)} in the test split ({self.files[1]})"
+        return f"examples: {numbers}; {self.duplicates} near-duplicates, none in another split than the original"
 
     @property
     def test_ids(self) -> list[str]:
@@ -88,9 +88,9 @@ def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares:
     found = list(dict.fromkeys(keys[example] for example in train))
     least = 1 + sum(share > 0 for share in wanted)
     if len(found) < least or not (select or wanted[0]):
-        trained = f"{pluralize(len(found), 'example')} to train on"
-        problem = f"{trained}, {len(select)} to choose by, but for near-duplicates of others"
-        raise InvalidArgument("this experiment", problem, "give more that differ in more than numbers and case")
+        trained = f"{pluralize(len(found), 'example')} for training"
+        problem = f"{trained} and {len(select)} for the selection split are too few, without near-duplicates"
+        raise InvalidArgument("this experiment", problem, "give more examples that differ not only in numbers and case")
     training_part, chosen, tested = ({found[number] for number in numbers} for numbers in cut(found, *wanted))
     select += _one_of_each([example for example in train if keys[example] in chosen], keys)
     test += _one_of_each([example for example in train if keys[example] in tested], keys)

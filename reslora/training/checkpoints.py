@@ -155,7 +155,7 @@ def already_trained(
         if merged and any(options[name] != value for name, value in merged.items()):
             path = folder / f"checkpoint-{record['step']}"
             if not (path / RECORD).is_file():
-                problem = f"{folder} was merged otherwise, and {path.name} is gone, which holds what was trained"
+                problem = f"{folder} was merged by another method, and {path.name}, which holds the adapter, is missing"
                 raise InvalidArgument(f"--merge {options.adapter.merge}", problem, "choose another --output_dir")
             merge_anew[method] = path
         elif all((folder / name).exists() for name in record.get("difference_of_255", ["none"])):
@@ -394,7 +394,7 @@ def newest_whole(candidates: list[Path], folder: Path, options: SharedOutputOpti
             print(f"warning: {checkpoint} is damaged ({first_line(error)}), trying the previous one", flush=True)
             continue
         return checkpoint
-    problem, fix = f"no checkpoint in {folder} is whole", "remove that folder to start afresh, or choose another"
+    problem, fix = f"no checkpoint in {folder} is complete", "remove that folder to start afresh, or choose another"
     raise InvalidArgument("--resume_from_checkpoint latest", problem, fix)
 
 

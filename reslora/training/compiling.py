@@ -46,7 +46,8 @@ def checked(batches: Iterator, learner: Learner, context: Context) -> Iterator:
     if not options.training.compile:
         return batches
     if options.adapter.lora_dropout or uses_deepspeed(accelerator):
-        accelerator.print("--compile is not checked against a step without it: with dropout or DeepSpeed both differ")
+        why = "because dropout or DeepSpeed changes them"
+        accelerator.print(f"--compile: gradients are not compared with those of the uncompiled model, {why}")
         return batches
     tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_TOLERANCE
     seen, error, differs = [], 0.0, False

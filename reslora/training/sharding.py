@@ -39,7 +39,7 @@ def take_plugin(
         return None
     os.environ[USES_FSDP] = "false"  # otherwise transformers would load different weights in each process
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
-        problem = f"its configuration says FSDP {version}, which cuts the adapter with the base"
+        problem = f"its configuration says FSDP {version}, which also shards the adapter"
         raise InvalidArgument(LAUNCHER, problem, "give fsdp_version: 2, as assets/accelerate/fsdp2.yaml does")
     with refused_as(LAUNCHER, "correct its fsdp_config"):
         plugin = FullyShardedDataParallelPlugin()
@@ -53,13 +53,13 @@ def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard  # not in torch 2.5
 
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        problem = f"torch {torch.__version__} has no FSDP2 that leaves an adapter whole"
+        problem = f"torch {torch.__version__} has no FSDP2 that can leave the adapter unsharded"
         raise InvalidArgument(LAUNCHER, problem, "install a newer torch, or train without FSDP2")
     if plugin.activation_checkpointing:
         problem = "its fsdp_activation_checkpointing would lose the shortcuts"
         raise InvalidArgument(LAUNCHER, problem, "give false there, and --gradient_checkpointing")
     if not plugin.reshard_after_forward:
-        problem = "its fsdp_reshard_after_forward is false, with which each process holds the whole base"
+        problem = "its fsdp_reshard_after_forward is false, with which each process holds the complete base"
         raise InvalidArgument(LAUNCHER, problem, "give true there, or train without FSDP2")
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         problem = "its fsdp_offload_params, the base on the host, has not been tried"
@@ -71,13 +71,13 @@ def refuse_flags(model: ModelOptions, adapter: MethodOptions, training: Training
     if training.compile:
         raise InvalidArgument("--compile", "does not work with FSDP2, which gathers weights in hooks", "leave it out")
     if model.blocks_to_swap:
-        problem = "does not go with FSDP2, which gathers blocks itself"
+        problem = "does not work with FSDP2, which gathers blocks itself"
         raise InvalidArgument(f"--blocks_to_swap {model.blocks_to_swap}", problem, "leave it out")
     if output.plan:
         raise InvalidArgument("--plan", "cannot plan a base model that FSDP2 shards", "leave it out")
     for name in adapter.method:
         if METHODS[name].measured:
-            problem = "is measured on the whole base before its first step, and FSDP2 cuts it"
+            problem = "needs a measurement on the complete base before its first step, and FSDP2 shards the base"
             raise InvalidArgument(f"--method {name}", problem, "train it without FSDP2")
 
 

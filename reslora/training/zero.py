@@ -39,7 +39,7 @@ def configure(
     plugin = accelerator.state.deepspeed_plugin
     settings, launcher = plugin.deepspeed_config, "accelerate launch"
     if plugin.zero_stage not in (1, 2):
-        problem = f"its configuration says ZeRO-{plugin.zero_stage}, which cuts the adapter with the base"
+        problem = f"its configuration says ZeRO-{plugin.zero_stage}, which also shards the adapter"
         raise InvalidArgument(launcher, problem, "give zero_stage 2 or 1, or FSDP2, as assets/accelerate/fsdp2.yaml")
     for name in ("optimizer", "scheduler"):
         if name in settings:
@@ -48,7 +48,7 @@ def configure(
     refuse_unable(adapter.method, "deepspeed")
     if optimizer.optimizer != "adamw":
         flag = "--use_8bit_adam" if getattr(optimizer, "use_8bit_adam", False) else f"--optimizer {optimizer.optimizer}"
-        problem = "ZeRO cuts its state where it cannot be put together again"
+        problem = "ZeRO divides its state in a way that cannot be gathered"
         raise InvalidArgument(flag, problem, "leave it out, or train without DeepSpeed")
     steps = training.gradient_accumulation_steps
     # Otherwise the value in the launcher's configuration file would override the option.

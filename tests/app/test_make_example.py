@@ -42,6 +42,6 @@ def test_bundled_example():
     example = Library(EXAMPLE).find(EXAMPLE.name)
     assert example.status == "finished" and {"lora", "reslora"} <= set(example.methods)
     assert "not yet" not in compared.images(example, max(example.steps()))
-    assert "no chain plan" not in views.chain_plan(example.read_json("reslora", "chains.json"))
+    assert "not known yet" not in views.chain_plan(example.read_json("reslora", "chains.json"))
     assert not [value for value in example.config.values() if str(value).startswith("/")]
     assert base_of(example).name == str(BUNDLED)

@@ -232,7 +232,7 @@ def test_what_the_converter_writes_is_drawn(studio, run, tmp_path):
 def test_what_is_not_of_plain_lora_is_refused_by_name(studio, run, foreign, tmp_path, word):
     name = word.format("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q")
     file = foreign(lambda tensors: tensors | {name: torch.ones(8, 1)})
-    said = rf"^foreign\.safetensors: {re.escape(name)} is not of plain LoRA; give a LoRA without that\.$"
+    said = rf"^foreign\.safetensors: {re.escape(name)} is not part of a plain LoRA; give a LoRA without that\.$"
     for weights in (file, stack([(file, 1.0)])):
         with pytest.raises(RunError, match=said):
             drawn(studio, run, weights)

@@ -534,7 +534,7 @@ PEFT_A = f"base_model.model.{DOWN}.lora_A.weight"
         (
             lambda t: t | {f"base_model.model.{DOWN}.weight": torch.zeros(8, 8)},
             {},
-            f"{DOWN}.weight is not of plain LoRA",
+            f"{DOWN}.weight is not part of a plain LoRA",
         ),
         (lambda t: without(PEFT_A)(without(PEFT_A.replace("_A.", "_B."))(t)), {}, f"unet.{DOWN} is missing"),
         (dict, {"peft_type": "LOHA"}, "LOHA, which is not plain LoRA"),

@@ -193,7 +193,7 @@ def test_a_damaged_record_is_named_and_the_count_of_test_readings_survives_it(tm
         go(folder, "--seed", "0", "1", "2")
     path.unlink()
     after, _ = go(folder, "--seed", "0", "1", "2")
-    assert after["readings"] == 2 and any("the test images were read 2 times" in note for note in after["notes"])
+    assert after["readings"] == 2 and any("the test split was evaluated 2 times" in note for note in after["notes"])
     assert go(folder, "--seed", "0", "1", "2")[0]["readings"] == 2  # nothing is left to test
 
 
@@ -224,7 +224,7 @@ def test_what_was_concluded_stays_until_it_is_concluded_anew(tmp_path):
         for name in ("chosen", "verdicts", "ranking", "base", "best", "notes"):
             assert kept[name] == before[name]
         assert read_of(kept) == read_of(before) and kept["as_of"] == 12
-        assert told == f"As of 12 arms, with {ended} of 15 ended: {headline}"
+        assert told == f"As of 12 runs, with {ended} of 15 ended: {headline}"
         assert Experiment("out", folder).status == "stopped"
     after, headline = go(folder, "--seed", "0", "1", "2")
     assert after["verdicts"][0]["seeds"] == 3 and "as_of" not in after and headline.startswith("best: lora; ")
@@ -258,9 +258,9 @@ def test_a_reading_of_the_test_images_counts_once_wherever_it_is_cut_off(tmp_pat
     for _ in range(2):
         record, _ = go(tmp_path / "out")
         assert all(arm["wall_seconds"] >= 0 for arm in record["arms"])
-        assert record["readings"] == 1 and not any("were read" in note for note in record["notes"])
+        assert record["readings"] == 1 and not any("was evaluated" in note for note in record["notes"])
     record, _ = go(tmp_path / "out", "--seed", "0", "1", "2")
-    assert record["readings"] == 2 and any("were read 2 times" in note for note in record["notes"])
+    assert record["readings"] == 2 and any("was evaluated 2 times" in note for note in record["notes"])
 
 
 @pytest.mark.parametrize(("methods", "verdicts"), [("lora", 0), ("lora lora_x2", 1), ("lora_x2 lora_x4", 0)])
@@ -274,10 +274,10 @@ def test_while_arms_are_missing_the_test_images_are_read_for_verdicts_alone(tmp_
     record, _ = go(tmp_path / "out", "--seed", "0", "1", "2", methods=methods)
     assert record["readings"] == 1 + verdicts and read_of(record)
     read = [
-        "the test images were read 2 times, as arms came in: this reading is judged at 0.76%, so that chance claims a "
-        "difference in 5% at most of all"
+        "the test split was evaluated 2 times, as runs were added: this time at a significance level of 0.76%, so that "
+        "all times together are at most at 5%"
     ]
-    assert [note for note in record["notes"] if "were read" in note] == read * verdicts
+    assert [note for note in record["notes"] if "was evaluated" in note] == read * verdicts
 
 
 def test_what_was_read_of_the_test_images_is_told_where_arms_are_missing(tmp_path):
@@ -332,7 +332,7 @@ def test_of_what_was_concluded_only_labels_that_are_still_there_stay(tmp_path):
     go(tmp_path / "out")
     kept, told = go(tmp_path / "out", stopped="train", methods="lora lora_x2 rslora")
     assert set(kept["chosen"]) == {"lora", "lora_x2"} and [each["label"] for each in kept["verdicts"]] == ["lora_x2"]
-    assert told.startswith("As of 12 arms, with 8 of 12 ended: lora_x2 is worse than lora")
+    assert told.startswith("As of 12 runs, with 8 of 12 ended: lora_x2 is worse than lora")
     kept, told = go(tmp_path / "out", "--method", "lora_x4", "--learning_rate", "1e-4", "4e-4", stopped="tested")
     assert (kept["chosen"], kept["verdicts"], read_of(kept)) == ({}, [], []) and "as_of" not in kept
 

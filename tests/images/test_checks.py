@@ -177,4 +177,4 @@ def test_adalora_is_refused_where_nothing_reads_a_layer(brief_flags, capsys, tmp
     flags = [*without(brief_flags, "--pretrained_model_name_or_path"), "--method", "adalora"]
     flags += ["--pretrained_model_name_or_path", qwen_image(tmp_path / "model"), "--output_dir", tmp_path / "out"]
     line = refused(capsys, *flags, "--target_modules", "to_q", "to_add_out", "--max_train_steps", 3, quiet=False)
-    assert "nothing reads what attn.to_add_out of the last block return, so AdaLoRA cannot rank them" in line
+    assert "the outputs of attn.to_add_out in the last block are unused, so AdaLoRA cannot rank them" in line

@@ -339,7 +339,7 @@ def test_weights_that_are_to_be_scaled_are_refused(mark, tmp_path, capsys):
         tmp_path / "out.safetensors",
         *flags,
     )
-    assert f"{mark}: its weights are in 8 or 4 bits" in line and "give the model in 16 or 32 bits" in line
+    assert f"{mark}: its weights are stored in 8 or 4 bits" in line and "give the model in 16 or 32 bits" in line
 
 
 def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path):
@@ -381,7 +381,7 @@ def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path
         ('IN "" --to kohya', "OUT: is empty"),
         ('OUT --to kohya --extract SD "" --rank 2', "--extract: is empty"),
         ("OUT --to kohya --extract A B", "--extract: the difference between two models has no low rank; add --rank N"),
-        ("IN OUT --to kohya --extract A B --rank 2", "--extract: it reads two models"),
+        ("IN OUT --to kohya --extract A B --rank 2", "--extract: it takes two models"),
         ("nowhere OUT --to kohya", "IN nowhere: no such file or folder"),
         ("OUT --to kohya --extract SD nowhere --rank 2", "--extract nowhere: no such file"),
         ("IN OUT --to kohya --base ./nowhere", "--base ./nowhere: no such folder"),
@@ -459,10 +459,10 @@ def test_pickles_are_refused_by_name(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("unet.conv_in.lora_magnitude_vector.weight", "is not of plain LoRA"),
-        ("lora_unet_conv_in.dora_scale", "is not of plain LoRA"),
-        ("lora_unet_conv_in.hada_w1_a", "is not of plain LoRA"),
-        ("unet.conv_in.lora_mid.weight", "is not of plain LoRA"),
+        ("unet.conv_in.lora_magnitude_vector.weight", "is not part of a plain LoRA"),
+        ("lora_unet_conv_in.dora_scale", "is not part of a plain LoRA"),
+        ("lora_unet_conv_in.hada_w1_a", "is not part of a plain LoRA"),
+        ("unet.conv_in.lora_mid.weight", "is not part of a plain LoRA"),
         ("unet.conv_out.lora_A.weight", "lacks one of its two factors"),
     ],
 )
@@ -486,7 +486,7 @@ def test_a_model_that_is_not_finite_is_no_lora(tmp_path, capsys):
     tensors["conv_in.weight"][0] = float("nan")
     save_file(tensors, next((tmp_path / "unet").glob("*.safetensors")))
     flags = ["--extract", source, tmp_path / "unet", tmp_path / "out", "--to", "kohya", "--rank", 2]
-    assert f"--extract {tmp_path / 'unet'}: conv_in is not finite there" in refused(capsys, *flags)
+    assert f"--extract {tmp_path / 'unet'}: conv_in is not finite, in it" in refused(capsys, *flags)
 
 
 def test_a_name_that_is_no_text_is_told_where_only_text_can_be_printed(tmp_path, monkeypatch):

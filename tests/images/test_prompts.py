@@ -85,7 +85,7 @@ def test_a_run_repeats_the_options_by_its_own_flags(tmp_path, capsys):
     ("prompt", "told", "words"),
     [
         (Prompt("a", width=40), "", "40 pixels; height and width must be multiples of 16; give 32"),
-        (Prompt("a", num_inference_steps=11), "", "11 steps, and the model knows 10"),
+        (Prompt("a", num_inference_steps=11), "", "11 steps, and the model has 10"),
         (Prompt("a", "b"), "it is told", "a negative prompt"),
         (Prompt("a", cfg_scale=7), "it is told", "guidance by one"),
     ],

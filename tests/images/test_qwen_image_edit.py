@@ -145,7 +145,7 @@ def test_a_step_takes_what_is_planned(place, tmp_path, more):
     flags += more
     images, context = resolved(place.model, place.folder / "images", tmp_path / "out", *flags)
     plan = plan_of(images, context, None)
-    assert len(plan.unknown) == 1 and "text encoder: unknown" in plan.unknown[0]
+    assert len(plan.unknown) == 1 and "text encoder: without those of the reference image" in plan.unknown[0]
     assert plan.peak.total < guess(context)
     rehearsal = Rehearsal(images, context)
     batch = rehearsal.batch(2)

@@ -266,7 +266,7 @@ def test_help_keeps_the_examples_and_names_each_default_once(capsys, kind, scrip
     assert end.value.code == 0 and script.__doc__.strip() in text
     flat = " ".join(text.split())
     assert (
-        "several GPUs are shared out evenly (default: 1)" in flat
+        "several GPUs are divided evenly (default: 1)" in flat
         and "--seed SEED [SEED ...]" in flat
         and "(default: 42)" in flat
     )

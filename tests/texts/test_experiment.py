@@ -338,7 +338,7 @@ def test_a_race_stops_a_run_early_and_says_so(common, tmp_path, capsys):
     own += ("--method", "lora", "--learning_rate", "1e-6", "5e-3")
     assert run(*own) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any("2 arms, 2 to choose learning rates, measured every 2 steps; " in line for line in lines)
+    assert any("2 runs, 2 to choose learning rates, measured every 2 steps; " in line for line in lines)
     assert any(line.startswith("estimate: at most ") and " for 2 runs (" in line for line in lines)
     (line,) = [line for line in lines if line.startswith("lora/lr-1e-06/seed-42: stopped early at step 4: ")]
     low, _ = record(tmp_path / "out")["arms"]
@@ -396,7 +396,7 @@ def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, 
     monkeypatch.setattr(experiment_run, "train_and_conclude", lambda experiment, pool: experiments.append(experiment))
     assert run(*common, *EXPERIMENT, "--max_train_samples", "5", "--output_dir", tmp_path) == 0
     assert experiments[0].facts()["split"] == {"train": 5, "select": 3, "test": 4, "duplicates": 0}
-    assert "; examples: 5 to train on, 3 to choose by" in capsys.readouterr().out
+    assert "; examples: 5 for training, 3 in the selection split" in capsys.readouterr().out
 
 
 def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():

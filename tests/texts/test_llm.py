@@ -155,7 +155,7 @@ def test_a_checkpoint_is_never_chosen_by_what_it_is_tested_on(tiny, tmp_path, ca
         return loaded(parsed(flags(tiny, data, tmp_path, "--eval_strategy", "steps", *more)))
 
     found = load()
-    assert "5 of 50 training examples are held out for validation" in capsys.readouterr().out
+    assert "5 of 50 training examples are held out, because" in capsys.readouterr().out
     assert [len(found[split]) for split in ("train", "validation", "test")] == [45, 5, 10]
     bodies = {split: {example.prompt for example in examples} for split, examples in found.items()}
     assert not bodies["train"] & bodies["validation"] and not bodies["validation"] & bodies["test"]
@@ -179,7 +179,7 @@ def test_hellaswags_test_file_without_labels_counts_as_none(tiny, tmp_path, caps
     data = write_rows(tmp_path / "data", train=[swag("0")], validation=[swag("1")], test=[swag("")] * 2)
     found = loaded(parsed(flags(tiny, data, tmp_path, "--task", "hellaswag")))
     assert [example.gold for example in found["test"]] == ["1"]
-    assert capsys.readouterr().out.startswith(f"{data / 'test.jsonl'}: all its labels are empty")
+    assert capsys.readouterr().out.startswith(f"{data / 'test.jsonl'}: skipped, because its labels are empty")
 
 
 def test_a_single_training_example_cannot_be_held_out(tiny, tmp_path, capsys):
@@ -506,7 +506,7 @@ def test_a_run_may_start_from_a_lora_of_peft(tiny, data, tmp_path, capsys):
     at = argv.index("--init_lora")
     rest = [*argv[:at], *argv[at + 2 :], "--lora_r", "2", "--target_modules", "q_proj", "v_proj"]
     one_line([*rest, "--resume_from_checkpoint", "latest"], capsys, ["--init_lora", "was started from another LoRA"])
-    one_line(flags(tiny, data, tmp_path / "other", "--init_lora", data), capsys, ["--init_lora", "no LoRA of PEFT"])
+    one_line(flags(tiny, data, tmp_path / "other", "--init_lora", data), capsys, ["--init_lora", "no LoRA in PEFT's"])
     one_line(flags(tiny, data, tmp_path / "other", "--method", "loha", *start), capsys, ["--method loha trains no"])
 
 

@@ -30,7 +30,7 @@ def test_a_tasks_own_files_choose_and_compare_and_what_repeats_them_is_left_out(
     assert (found.train, found.select, found.test) == (["b", "B", "d"], ["C ", "e"], ["A 33", "f"])
     assert found.duplicates == 4  # a 1, a 2, B, c
     said = str(replace(found, trained=7))
-    assert said.startswith("examples: 7 to train on") and said.count("(a file of the task)") == 2
+    assert said.startswith("examples: 7 for training") and said.count("(a file of the task)") == 2
     assert (
         len(set(found.test_ids)) == 2
         and found.test_ids == parts(train=["x"], select=["y"], test=["A 33", "f"]).test_ids
@@ -78,9 +78,9 @@ def test_a_limit_takes_the_same_ones_however_the_examples_are_ordered():
 @pytest.mark.parametrize(
     ("files", "shares", "words"),
     [
-        ({"train": ["a", "b"]}, {}, "2 examples to train on"),
-        ({"train": ["a 1", "a 2"], "select": ["b"], "test": ["A 7"]}, {}, "0 examples to train on"),
-        ({"train": ["a", "c"], "select": ["b"], "test": ["B"]}, {}, "0 to choose by"),
+        ({"train": ["a", "b"]}, {}, "2 examples for training"),
+        ({"train": ["a 1", "a 2"], "select": ["b"], "test": ["A 7"]}, {}, "0 examples for training"),
+        ({"train": ["a", "c"], "select": ["b"], "test": ["B"]}, {}, "0 for the selection split"),
         ({"train": WORDS, "test": ["b"]}, {"test_split": 0.2}, "--test_split 0.2: the task has a file for this split"),
     ],
 )

@@ -68,7 +68,7 @@ def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
     folder = Path(data.class_data_dir)
     for name in () if data.dataset_name else data.train_data_dir:
         if Path(name).resolve().is_relative_to(folder.resolve()):
-            problem = f"has what is to be learnt in it, --train_data_dir {name}"
+            problem = f"contains the training images of --train_data_dir {name}"
             raise InvalidArgument(f"--class_data_dir {folder}", problem, "give class images a folder of their own")
     if folder.is_dir() and kohyas_folders(folder, data, output)[0]:
         return 0
@@ -76,8 +76,8 @@ def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
     there = sum(map(is_image, everything))
     missing, metadata = data.num_class_images - there, [path for path in everything if path.name in METADATA]
     if missing > 0 and metadata:  # training would not use images that the metadata does not list
-        problem = f"{missing} more than are there would be drawn, which {metadata[0]} does not list"
-        fix = f"give --num_class_images {there}, or take that file away"
+        problem = f"{pluralize(missing, 'image')} would be generated, which {metadata[0]} does not list"
+        fix = f"give --num_class_images {there}, or remove that file"
         raise InvalidArgument(f"--num_class_images {data.num_class_images}", problem, fix)
     if missing > 0:
         check_writable(folder, f"--class_data_dir {folder}")
@@ -184,9 +184,10 @@ def sizes_of(sources: Sequence[Source]) -> Counter[Size]:
 
 
 def share_of(fewer: Counter[Size], others: Counter[Size], times: int, per_forward: int) -> float:
-    """Return the samples per epoch of `fewer`, each repeated `times` times, divided by the samples of `others`.
+    """Return the ratio of samples per epoch between two groups of images, given the number of images of each size.
 
-    The last batch of each size is filled up with further images of that size; the ratio counts these images, too.
+    The numerator is that of `fewer`, each used `times` times; the denominator is that of `others`. The last batch of
+    each size is filled up to `per_forward` samples with further images of that size, which the ratio counts too.
     """
     uses = other_uses = 0.0
     for size in fewer | others:

@@ -256,10 +256,11 @@ def read_folder(
     if not any(texts) and (caption is None or not files):
         if layout:
             return None
-        what = f"{pluralize(len(files), 'image')} without captions (class folders are none)" if files else "no images"
+        without = "without captions (names of folders are none)"
+        what = f"{pluralize(len(files), 'image')} {without}" if files else "no images"
         fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions beside the images"
         if above := above_repeated(files):
-            fix = f"name {above[0]}, where kohya's folders (10_name) say repeats and captions, or {fix}"
+            fix = f"give {above[0]}, in which kohya's folders (10_name) set repeats and captions, or {fix}"
         raise InvalidArgument(data_flag(data), what, f"{fix}; --dataset_name reads other layouts")
     otherwise = [] if caption is None else [caption]
     found = _as_found(files, [read_caption(beside[0]) if beside else otherwise for beside in texts])
@@ -289,7 +290,7 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
 def with_partners(found: Found, folder: Path, partners: Path) -> Found:
     """Return the rows with the images of the same names in the folder `partners` as reference images.
 
-    Suffixes may differ. Raises `InvalidArgument` if the rows are no files.
+    Suffixes may differ. Raises `InvalidArgument` if the rows were not read from files.
     """
     if not found.files:
         fix = "name a column with --conditioning_image_column instead"

@@ -76,14 +76,14 @@ def kohyas_folders(folder: Path, data: DataOptions, output: OutputOptions) -> tu
     ]
     for path, repeats, text in found:
         if repeats > MOST_REPEATS:
-            problem = f"its name means that an epoch meets each image {repeats} times, as in kohya's scripts"
+            problem = f"its name means that an epoch uses each image {repeats} times, as in kohya's scripts"
             raise InvalidArgument(f"folder {path}", problem, f"rename it, for example to 1_{text or ''}")
     taken = {path for path, _, _ in found}
     seen = [path for path in content if path.is_dir() or is_image(path)]
     beside = [path.name for path in seen if str(path) not in taken and not path.name.startswith(".")]
     bare = [path.name for path in folders if path.name.isdecimal() and 0 < int(path.name) <= MOST_REPEATS]
     lines = [
-        f"{folder}: the name {name} says no repeats; name it {name}_ if each image is to be met {int(name)} times"
+        f"{folder}: the name {name} sets no repeats; name it {name}_ to use each image {int(name)} times an epoch"
         for name in bare[:1]
     ]
     if not found:
@@ -91,5 +91,5 @@ def kohyas_folders(folder: Path, data: DataOptions, output: OutputOptions) -> tu
     # Hidden images inside the folders that are read are reported with those folders.
     hidden = [path for path in hidden_images(folder) if not taken & set(map(str, path.parents))]
     more = f" and {len(beside) - 5} more" if len(beside) > 5 else ""
-    alone = [f"{folder}: kohya's folders (10_name) alone are read, not {', '.join(beside[:5])}{more}"]
+    alone = [f"{folder}: only kohya's folders (10_name) are read, not {', '.join(beside[:5])}{more}"]
     return found, [*(alone if beside else []), *lines, *hidden_images_line(hidden)]

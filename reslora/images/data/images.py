@@ -115,7 +115,7 @@ def mask_problem(mask: Content, size: tuple[int, int]) -> str:
     found = image_size(mask) if mask else size
     if isinstance(found, str):
         return f"its mask: {found}"
-    return "" if found == size else f"its mask is {found[0]} x {found[1]}, it is {size[0]} x {size[1]}"
+    return "" if found == size else f"its mask is {found[0]} x {found[1]}, the image is {size[0]} x {size[1]}"
 
 
 def _has_alpha(image: PIL.Image.Image) -> bool:

@@ -35,7 +35,7 @@ def print_long_captions(training_data: TrainingData, pipeline: DiffusionPipeline
         where = place if isinstance(place, str) else place[0].name(place[1])
         reads = f"the {most} tokens that {encoder_of(name)} reads{' (--max_sequence_length)' if longest else ''}"
         those = f"{len(long)} of {len(texts)} captions and prompts {is_or_are(len(long))}"
-        line = f"{those} longer than {reads}: what is beyond them is not read"
+        line = f"{those} longer than {reads}: the rest is cut off"
         context.accelerator.print(f"{line} (for example {printable(where)}: {counts[example]} tokens)")
 
 

@@ -309,7 +309,10 @@ def losses_of(
 
 
 def measured(training_data: TrainingData) -> list[tuple[int, int]]:
-    """Return at most --max_validation_images held-out images: those with the lowest hashes of their content."""
+    """Return at most --max_validation_images held-out images: those with the lowest hashes of their content.
+
+    Each is the number of its source, and its number in that source.
+    """
     marks = {image: training_data.sources[image[0]].images.marks[image[1]] for image in training_data.held_out}
     order = sorted(marks, key=lambda image: derive("max_validation_images", marks[image]))
     chosen = set(order[: training_data.validation.max_validation_images])

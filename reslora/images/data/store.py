@@ -122,12 +122,12 @@ class File:
         """
         place = int(np.searchsorted(self.keys, key))
         if place == len(self.keys) or self.keys[place] != key or not self.counts[place]:
-            raise OSError(f"{self.path} is not the file that it was when the run began")
+            raise OSError(f"{self.path} has changed since the run began")
         row = int(self.rows[place] + variant % self.counts[place])
         try:
             return safetensors.torch.load(self._content(row))
         except (safetensors.SafetensorError, pyarrow.ArrowInvalid) as error:
-            fix = "remove it, and what it holds is encoded anew"
+            fix = "remove it, and its content is encoded anew"
             raise OSError(f"{self.path} is damaged ({first_line(error)}): {fix}") from None
 
     def _content(self, row: int) -> bytes:

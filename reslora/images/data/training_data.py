@@ -123,7 +123,7 @@ def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context
             vars(pipeline).update(vars(whole))  # setting the encoders is not enough: `__init__` reads them
             data = dataclasses.replace(data, cache_text_embeddings=False)
             context.accelerator.print(
-                "captions have too many variants to cache: each step encodes its captions, text encoders stay loaded"
+                "too many variants of captions to cache: each step encodes its captions, text encoders stay in memory"
             )
         wanted += captions or []
     texts = encode_texts(wanted, key, load_encoders, context, references)
@@ -252,7 +252,10 @@ def print_bucket_sizes(sources: Sequence[Source], context: ImageContext) -> None
 
 
 def print_folder_counts(training_data: TrainingData, context: ImageContext) -> None:
-    """Print repeats, weight and masks of each source that has a label."""
+    """Print repeats, weight of the loss and number of masks of each source (a folder of images) that has a label.
+
+    The label names the source in the printed line; a source that is alone may have none.
+    """
     plan = training_data.plan(context.accelerator.num_processes)
     print_uneven_buckets(plan, context)
     for source in training_data.sources:

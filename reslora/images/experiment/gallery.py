@@ -81,7 +81,7 @@ def samples_of(arm: Arm, folder: Path, prompts: Sequence[str]) -> dict[int, Path
 
 
 def best_of(experiment: Experiment) -> str | None:
-    """Return the label with the lowest loss on the selection split; None if there is none."""
+    """Return the method with the lowest loss on the selection split; None if there is none."""
     chosen = experiment["chosen"]
     return min(chosen, key=lambda label: chosen[label]["loss"], default=None)
 

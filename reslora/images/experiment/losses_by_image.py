@@ -43,8 +43,8 @@ def best_verdict(experiment: Experiment) -> Verdict | None:
 def differences(experiment: Experiment) -> list[tuple[str, float]]:
     """Return the hash of each test image and its difference in percent, in ascending order.
 
-    The difference is the loss of the label of `best_verdict` minus the loss of its reference, in percent of the
-    reference's loss of this image. Losses are means over the seeds for which all losses of both labels are finite.
+    The difference is the loss of the method of `best_verdict` minus the loss of its reference, in percent of the
+    reference's loss of this image. Losses are means over the seeds for which all losses of both methods are finite.
     """
     if (verdict := best_verdict(experiment)) is None:
         return []

@@ -56,9 +56,10 @@ def timestep_chart(experiment: Experiment) -> str:
 
 
 def base_series(experiment: Experiment, measured: Mapping[tuple[str, int], list[float]], number: int) -> list[Series]:
-    """Return how much the base model's loss differs from the first reference's, in percent, by timestep.
+    """Return a line of the chart: the base model's loss minus the first reference's, in percent of it, by timestep.
 
-    Empty if either loss is unknown.
+    `measured`: the losses by timestep of each (label, seed). `number`: the line's number, which sets its color. Empty
+    if either loss is unknown.
     """
     base, verdicts = experiment.get("base"), experiment["verdicts"]
     theirs = [losses for (name, _), losses in measured.items() if verdicts and name == verdicts[0]["reference"]]

@@ -203,13 +203,13 @@ def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str
         return
     check_past(grid, folder, there, identity)
     if parts and there.get("parts") != parts:
-        problem = "was begun with another split of these images"
+        problem = "was started with another split of these images"
         raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
     for name in FIXED:
         value, before = values[name], there.get(name)
         settled = value is not None or name == "metric_model"  # None: the default depends on model or images
         if settled and before != value:
-            problem, fix = f"{folder} was begun with {in_words(before)}", "use that, or choose another --output_dir"
+            problem, fix = f"{folder} was started with {in_words(before)}", "use that, or choose another --output_dir"
             raise InvalidArgument(f"--{name} {in_words(value)}", problem, fix)
 
 
@@ -275,7 +275,7 @@ def data_of_variant(
             latents, problems = latents_of(source.images, sizes, pipeline, context)
             for index, problem in problems.items():  # damaged after the other seeds were encoded
                 where, fix = source.images.name(index), f"remove {cache_folder(options.model, options.output)}"
-                raise InvalidArgument(f"--seed {seed}, {where}", f"{problem}, and not with other seeds", fix)
+                raise InvalidArgument(f"--seed {seed}, {where}", f"{problem}, but could be read for other seeds", fix)
             source = dataclasses.replace(source, latents=latents)
         sources.append(source)
     own = dataclasses.replace(options.data, cache_text_embeddings=training_data.data.cache_text_embeddings)

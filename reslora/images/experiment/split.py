@@ -58,8 +58,9 @@ class Parts:
     """The smallest --test_split that gives enough images for a comparison."""
 
     def __str__(self) -> str:
-        numbers = f"{self.trained} to train on, {len(self.select)} to choose by, {len(self.test)} to compare by"
-        return f"images: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
+        held_out = f"{len(self.select)} in the selection split, {len(self.test)} in the test split"
+        more = f"{self.duplicates} near-duplicates, none in another split than the original"
+        return f"images: {self.trained} for training, {held_out}; {more}"
 
 
 def parts_of(
@@ -102,8 +103,8 @@ def check_count(images: int, options: DataOptions, alike: Sequence[str] = ()) ->
     """Raise `InvalidArgument` if a part would be empty. `alike`: names of two near-duplicates, as an example."""
     if images < 3:
         example = f" ({' and '.join(alike)} look alike)" if alike else ""
-        number = f"{pluralize(images, 'image')} but for near-duplicates{example}"
-        problem = f"{number}, and training, choosing and comparing take others each"
+        number = f"only {pluralize(images, 'image')} without near-duplicates{example}"
+        problem = f"{number}, and training, selection and test split need different images"
         raise InvalidArgument(data_flag(options), problem, "give at least 3, better 30 or more")
 
 

@@ -77,7 +77,7 @@ def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phas
     rehearsal.stage.place(exact.eval())
     found = {name: step.held[name] for name in KEPT}
     draw = partial(drawing, rehearsal, exact, torch.float32, contextlib.nullcontext)
-    activations = rehearsal.known("activations of drawing in float32", draw)
+    activations = rehearsal.known("activations of sampling in float32", draw)
     plain = rehearsal.dtype == torch.float32 and rehearsal.options.model.base_precision == "no"
     if not plain or rehearsal.options.validation.save_best:
         left = (free - step.total) // 2 if rehearsal.stage.device.type == "cuda" else 0

@@ -102,7 +102,7 @@ class Rehearsal:
         self.peak_of_encoders = reader.peak
         more = 0
         if self.family.reads_references:
-            self.unknown.append("activations of the text encoder: unknown, these are without the reference image's")
+            self.unknown.append("activations of the text encoder: without those of the reference image (unknown)")
             reader = self.pipeline.processor.image_processor
             area = math.prod(self.family.reference_size(self.size.height, self.size.width))
             more = area // (reader.patch_size * reader.merge_size) ** 2

@@ -78,7 +78,7 @@ def where(context: ImageContext) -> str:
     """Return the name of the device; if several runs of an experiment share it, the name of one run's share."""
     device = context.accelerator.device
     arms = arms_a_device(context.options.experiment, device)
-    return device.type if arms == 1 else f"each of {arms} arms on a {device.type}"
+    return device.type if arms == 1 else f"each of {arms} runs on a {device.type}"
 
 
 def plan_of(kinds: Sequence[ImageDataset], context: ImageContext, free: int | None) -> Plan:
@@ -111,7 +111,7 @@ def check_memory(kinds: Sequence[ImageDataset], context: ImageContext) -> None:
     except InvalidArgument:
         raise
     except Exception as error:  # a model that fails on fake tensors can still be trained
-        reason = f"this model is not gone through without weights ({first_line(error)})"
+        reason = f"this model cannot be run without weights ({first_line(error)})"
         if asked:
             raise InvalidArgument("--plan", reason, "leave it out") from None
         print(f"the memory is not estimated: {reason}", flush=True)
@@ -160,7 +160,7 @@ def advice(kinds: Sequence[ImageDataset], context: ImageContext, plan: Plan) -> 
         together |= change
         if len(together) > len(change) and (found := planned(together)) and found.fits:
             return in_words(together, found)
-    return "choose a smaller model, or a device with more; with --no-plan it is tried all the same"
+    return "choose a smaller model, or a device with more memory; --no-plan starts the run anyway"
 
 
 def in_words(change: Change, plan: Plan) -> str:

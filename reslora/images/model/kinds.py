@@ -18,7 +18,7 @@ class Kind(NamedTuple):
     """A regular expression that matches the start of a tensor's name in such a file."""
     what: str
     """What the file is; empty for a complete model in one file."""
-    fix: str = "give a whole model, with text encoder and autoencoder"
+    fix: str = "give a complete model, with text encoder and autoencoder"
 
 
 WIDE = ("BF16", "F16", "F32", "F64")
@@ -27,13 +27,13 @@ KINDS = (
     Kind(
         r".*(lora_|\.lora\.|_lora\.|hada_w|lokr_w|oft_)",
         "a LoRA",
-        "give the model that it was made for, and this with --init_lora",
+        "give its base model here, and this file with --init_lora",
     ),
     Kind(r"model\.diffusion_model\.", ""),
     Kind(
         r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|mid|up)",
         "an autoencoder alone",
-        "give a whole model, and this with --pretrained_vae_model_name_or_path",
+        "give a complete model here, and this file with --pretrained_vae_model_name_or_path",
     ),
     Kind(r"(text_model\.)?(encoder\.(layers|block)|embeddings)\.", "a text encoder alone"),
     Kind(r"(down_blocks|input_blocks)\.\d", "a U-Net alone"),
@@ -89,7 +89,7 @@ def refuse_parts(path: Path, flag: str) -> None:
         names = tensor_names(file)
         kind = next((kind for kind in KINDS if any(re.match(kind.names, name) for name in names)), None)
         if kind and kind.what:
-            where = "it" if file == path else f"no model_index.json, and {file.name} in it"
+            where = "it" if file == path else f"it has no model_index.json, and its {file.name}"
             raise InvalidArgument(flag, f"{where} is {kind.what}", kind.fix)
 
 

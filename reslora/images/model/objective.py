@@ -185,7 +185,7 @@ def check_sampling(options: TrainingOptions, sampling: str) -> None:
         if option.samplings and sampling not in option.samplings:
             value, default = getattr(options, name), option.default
             if value != default:
-                problem = f"timesteps are sampled by {sampling}, which does not read it"
+                problem = f"timesteps are sampled by {sampling}, which does not use it"
                 stay = "leave it out" if default is None else f"leave it at {default}"
                 fix = f"{stay}, or add --timestep_sampling {option.samplings[-1]}"
                 raise InvalidArgument(f"--{name} {value}", problem, fix)
@@ -198,7 +198,7 @@ def check_objective(model: ModelOptions, training: TrainingOptions, family: Fami
         value = getattr({"model": model, "training": training}.get(option.group), name, option.default)
         # snr_gamma 0 gives all timesteps the same weight, as a flow does.
         if option.objective not in ("", family.objective) and (value if learns_flow else value != option.default):
-            problem = f"{family.name} learns a flow, which has none" if learns_flow else f"{family.name} learns no flow"
+            problem = f"it has no effect: {family.name} is {'a' if learns_flow else 'no'} flow-matching model"
             raise InvalidArgument(f"--{name} {value}", problem, "leave it out")
 
 

@@ -44,7 +44,7 @@ def unpacked(path: Path, model: ModelOptions, output: OutputOptions) -> Path:
         fix = "give a pipeline's folder in diffusers format, and a transformer with --pretrained_transformer_file"
         raise InvalidArgument(flag, f"a single file of kind {kind!r}", fix)
     family = load_family(COMPLETE[kind])
-    fix = f"make a folder of it where the hub can be reached: {family.pipeline.__name__}.from_single_file"
+    fix = f"convert it to a folder where the hub can be reached: {family.pipeline.__name__}.from_single_file"
     fix += f"({str(path)!r}).save_pretrained('folder')"
     if family.denoiser == "transformer":
         fix += "; if it has no text encoders, give the pipeline's folder, and this with --pretrained_transformer_file"
@@ -67,7 +67,8 @@ def with_transformer(base: Path, family: Family, model: ModelOptions, output: Ou
         fix = "give a complete checkpoint with --pretrained_model_name_or_path"
         raise InvalidArgument(flag, f"the denoiser of {family.name} is no transformer", fix)
     if kind.__name__ not in SINGLE_FILE_LOADABLE_CLASSES:
-        raise InvalidArgument(flag, f"this diffusers reads no file of a {kind.__name__}", "install a newer one")
+        problem = f"this version of diffusers cannot read a file of {kind.__name__}"
+        raise InvalidArgument(flag, problem, "install a newer version")
     with refused_as(flag, f"repair {config}"):
         mark = derive(content_mark(path), content_mark(config), str(base.resolve()), model.variant or "")
     folder = cache_folder(model, output) / f"model-{path.stem}-{mark:x}"

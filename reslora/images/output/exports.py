@@ -173,7 +173,7 @@ def finite(drawn: np.ndarray, what: str) -> np.ndarray:
     Raises `Diverged` if pixels are not finite.
     """
     if not np.isfinite(drawn).all():
-        problem = f"{what}: it draws pixels that are not finite: training has diverged"
+        problem = f"{what}: it generates pixels that are not finite: training has diverged"
         raise Diverged(problem, "start again with a lower --learning_rate")
     return as_bytes(drawn)
 
@@ -263,7 +263,7 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, training_data: TrainingData
         try:
             report = merge(part, method=training_data.adapter.merge, calibration=calibration[name] or None)
         except ValueError as error:
-            advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
+            advice = "if numbers are not finite, training has diverged: start again with a lower --learning_rate"
             raise Diverged(f"reslora: it cannot be merged ({first_line(error)})", advice) from None
         merged[name] = Merged(plan, report, calibration[name])
     return merged

@@ -86,7 +86,7 @@ def print_summary(adapter: MethodOptions, output_options: OutputOptions) -> None
     output = Path(output_options.output_dir)
     lines = ["", f"{output}/"]
     if (output / "comparison.png").is_file():
-        lines.append("  comparison.png   images to learn from; steps across; prompts and methods down")
+        lines.append("  comparison.png   training images, and samples by step (columns), prompt and method (rows)")
     lines += ["  loss.png         training and validation loss", "  config.json      every setting of this run"]
     uses = {
         DIFFUSERS_FILE: "diffusers: pipeline.load_lora_weights(folder)",

@@ -247,7 +247,7 @@ def test_variants_that_are_encoded_in_the_steps_train_what_kept_ones_do(trained,
     assert not [line for line in printed(*flags, "--output_dir", tmp_path / "kept") if "too many variants" in line]
     monkeypatch.setattr(making, "FEW_VARIANTS", 0)
     monkeypatch.setattr(making, "VARIANTS", 1)
-    only(printed(*flags, "--output_dir", tmp_path / "loop"), "too many variants", "text encoders stay loaded")
+    only(printed(*flags, "--output_dir", tmp_path / "loop"), "too many variants", "text encoders stay in memory")
     kept, loop = (losses(tmp_path / name, "lora") for name in ("kept", "loop"))
     assert [row[:2] for row in kept] == [row[:2] for row in loop] and len(kept) > 3
     assert [row[2] for row in kept] == pytest.approx([row[2] for row in loop], rel=1e-4)

@@ -136,7 +136,7 @@ def test_none_are_drawn_that_a_metadata_file_does_not_list(tmp_path):
     """They would not be trained on."""
     folder = image_folder(tmp_path / "class", 2, layout="jsonl")
     flags = parse_args(["--class_data_dir", str(folder), "--class_prompt", "a disc", "--num_class_images", "3"])
-    with pytest.raises(InvalidArgument, match=r"class_images 3: 1 more .*metadata.jsonl .*--num_class_images 2"):
+    with pytest.raises(InvalidArgument, match=r"class_images 3: 1 image would .*metadata.jsonl .*--num_class_images 2"):
         missing_class_images(flags.data, flags.output)
     assert missing_class_images(*parts(flags.replace(num_class_images=2), "data", "output")) == 0
     (folder / "metadata.jsonl").unlink()
@@ -149,7 +149,7 @@ def test_what_is_to_be_learnt_is_no_class_image(tmp_path, place):
     learnt = tmp_path / "class" / place
     learnt.mkdir(parents=True, exist_ok=True)
     flags = ["--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a disc", "--train_data_dir"]
-    with pytest.raises(InvalidArgument, match=r"^--class_data_dir \S+/class: has what is to be learnt in it"):
+    with pytest.raises(InvalidArgument, match=r"^--class_data_dir \S+/class: contains the training images of"):
         missing_class_images(*parts(parse_args([*flags, str(learnt)]), "data", "output"))
     assert missing_class_images(*parts(parse_args([*flags, str(tmp_path)]), "data", "output")) == 100
 

@@ -98,7 +98,7 @@ def test_kohyas_folders_say_repeats_and_captions(tmp_path):
     cat, letters = gather("--train_data_dir", kohyas(tmp_path / "p"), "--train_data_repeats", 2)
     assert (cat.repeats, cat.captions) == (20, [["sks cat"], ["blue box"]])
     assert (letters.repeats, letters.captions) == (4, [["a_b"]])
-    assert "not 0_none, 3_empty, loose.png, plain" in only(cat.notes, "alone are read")
+    assert "not 0_none, 3_empty, loose.png, plain" in only(cat.notes, "only kohya's folders")
     only(cat.notes, "10_sks cat: 1 folder in it not read")
     assert cat.label == f"{tmp_path}/p/10_sks cat (1 of 2 images with its name as caption: sks cat)"
     assert letters.label == f"{tmp_path}/p/2_a_b (1 of 1 image with its name as caption: a_b)"
@@ -120,7 +120,7 @@ def test_a_number_alone_says_no_repeats_and_that_is_told(tmp_path, beside):
         image_folder(tmp_path / "p" / "2_cat", 1, layout="txt")
     (found,) = gather("--train_data_dir", tmp_path / "p")
     assert (len(found), found.repeats) == ((1, 2) if beside else (2, 1))
-    only(found.notes, f"{tmp_path / 'p'}: the name 10 says no repeats; name it 10_ if each image is to be met 10 times")
+    only(found.notes, f"{tmp_path / 'p'}: the name 10 sets no repeats; name it 10_ to use each image 10 times an epoch")
 
 
 def test_captions_in_capitals_are_read_and_missing_ones_counted(tmp_path):

@@ -213,7 +213,7 @@ def test_an_image_at_several_resolutions_is_one_of_those_that_are_trained_on():
     )
     assert len(found.train) > 2 * len(once.train) and found.trained == once.trained == len(once.train)
     assert found.trained + len(found.select) + len(found.test) == 20
-    assert f"images: {once.trained} to train on" in str(found) and facts_of(found, ())["split"]["train"] == once.trained
+    assert f" {once.trained} for training" in str(found) and facts_of(found, ())["split"]["train"] == once.trained
 
 
 def test_no_more_images_choose_than_are_measured():
@@ -227,12 +227,12 @@ def test_no_more_images_choose_than_are_measured():
         for n in (64, 3)
     )
     assert len(whole.select) > 3 and found == dataclasses.replace(whole, select=whole.select[:3])
-    assert "3 to choose by" in str(found) and facts_of(found, ())["split"]["select"] == 3
+    assert "3 in the selection split" in str(found) and facts_of(found, ())["split"]["select"] == 3
 
 
 def test_too_few_images_are_refused_in_one_line():
     image = picture(0)
-    with pytest.raises(InvalidArgument, match="--train_data_dir images: 2 images but for near-duplicates") as error:
+    with pytest.raises(InvalidArgument, match="images: only 2 images without near-duplicates") as error:
         parts_by_content([encoded(image), encoded(picture(1)), encoded(image, "JPEG")])
     assert "\n" not in str(error.value) and "(image 0 and image 2 look alike)" in str(error.value)
 

@@ -152,11 +152,11 @@ def test_each_flag_says_what_its_name_says(words, own):
 def test_what_the_sampling_does_not_read_is_refused(words, with_which):
     of_flow = ["--snr_gamma", "0", "--weighting_scheme", "none", *words.split()]
     flow, pipeline = SimpleNamespace(name="a flow", objective="flow"), SimpleNamespace(scheduler=SHIFTED)
-    with pytest.raises(InvalidArgument, match=f"^{words.split()[0]} .* by .*, which does not read it"):
+    with pytest.raises(InvalidArgument, match=f"^{words.split()[0]} .* by .*, which does not use it"):
         of(of_flow, flow, pipeline)
     of([*of_flow, *with_which.split()], flow, pipeline)
     noise = SimpleNamespace(name="of noise", objective="ddpm")
     pipeline = SimpleNamespace(scheduler=DDPMScheduler())
-    with pytest.raises(InvalidArgument, match="of noise learns no flow"):
+    with pytest.raises(InvalidArgument, match="of noise is no flow-matching model"):
         of(words.split()[:2], noise, pipeline)
     of(["--logit_mean", "0", "--logit_std", "1"], noise, pipeline)

@@ -160,16 +160,16 @@ EXAMPLE = ASSETS.parent / "app" / "example" / "lora" / "pytorch_lora_weights.saf
 @pytest.mark.parametrize(
     ("part", "what"),
     [
-        (None, "a LoRA; give the model that it was made for, and this with --init_lora"),
-        ("unet", "a U-Net alone; give a whole model"),
-        ("vae", "an autoencoder alone; give a whole model, and this with --pretrained_vae_model_name_or_path"),
-        ("text_encoder", "a text encoder alone; give a whole model"),
+        (None, "a LoRA; give its base model here, and this file with --init_lora"),
+        ("unet", "a U-Net alone; give a complete model"),
+        ("vae", "an autoencoder alone; give a complete model here, and this file with --pretrained_vae_model"),
+        ("text_encoder", "a text encoder alone; give a complete model"),
     ],
 )
 def test_a_lora_or_a_part_of_a_model_is_refused_by_what_it_is(data, model, capsys, part, what):
     """As a file and as a folder, by its header alone: nothing is asked of the hub."""
     (file,) = (model / part).glob("*.safetensors") if part else [EXAMPLE]
-    for path, where in ((file, "it"), (file.parent, f"no model_index.json, and {file.name} in it")):
+    for path, where in ((file, "it"), (file.parent, f"it has no model_index.json, and its {file.name}")):
         flag = ("--pretrained_model_name_or_path", path)
         line = refused(capsys, *flag, "--train_data_dir", data)
         assert f"error: {flag[0]} {path}: {where} is {what}" in line

@@ -499,7 +499,7 @@ def test_more_blocks_than_there_are_are_refused(folders, data, tmp_path, capsys)
 def test_a_compiler_that_would_keep_what_they_save_is_refused(folders, data, tmp_path, capsys, saving):
     flags = flags_of(folders("z_image"), data, tmp_path / "out", "--shortcut", "block", "--compile", *saving)
     line = refused(capsys, *flags)
-    assert "--compile: keeps whole weights for the backward" in line and saving[0] in line
+    assert "--compile: stores the complete weights for the backward pass" in line and saving[0] in line
     assert "add --gradient_checkpointing" in line and not (tmp_path / "out").exists()
 
 

@@ -627,7 +627,7 @@ def test_a_checkpoint_without_its_record_is_damaged_and_not_nothing(keep, tmp_pa
     restored(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags.output, keep.accelerator)
     assert keep.learner.step == 1
     (first / "trainer.json").unlink()
-    with pytest.raises(InvalidArgument, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(InvalidArgument, match=r"no checkpoint in .* is complete"):
         restored(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags.output, keep.accelerator)
 
 

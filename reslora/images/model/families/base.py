@@ -1,4 +1,7 @@
-"""The interface of model families: what differs between text-to-image models. It has no optimizer, option or folder."""
+"""The interface of model families: the code that differs between text-to-image models.
+
+It does not depend on optimizers, options or folders.
+"""
 
 import math
 import re
@@ -63,7 +66,10 @@ def numbered(name: str) -> tuple[str, list[str]]:
 
 
 class Family:
-    """A family of models: attributes, and the few functions that a model's formulas need. Subclasses override them."""
+    """A family of models: attributes, and functions that prepare the denoiser's inputs and read its output.
+
+    Subclasses override what differs from the defaults here.
+    """
 
     name: str
     pipeline: type[DiffusionPipeline]
@@ -103,7 +109,7 @@ class Family:
     takes_guidance: bool = False
     """Whether guidance is an input of the denoiser, so that a negative prompt has no effect."""
     thinking: bool | None = None
-    """Whether the text encoder thinks, in the chat template that captions are put into; None without a template."""
+    """Whether the chat template of captions enables the text encoder's thinking mode; None without a template."""
     patch: int = 0
     """The patch size in latents, if image sizes must be multiples of it."""
     channels: str = "latent_channels"

@@ -69,7 +69,10 @@ class Chroma(Flux):
         }  # fmt: skip
 
     def sampling_inputs(self, pipeline, text, negative, empty):
-        """Return text states of the captions and of the negative prompt, with boolean masks, which really mask."""
+        """Return text states of the captions and of the negative prompt, with boolean masks.
+
+        Attention would add floating-point masks to its logits instead.
+        """
         states, mask = side_by_side(text["states"])
         others, others_mask = side_by_side([negative["states"][0]] * len(states))
         return {
@@ -80,7 +83,7 @@ class Chroma(Flux):
         }
 
     def model_version(self, config, predicts_v):
-        """Return the names of Chroma."""
+        """Return the two names of Chroma."""
         return self.version
 
 

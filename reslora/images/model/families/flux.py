@@ -96,7 +96,7 @@ class Flux(Family):
         return {"prompt_embeds": text["states"], "pooled_prompt_embeds": text["pooled"]}
 
     def model_version(self, config, predicts_v):
-        """Return dev's or schnell's names; schnell has no guidance embedding."""
+        """Return the two names of Flux.1 dev, or of schnell if the denoiser has no guidance embedding."""
         return "flux1", "flux-1-dev" if config.guidance_embeds else "flux-1-schnell"
 
 

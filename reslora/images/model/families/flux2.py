@@ -46,7 +46,7 @@ class Flux2(Flux2Klein):
         return {"prompt_embeds": text["states"]}
 
     def model_version(self, config, predicts_v):
-        """Return the names of dev, the only size."""
+        """Return the two names of FLUX.2 dev, which has one size."""
         return self.version
 
 

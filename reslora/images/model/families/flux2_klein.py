@@ -34,7 +34,10 @@ ORIGINAL = {
 
 
 class Flux2Klein(Family):
-    """FLUX.2 klein, trained as in diffusers' train_dreambooth_lora_flux2_klein.py, and also in the text's attention."""
+    """FLUX.2 klein, trained as in diffusers' train_dreambooth_lora_flux2_klein.py.
+
+    Unlike in that script, the attention layers for the text are adapted too.
+    """
 
     name = "flux2_klein"
     pipeline = Flux2KleinPipeline
@@ -94,7 +97,7 @@ class Flux2Klein(Family):
         return output[0].transpose(1, 2).reshape(noisy.shape)
 
     def model_version(self, config, predicts_v):
-        """Return the names for the model's size, which follows from its width."""
+        """Return the two names of FLUX.2 klein in the model's size, which follows from its width."""
         size = "4b" if config.num_attention_heads * config.attention_head_dim <= 3072 else "9b"
         return f"flux2_klein_{size}", f"flux-2-klein-{size}"
 

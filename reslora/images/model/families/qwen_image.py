@@ -40,7 +40,7 @@ class QwenImage(WithQwenAutoencoder):
         return {"states": without_padding(states, mask)}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Return packed latents, timesteps in [0, 1], text states, their mask, and (frames, rows, columns) by image."""
+        """Return packed latents, timesteps in [0, 1], text states, their mask, and `(1, rows, columns)` by image."""
         batch, _, height, width = noisy.shape
         states, mask = padded_inputs(conditions.text["states"])
         return {

@@ -33,7 +33,7 @@ class QwenImageEdit(QwenImage):
         return height, width
 
     def encode_captions(self, pipeline, captions, longest):
-        """Return `states` of the captions without reference images, in which only the memory plan is interested."""
+        """Return `states` of the captions without reference images; only the memory estimate calls this."""
         states, mask = QwenImagePipeline._get_qwen_prompt_embeds(pipeline, captions, pipeline.text_encoder.device)
         return {"states": without_padding(states, mask)}
 

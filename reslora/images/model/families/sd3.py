@@ -92,7 +92,7 @@ class StableDiffusion3(Family):
         }
 
     def model_version(self, config, predicts_v):
-        """Return the names by model size.
+        """Return the two names of Stable Diffusion 3 or 3.5 in the model's size.
 
         3 medium has 24 blocks, 3.5 large has 38, and 3.5 medium has dual attention in some blocks.
         """

@@ -57,7 +57,7 @@ class StableDiffusionXL(WithUNet):
         except (KeyError, TypeError):  # older files omit default values
             return None
         if sizes == 5:
-            return "its U-Net is a refiner's, which is told five sizes of an image and not six"
+            return "its U-Net is a refiner's, which takes five sizes of an image instead of six"
         if sizes != 6:
             return f"its U-Net is told {told} numbers beside the pooled states, which are not six sizes of an image"
         return None if read == given else f"its U-Net reads text states {read} wide, its text encoders give {given}"

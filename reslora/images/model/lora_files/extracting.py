@@ -48,7 +48,7 @@ class Weights:
             with refused_as(flag, "give complete files"), safe_open(file, "pt") as opened:
                 files |= dict.fromkeys(opened.keys(), file)
         if scaled := next(filter(SCALED.fullmatch, files), None):
-            problem = f"{scaled}: its weights are in 8 or 4 bits, and to be scaled"
+            problem = f"{scaled}: its weights are stored in 8 or 4 bits with a scale"
             raise InvalidArgument(flag, problem, "give the model in 16 or 32 bits")
         return cls(flag, files)
 
@@ -72,7 +72,7 @@ class Place:
     swapped: bool = False
 
     def read(self, weights: Weights) -> torch.Tensor:
-        """Return the weight."""
+        """Return the layer's weight (out, in, *kernel) from the file; the two halves are swapped if `swapped`."""
         value = weights.read(self.name, self.rows)
         return torch.cat(value.chunk(2)[::-1]) if self.swapped else value
 
@@ -91,7 +91,7 @@ def places_of(weights: Weights, names: Names) -> dict[str, Place]:
                     places |= _places(key, fused, weights)
             if len(places) > len(names.shapes) // 2:
                 return places
-    fix = "give models of one family, and --base or --family where it is not certain"
+    fix = "give models of one family, and --base or --family if it is not certain"
     raise InvalidArgument(weights.flag, f"no weights of a {names.family.name} denoiser", fix)
 
 
@@ -115,10 +115,10 @@ def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[P
     for layer in common:
         one, other = in_base[layer].read(base), in_tuned[layer].read(tuned)
         if one.shape != other.shape:
-            problem = f"{layer} is {tuple(other.shape)} there, and {tuple(one.shape)} in the base"
+            problem = f"{layer} is {tuple(other.shape)} in it, but {tuple(one.shape)} in the base model"
             raise InvalidArgument(tuned.flag, problem, "give a model of the same kind")
         if not (torch.isfinite(one).all() and torch.isfinite(other).all()):
-            raise InvalidArgument(tuned.flag, f"{layer} is not finite there or in the base", "give complete models")
+            raise InvalidArgument(tuned.flag, f"{layer} is not finite, in it or in the base", "give complete models")
         if not torch.equal(one, other):
             layers[layer], errors[f"{names.family.denoiser}.{layer}"] = difference(other - one, rank)
     held = {places[layer].name for places in (in_base, in_tuned) for layer in common}

@@ -47,7 +47,7 @@ class Fused:
             return {self.layers[0]: Factors(down, up, scale)}
         rows = [len(up) * width // sum(self.outputs) for width in self.outputs]
         if sum(rows) != len(up):
-            raise ValueError(f"{len(up)} rows are not those of {len(self.layers)} layers")
+            raise ValueError(f"the fused B has {len(up)} rows, which cannot be split into {len(self.layers)} layers")
         found = {}
         for layer, piece in zip(self.layers, up.split(rows), strict=True):
             if (used := piece.any(0)).any():

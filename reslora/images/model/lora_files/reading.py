@@ -110,7 +110,7 @@ def refuse_pickles(path: Path, flag: str) -> None:
     found = sorted(path.iterdir()) if path.is_dir() else [path]
     pickles = [file.name for file in found if file.suffix in PICKLES]
     if pickles and not any(file.suffix == ".safetensors" for file in found):
-        raise InvalidArgument(flag, f"{pickles[0]} is a pickle, which may run anything", "give safetensors files")
+        raise InvalidArgument(flag, f"{pickles[0]} is a pickle, which may run code", "give safetensors files")
 
 
 def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
@@ -202,7 +202,7 @@ def pairs_of(content: Content) -> dict[str, Factors]:
                 content.flag, "an unmerged ResLoRA, whose shortcuts a LoRA file cannot contain", EXPORTED
             )
         elif not OLDEST.search(key):
-            raise InvalidArgument(content.flag, f"{key} is not of plain LoRA", "give a LoRA without that")
+            raise InvalidArgument(content.flag, f"{key} is not part of a plain LoRA", "give a LoRA without that")
     down, up, alpha = kinds.values()
     if lonely := [*(down.keys() ^ up.keys()), *(alpha.keys() - down.keys())]:
         raise InvalidArgument(content.flag, f"{lonely[0]} lacks one of its two factors", "give a complete file")
@@ -294,7 +294,7 @@ def _refuse_unscaled(content: Content, names: Names) -> None:
     found = _converted(content.tensors, names)
     unread = any(f"{names.family.denoiser}.{layer}.lora_A.weight" not in found for layer in layers)
     if content.path.name in (ADAPTER_NAME, WEIGHTS_NAME) or unread:
-        problem = f"nothing in it says the scale of {layers[0]}, as in the weights of a checkpoint"
+        problem = f"it does not contain the scale of {layers[0]}, like the weights of a checkpoint"
         raise InvalidArgument(content.flag, problem, f"give a finished LoRA, or PEFT's with its {PEFT_CONFIG_FILE}")
 
 

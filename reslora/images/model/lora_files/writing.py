@@ -47,7 +47,11 @@ def output_of(text: str, to: str) -> Path:
 
 
 def write(parts: Parts, names: Names, to: str, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the file, or PEFT's folder with a subfolder for each text encoder."""
+    """Write the LoRA to `path`, in the format `to`: diffusers, kohya, comfyui or peft.
+
+    `path` is a file, but for PEFT a folder, with a subfolder for each text encoder. `names` has the names of the
+    layers in kohya's and ComfyUI's files. `metadata` is added to the header of a file.
+    """
     if to == "diffusers":
         write_diffusers(path, parts, metadata)
     elif to == "kohya":
