@@ -130,15 +130,15 @@ async function enlarge(button) {
   if (answer.error) return trigger("refused", { line: answer.error });
   const figures = answer.images.map(([title, source]) => {
     const figure = document.createElement("figure"), image = new Image(), line = document.createElement("figcaption");
+    image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= 144));
     image.src = source;
     image.alt = `${title} of ${name}`;
     line.textContent = answer.images.length > 1 ? title : name;
     figure.append(image, line);
     return figure;
   });
-  const close = document.createElement("button");
-  close.type = "button";
-  close.textContent = "Close";
+  const close = document.createElement("div");
+  close.innerHTML = '<button type="button">Close</button>';
   enlarged.setAttribute("aria-label", name);
   enlarged.replaceChildren(...figures.reverse(), close);  // the reference image first: it becomes the image
   enlarged.showModal();

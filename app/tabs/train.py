@@ -19,7 +19,7 @@ from ..bases import DEFAULT, PIPELINES, word_of_model
 from ..estimates import MemoryEstimates, number_of_runs, training_time
 from ..folders import BUNDLED
 from ..handlers import NO_PROGRESS, QUIET, named, paths_of
-from ..jobs import WAITING, Entry
+from ..jobs import WAITING, Entry, NameTaken
 from ..library import Experiment
 from ..runs import Run, RunError
 from ..uploads import store_images
@@ -340,7 +340,9 @@ class TrainTab(ControlTab):
             now = form.defaults(launcher.parsed(settings))
         except RunError as error:
             empty = dict.fromkeys((self.facts, self.needs, self.asked, self.command), "")
-            return updates | empty | {self.waiting: gr.Timer(active=False), self.plan: views.bad(str(error))}
+            started = self.jobs.told_of_start(name) if isinstance(error, NameTaken) else ""
+            why = views.notice(started) if started else views.bad(str(error))
+            return updates | empty | {self.waiting: gr.Timer(active=False), self.plan: why}
         flags = dict(zip(self.all_names(), values[:-3], strict=True))
         for flag in form.FOLLOWING:
             if now[flag] != shown.get(flag) == flags[flag]:

@@ -123,6 +123,6 @@ def changes(claims: Iterable[Stated], total: int) -> list[str]:
         same = all(before[name] == now[name] for name in ("label", "reference", "margin"))
         was = f"{before['label']} better than {before['reference']} by more than {before['margin']:g}%"
         what = "the file was changed, but not what it claims" if same else f"the claim was changed: it was {was}"
-        when = f"{now['ended']} of {total} arms had ended, and the test split was read {now['readings']} times"
+        when = f"{now['ended']} of {total} runs had ended, and the test split was read {now['readings']} times"
         found.append(f"{what}; {when} (SHA-256 before: {before['sha256'] or 'no file'})")
     return found

@@ -296,7 +296,7 @@ def read_experiment(folder: Path) -> dict:
     """
     found = read_object(folder / EXPERIMENT)
     if not found and (folder / EXPERIMENT).exists():
-        fix = f"restore it from a copy, or remove it: trained arms stay, and {READINGS} counts the test readings"
+        fix = f"restore it from a copy, or remove it: trained runs stay, and {READINGS} counts the test readings"
         raise InvalidArgument(f"--output_dir {folder}", f"{EXPERIMENT} is damaged", fix)
     return found
 

@@ -36,7 +36,7 @@ READING = (
 )
 UNCERTAIN = {
     "better": "It is better than {reference}: chance makes such a difference in at most 5 of 100 experiments.",
-    "worse": "It is worse than {reference} on the test {unit}s, although the select {unit}s chose it.",
+    "worse": "It is worse than {reference} on the test {unit}s, although the selection split chose it.",
     "not shown": "Whether it is better than {reference} this experiment does not show: use either, or add seeds.",
     "cannot tell": "Whether it is better than {reference} one seed does not say: add seeds.",
 }
@@ -78,17 +78,17 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
         ("Claim", claim_of(experiment)),
         ("Verdicts", verdict_table(experiment, unit)),
         ("What to use", what_to_use(experiment, about)),
-        (f"Notes as of {pluralize(as_of, 'arm')}" if as_of else "Notes", in_lines(experiment["notes"])),
+        (f"Notes as of {pluralize(as_of, 'run')}" if as_of else "Notes", in_lines(experiment["notes"])),
         ("What is missing", missing(experiment)),
-        (f"Chosen on the select {unit}s", chosen_table(experiment, unit)),
-        ("Arms", arm_table(experiment, about)),
-        (f"Loss on the select {unit}s", select_charts(experiment, about.losses)),
+        ("Chosen on the selection split", chosen_table(experiment, unit)),
+        ("Runs", arm_table(experiment, about)),
+        ("Loss on the selection split", select_charts(experiment, about.losses)),
         *about.sections(experiment, folder),
         ("Settings and versions", settings_of(experiment)),
     )
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
     split = experiment["split"]
-    arms = pluralize(len(experiment["arms"]), "arm")
+    arms = pluralize(len(experiment["arms"]), "run")
     parts = f"{split['train']} {unit}s to train on, {split['select']} to select by, {split['test']} to test with"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{headline}</title>'
@@ -107,9 +107,9 @@ def headline_of(experiment: Experiment, unit: str) -> str:
     """Return the main result as one sentence."""
     verdicts, total = experiment["verdicts"], len(experiment["arms"])
     ended = sum(arm["status"] in ENDED_AS for arm in experiment["arms"])
-    so_far = f"So far, with {ended} of {total} arms: " if ended < total else ""
+    so_far = f"So far, with {ended} of {total} runs: " if ended < total else ""
     if verdicts and "as_of" in experiment:
-        so_far = f"As of {pluralize(experiment['as_of'], 'arm')}, with {ended} of {total} ended: "
+        so_far = f"As of {pluralize(experiment['as_of'], 'run')}, with {ended} of {total} ended: "
     if not verdicts:
         finished = any(arm["status"] == "finished" for arm in experiment["arms"])
         none = "Nothing is compared yet" if finished and not experiment["chosen"] else "There is nothing to compare"
@@ -130,7 +130,7 @@ def claim_of(experiment: Experiment) -> str:
         return ""
     claim, found = claims[-1], experiment.get("answer")
     what = f"{claim['label']} is better than {claim['reference']} by more than {claim['margin']:g}%"
-    when = f"Stated when {pluralize(claim['ended'], 'arm')} had ended"
+    when = f"Stated when {pluralize(claim['ended'], 'run')} had ended"
     when += f", after {pluralize(claim['readings'], 'evaluation')} on the test split"
     file = f"in a file with SHA-256 {claim['sha256']}" if claim["sha256"] else "on the command line, not in a file"
     lines = [f"Claim: {what}", f"Answer: {found['sentence'] if found else 'none yet'}", f"{when}, {file}."]
@@ -207,7 +207,7 @@ def best_in_words(best: Best, about: About) -> str:
     """Return a line that names the exported files, and the arm from which they were exported."""
     *more, last = map(with_slash, best["files"])
     files = f"{', '.join(more)} and {last} are those" if more else f"{last} is that"
-    return f"{files} of {best['folder']} at step {best['step']}, which does best on the select {about.unit}s"
+    return f"{files} of {best['folder']} at step {best['step']}, which does best on the selection split"
 
 
 def with_slash(name: str) -> str:
@@ -317,14 +317,14 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
     if rows and base is not None:
         selected = number(experiment.get("base_select"))
         rows.append([BASE, NOTHING, "0", selected, number(base), *[NOTHING] * 6, ""])
-    names = ["Method", "Learning rate", "Step", "Select loss", "Test loss", "One more seed", "Rank", "Shortcut"]
+    names = ["Method", "Learning rate", "Step", "Selection loss", "Test loss", "One more seed", "Rank", "Shortcut"]
     names += ["Time", "Memory", "File", "End of the rates"]
     note = (
-        f"<p>Of each method the learning rate and step with the lowest mean loss, over seeds, on the select {unit}s, "
+        "<p>Of each method the learning rate and step with the lowest mean loss, over seeds, on the selection split, "
         "which none was trained on. Time: until that step, mean over seeds. Memory: the most of any seed. File: the "
         "exported LoRA.</p>"
     )
-    return (note if rows else "") + table(f"Chosen on the select {unit}s", names, rows)
+    return (note if rows else "") + table("Chosen on the selection split", names, rows)
 
 
 def costs_of(experiment: Experiment, label: str) -> list[str]:
@@ -367,11 +367,12 @@ def arm_table(experiment: Experiment, about: About) -> str:
                 *(number(figures.get(name)) for name in shown),
             ]
         )
-    names = ["Method", "Learning rate", "Seed", "Status", "Lowest select loss", "Test loss", "Steps", "Time", "Memory"]
-    found = table("Arms", [*names, *(about.columns[name][0] for name in shown)], rows, marked)
+    names = ["Method", "Learning rate", "Seed", "Status", "Lowest selection loss", "Test loss", "Steps", "Time"]
+    names += ["Memory"]
+    found = table("Runs", [*names, *(about.columns[name][0] for name in shown)], rows, marked)
     meanings = in_lines(f"{title}: {meaning}" for title, meaning in (about.columns[name] for name in shown))
     shaded = " Shaded: at the chosen rate." if marked else ""
-    note = f"<p>An arm is one training: a method with one learning rate and one seed.{shaded}</p>"
+    note = f"<p>A run is one training: a method with one learning rate and one seed.{shaded}</p>"
     return (note + times_of(experiment) if rows else "") + found + meanings
 
 
@@ -540,7 +541,7 @@ def missing(experiment: Experiment) -> str:
     lines: list[str] = []
     for status, what in (("running", "in training"), ("waiting", "not trained yet"), ("failed", "failed")):
         counted = Counter(arm["label"] for arm in experiment["arms"] if arm["status"] == status)
-        lines += [f"{label}: {pluralize(arms, 'arm')} {what}" for label, arms in counted.items()]
+        lines += [f"{label}: {pluralize(arms, 'run')} {what}" for label, arms in counted.items()]
     compared = {verdict["label"] for verdict in experiment["verdicts"]}
     references = {verdict["reference"] for verdict in experiment["verdicts"]}
     compared |= references or set(experiment.get("references", [REFERENCE]))

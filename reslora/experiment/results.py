@@ -288,12 +288,12 @@ class Results:
             yield f"compared at equal training time, that of {schedule.references[0]}, {seconds:.3g} s: {steps}"
         left = len(arms) - len(losses)
         if left:
-            line = f"{record.UNFINISHED}{left} of {len(arms)} arms {is_or_are(left)} still to be trained"
+            line = f"{record.UNFINISHED}{left} of {len(arms)} runs {is_or_are(left)} still to be trained"
             limit = f"--experiment_minutes {experiment.experiment_minutes:g}"
             yield f"{line}, none within {limit}; run the same command to resume for as long again"
         there = {path.parent for method in METHODS for path in (schedule.folder / method).glob(f"**/seed-*/{ENDED}")}
         if more := len(there - {schedule.folder_of(arm) for arm in arms}):
-            yield f"left out: {pluralize(more, 'arm')} of other methods, rates or seeds, which the folder has as well"
+            yield f"left out: {pluralize(more, 'run')} of other methods, rates or seeds, which the folder has as well"
         endings = map(schedule.ended, arms)
         yield from (ended["reason"] for ended in endings if ended.get("status") == "failed" and ended["reason"])
         waiting = {arm.label for arm in arms if arm not in losses}
@@ -317,7 +317,7 @@ class Results:
         if references and references.isdisjoint(arm.label for arm in trained):
             yield f"nothing to compare with: no learning rate of {schedule.reference} is chosen"
         if self.readings > 1:  # the user may have seen earlier results before extending the experiment
-            read = f"the test {self.study.about.unit}s were read {self.readings} times, as arms came in"
+            read = f"the test {self.study.about.unit}s were read {self.readings} times, as runs came in"
             level = f"{100 * level_of(self.readings):.2g}%"
             yield f"{read}: this reading is judged at {level}, so that chance claims a difference in 5% at most of all"
 

@@ -172,7 +172,7 @@ class ArmSchedule:
     def runs_in_words(self) -> str:
         """Return how many arms there are, and how many of them choose learning rates."""
         choosing = sum(len(self.choosing_arms(label)) for label in self.grids)
-        arms = f"{self.total_in_words} {'arm' if len(self.arms()) == 1 else 'arms'}"
+        arms = f"{self.total_in_words} {'run' if len(self.arms()) == 1 else 'runs'}"
         return f"{arms}, {choosing} to choose learning rates" if len(self.given) > 1 else arms
 
     def race(self, label: str) -> dict[float, float]:

@@ -113,7 +113,7 @@ class ExperimentStudy(ABC):
 
     def report_progress(self, ended: int, total: int) -> None:
         """Write to the status how many arms have ended, if several are trained at once."""
-        self.say(f"training, {ended} of {pluralize(total, 'arm')} ended")
+        self.say(f"training, {ended} of {pluralize(total, 'run')} ended")
 
     def estimate(self, steps: int, step: float, start: float, measuring: float, test: float) -> None:
         """Print an estimate of the experiment's remaining time; only the first call prints it.

@@ -193,7 +193,7 @@ class WorkerPool:
                         return job, result
                     self.fail(member)
         self.end()
-        raise Stopped("stopped while arms were trained")
+        raise Stopped("stopped while runs were trained")
 
     def each(self, jobs: Iterable[Job], grids: Grids, begins: Callable[[Job], object]) -> Iterator[tuple[Job, Any]]:
         """Do the jobs, and yield each with its result as it ends; `begins` is called before a job is assigned."""

@@ -126,7 +126,7 @@ class SharedExperimentOptions:
         "time limit: start another run only if it, and all tests and exports, are expected to end within this many "
         "minutes; the same command resumes later", POSITIVE)
     arms_at_once: int | None = free(None,
-        "number of arms to train at once, each in its own process; several GPUs are shared out evenly", COUNT,
+        "number of runs to train at once, each in its own process; several GPUs are shared out evenly", COUNT,
         or_else="1")
 
 

@@ -57,7 +57,7 @@ def test_the_time_is_that_of_a_run_of_the_same_model_and_batch(jobs, settings, r
     [
         ("x\nthe most, 129.38 MiB of 21856.98 MiB that cpu has free, while exporting; latents",
          "129 MiB of 21.3 GiB free, while exporting"),
-        ("the most, 9.38 GiB of 7.00 GiB that each of 2 arms on a cuda has free, while training; latents",
+        ("the most, 9.38 GiB of 7.00 GiB that each of 2 runs on a cuda has free, while training; latents",
          "9.38 GiB of 7 GiB free, while training"),
         ("the most, 1.50 GiB, while sampling; latents", "1.5 GiB, while sampling"),
         ("a\n--train_batch_size 16: training takes 9 GiB", "--train_batch_size 16: training takes 9 GiB"),

@@ -215,6 +215,10 @@ def test_the_form_starts_with_what_stands_in_it_and_warns_of_a_likely_mistake(li
         assert f"/{name} " in f"{words} " and label == "Add to queue"
         told.append(answer)
     assert "a starts with the bundled images." in told[0] and "warning" not in told[0]
+    shown = tab.look("a", None, "", "", "", *tab.values_of({}))
+    assert 'class="notice"' in shown[tab.plan] and "a was started (" in shown[tab.plan] and shown[tab.command] == ""
+    write_run(lined.library.folder / "there")
+    assert 'class="bad"' in tab.look("there", None, "", "", "", *tab.values_of({}))[tab.plan]
     assert "b waits in the queue" in told[1] and "warning: 9999 is a very high rank" in told[1]
 
 
@@ -237,7 +241,7 @@ def test_a_run_that_was_asked_to_stop_is_said_to_have_ended(monkeypatch):
         run_states = SimpleNamespace(
             all_active=lambda found=found: [found], asked=asked, is_active=lambda _, states=states: next(states, True)
         )
-        said = list(TrainTab.wait_for_end(SimpleNamespace(jobs=run_states)))
+        said = list(control.wait_for_end(run_states))
         assert [line in one for line, one in zip(told, said, strict=True)] == [True] * len(told)
 
 

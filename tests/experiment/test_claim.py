@@ -85,8 +85,8 @@ def test_another_claim_is_appended_and_its_change_is_named():
     claims = stated_again(stated_again([first], edited), other)
     assert claims == [first, edited, other]
     lines = changes(claims, 6)
-    assert lines[0].startswith("the file was changed, but not what it claims; 4 of 6 arms had ended")
-    assert lines[1].startswith("the claim was changed: it was reslora better than lora by more than 1%; 5 of 6 arms")
+    assert lines[0].startswith("the file was changed, but not what it claims; 4 of 6 runs had ended")
+    assert lines[1].startswith("the claim was changed: it was reslora better than lora by more than 1%; 5 of 6 runs")
     assert "SHA-256 before: b" in lines[1]
 
 

@@ -30,8 +30,9 @@ headline_of = report.headline_of
 page = partial(report.page, about=IMAGES)
 write_report = partial(report.write_report, about=IMAGES)
 ORDER = (
-    "Verdicts", "What to use", "What is missing", "Chosen on the select images", "Arms", "Loss on the select images",
-    "Loss on the test images by timestep", "Loss by test image", "Images", "Settings and versions",
+    "Verdicts", "What to use", "What is missing", "Chosen on the selection split", "Runs",
+    "Loss on the selection split", "Loss on the test images by timestep", "Loss by test image", "Images",
+    "Settings and versions",
 )  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def test_all_of_it_in_order(text, experiment):
     assert " base model — 0 0.34000 0.34000 — " in words
     low, high = better["rerun"]
     assert f"&minus;{-low:.1f}% to &minus;{-high:.1f}%" in text
-    assert "loha: 1 arm failed" in words and "torch 2.9" in words and "duplicates 3" in words
+    assert "loha: 1 run failed" in words and "torch 2.9" in words and "duplicates 3" in words
     assert f"<h1>{experiment['ranking']['sentence']}</h1>" in text and better["label"] in experiment["ranking"]["best"]
     bars = re.findall(r'class="bar" d="M([\d.]+) \d+H([\d.]+)"/><path class="dot" d="M([\d.]+) ', text)
     assert len(bars) == 3 and all(float(low) < float(mean) < float(high) for low, high, mean in bars)
@@ -175,9 +176,9 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(experiment, folder, 
 def test_an_unfinished_experiment_says_what_is_missing(tmp_path):
     found = examples.unfinished()
     words = words_of(page(found, tmp_path))
-    assert "So far, with 7 of 60 arms: nothing to compare yet" in words
+    assert "So far, with 7 of 60 runs: nothing to compare yet" in words
     assert "Notes --experiment_minutes 5 are over What is missing " in words
-    assert "loha: 1 arm in training" in words and "lora: 13 arms not trained yet" in words
+    assert "loha: 1 run in training" in words and "lora: 13 runs not trained yet" in words
     assert "reslora block(4): not compared" in words
     assert "highest" not in words  # further rates are still to be trained
     found["chosen"]["lora"] |= {"at_end": "high", "next": 2e-4}
@@ -195,13 +196,13 @@ def test_an_arm_whose_process_was_killed_waits(tmp_path):
         text=True,
     )
     found = examples.unfinished() | {"process": killed.stdout.readline().strip()}
-    assert "loha: 1 arm in training" in words_of(page(found, tmp_path))
+    assert "loha: 1 run in training" in words_of(page(found, tmp_path))
     killed.kill()
     killed.wait(timeout=LIMIT)
     words = words_of(page(found, tmp_path))
     assert "in training" not in words and "its process was ended; run the same command to resume" in words
     elsewhere = found | {"process": f"00000000-{killed.pid}-1"}  # of another machine nobody can say
-    assert "loha: 1 arm in training" in words_of(page(elsewhere, tmp_path))
+    assert "loha: 1 run in training" in words_of(page(elsewhere, tmp_path))
 
 
 def test_settings_name_no_place_outside_the_working_directory(experiment, folder, tmp_path, monkeypatch):
@@ -249,7 +250,7 @@ def test_the_headline_without_a_ranking(conclusions, words):
     assert headline_of(found, "image").startswith(words)
     if verdicts:
         unfinished = {"verdicts": verdicts, "arms": [*arms, {"status": "waiting"}]}
-        assert headline_of(unfinished, "image").startswith(f"So far, with 2 of 3 arms: {words}")
+        assert headline_of(unfinished, "image").startswith(f"So far, with 2 of 3 runs: {words}")
 
 
 def test_the_headline_of_several_methods_is_the_ranking(experiment):
@@ -422,7 +423,7 @@ def test_what_to_use_says_how_sure_it_is_and_how_each_file_is_used(experiment, f
     words, place = words_of(content), folder / "{mine}"
     assert "Use reslora block(4) at learning rate 1e-4, 200 steps. It is better than lora: chance makes" in words
     line = "kohya.safetensors, pytorch_lora_weights.safetensors and peft/ are those of reslora/lr-0.0001/seed-1"
-    assert f"{line} at step 200, which does best on the select images:" in words
+    assert f"{line} at step 200, which does best on the selection split:" in words
     assert "kohya.safetensors : ComfyUI: put it into models/loras" in words
     assert f"load_lora_weights('{place}')" in words and f'data-copy="{place / "kohya.safetensors"}"' in content
     words = words_of(page(experiment | {"best": best | {"files": ["peft"]}}, folder))

@@ -224,7 +224,7 @@ def test_what_was_concluded_stays_until_it_is_concluded_anew(tmp_path):
         for name in ("chosen", "verdicts", "ranking", "base", "best", "notes"):
             assert kept[name] == before[name]
         assert read_of(kept) == read_of(before) and kept["as_of"] == 12
-        assert told == f"As of 12 arms, with {ended} of 15 ended: {headline}"
+        assert told == f"As of 12 runs, with {ended} of 15 ended: {headline}"
         assert Experiment("out", folder).status == "stopped"
     after, headline = go(folder, "--seed", "0", "1", "2")
     assert after["verdicts"][0]["seeds"] == 3 and "as_of" not in after and headline.startswith("best: lora; ")
@@ -274,7 +274,7 @@ def test_while_arms_are_missing_the_test_images_are_read_for_verdicts_alone(tmp_
     record, _ = go(tmp_path / "out", "--seed", "0", "1", "2", methods=methods)
     assert record["readings"] == 1 + verdicts and read_of(record)
     read = [
-        "the test images were read 2 times, as arms came in: this reading is judged at 0.76%, so that chance claims a "
+        "the test images were read 2 times, as runs came in: this reading is judged at 0.76%, so that chance claims a "
         "difference in 5% at most of all"
     ]
     assert [note for note in record["notes"] if "were read" in note] == read * verdicts
@@ -309,7 +309,7 @@ def test_the_base_model_is_measured_once_and_says_what_training_gains(tmp_path):
 
 
 def test_the_best_run_is_one_of_the_best_methods_and_says_what_it_was_trained_with(tmp_path):
-    """By the select images all methods are alike, and lora_x2 comes first; on the test images it is worse than LoRA."""
+    """By the selection split all methods are alike, lora_x2 comes first; on the test images it is worse than LoRA."""
     record, _ = go(tmp_path / "out", methods="lora_x2 lora lora_x4")
     assert record["ranking"]["best"] == ["lora"] and record["best"]["label"] == "lora"
     assert record["best"]["options"] == {"method": "lora", "learning_rate": 2e-4, "seed": 0}
@@ -332,7 +332,7 @@ def test_of_what_was_concluded_only_labels_that_are_still_there_stay(tmp_path):
     go(tmp_path / "out")
     kept, told = go(tmp_path / "out", stopped="train", methods="lora lora_x2 rslora")
     assert set(kept["chosen"]) == {"lora", "lora_x2"} and [each["label"] for each in kept["verdicts"]] == ["lora_x2"]
-    assert told.startswith("As of 12 arms, with 8 of 12 ended: lora_x2 is worse than lora")
+    assert told.startswith("As of 12 runs, with 8 of 12 ended: lora_x2 is worse than lora")
     kept, told = go(tmp_path / "out", "--method", "lora_x4", "--learning_rate", "1e-4", "4e-4", stopped="tested")
     assert (kept["chosen"], kept["verdicts"], read_of(kept)) == ({}, [], []) and "as_of" not in kept
 

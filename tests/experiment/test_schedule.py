@@ -233,7 +233,7 @@ def ends(schedule: ArmSchedule) -> dict[tuple, tuple]:
 def test_a_race_trains_the_middle_rate_then_outward_and_stops_what_is_worse(schedule):
     one = schedule(*FIVE, "--seed", "0", "1")
     assert one.is_race and len(one.arms()) == 2 * (5 + 1) and one.total_in_words == "at most 12"
-    assert one.runs_in_words() == "at most 12 arms, 10 to choose learning rates"
+    assert one.runs_in_words() == "at most 12 runs, 10 to choose learning rates"
     race = [
         ("lora", 4e-4), ("lora_x2", 4e-4), ("lora", 2e-4), ("lora_x2", 2e-4),
         ("lora", 1e-4), ("lora_x2", 8e-4), ("lora_x2", 1.6e-3),

@@ -122,7 +122,7 @@ def test_arms_are_handed_out_until_none_is_next(tmp_path, capfd):
             RunFailed("a process of --arms_at_once was killed by signal 9; run the same command to resume"),
             "",
         ),
-        ("is_stopped", Stopped("stopped while arms were trained"), ""),
+        ("is_stopped", Stopped("stopped while runs were trained"), ""),
     ],
 )
 def test_one_that_ends_ends_the_others_once_they_have_saved(tmp_path, capfd, what, error, told):
@@ -156,7 +156,7 @@ def test_a_stop_is_told_to_all(tmp_path):
         stop.signal = signal.SIGTERM
 
     asking = start_thread(ask)
-    with pytest.raises(Stopped, match=r"^stopped while arms were trained$"):
+    with pytest.raises(Stopped, match=r"^stopped while runs were trained$"):
         train(grid(tmp_path), what={1e-4: "waits", 2e-4: "waits"}, stop=stop)
     join(asking)
     assert not any(map(is_running, who(tmp_path))) and len(list(tmp_path.rglob("saved"))) == 2

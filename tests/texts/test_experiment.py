@@ -136,7 +136,7 @@ def test_what_an_experiment_leaves(whole):
     assert {path.parent.relative_to(output).as_posix() for path in output.rglob("peft")} - {"."} == compared
     assert {path.parent.parent.parent.name for path in output.rglob("merge.json")} == {"reslora"}
     assert found["best"]["files"] == ["peft", "merged"] and "out/merged" in text.partition("What to use")[2]
-    assert verdict["sentence"] in text and "Accuracy" in text and "the select examples" in text
+    assert verdict["sentence"] in text and "Accuracy" in text and "the selection split" in text
     assert "image" not in text.partition("<body>")[2].partition("<script>")[0]
 
 
@@ -338,7 +338,7 @@ def test_a_race_stops_a_run_early_and_says_so(common, tmp_path, capsys):
     own += ("--method", "lora", "--learning_rate", "1e-6", "5e-3")
     assert run(*own) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any("2 arms, 2 to choose learning rates, measured every 2 steps; " in line for line in lines)
+    assert any("2 runs, 2 to choose learning rates, measured every 2 steps; " in line for line in lines)
     assert any(line.startswith("estimate: at most ") and " for 2 runs (" in line for line in lines)
     (line,) = [line for line in lines if line.startswith("lora/lr-1e-06/seed-42: stopped early at step 4: ")]
     low, _ = record(tmp_path / "out")["arms"]

@@ -78,7 +78,7 @@ def where(context: ImageContext) -> str:
     """Return the name of the device; if several runs of an experiment share it, the name of one run's share."""
     device = context.accelerator.device
     arms = arms_a_device(context.options.experiment, device)
-    return device.type if arms == 1 else f"each of {arms} arms on a {device.type}"
+    return device.type if arms == 1 else f"each of {arms} runs on a {device.type}"
 
 
 def plan_of(kinds: Sequence[ImageDataset], context: ImageContext, free: int | None) -> Plan:

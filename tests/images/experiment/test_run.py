@@ -71,7 +71,7 @@ def small(flags, tmp_path_factory) -> Path:
     """Plain LoRA at two rates; the time was up after the first, and the same command went on."""
     output = tmp_path_factory.mktemp("small") / "out"
     lines = printed(*flags, *SMALL, "--output_dir", output, "--experiment_minutes", "0.0001")
-    line = "not finished: 1 of 2 arms is still to be trained, none within --experiment_minutes 0.0001"
+    line = "not finished: 1 of 2 runs is still to be trained, none within --experiment_minutes 0.0001"
     only(lines, f"{line}; run the same command to resume for as long again")
     assert [a["status"] for a in experiment(output)["arms"]] == ["waiting", "finished"]
     printed(*flags, *SMALL, "--output_dir", output)  # without a limit this time
@@ -136,7 +136,7 @@ def test_what_an_experiment_leaves(whole):
     assert len(found["timesteps"]) == 8 and found["settings"]["seed"] == [0, 1]
     split = found["split"]
     assert split["train"] + split["select"] + split["test"] == 8 and split["duplicates"] == 0
-    only(lines, "4 arms", f"{split['train']} to train on", f"{split['test']} to compare by")
+    only(lines, "4 runs", f"{split['train']} to train on", f"{split['test']} to compare by")
     for one in found["arms"]:
         assert sorted(one["select_by_step"]) == ["1", "2"] and one["memory_bytes"] > 0 and one["seconds"] > 0
         assert len(one["test"]["losses"]) == split["test"] and len(one["test"]["by_timestep"]) == 8
@@ -234,7 +234,7 @@ def test_added_methods_and_seeds_train_the_new_arms_alone(small, whole):
     assert sum(line.startswith("run ") for line in lines) == 3
     compared = [arm["folder"] for arm in experiment(output)["arms"] if (output / arm["folder"] / "peft").exists()]
     assert len(compared) == 4 and all("0.01" in folder for folder in compared)
-    only(lines, "left out: 1 arm of other methods")
+    only(lines, "left out: 1 run of other methods")
     assert experiment(output)["readings"] == 1 and not any("were read" in line for line in lines)  # one seed reads none
 
 
@@ -552,7 +552,7 @@ def test_a_race_stops_a_run_early_and_says_so(flags, tmp_path, capsys):
     """The same command trains nothing again; the estimate follows six steps."""
     own = [*flags, *RACE, "--output_dir", tmp_path / "out"]
     lines = printed(*own)
-    only(lines, "2 arms, 2 to choose learning rates; 8 steps, measured every 2 steps")
+    only(lines, "2 runs, 2 to choose learning rates; 8 steps, measured every 2 steps")
     only(lines, "estimate: at most ", " for 2 runs (", " of training, ", " of tests and exports)", "GiB")
     only(lines, "run 2 of 2, about 1 min left: lora/lr-0.0001/seed-0")
     line = only(lines, "lora/lr-0.0001/seed-0: stopped early at step 4: selection", "% above that of learning rate 0.3")
@@ -576,7 +576,7 @@ def test_arms_at_once_are_those_of_one_after_the_other(flags, small, whole, tmp_
     monkeypatch.setattr(judging, "trained_parts", None)  # the main process loads no arm
     output = shutil.copytree(small, tmp_path / "out", copy_function=shutil.copy2)
     assert main(*flags, *WHOLE, "--arms_at_once", "2", "--output_dir", output) == 0
-    ended = [f"training, {number} of 4 arms ended" for number in range(1, 4)]
+    ended = [f"training, {number} of 4 runs ended" for number in range(1, 4)]
     assert [what for what in told if what.startswith("training,")] == ended
     phases = [f"testing and exporting ({number} of 4)" for number in range(1, 5)]
     assert [what for what in told if what.startswith("testing")] == phases
@@ -600,7 +600,7 @@ def test_a_plan_times_the_first_steps_and_leaves_no_files(flags, tmp_path, monke
     cache = Path(flags[flags.index("--cache_dir") + 1])
     before = files(cache)
     lines = printed(*flags, *WHOLE, "--output_dir", tmp_path / "out", "--plan")
-    only(lines, "4 arms; 2 steps each") and only(lines, "planned memory in ")
+    only(lines, "4 runs; 2 steps each") and only(lines, "planned memory in ")
     line = only(lines, "estimate: ", " for 4 runs (", " of training, ", " of measurements, ", " of tests and exports)")
     assert line == lines[-1]
     assert files(cache) == before and list(tmp_path.iterdir()) == [places] and not list(places.iterdir())

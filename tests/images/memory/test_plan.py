@@ -96,7 +96,7 @@ def test_arms_at_once_share_what_is_free(prepared, capsys, monkeypatch):
     total = plan_of(images, context, None).peak.total
     give(monkeypatch, 2.9 * total)
     with pytest.raises(
-        InvalidArgument, match=r"^--arms_at_once 3: .*each of 3 arms on a cpu has .* give a smaller number$"
+        InvalidArgument, match=r"^--arms_at_once 3: .*each of 3 runs on a cpu has .* give a smaller number$"
     ):
         check_memory(images, context)
     give(monkeypatch, 3.1 * total)
