@@ -339,10 +339,12 @@ class TrainTab(ControlTab):
             told, words, found = experiments.plan(self.jobs, name, settings, without_bundled(folder), paths)
             now = form.defaults(launcher.parsed(settings))
         except RunError as error:
-            empty = dict.fromkeys((self.facts, self.needs, self.asked, self.command), "")
+            empty = dict.fromkeys((self.facts, self.needs, self.asked), "")
             started = self.jobs.told_of_start(name) if isinstance(error, NameTaken) else ""
-            why = views.notice(started) if started else views.bad(str(error))
-            return updates | empty | {self.waiting: gr.Timer(active=False), self.plan: why}
+            told = {self.plan: views.bad(str(error)), self.command: ""}
+            if started:  # the command on the page is that of the start
+                told = {self.plan: views.notice(started)}
+            return updates | empty | told | {self.waiting: gr.Timer(active=False)}
         flags = dict(zip(self.all_names(), values[:-3], strict=True))
         for flag in form.FOLLOWING:
             if now[flag] != shown.get(flag) == flags[flag]:

@@ -216,9 +216,11 @@ def test_the_form_starts_with_what_stands_in_it_and_warns_of_a_likely_mistake(li
         told.append(answer)
     assert "a starts with the bundled images." in told[0] and "warning" not in told[0]
     shown = tab.look("a", None, "", "", "", *tab.values_of({}))
-    assert 'class="notice"' in shown[tab.plan] and "a was started (" in shown[tab.plan] and shown[tab.command] == ""
+    assert 'class="notice"' in shown[tab.plan] and "a was started: it is " in shown[tab.plan]
+    assert tab.command not in shown  # what was started stands there
     write_run(lined.library.folder / "there")
-    assert 'class="bad"' in tab.look("there", None, "", "", "", *tab.values_of({}))[tab.plan]
+    shown = tab.look("there", None, "", "", "", *tab.values_of({}))
+    assert 'class="bad"' in shown[tab.plan] and shown[tab.command] == ""
     assert "b waits in the queue" in told[1] and "warning: 9999 is a very high rank" in told[1]
 
 
