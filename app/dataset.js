@@ -116,6 +116,34 @@ async function save(box) {
   host.renew();
 }
 
+// An image as large as it fits, with its reference image beside it if it has one.
+const enlarged = document.createElement("dialog");
+enlarged.id = "enlarged";
+enlarged.className = "enlarged";
+enlarged.addEventListener("click", () => enlarged.close());
+document.body.append(enlarged);
+
+async function enlarge(button) {
+  const name = nameOf(button), [chosen, ...settings] = host.chosen || [folder];
+  const answer = await server.enlarge({ folder, chosen, name, settings })
+    .catch(() => ({ error: "The server does not answer." }));
+  if (answer.error) return trigger("refused", { line: answer.error });
+  const figures = answer.images.map(([title, source]) => {
+    const figure = document.createElement("figure"), image = new Image(), line = document.createElement("figcaption");
+    image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= 144));
+    image.src = source;
+    image.alt = `${title} of ${name}`;
+    line.textContent = answer.images.length > 1 ? title : name;
+    figure.append(image, line);
+    return figure;
+  });
+  const close = document.createElement("div");
+  close.innerHTML = '<button type="button">Close</button>';
+  enlarged.setAttribute("aria-label", name);
+  enlarged.replaceChildren(...figures.reverse(), close);  // the reference image first: it becomes the image
+  enlarged.showModal();
+}
+
 // The caption as it is, for what was written instead.
 function drop(box) {
   drafts.delete(keyOf(box));
@@ -128,6 +156,10 @@ element.addEventListener("change", event => {
   if (!part.matches(".card input[type=checkbox]")) return;
   picked[part.checked ? "add" : "delete"](nameOf(part));
   tell();
+});
+element.addEventListener("click", event => {
+  const button = event.target.closest(".card .enlarge");
+  if (button) enlarge(button);
 });
 element.addEventListener("input", event => {
   const box = event.target;

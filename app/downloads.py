@@ -7,7 +7,8 @@ from pathlib import Path
 
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
-from .launcher import REPOSITORY, safe_name
+from .bases import DEFAULT, PIPELINES, bundled
+from .launcher import safe_name
 from .runs import Run, RunError, Weights
 from .working_files import WorkingFiles
 
@@ -26,7 +27,7 @@ class Download:
     """A file, or the folder that contains the files."""
     files: tuple[Path, ...]
     place: str
-    """Path of the file or folder, relative to the repository; absolute if it is outside of the repository."""
+    """Absolute path of the file or folder."""
     use: str
     """How to load the download: lines of Python, or the folder of another tool to copy it to."""
 
@@ -38,7 +39,7 @@ def downloads_of(run: Run) -> list[Download]:
     for method in () if run.unreadable else run.methods:
         files = files_below(run, method, "peft")
         if files and (root := run.inside(method, "peft")):
-            place = place_of(root)
+            place = root.as_posix()
             found.append(Download(f"{method}: peft (PEFT)", root, files, place, peft_lines(run, place)))
     return found
 
@@ -69,7 +70,7 @@ def packed(run: Run, one: Download, working: WorkingFiles) -> Path:
 
 def of_weights(run: Run, weights: Weights) -> Download:
     """Return the download of a LoRA file or of merged weights."""
-    place = place_of(weights.path)
+    place = weights.path.as_posix()
     if weights.kind == "merged":
         files = files_below(run, weights.method, weights.path.name)
         return Download(weights.label, weights.path, files, place, merged_lines(run, weights, place))
@@ -88,17 +89,13 @@ def files_below(run: Run, *parts: str) -> tuple[Path, ...]:
     return tuple(path for path in found if path.is_file()) if all(found) else ()
 
 
-def place_of(path: Path) -> str:
-    """Return a path relative to the repository, or the absolute path if it is outside of the repository."""
-    return (path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path).as_posix()
-
-
 # -- how to load them --------------------------------------------------------------------------------------------------
 
 
 def pipeline_line(run: Run, more: str = "") -> str:
     """Return the line of Python that loads the run's base pipeline; `more` is appended to the arguments."""
-    base = place_of(Path(run.word("pretrained_model_name_or_path") or "assets/pipeline"))
+    named = run.word("pretrained_model_name_or_path") or DEFAULT
+    base = Path(PIPELINES.get(bundled(named) or "", named)).as_posix()
     if base.endswith(".safetensors"):
         return f"pipeline = ...  # made of {base!r}"
     return f"pipeline = DiffusionPipeline.from_pretrained({base!r}{more})"

@@ -51,14 +51,17 @@ def card(image: Image, thumbnail: str, badges: tuple[str, str], fixed: bool) -> 
     `badges`: why training skips the image, and which image it duplicates or is similar to; either may be empty.
     """
     name, text = escape(image.name), escape(text_of(image))
+    enlarge = ""
     picture, scale = '<div class="empty">cannot be shown</div>', scaled(image.size[0] if image.size else 0)
     if thumbnail:
         picture = f'<img src="{thumbnail}" alt="{name}" {scale}>'
+        what, mark = ("pair", "&#x2922; pair") if image.reference else ("image", "&#x2922;")
+        enlarge = f'<button type="button" class="enlarge" aria-label="enlarge the {what} {name}">{mark}</button>'
     kinds = zip(("out", "alike"), badges, strict=True)
     lines = "".join(f'<p class="badge {kind}">{escape(line)}</p>' for kind, line in kinds if line)
     return (
         f'<div class="card{" bad" if badges[0] else ""}" role="group" aria-label="{name}" data-name="{name}">'
-        f'<label class="pick"><input type="checkbox" aria-label="select {name}">{picture}</label>'
+        f'<label class="pick"><input type="checkbox" aria-label="select {name}">{picture}</label>{enlarge}'
         f'<p class="name" title="{name}">{name}</p><p class="sizes">{sizes(image)}</p>{lines}'
         f'<textarea rows="3" aria-label="caption of {name}" data-was="{text}" placeholder="no caption"'
         f'{" readonly" if fixed else ""}>\n{text}</textarea><p class="told" role="status"></p></div>'

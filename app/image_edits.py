@@ -118,8 +118,8 @@ class ImageEdits:
     def throw_away(self, images: Images, names: object) -> str:
         """Move images to the folder's trash, and return a sentence that reports the change.
 
-        Their caption files and masks are also moved, unless a remaining image uses them. All their rows in a metadata
-        table are removed.
+        Their caption files, masks and reference images are also moved, unless a remaining image uses them. All their
+        rows in a metadata table are removed.
         """
         refuse_bundled(images.folder)
         if run := self.jobs.reader(images.folder.path):
@@ -170,14 +170,14 @@ class ImageEdits:
 
 
 def files_with(chosen: Sequence[Image], images: Images) -> list[Path]:
-    """Return the files of the images in `chosen`, and the masks and caption files that only these images use."""
+    """Return the files of the images in `chosen`, and the other images and caption files that only these images use."""
     paths = dict.fromkeys(image.path for image in chosen)
     others = [image for image in images.images.values() if image.path not in paths]
     stems = {image.path.with_suffix("") for image in others}
     captions = [text for path in paths if path.with_suffix("") not in stems for text in caption_files(path)]
-    used = {path for image in others for path in (image.path, image.mask)}
-    masks = [image.mask for image in chosen if image.mask and image.mask not in used]
-    return [path for path in dict.fromkeys([*paths, *captions, *masks]) if path.is_file()]
+    used = {path for image in others for path in image.files}
+    further = [path for image in chosen for path in image.files if path not in used]
+    return [path for path in dict.fromkeys([*paths, *captions, *further]) if path.is_file()]
 
 
 def text_of(image: Image) -> str:

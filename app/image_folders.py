@@ -7,6 +7,7 @@ their folder are never shown.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import threading
@@ -21,6 +22,7 @@ from reslora.images.data.folders import kohyas_folders
 from reslora.images.data.images import SUFFIXES, image_size
 from reslora.images.data.listing import files_of
 from reslora.images.data.size import Size
+from reslora.images.data.tables import REFERENCE
 from reslora.images.data.training_data import size_of
 from reslora.images.settings import with_defaults
 from reslora.options.images import Options
@@ -62,6 +64,13 @@ class Image:
     """Caption that training uses because the image has no caption file; None if there is no such default."""
     mask: Path | None = None
     """The image's mask file, from the image's table row; None if the row has no mask."""
+    reference: Path | None = None
+    """The reference image for training an edit model, from the table's column `conditioning_image`; None without it."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The image, and its mask and its reference image if it has them."""
+        return tuple(filter(None, (self.path, self.mask, self.reference)))
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,7 @@ def read(folder: Folder, options: Options) -> Images:
         parts, notes = kohyas_folders(folder.path, options.data, options.output)
         why = "not in one of kohya's folders" if parts else why
         for part, _, text in parts or [(str(folder.path), 1, None)]:
-            found = with_masks(Path(part), options.replace(train_data_dir=part), text, deep=not parts)
+            found = with_other_images(Path(part), options.replace(train_data_dir=part), text, deep=not parts)
             if found is None:
                 return Images(folder, options, {}, refused=whole_line(folder, options))
             notes += found.notes
@@ -186,15 +195,17 @@ def read(folder: Folder, options: Options) -> Images:
     return Images(folder, options, images, tuple(map(folder.without_path, notes)), refused, fixed)
 
 
-def with_masks(folder: Path, options: Options, caption: str | None, deep: bool) -> Found | None:
-    """Read a folder with `--masked_loss` or, if the masks are invalid, without this option.
+def with_other_images(folder: Path, options: Options, caption: str | None, deep: bool) -> Found | None:
+    """Read a folder with its masks and reference images; without those that are missing or invalid.
 
     Returns None for a folder that only the datasets library can read. `caption`: caption of images without a caption
     file. `deep`: whether to read subfolders.
     """
-    with contextlib.suppress(InvalidArgument):
-        masked = dataclasses.replace(options.training, masked_loss=True)
-        return read_folder(folder, options.data, masked, options.output, caption, deep)
+    for masked, column in itertools.product((True, False), (REFERENCE, None)):
+        training = dataclasses.replace(options.training, masked_loss=masked)
+        data = dataclasses.replace(options.data, conditioning_image_column=column)
+        with contextlib.suppress(InvalidArgument):
+            return read_folder(folder, data, training, options.output, caption, deep)
     return read_folder(folder, options.data, options.training, options.output, caption, deep)
 
 
@@ -211,7 +222,7 @@ def images_of(found: Found, folder: Folder, options: Options, otherwise: str | N
     """
     names, images = names_of(found.files, folder.path), {}
     for index, (name, path, row) in enumerate(zip(names, found.files, found.rows, strict=True)):
-        mask = row.pop("mask", None)  # training without --masked_loss does not check the mask
+        mask, reference = row.pop("mask", None), row.pop(REFERENCE, None)  # only checked by training that uses them
         usable = found.size(index, row)
         size, problem = (header_of(folder, path), usable) if isinstance(usable, str) else (usable, "")
         captions: tuple[str, ...] | None = tuple(row["captions"])
@@ -221,18 +232,19 @@ def images_of(found: Found, folder: Folder, options: Options, otherwise: str | N
             captions, size, problem = None, None, OUTSIDE
         buckets = buckets_of(size, options) if size and not problem else ()
         images[name] = Image(
-            name, path, captions, size, buckets, problem, found.metadata, otherwise, mask and Path(mask["path"])
-        )
+            name, path, captions, size, buckets, problem, found.metadata, otherwise, mask and Path(mask["path"]),
+            reference and Path(reference["path"]),
+        )  # fmt: skip
     return images
 
 
 def skipped_images(
     folder: Folder, options: Options, read: dict[str, Image], why: str, metadata: Path | None
 ) -> dict[str, Image]:
-    """Return the images in a folder that the trainer skips, by name; mask files are left out.
+    """Return the images in a folder that the trainer skips, by name; mask files and reference images are left out.
 
     `read`: the images that the trainer uses. `why`: the reason. `metadata`: the folder's table."""
-    known = {os.path.normpath(path) for image in read.values() for path in (image.path, image.mask) if path}
+    known = {os.path.normpath(path) for image in read.values() for path in image.files}
     paths = [
         path
         for path in files_of(folder.path, options.data, options.output)

@@ -66,6 +66,10 @@ class Busy(RunError):
     """Raised if a run cannot start because another run is training."""
 
 
+class NameTaken(RunError):
+    """Raised if a run or experiment with the name of a new one exists."""
+
+
 def folder_name(name: str) -> str:
     """Return `name` if it is valid as the name of a visible folder in the runs folder, else raise `ValueError`."""
     if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
@@ -174,10 +178,18 @@ class Jobs:
         run = (kind_of(folder) or Run)(name, folder)
         began = not folder.is_dir() or not BEFORE.issuperset(run.entries())  # a folder without training can be reused
         if folder.is_symlink() or (folder.exists() and began):
-            raise RunError("A run with this name already exists; choose another name, or resume this run.")
+            raise NameTaken("A run with this name already exists; choose another name, or resume this run.")
         if folder.exists() and self.is_active(run):
-            raise RunError(f"{name} is already starting: choose another name.")
+            raise NameTaken(f"{name} is already starting: choose another name.")
         return folder
+
+    def told_of_start(self, name: str) -> str:
+        """Return a sentence on the run or experiment with this name if it trains or was started here; else ""."""
+        run = next((run for run in self.library.everything() if run.name == name), None)
+        if run is None or (name not in self.started and not self.is_active(run)):
+            return ""
+        where = "its report is under Compare, Experiment" if isinstance(run, Experiment) else "its log is on this page"
+        return f"{name} was started: it is {self.status(run)}; {where}. To start another run, give another name."
 
     def choose_images(
         self, name: str, folder: str | None, uploads: Sequence[str] | None, caption: str = "", kind: type[Run] = Run

@@ -12,12 +12,13 @@ from accelerate.commands.config.config_args import default_config_file
 
 from reslora.errors import InvalidArgument
 from reslora.images.prompts import SUFFIXES as PROMPT_FILES
-from reslora.images.settings import build_parser
+from reslora.images.settings import build_parser, parsed_values
 from reslora.options.files import read_file
 from reslora.options.images import Options
 from reslora.options.option import Option
 from reslora.options.parser import OptionsParser
 from reslora.options.values import listed
+from reslora.options.vary import values_to_vary
 
 from . import form
 from .bases import DEFAULT, bundled, model_of
@@ -52,8 +53,30 @@ def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
             words.append(f"--{name}" if value else f"--no-{name}")
         elif values := words_of(option, value):
             words += [f"--{name}", *values]
+    if lines := lines_of(settings):
+        words += ["--vary", *lines]
     trainers_parser().parse_args(words)
+    varied(lines)
     return words
+
+
+def lines_of(settings: dict) -> list[str]:
+    """Return the lines of the box `VARY`, as arguments of `--vary`."""
+    lines = str(settings.get(form.VARY) or "").replace("\0", "").splitlines()
+    return [found for line in lines if (found := line.strip().lstrip("-"))]
+
+
+def varied(lines: list[str]) -> dict[str, list]:
+    """Return the values of the options that vary, by name. Raises `RunError` for a wrong line, as the trainer does."""
+    try:
+        found = values_to_vary(lines, Options.table(), {})
+    except InvalidArgument as error:
+        raise RunError(str(error)) from None
+    for name, values in found.items():
+        if name not in form.known():
+            raise RunError(f"--vary {name}: give this option on the command line; the page cannot set it.")
+        words_of(form.known()[name], values)
+    return found
 
 
 def words_of(option: Option, value: object) -> list[str]:
@@ -76,13 +99,17 @@ def words_of(option: Option, value: object) -> list[str]:
 def parsed(settings: dict) -> dict:
     """Convert the form's settings to the types of the trainer's options, and the model to its path or hub name."""
     words, model = arguments(settings, True), str(settings.get("model") or "")
-    return vars(trainers_parser().parse_args(words)) | ({form.MODEL: model_of(model, Path())} if model else {})
+    try:
+        found = parsed_values(trainers_parser(), words)
+    except InvalidArgument as error:  # an option that varies and has a value of its own
+        raise RunError(str(error)) from None
+    return found | ({form.MODEL: model_of(model, Path())} if model else {})
 
 
 def varies(settings: dict) -> bool:
     """Return whether the settings make an experiment: whether an option that may vary has several values."""
     given = {name: option for name, option in form.known().items() if option.varies and settings.get(name) not in EMPTY}
-    return any(len(words_of(option, settings[name])) > 1 for name, option in given.items())
+    return bool(lines_of(settings)) or any(len(words_of(option, settings[name])) > 1 for name, option in given.items())
 
 
 def read_config(path: Path) -> dict:
@@ -114,14 +141,17 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
     if images and read != [images.resolve()]:
         raise RunError(f"{begun.name} was started with other images: choose another name, or select no images.")
     known, model, otherwise = form.known(), str(settings.get("model") or "").strip(), form.defaults(begun.config)
+    config, lines = form.without_varied(begun.config)
     fixed = known.keys() - MAY_GROW
     given = {flag: value for flag, value in settings.items() if flag in fixed and value not in EMPTY}
     asked, others = vars(build_parser().parse_args(arguments(given, True))), []
     for flag, value in given.items():
-        was = begun.config.get(flag, otherwise[flag])
+        was = config.get(flag, otherwise[flag])
         # The form cannot show some values of the command line: it shows those options as empty.
         if listed(asked.get(flag, was)) != listed(was) and value != form.widget_value(known[flag], was):
-            others.append(form.as_flag(known[flag], was))
+            others.append(f"--vary {lines[flag]}" if flag in lines else form.as_flag(known[flag], was))
+    if (own := lines_of(settings)) and varied(own) != varied(list(lines.values())):
+        others.append(" ".join(["--vary", *lines.values()]) if lines else "no --vary")
     was_model = begun.word("pretrained_model_name_or_path") or ""
     if model and model not in (was_model, bundled(was_model) or was_model or DEFAULT):
         others.append(f"the model {bundled(was_model) or was_model or DEFAULT}")

@@ -17,12 +17,15 @@ from reslora.content_hash import content_mark
 from reslora.images.data.images import damage, open_image
 from reslora.images.experiment.split import features_of, groups_of
 
+from .folders import Folder
 from .image_folders import Image, Images
-from .runs import stamp_of
+from .runs import RunError, stamp_of
 
 SIDE = 256
 """Maximum width and height of a thumbnail in pixels."""
 THREADS = 4
+LARGEST = 1024
+"""Maximum width and height of an enlarged image in pixels."""
 AT_ONCE = 32
 """Number of images opened between two progress updates."""
 Stamp = tuple[int, ...]
@@ -79,6 +82,23 @@ class Looks:
             self.known[image.path] = stamp, Look(damage(error))
             return ""
 
+    def enlarged(self, image: Image, folder: Folder) -> list[tuple[str, str]]:
+        """Return the image and, if it has one, its reference image: a title and a data URI of each.
+
+        Raises `RunError` if one of them cannot be opened, or leads out of the folder.
+        """
+        found = []
+        for title, path in {"image": image.path, "reference image": image.reference}.items():
+            if path is not None:
+                stamp = stamp_of(path)
+                try:
+                    if not stamp or not folder.holds(path):
+                        raise FileNotFoundError(title)
+                    found.append((title, thumbnail(path, stamp, LARGEST)))
+                except Exception as error:  # exceptions of damaged files differ by image format
+                    raise RunError(f"{image.name}: its {title} cannot be shown ({damage(error)}).") from None
+        return found
+
     def check(self, images: Sequence[Image]) -> Iterator[int]:
         """Open all images without a cached result; after every `AT_ONCE` images, yield the number of images done."""
         todo = [image for image in images if image.size and self.of(image) is None]
@@ -133,9 +153,9 @@ def alike(looks: tuple[tuple[str, Look], ...]) -> dict[str, tuple[str, str]]:
 
 
 @functools.lru_cache(maxsize=2000)
-def thumbnail(path: Path, stamp: Stamp) -> str:
-    """Return a thumbnail as a data URI; `stamp` is part of the cache key."""
+def thumbnail(path: Path, stamp: Stamp, side: int = SIDE) -> str:
+    """Return an image of at most `side` pixels in width and height as a data URI; `stamp` is part of the cache key."""
     image, file = open_image(path), io.BytesIO()
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((side, side))
     image.save(file, "WEBP", quality=80)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

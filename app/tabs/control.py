@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar
 
 import gradio as gr
@@ -9,7 +10,7 @@ import gradio as gr
 from .. import views
 from ..folders import BUNDLED
 from ..handlers import NO_PROGRESS, QUIET
-from ..jobs import RUNNING, Entry
+from ..jobs import RUNNING, Entry, Jobs
 from ..runs import Run
 from .base import STATUS, Tab
 
@@ -37,7 +38,7 @@ class ControlTab(Tab):
         # Queued, although it never has to wait: an unqueued event would not show its error.
         self.stop.click(
             self.do_stop, [which, seen], self.answer, api_name=f"{prefix}_stop", concurrency_limit=None, **NO_PROGRESS
-        ).success(self.wait_for_end, None, self.answer, concurrency_limit=None, **QUIET)
+        ).success(partial(wait_for_end, self.jobs), None, self.answer, concurrency_limit=None, **QUIET)
         self.resume.click(self.do_resume, which, self.answer, api_name=f"{prefix}_resume", **NO_PROGRESS)
         gr.api(self.list_names, api_name=f"{self.what}s")
 
@@ -53,15 +54,6 @@ class ControlTab(Tab):
         trained = seen is not None and seen[STATUS] in ACTIVE
         return views.notice(self.jobs.stop(name, self.kind, only=trained))
 
-    def wait_for_end(self) -> Iterator[str]:
-        """Yield that the trainers which were asked to stop have ended; give up after `PATIENCE` seconds."""
-        asked = [run for run in self.jobs.all_active() if run.process in self.jobs.asked]
-        latest = time.monotonic() + PATIENCE
-        while any(map(self.jobs.is_active, asked)) and time.monotonic() < latest:
-            time.sleep(EVERY)
-        if asked and not any(map(self.jobs.is_active, asked)):
-            yield views.notice(f"{views.enumerated(run.name for run in asked)} has ended; Resume continues it.")
-
     def do_resume(self, name: str) -> str:
         """Resume a stopped run or experiment, or add it to the queue; return a notice."""
         run = self.jobs.find(name, self.kind)
@@ -76,3 +68,13 @@ class ControlTab(Tab):
             begins = "resumes from its newest checkpoint" if entry.resume else "starts"
             return f"{entry.name} {begins}{where}{images}."
         return f"{entry.name} waits in the queue and starts automatically{images}."
+
+
+def wait_for_end(jobs: Jobs) -> Iterator[str]:
+    """Yield that the trainers which were asked to stop have ended; give up after `PATIENCE` seconds."""
+    asked = [run for run in jobs.all_active() if run.process in jobs.asked]
+    latest = time.monotonic() + PATIENCE
+    while any(map(jobs.is_active, asked)) and time.monotonic() < latest:
+        time.sleep(EVERY)
+    if asked and not any(map(jobs.is_active, asked)):
+        yield views.notice(f"{views.enumerated(run.name for run in asked)} has ended; Resume continues it.")

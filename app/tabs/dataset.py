@@ -41,8 +41,9 @@ class DatasetTab(Tab):
         self.answer = answer_line(elem_id="dataset-answer")
         script = SCRIPT.read_text(encoding="utf-8")
         self.images = gr.HTML(
-            elem_id="dataset-images", js_on_load=script, server_functions=[server_function(self.save_caption)]
-        )
+            elem_id="dataset-images", js_on_load=script,
+            server_functions=[server_function(self.save_caption), server_function(self.enlarge)],
+        )  # fmt: skip
         with gr.Row(elem_id="pages"):
             self.back = gr.Button("Back", min_width=80, elem_id="back")
             self.page = gr.Number(1, label="Page", precision=0, minimum=1, min_width=100, elem_id="page")
@@ -199,6 +200,15 @@ class DatasetTab(Tab):
         undo = gr.update(interactive=change is not None, value=f"{UNDO}: {change.line}" if change else UNDO)
         return [image_cards.summary(self.edits, images, len(shown)), html, number, undo]
 
+    def enlarge(self, asked: dict) -> dict:
+        """Return an image and its reference image, if it has one, each with a title and a data URI.
+
+        `asked`: keys folder, chosen (the selected folder), settings and name."""
+        refuse_other(asked.get("folder"), asked.get("chosen"))
+        images = self.edits.look(asked.get("folder"), tuple(asked.get("settings") or ()))
+        (image,) = images.find([asked.get("name")])
+        return {"images": self.edits.looks.enlarged(image, images.folder)}
+
     # -- changes -------------------------------------------------------------------------------------------------------
 
     def save_caption(self, edit: dict) -> dict:
@@ -280,7 +290,8 @@ class DatasetTab(Tab):
         return list(self.folders.all())
 
     def list_images(self, folder: str, which: str = image_edits.EVERYTHING, words: str = "") -> list[dict]:
-        """Return a folder's images: names, sizes in pixels, buckets, captions, and why training skips them.
+        """Return a folder's images: names, sizes in pixels, buckets, captions, reference images, and why training
+        skips them.
 
         `which`: a filter of `image_edits.FILTERS`. `words`: text that the name or caption must contain."""
         images = self.edits.look(folder)
@@ -290,6 +301,7 @@ class DatasetTab(Tab):
                 "size": image.size,
                 "buckets": [(size.width, size.height) for size in image.buckets],
                 "captions": image.captions,
+                "reference": image.reference and self.folders.find(folder).without_path(str(image.reference)),
                 "left_out": self.edits.looks.problem(image),
                 "alike": self.edits.looks.alike(images).get(image.name, ("", ""))[1],
             }

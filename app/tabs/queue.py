@@ -1,5 +1,6 @@
 """Part of Runs: the queue of running, waiting and ended runs and experiments."""
 
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -7,6 +8,7 @@ import gradio as gr
 from .. import lists, views
 from ..handlers import QUIET
 from .base import Parts, Tab, TabHost, answer_line
+from .control import wait_for_end
 
 SCRIPT = Path(__file__).resolve().parents[1] / "rows.js"
 EVERY = 3.0
@@ -54,7 +56,9 @@ class QueueTab(ListTab):
         shown = [self.rows, self.last_look]
         page.frames[self].select(self.open, None, [*shown, self.timer], **QUIET)
         self.timer.tick(self.look, self.last_look, shown, queue=False, **QUIET)
-        self.rows.acted(self.act, None, [self.answer, *shown], **IN_TURN, **QUIET)
+        self.rows.acted(self.act, None, [self.answer, *shown], **IN_TURN, **QUIET).success(
+            partial(wait_for_end, self.jobs), None, self.answer, concurrency_limit=None, **QUIET
+        )
         for name, handler in (
             ("queue", self.list_entries), ("move_in_queue", self.move), ("remove_from_queue", self.remove),
         ):  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from .. import downloads, stacks, views, whole_models
+from .. import stacks, views, whole_models
 from ..generation_request import Request
 from ..handlers import NO_PROGRESS, QUIET
 from ..runs import Run
@@ -92,7 +92,7 @@ class StackPart:
         except Cancelled:
             yield views.notice("Cancelled; nothing was written."), *nothing
             return
-        place = downloads.place_of(target)
+        place = target.as_posix()
         said = views.notice(f"{place} is written: {weights.label}.")
         yield said, place, whole_models.lines_for(place), gr.update(visible=True)
 

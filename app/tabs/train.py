@@ -19,7 +19,7 @@ from ..bases import DEFAULT, PIPELINES, word_of_model
 from ..estimates import MemoryEstimates, number_of_runs, training_time
 from ..folders import BUNDLED
 from ..handlers import NO_PROGRESS, QUIET, named, paths_of
-from ..jobs import WAITING, Entry
+from ..jobs import WAITING, Entry, NameTaken
 from ..library import Experiment
 from ..runs import Run, RunError
 from ..uploads import store_images
@@ -68,7 +68,8 @@ class TrainTab(ControlTab):
             with gr.Column(scale=2, min_width=340, elem_id="launch"):
                 self.launch_column()
         self.form = [
-            self.name, self.caption, self.folder, self.model, *self.flags.values(), self.controls, self.shown_defaults
+            self.name, self.caption, self.folder, self.model, *self.flags.values(), self.vary, self.controls,
+            self.shown_defaults,
         ]  # fmt: skip
         self.live, self.watched, self.on_arrival = [self.log], [self.start], [self.folder, self.begin]
 
@@ -80,7 +81,7 @@ class TrainTab(ControlTab):
     @classmethod
     def parameters(cls) -> tuple[str, ...]:
         """Return the parameter names of the endpoints, in order."""
-        return "name", "images", "caption", "folder", "model", *cls.all_names(), "controls", "defaults"
+        return "name", "images", "caption", "folder", "model", *cls.all_names(), form.VARY, "controls", "defaults"
 
     def settings_column(self) -> None:
         """Make the form: the common options, then all other options in collapsed groups."""
@@ -122,8 +123,23 @@ class TrainTab(ControlTab):
         for number, (title, group) in enumerate(form.groups(self.names).items()):
             with gr.Accordion(title[:1].upper() + title[1:], open=False, elem_id=form.GROUP % number):
                 self.widgets(group)
+                if title == form.EXPERIMENTS:
+                    self.vary_row()
         self.flags = {name: self.flags[name] for name in self.all_names()}  # independent of their order on the page
         self.shown_defaults = gr.JSON(self.defaults, visible="hidden")
+
+    def vary_row(self) -> None:
+        """Make the box for the values of other options that vary, and the list that adds a line to it."""
+        with gr.Row(elem_id=f"flag-{form.VARY}"):
+            self.varied = gr.Dropdown(
+                [(f"{form.label(option)} ({name})", name) for name, option in form.variable().items()], value=None,
+                label="Vary another option", info="Adds a line with the option's values, which you can change",
+                elem_id="varied", min_width=160,
+            )  # fmt: skip
+            self.vary = gr.Textbox(
+                "", label=form.VARY_LABEL, info=form.VARY_INFO, placeholder="optimizer=adamw,lion", lines=2,
+                elem_id="vary", min_width=220,
+            )  # fmt: skip
 
     def launch_column(self) -> None:
         """Make the number of runs, the buttons, the command and the log."""
@@ -231,10 +247,11 @@ class TrainTab(ControlTab):
         # Not `input`: it is also triggered when the box loses the focus, and would overwrite the form. `select` is
         # triggered by each selection with the mouse, also of the same item. After it, `change` is triggered if another
         # item was selected, with the mouse or with keys.
-        filled = [self.shown_defaults, self.model, self.folder, *self.flags.values(), self.controls]
+        filled = [self.shown_defaults, self.model, self.folder, *self.flags.values(), self.vary, self.controls]
         in_turn = {"trigger_mode": "always_last", "concurrency_id": "begin", "concurrency_limit": 1, **QUIET}
         self.begin.select(self.fill_by_mouse, self.begin, [self.begun, *filled], **in_turn)
         self.begin.change(self.fill_once, [self.begin, self.begun], [self.begun, *filled], **in_turn)
+        self.varied.change(self.add_line, [self.varied, self.vary], [self.varied, self.vary], **QUIET)
         self.load_config.upload(self.do_load, self.load_config, [self.answer, *filled], **QUIET)
         for button, request in ((self.sample_now, SAMPLE), (self.save_now, SAVE)):
             api_name = f"train_{request.replace('.', '_')}"
@@ -254,10 +271,15 @@ class TrainTab(ControlTab):
         return [defaults, model or DEFAULT, folder, *values]
 
     def values_of(self, settings: dict) -> list:
-        """Return the form's values for these settings: all options, the selected controls, and the defaults."""
+        """Return the form's values for these settings: all options, those that vary, the controls, and the defaults."""
         values = dict(zip(self.all_names(), form.values_of(settings, self.all_names()), strict=True))
         values["method"], controls = form.without_controls(values["method"])
-        return [*values.values(), controls, form.defaults(settings)]
+        vary = "\n".join(form.without_varied(settings)[1].values())
+        return [*values.values(), vary, controls, form.defaults(settings)]
+
+    def add_line(self, name: str | None, text: str) -> tuple:
+        """Return an empty choice, and the lines of options that vary with one for the option `name` added."""
+        return (None, form.with_line(name, text)) if name else (gr.skip(), gr.skip())
 
     def fill_by_mouse(self, name: str) -> list:
         """Return `name` (a preset, run or experiment selected by mouse), and the form's values for its settings."""
@@ -281,7 +303,7 @@ class TrainTab(ControlTab):
         Shortcut options are left out if no selected method uses them. For an existing experiment, options with default
         values are included, because they may differ from the experiment's settings.
         """
-        *flags, controls, defaults = values
+        *flags, vary, controls, defaults = values
         begun, model = self.jobs.begun(name, Experiment), str(model or "").strip()
         model = "" if model == DEFAULT and not begun else model
         settings = dict(zip(self.all_names(), flags, strict=True)) | {"model": model}
@@ -289,7 +311,8 @@ class TrainTab(ControlTab):
         left_out = {} if form.wires(methods) else dict.fromkeys(OF_SHORTCUTS)
         if isinstance(defaults, dict) and not begun:
             left_out |= {flag: None for flag, value in settings.items() if value == defaults.get(flag, ())}
-        return {flag: value for flag, value in settings.items() if flag not in left_out} | {"method": methods}
+        found = {flag: value for flag, value in settings.items() if flag not in left_out}
+        return found | {"method": methods} | ({form.VARY: vary} if vary else {})
 
     def entry(self, name, folder, model, values: Sequence) -> Entry:
         """Return an entry of the queue with the form's settings."""
@@ -316,9 +339,13 @@ class TrainTab(ControlTab):
             told, words, found = experiments.plan(self.jobs, name, settings, without_bundled(folder), paths)
             now = form.defaults(launcher.parsed(settings))
         except RunError as error:
-            empty = dict.fromkeys((self.facts, self.needs, self.asked, self.command), "")
-            return updates | empty | {self.waiting: gr.Timer(active=False), self.plan: views.bad(str(error))}
-        flags = dict(zip(self.all_names(), values[:-2], strict=True))
+            empty = dict.fromkeys((self.facts, self.needs, self.asked), "")
+            started = self.jobs.told_of_start(name) if isinstance(error, NameTaken) else ""
+            told = {self.plan: views.bad(str(error)), self.command: ""}
+            if started:  # the command on the page is that of the start
+                told = {self.plan: views.notice(started)}
+            return updates | empty | told | {self.waiting: gr.Timer(active=False)}
+        flags = dict(zip(self.all_names(), values[:-3], strict=True))
         for flag in form.FOLLOWING:
             if now[flag] != shown.get(flag) == flags[flag]:
                 updates[self.flags[flag]] = now[flag]

@@ -232,7 +232,7 @@ def check_at_once(processes: int, arms: int) -> None:
     if processes > 1 and arms < processes:
         raise InvalidArgument(flag, f"the experiment has only {arms} runs", f"give {arms} at most")
     if processes > 1 and "RANK" in os.environ:
-        problem = "each arm is trained by all processes that the launcher starts"
+        problem = "each run is trained by all processes that the launcher starts"
         raise InvalidArgument(flag, problem, "start the script with python, or leave it out")
 
 

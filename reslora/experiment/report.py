@@ -36,7 +36,7 @@ READING = (
 )
 UNCERTAIN = {
     "better": "It is better than {reference}: chance makes such a difference in at most 5 of 100 experiments.",
-    "worse": "It is worse than {reference} on the test {unit}s, although the select {unit}s chose it.",
+    "worse": "It is worse than {reference} on the test {unit}s, although the selection split chose it.",
     "not shown": "Whether it is better than {reference} this experiment does not show: use either, or add seeds.",
     "cannot tell": "Whether it is better than {reference} one seed does not say: add seeds.",
 }
@@ -80,9 +80,9 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
         ("What to use", what_to_use(experiment, about)),
         (f"Notes as of {pluralize(as_of, 'run')}" if as_of else "Notes", in_lines(experiment["notes"])),
         ("What is missing", missing(experiment)),
-        (f"Chosen on the select {unit}s", chosen_table(experiment, unit)),
+        ("Chosen on the selection split", chosen_table(experiment, unit)),
         ("Runs", arm_table(experiment, about)),
-        (f"Loss on the select {unit}s", select_charts(experiment, about.losses)),
+        ("Loss on the selection split", select_charts(experiment, about.losses)),
         *about.sections(experiment, folder),
         ("Settings and versions", settings_of(experiment)),
     )
@@ -207,7 +207,7 @@ def best_in_words(best: Best, about: About) -> str:
     """Return a line that names the exported files, and the arm from which they were exported."""
     *more, last = map(with_slash, best["files"])
     files = f"{', '.join(more)} and {last} are those" if more else f"{last} is that"
-    return f"{files} of {best['folder']} at step {best['step']}, which does best on the select {about.unit}s"
+    return f"{files} of {best['folder']} at step {best['step']}, which does best on the selection split"
 
 
 def with_slash(name: str) -> str:
@@ -317,14 +317,14 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
     if rows and base is not None:
         selected = number(experiment.get("base_select"))
         rows.append([BASE, NOTHING, "0", selected, number(base), *[NOTHING] * 6, ""])
-    names = ["Method", "Learning rate", "Step", "Select loss", "Test loss", "One more seed", "Rank", "Shortcut"]
+    names = ["Method", "Learning rate", "Step", "Selection loss", "Test loss", "One more seed", "Rank", "Shortcut"]
     names += ["Time", "Memory", "File", "End of the rates"]
     note = (
-        f"<p>Of each method the learning rate and step with the lowest mean loss, over seeds, on the select {unit}s, "
+        "<p>Of each method the learning rate and step with the lowest mean loss, over seeds, on the selection split, "
         "which none was trained on. Time: until that step, mean over seeds. Memory: the most of any seed. File: the "
         "exported LoRA.</p>"
     )
-    return (note if rows else "") + table(f"Chosen on the select {unit}s", names, rows)
+    return (note if rows else "") + table("Chosen on the selection split", names, rows)
 
 
 def costs_of(experiment: Experiment, label: str) -> list[str]:
@@ -367,7 +367,8 @@ def arm_table(experiment: Experiment, about: About) -> str:
                 *(number(figures.get(name)) for name in shown),
             ]
         )
-    names = ["Method", "Learning rate", "Seed", "Status", "Lowest select loss", "Test loss", "Steps", "Time", "Memory"]
+    names = ["Method", "Learning rate", "Seed", "Status", "Lowest selection loss", "Test loss", "Steps", "Time"]
+    names += ["Memory"]
     found = table("Runs", [*names, *(about.columns[name][0] for name in shown)], rows, marked)
     meanings = in_lines(f"{title}: {meaning}" for title, meaning in (about.columns[name] for name in shown))
     shaded = " Shaded: at the chosen rate." if marked else ""

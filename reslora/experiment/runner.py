@@ -72,7 +72,7 @@ def train_arms(results: Results, pool: WorkerPool | None = None) -> None:
     schedule, study = results.schedule, results.study
     broadcast_from_main(schedule.next_arm)  # adds arms by --extend_rates
     ended, total = sum(bool(schedule.ended(arm)) for arm in schedule.arms()), len(schedule.arms())
-    bar = tqdm(desc="arms", total=total, initial=ended, dynamic_ncols=True, disable=pool is None)
+    bar = tqdm(desc="runs", total=total, initial=ended, dynamic_ncols=True, disable=pool is None)
     with bar:
         while True:
             while len(schedule.running) < (pool.size if pool else 1):

@@ -214,7 +214,7 @@ class TrainingOptions(SharedTrainingOptions):
     tf32: bool | None = option(None, "allow TF32 matrix products on Ampere and later GPUs")
     use_cpu: bool = free(False, "train on the CPU", essential=True)
     deepspeed: str | None = by_content(None, "DeepSpeed's configuration, a file or JSON", metavar="JSON",
-        in_experiments="leave it out: each arm would need an engine of its own")
+        in_experiments="leave it out: each run would need an engine of its own")
 
     @property
     def mixed_precision(self) -> str:

@@ -148,6 +148,14 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         choose(page, "#which", "Skipped by training")
         page.wait_for_function("document.querySelectorAll('.card').length === 1")
         page.locator(".card .out").get_by_text("damaged").wait_for()
+        choose(page, "#which", "All images")
+        page.get_by_role("button", name="enlarge the image 0.png").press("Enter")
+        page.locator("dialog.enlarged img").wait_for()
+        assert page.locator("dialog.enlarged img").get_attribute("src").startswith("data:image/webp")
+        page.keyboard.press("Escape")
+        page.locator("dialog.enlarged").wait_for(state="hidden")
+        choose(page, "#which", "Skipped by training")
+        page.wait_for_function("document.querySelectorAll('.card').length === 1")
         seen = [".card .name", ".card .sizes", ".card .out", ".card textarea", ".told-of .bad", "#picked-count"]
         assert [name for name in seen if contrast(page.locator(name).first) < 4.5] == []
         choose(page, "#which", "Duplicates")

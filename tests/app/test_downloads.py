@@ -1,13 +1,15 @@
 """app/downloads.py: what can be taken along, where it is, and lines that load it."""
 
 import zipfile
+from pathlib import Path
 
 import pytest
 from app_runs import HOSTILE, write_run
 
 from app import downloads
+from app.bases import BUNDLED
 from app.library import Library
-from app.runs import RunError
+from app.runs import EXAMPLE, Run, RunError
 from app.working_files import WorkingFiles
 
 
@@ -40,6 +42,13 @@ def test_each_has_its_path_and_lines_of_python_that_compile(library):
         assert "from_pretrained('owner/model'" in one.use and ("models/loras" in one.use) == ("ComfyUI" in one.label)
     assert f"load_lora_weights('{run.folder}/reslora', weight_name='kohya" in found[list(found)[2]].use
     assert f"PeftModel.from_pretrained(pipeline.unet, '{run.folder}/reslora/peft')" in found["reslora: peft (PEFT)"].use
+
+
+def test_the_example_is_loaded_from_any_folder():
+    """By absolute paths: of its files and of its base model, which its settings name relative to the repository."""
+    found = downloads.downloads_of(Run(EXAMPLE.name, EXAMPLE))
+    assert found and all(Path(one.place).is_absolute() and Path(one.place).exists() for one in found)
+    assert all(f"from_pretrained({str(BUNDLED)!r}" in one.use and "'assets/" not in one.use for one in found)
 
 
 def test_a_copy_is_handed_out_of_what_is_listed_and_of_nothing_else(library, tmp_path, monkeypatch):

@@ -165,6 +165,9 @@ def test_a_plan_is_counted_by_the_trainers_own_parser(library):
     wired = form | {"shortcut": ["input", "middle"], "pre_num": "1 4"}
     assert "16 runs: 4 methods" in plan(library, wired)
     assert "12 runs" in plan(library, form | {"learning_rate": "1e-4", "seed": "0", "rank": "2 4 8 16 32 64"})
+    both = form | {"vary": "lora_dropout=0,0.1\n\noptimizer=adamw,lion", "seed": "0", "learning_rate": ""}
+    assert "8 runs: 8 combinations, 1 learning rate, 1 seed." in plan(library, both)
+    assert "--lora_dropout is given twice" in plan(library, both | {"lora_dropout": "0.2"})
     assert "A model from the hub needs training images" in plan(library, form | {"model": "owner/model"})
     for wrong in ({"seed": "x"}, {"learning_rate": "-1"}, {"method": ["none"]}, {"blocks_to_swap": "0.5"}):
         assert "argument" in plan(library, form | wrong)
@@ -282,6 +285,26 @@ def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
         assert f"{arms} runs: {of_each}." in told(trainings, "which", form)
         flags = parse_args(trainings.command("which", form, kind=Experiment)[1:])
         assert len(ArmSchedule(flags).arms()) == arms
+
+
+def test_an_experiment_of_other_options_goes_on_with_their_values(library):
+    """The form that begins with its settings is accepted; other values are another experiment."""
+    begun = {"method": ["lora"], "seed": [0, 1], "lora_dropout": [0.0, 0.1], "optimizer": "adamw"}
+    (library.folder / "which" / "config.json").write_text(json.dumps(begun))
+    trainings, vary = Jobs(library), "lora_dropout=0,0.1"
+    with gr.Blocks():
+        tab = TrainTab(Parts(library, trainings, Studio()))
+    filled = tab.settings("which", "", [*tab.fill("which")[3:], tab.fill("which")[0]])
+    assert filled["vary"] == "lora_dropout=0.0,0.1" and filled["lora_dropout"] == "0.0"
+    for again in (filled | {"seed": "2"}, {"method": ["lora"], "seed": "2"}, {"seed": "2", "vary": vary}):
+        flags = parse_args(trainings.command("which", again, kind=Experiment)[1:])
+        assert len(ArmSchedule(flags).arms()) == 6
+    for wrong in ({"vary": "lora_dropout=0,0.2"}, {"vary": "optimizer=adamw,lion"}, {"lora_dropout": "0.3"}):
+        with pytest.raises(RunError, match=r"which was started with --vary lora_dropout=0\.0,0\.1: load"):
+            trainings.command("which", {"seed": "2", **wrong}, kind=Experiment)
+    (library.folder / "which" / "config.json").write_text(json.dumps({"seed": [0, 1]}))
+    with pytest.raises(RunError, match="which was started with no --vary"):
+        trainings.command("which", {"vary": vary}, kind=Experiment)
 
 
 def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(library, tmp_path):

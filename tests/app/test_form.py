@@ -59,10 +59,57 @@ def arguments_of(settings: dict) -> list[str]:
 
 def test_a_search_knows_each_option_by_name_label_help_and_group():
     found = {one["name"]: one for one in form.index(TrainTab.names)}
-    assert list(found) == list(TrainTab.all_names()) and found["rank"]["group"] == ""
+    assert list(found) == [*TrainTab.all_names(), form.VARY] and found["rank"]["group"] == ""
     assert "learning rate" in found["lr_warmup_steps"]["text"] and "lr_warmup_steps" in found["lr_warmup_steps"]["text"]
     titles = list(form.groups(TrainTab.names))
     assert found["noise_offset"]["group"] == form.GROUP % titles.index("training")
+    assert found[form.VARY]["group"] == form.GROUP % titles.index("experiments")
+
+
+def test_other_options_vary_by_a_line_that_a_list_adds():
+    """What has several values in its own box is not in the list; what is chosen there is a line of the command."""
+    listed = form.variable()
+    assert {"optimizer", "lora_dropout", "random_flip", "target_modules"} <= set(listed)
+    assert not {"method", "learning_rate", "seed", "rank", "shortcut", "pre_num", "max_train_steps"} & set(listed)
+    text = form.with_line("lora_dropout", form.with_line("random_flip", ""))
+    assert text == "random_flip=true,false\nlora_dropout=0.0,"
+    assert form.with_line("loss_type", None) == "loss_type=l2,huber,smooth_l1"
+    assert [form.with_line(name, "a=1,2") for name in ("seed", "output_dir", None, ["x"])] == ["a=1,2"] * 4
+    settings = {
+        "lora_dropout": [0.0, 0.1],
+        "random_flip": [True, False],
+        "target_modules": [["to_q"], ["to_k", "to_v"]],
+    }
+    rest, lines = form.without_varied(settings | {"optimizer": ["lion"], "rank": [4, 8], "snr_gamma": 5.0})
+    assert rest == {"optimizer": "lion", "rank": [4, 8], "snr_gamma": 5.0}
+    assert set(lines.values()) == {
+        "lora_dropout=0.0,0.1", "random_flip=true,false", "target_modules=to_q,to_k+to_v"
+    }  # fmt: skip
+    words = arguments_of(settings)
+    assert words[:3] == ["--method", "lora", "reslora"] and set(words[4:]) == set(lines.values())
+    assert parse_args(words).varied == settings
+    for wrong in ([None, 4], ["a,b", "c"], [5, {}], [10**400, 1]):
+        with pytest.raises(RunError, match="the form cannot show these values"):
+            form.without_varied({"lora_dropout": wrong})
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("lora_dropout=0.1", "--vary lora_dropout=0.1: needs two or more values"),
+        ("lora_dropout=0,2", "--vary lora_dropout=0,2, lora_dropout: '2' is not"),
+        ("optimiser=adamw,lion", "--vary optimiser=adamw,lion: optimiser is not an option; did you mean"),
+        ("max_train_steps=5,6", "max_train_steps cannot vary"),
+        ("--push_to_hub", "push_to_hub cannot vary"),
+        ("output_dir=a,b", "output_dir cannot vary"),
+        ("optimizer=adamw,antigravity.X", "optimizer antigravity.X: choose from"),
+        ("random_flip=true,false\nrandom_flip=true,false", "--random_flip is given twice"),
+    ],
+)
+def test_a_line_that_cannot_vary_is_refused_as_on_the_command_line(tmp_path, line, why):
+    with pytest.raises(RunError) as refusal:
+        Jobs(Library(tmp_path)).command("new", {"method": ["lora"], form.VARY: line})
+    assert why in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", list(form.PRESETS))

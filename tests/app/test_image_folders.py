@@ -1,5 +1,7 @@
 """Which folders of images are shown, what the trainer makes of them, what is alike, and what is thrown away."""
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -174,6 +176,41 @@ def test_masks_are_no_images_and_go_and_come_with_theirs(edits, tmp_path):
     assert {path.name for path in folder.iterdir()} - {TRASH} == before and len(edits.look("set").images) == 6
     table.write_text(json.dumps({"file_name": "0.png", "text": "a", "mask": 5}))
     assert edits.look("set").images["0.png"].captions == ("a",)
+
+
+def test_a_pair_of_images_is_shown_together_and_nothing_outside_the_folder(edits, tmp_path):
+    """Of a table's column of reference images; these are no images of their own, and go with theirs."""
+    folder, table = tmp_path / "data" / "set", tmp_path / "data" / "set" / "metadata.jsonl"
+    (folder / "before").mkdir()
+    for name in ("before/0.png", "before/1.png", "../secret.png"):
+        PIL.Image.new("RGB", (640, 1280), "red").save(folder / name)
+    pairs = {0: "before/0.png", 1: "before/1.png", 2: "3.png"}
+    rows = [{"file_name": f"{n}.png", "text": "a", "conditioning_image": pairs.get(n)} for n in range(6)]
+    table.write_text("\n".join(map(json.dumps, rows)))
+    images = edits.look("set")
+    assert [image.reference and image.reference.name for image in images.images.values()] == [
+        *("0.png", "1.png", "3.png"), *[None] * 3
+    ]  # fmt: skip
+    assert len(images.images) == 6 and images.notes == () and edits.shown(images, LEFT_OUT) == []
+    html = image_cards.cards(edits, images, list(images.images.values()), 1)
+    assert html.count("enlarge the pair ") == 3 and html.count("enlarge the image ") == 3
+    shown = edits.looks.enlarged(images.images["0.png"], images.folder)
+    assert [title for title, _ in shown] == ["image", "reference image"]
+    with PIL.Image.open(io.BytesIO(base64.b64decode(shown[1][1].partition(",")[2]))) as large:
+        assert large.size == (512, 1024)
+    assert [title for title, _ in edits.looks.enlarged(images.images["5.png"], images.folder)] == ["image"]
+    (folder / "before" / "0.png").unlink()
+    (folder / "before" / "0.png").symlink_to(folder.parent / "secret.png")
+    with pytest.raises(RunError, match=r"0\.png: its reference image cannot be shown") as refusal:
+        edits.looks.enlarged(images.images["0.png"], images.folder)
+    assert str(tmp_path) not in str(refusal.value)
+    assert edits.look("set").images["1.png"].reference is None  # the table names a file outside: nothing is paired
+    (folder / "before" / "0.png").unlink()
+    shutil.copy(folder / "0.png", folder / "before")
+    edits.throw_away(edits.look("set"), ["0.png", "2.png"])
+    assert not (folder / "before" / "0.png").exists() and (folder / "3.png").exists()
+    edits.undo(edits.look("set"))
+    assert edits.look("set").images["0.png"].reference == folder / "before" / "0.png"
 
 
 def test_hidden_folders_are_passed_over_as_by_the_trainer(edits, tmp_path):

@@ -215,6 +215,12 @@ def test_the_form_starts_with_what_stands_in_it_and_warns_of_a_likely_mistake(li
         assert f"/{name} " in f"{words} " and label == "Add to queue"
         told.append(answer)
     assert "a starts with the bundled images." in told[0] and "warning" not in told[0]
+    shown = tab.look("a", None, "", "", "", *tab.values_of({}))
+    assert 'class="notice"' in shown[tab.plan] and "a was started: it is " in shown[tab.plan]
+    assert tab.command not in shown  # what was started stands there
+    write_run(lined.library.folder / "there")
+    shown = tab.look("there", None, "", "", "", *tab.values_of({}))
+    assert 'class="bad"' in shown[tab.plan] and shown[tab.command] == ""
     assert "b waits in the queue" in told[1] and "warning: 9999 is a very high rank" in told[1]
 
 
@@ -237,7 +243,7 @@ def test_a_run_that_was_asked_to_stop_is_said_to_have_ended(monkeypatch):
         run_states = SimpleNamespace(
             all_active=lambda found=found: [found], asked=asked, is_active=lambda _, states=states: next(states, True)
         )
-        said = list(TrainTab.wait_for_end(SimpleNamespace(jobs=run_states)))
+        said = list(control.wait_for_end(run_states))
         assert [line in one for line, one in zip(told, said, strict=True)] == [True] * len(told)
 
 
@@ -355,19 +361,24 @@ def test_a_configuration_is_saved_for_the_command_line_and_loaded_again(lined, t
     """With the folder of images; a setting that is its default stays out, so that it follows another model."""
     with gr.Blocks():
         tab = TrainTab(Parts(lined.library, lined, Studio()))
-    values = tab.values_of({"seed": [0, 1], "rank": 8, "random_flip": True, "method": ["lora", "lora_x2"]})
+    settings = {"seed": [0, 1], "rank": 8, "random_flip": True, "method": ["lora", "lora_x2"]}
+    values = tab.values_of(settings | {"optimizer": ["adamw", "lion"], "target_modules": [["to_q"], ["to_q", "to_v"]]})
     path = Path(tab.do_save("mine", None, "", "cats", "assets/pipeline-flow", *values))
     assert path.name == "mine.toml" and "learning_rate" not in path.read_text()
     asked = parse_args(["--config", str(path)])
     assert asked.varied["seed"] == [0, 1] and asked.base.adapter.method == ["lora", "lora_x2"]
     assert asked.base.data.train_data_dir == [str(lined.images.find("cats").path)]
+    assert asked.varied["optimizer"] == ["adamw", "lion"]
+    assert asked.varied["target_modules"] == [["to_q"], ["to_q", "to_v"]]
     said, defaults, model, folder, *loaded = tab.do_load(str(path))
-    found = dict(zip((*tab.all_names(), "controls"), loaded, strict=True))
+    found = dict(zip((*tab.all_names(), "vary", "controls"), loaded, strict=True))
+    vary = "target_modules=to_q,to_q+to_v\noptimizer=adamw,lion"
     assert (model, folder) == ("assets/pipeline-flow", "cats") and "mine.toml is loaded." in said
     expected = {"seed": "0 1", "rank": "8", "random_flip": True, "learning_rate": "0.001", "method": ["lora"]}
+    expected |= {"vary": vary, "optimizer": "adamw", "target_modules": ""}
     assert {name: found[name] for name in expected} == expected and found["controls"] == ["lora_x2"]
     assert tab.settings("new", model, [*loaded, defaults]) == {
-        "model": model, "method": ["lora", "lora_x2"], "seed": "0 1", "rank": "8", "random_flip": True
+        "model": model, "method": ["lora", "lora_x2"], "seed": "0 1", "rank": "8", "random_flip": True, "vary": vary
     }  # fmt: skip
     (tmp_path / "other.toml").write_text('max_train_steps = 5\noutput_dir = "x"\n')
     assert "this form cannot set output_dir" in tab.do_load(str(tmp_path / "other.toml"))[0]

@@ -155,15 +155,15 @@ def test_threads_are_told_to_spin_briefly_before_torch_is_there():
 # -- a running application ---------------------------------------------------------------------------------------------
 
 
-def start(runs: Path, log: Path, *flags: str) -> tuple[subprocess.Popen, str]:
-    """`python -m app` on a free port, once it answers; its process and address.
+def start(runs: Path, log: Path, *flags: str, port: int = 0) -> tuple[subprocess.Popen, str]:
+    """`python -m app` on a port, or a free one, once it answers; its process and address.
 
     Started in the background, as by `nohup`, it finds SIGINT ignored. Its temporary files are in `tmp` beside the log,
     where it is started too: it would show a run that was left in the checkout, or takes place there.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port = port or probe.getsockname()[1]
     command = [sys.executable, "-m", "app", "--runs", str(runs), "--port", str(port), *flags]
     (temporary := log.with_name("tmp")).mkdir()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(temporary)}
@@ -856,6 +856,39 @@ def test_a_form_survives_a_restart(page):
     assert page.locator(STEPS).input_value() == "7"
 
 
+@pytest.mark.exhaustive
+def test_an_open_page_keeps_its_run_and_tab_while_the_server_is_started_anew(browser, tmp_path):
+    """Nobody loads it again: it does so when the server answers, and then shows what is new."""
+    for name in ("one", "two"):
+        write_run(tmp_path / "runs" / name)
+    process, address = start(tmp_path / "runs", tmp_path / "log")
+    page = browser.new_page()
+    try:
+        page.set_default_timeout(LIMIT * 1000)
+        page.goto(address, wait_until="domcontentloaded")
+        page.locator("#grid img").first.wait_for()
+        other = (
+            "two" if page.locator("#run input").input_value() == "one" else "one"
+        )  # not the one that a new page shows
+        page.locator("#run input").fill(other)
+        page.locator("#run input").press("Enter")
+        page.get_by_role("tab", name="Runs").click()
+        page.locator(f'.run[data-name="{other}"]').wait_for()
+        page.wait_for_function(f"sessionStorage['reslora-run'] === '{other}'")
+        page.evaluate("window.before = true")
+        end(process, tmp_path / "log", signal.SIGTERM)
+        shutil.rmtree(tmp_path / "tmp")
+        process, _ = start(tmp_path / "runs", tmp_path / "log", port=int(address.rpartition(":")[2]))
+        page.wait_for_function("!window.before && document.querySelector('#runs .run')")
+        write_run(tmp_path / "runs" / "three")
+        page.locator('.run[data-name="three"]').wait_for()
+        assert page.locator("#run input").input_value() == other
+        assert page.get_by_role("tab", name="Runs").get_attribute("aria-selected") == "true"
+    finally:
+        page.close()
+        process.terminate()
+
+
 def test_runs_come_and_go(page, runs):
     show_markup(page, runs)
     press_at_once(page, runs)
@@ -979,6 +1012,7 @@ def plan_one(page) -> None:
     page.wait_for_function("document.querySelector('#command textarea').value.endsWith('--seed 0 1')")
     page.locator("#facts").get_by_text("known after the first steps").wait_for()
     page.locator("#needs dd", has_text="iB").wait_for()
+    vary_another(page)
     for words, shown in (("noise offset", "visible"), ("", "hidden")):  # without words the group closes again
         page.locator("#search input").fill(words)
         page.locator("#flag-noise_offset").wait_for(state=shown)
@@ -993,6 +1027,21 @@ def plan_one(page) -> None:
     page.wait_for_function("document.querySelector('#command textarea').value === ''")
     for part in ("#train-plan .bad", "#command textarea"):
         assert contrast(page.locator(part)) >= 4.5
+
+
+def vary_another(page) -> None:
+    """Chosen from the list, it is a line of the command; what is not complete is refused in the trainer's words."""
+    page.get_by_role("button", name="Experiments").click()
+    page.locator("#varied input").click()
+    page.get_by_role("option", name="Random flip").click()
+    page.wait_for_function("document.querySelector('#vary textarea').value === 'random_flip=true,false'")
+    page.wait_for_function(
+        "document.querySelector('#command textarea').value.endsWith('--vary random_flip=true,false')"
+    )
+    page.locator("#vary textarea").fill("lora_dropout=0.1")
+    page.locator("#train-plan .bad").get_by_text("--vary lora_dropout=0.1: needs two or more values").wait_for()
+    page.locator("#vary textarea").fill("")
+    page.wait_for_function("document.querySelector('#command textarea').value.endsWith('--seed 0 1')")
 
 
 def take_the_best_along(page, runs: Path) -> None:
@@ -1084,6 +1133,7 @@ def line_up(page) -> None:
     page.locator("#queue-answer").get_by_text("watched was asked to stop after this step").wait_for()
     page.locator('#queue li[data-name="third"] :is(.starting, .running)').wait_for()
     page.locator('#queue li[data-name="watched"] .stopped').wait_for()
+    page.locator("#queue-answer").get_by_text("watched has ended; Resume continues it").wait_for()
     page.get_by_role("button", name="Stop third and save").click()
     page.locator('#queue li[data-name="third"] :is(.failed, .stopped)').wait_for()
 

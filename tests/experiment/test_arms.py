@@ -149,7 +149,7 @@ def test_processes_that_are_launched_train_each_arm_together(capsys, monkeypatch
     assert "--arms_at_once 900: the experiment has only 4 runs; give 4 at most" in line
     monkeypatch.setenv("RANK", "0")
     line = refused(capsys, "--arms_at_once", "2", *SEVERAL)
-    assert "--arms_at_once 2: each arm is trained by all processes that the launcher starts; start the script" in line
+    assert "--arms_at_once 2: each run is trained by all processes that the launcher starts; start the script" in line
 
 
 # -- in which order ----------------------------------------------------------------------------------------------------

@@ -30,8 +30,9 @@ headline_of = report.headline_of
 page = partial(report.page, about=IMAGES)
 write_report = partial(report.write_report, about=IMAGES)
 ORDER = (
-    "Verdicts", "What to use", "What is missing", "Chosen on the select images", "Runs", "Loss on the select images",
-    "Loss on the test images by timestep", "Loss by test image", "Images", "Settings and versions",
+    "Verdicts", "What to use", "What is missing", "Chosen on the selection split", "Runs",
+    "Loss on the selection split", "Loss on the test images by timestep", "Loss by test image", "Images",
+    "Settings and versions",
 )  # fmt: skip
 
 
@@ -422,7 +423,7 @@ def test_what_to_use_says_how_sure_it_is_and_how_each_file_is_used(experiment, f
     words, place = words_of(content), folder / "{mine}"
     assert "Use reslora block(4) at learning rate 1e-4, 200 steps. It is better than lora: chance makes" in words
     line = "kohya.safetensors, pytorch_lora_weights.safetensors and peft/ are those of reslora/lr-0.0001/seed-1"
-    assert f"{line} at step 200, which does best on the select images:" in words
+    assert f"{line} at step 200, which does best on the selection split:" in words
     assert "kohya.safetensors : ComfyUI: put it into models/loras" in words
     assert f"load_lora_weights('{place}')" in words and f'data-copy="{place / "kohya.safetensors"}"' in content
     words = words_of(page(experiment | {"best": best | {"files": ["peft"]}}, folder))

@@ -309,7 +309,7 @@ def test_the_base_model_is_measured_once_and_says_what_training_gains(tmp_path):
 
 
 def test_the_best_run_is_one_of_the_best_methods_and_says_what_it_was_trained_with(tmp_path):
-    """By the select images all methods are alike, and lora_x2 comes first; on the test images it is worse than LoRA."""
+    """By the selection split all methods are alike, lora_x2 comes first; on the test images it is worse than LoRA."""
     record, _ = go(tmp_path / "out", methods="lora_x2 lora lora_x4")
     assert record["ranking"]["best"] == ["lora"] and record["best"]["label"] == "lora"
     assert record["best"]["options"] == {"method": "lora", "learning_rate": 2e-4, "seed": 0}

@@ -40,7 +40,7 @@ SEE_ALL = {
     "app/jobs.py": "resolved",
     "app/bases.py": "options",
     "app/estimates.py": "methods_of number_of_runs seconds_a_step training_time",
-    "app/image_folders.py": "Images options_of _flags images state_of read with_masks whole_line images_of "
+    "app/image_folders.py": "Images options_of _flags images state_of read with_other_images whole_line images_of "
     "skipped_images "
     "buckets_of",
 }

@@ -136,7 +136,7 @@ def test_what_an_experiment_leaves(whole):
     assert {path.parent.relative_to(output).as_posix() for path in output.rglob("peft")} - {"."} == compared
     assert {path.parent.parent.parent.name for path in output.rglob("merge.json")} == {"reslora"}
     assert found["best"]["files"] == ["peft", "merged"] and "out/merged" in text.partition("What to use")[2]
-    assert verdict["sentence"] in text and "Accuracy" in text and "the select examples" in text
+    assert verdict["sentence"] in text and "Accuracy" in text and "the selection split" in text
     assert "image" not in text.partition("<body>")[2].partition("<script>")[0]
 
 
