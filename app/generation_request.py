@@ -68,6 +68,18 @@ def of_samples(run: Run) -> Request:
     ).clamped()  # fmt: skip
 
 
+def within_limits(name: str, word: str, where: str) -> int | float:
+    """Return the number that the user typed for the setting `name`.
+
+    Raises `RunError` if it is outside of the setting's limits; `where`: beginning of the message.
+    """
+    whole, (least, greatest) = MULTIPLES.get(name, 1) is not None, LIMITS[name]
+    value = bounded(word, whole=whole)
+    if not least <= value <= greatest:
+        raise RunError(f"{where}: {word[:20]} is not a {'whole ' * whole}number from {least} to {greatest}.")
+    return value
+
+
 def bounded(value, low=-math.inf, high=math.inf, otherwise=math.nan, whole: bool = True):
     """Return `value` as a number clamped to [low, high], or `otherwise` if it is not a finite number.
 

@@ -10,12 +10,12 @@ from reslora.merges import MERGES
 from reslora.plots import figures
 
 from . import views
-from .generation_request import LIMITS, Drawn, Request, bounded
+from .generation_request import Drawn, Request, within_limits
 from .runs import BASE, Run, RunError, Weights, merged_by
 from .studio import MERGE_CHOICES, Picture
 
 NONE = "none"
-NUMBERS, WHOLE = ("strength", "seed", "guidance", "steps"), ("seed", "steps")
+NUMBERS = ("strength", "seed", "guidance", "steps")
 OF_WEIGHTS = ("checkpoint", "method", "merge")
 AXES = ("checkpoint", "method", "strength", "seed", "guidance", "steps", "merge", "prompt")
 SUGGESTED = {"strength": "0 0.5 1", "seed": "0 1 2", "guidance": "1 4 8", "steps": "5 10 20"}
@@ -96,18 +96,8 @@ def axis(which: str, name: object, text: object) -> Axis:
     if len(words) > MOST:
         raise RunError(f"{which} ({name}): {len(words)} values are more than the {MOST} cells that a grid may have.")
     if name in NUMBERS:
-        return Axis(name, tuple(dict.fromkeys(number(f"{which} ({name})", name, word) for word in words)))
+        return Axis(name, tuple(dict.fromkeys(within_limits(name, word, f"{which} ({name})") for word in words)))
     return Axis(name, tuple(words))
-
-
-def number(where: str, name: str, word: str) -> int | float:
-    """Return the number typed for the setting `name`. Raises `RunError` if it is outside of the setting's limits."""
-    whole, (least, greatest) = name in WHOLE, LIMITS[name]
-    value = bounded(word, whole=whole)
-    if not least <= value <= greatest:
-        what = "whole number" if whole else "number"
-        raise RunError(f"{where}: {word[:20]} is not a {what} from {least} to {greatest}.")
-    return value
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------
@@ -223,7 +213,7 @@ def table(grid: Grid, sources: dict[tuple[int, int], str]) -> str:
             shown = '<div class="empty">not yet</div>'
             if source := sources.get((row, column)):
                 alt = " · ".join(filter(None, (label, above)))
-                shown = views.enlargeable(views.escape(source), alt, (row, column), scale)
+                shown = views.enlargeable(f'src="{views.escape(source)}" {scale}', alt, (row, column))
             tiles += f"<td>{shown}</td>"
         rows.append(f'<tr><th><div class="prompt">{views.escape(label)}</div></th>{tiles}</tr>')
     mark = f'style="--columns:{len(grid.x.values)}"'

@@ -14,7 +14,7 @@ from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from reslora.options.images import Options
 from reslora.options.prompts import clean
 
-from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number, stamp_of
+from .runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError, number, stamp_of
 
 VARYING = tuple(name for name, option in Options.table().items() if option.can_vary)
 REPORT = "report.html"
@@ -75,11 +75,7 @@ class Experiment(Run):
 
     def report(self) -> str:
         """Return the report as an HTML document; empty until it exists."""
-        path = self.inside(REPORT)
-        with contextlib.suppress(OSError):
-            if path and path.stat().st_size <= LARGEST_JSON:
-                return path.read_text(encoding="utf-8", errors="replace")
-        return ""
+        return self.text(REPORT)
 
     def lora(self) -> Path | None:
         """Return the best arm's LoRA file, in the format that most tools can load; None until the file exists.

@@ -140,6 +140,14 @@ class Run:
                 return read_object(path)
         return {}
 
+    def text(self, *parts: str) -> str:
+        """Return the content of a text file of this run; empty if the file is missing or too large."""
+        path = self.inside(*parts)
+        with contextlib.suppress(OSError):
+            if path and path.stat().st_size <= LARGEST_JSON:
+                return path.read_text(encoding="utf-8", errors="replace")
+        return ""
+
     def entries(self, *parts: str) -> list[str]:
         """Return the sorted names of the files and folders, without hidden ones, in a folder of this run."""
         path = self.inside(*parts)
@@ -150,9 +158,7 @@ class Run:
 
     def sound(self, *parts: str) -> Path | None:
         """Return the path of a folder of this run, or None if it contains a link to outside of the run's folder."""
-        path = self.inside(*parts)
-        inside = [self.inside(*parts, name) for name in self.entries(*parts)]
-        return path if path and all(entry and (entry.is_file() or entry.is_dir()) for entry in inside) else None
+        return self.inside(*parts) if all(self.inside(*parts, name) for name in self.entries(*parts)) else None
 
     # -- settings and state --------------------------------------------------------------------------------------------
 
@@ -313,12 +319,7 @@ class Run:
     @property
     def notes(self) -> str:
         """The user's notes on the run. Notes that are too long are cut to `LONGEST_NOTES + 1` characters."""
-        path = self.inside(NOTES)
-        with contextlib.suppress(OSError):
-            if path:
-                with path.open(encoding="utf-8", errors="replace") as file:
-                    return file.read(LONGEST_NOTES + 1)
-        return ""
+        return self.text(NOTES)[: LONGEST_NOTES + 1]
 
     # -- weights -------------------------------------------------------------------------------------------------------
 

@@ -36,9 +36,10 @@ from reslora.images.output.calibration_file import read_calibration
 from reslora.images.output.exports import write_lora
 from reslora.images.refusals import check_model_name
 from reslora.merges import MERGES
+from reslora.options.images import Options
 
 from . import stacks, weight_files, whole_models
-from .bases import Base, base_of, stamps_of
+from .bases import base_of, stamps_of
 from .generation_request import SEEDS, Drawn, Request
 from .runs import IN_PLACE, Run, RunError, Weights, merged_by
 from .turns import Turns
@@ -58,19 +59,11 @@ class Cancelled(Exception):
 
 
 @dataclass(frozen=True)
-class Step:
-    """A message for the client: `done` of the `total` denoising steps of image number `image` are completed."""
-
-    image: int
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
 class Status:
-    """A message for the client: a line about the current work."""
+    """A message for the client: a line about the current work, and the completed fraction of the request."""
 
     text: str
+    share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,6 +89,8 @@ class Visitor:
         self.unheard: float | None = time.monotonic()
         """Time at which the client was first found not to read messages; None while it reads them."""
         self.events: queue.Queue = queue.Queue(maxsize=1)
+        self.total, self.share = 1, 0.0
+        """Number of images of the request, and its completed fraction."""
         self.told = 0.0
         """Time at which the last step message was sent."""
 
@@ -122,12 +117,17 @@ class Visitor:
             with contextlib.suppress(queue.Full):
                 return self.events.put(event, timeout=0.1)
 
-    def step(self, step: Step) -> None:
-        """Send a step message if the last one is at least `PAUSE` seconds old. Raises `Cancelled` as `check` does."""
+    def tell(self, text: str) -> None:
+        """Send a line about the current work. Raises `Cancelled` as `check` does."""
+        self.put(Status(text, self.share))
+
+    def step(self, text: str, share: float) -> None:
+        """Send the completed fraction if the last one was sent at least `PAUSE` seconds ago; else only `check`."""
+        self.share = share
         if time.monotonic() - self.told < PAUSE:
             self.check()
         else:
-            self.put(step)
+            self.tell(text)
             self.told = time.monotonic()
 
 
@@ -140,8 +140,8 @@ class Studio:
         self.family: Family | None = None
         self.model: Model | None = None
         """The model from whose files the pipeline was loaded."""
-        self.base: Base | None = None
-        """The base model and the options with which the pipeline was loaded."""
+        self.base: Options | None = None
+        """The options with which the pipeline was loaded."""
         self.stamps: dict[Path, tuple[int, ...]] = {}
         """The files that the pipeline was loaded from, each with the result of `stamp_of` at that time."""
         self.state = {}
@@ -165,8 +165,8 @@ class Studio:
         session: str = "",
         listening: Callable[[], bool] = lambda: True,
         reference: Path | None = None,
-    ) -> Iterator[Status | Step | Drawn]:
-        """Yield status messages, step messages and images; `reference` is the image that an edit model changes.
+    ) -> Iterator[Status | Drawn]:
+        """Yield status messages and images; `reference` is the image that an edit model changes.
 
         Image i has the seed `request.seed + i`, whatever the number of images. It is generated once with each of the
         weights in `choices`.
@@ -183,17 +183,15 @@ class Studio:
             one = replace(request, seed=(request.seed + number) % SEEDS, images=1)
             title = f"Image {number + 1} of {request.images}"
             pictures += [Picture(choice, one, f"{title}, {choice.label}", None, reference) for choice in choices]
-        yield from self._progress(lambda visitor: self._draw_all(run, pictures, visitor), session, "images", listening)
+        yield from self.draw(run, pictures, "images", session, listening)
 
-    def draw_grid(
-        self,
-        run: Run | None,
-        pictures: list[Picture],
-        session: str = "",
-        listening: Callable[[], bool] = lambda: True,
-    ) -> Iterator[Status | Step | Drawn]:
-        """Yield status messages, step messages, and the images in the order of `pictures`. Stops as `generate` does."""
-        yield from self._progress(lambda visitor: self._draw_all(run, pictures, visitor), session, "grid", listening)
+    def draw(
+        self, run: Run | None, pictures: list[Picture], kind: str, session: str = "", listening=lambda: True
+    ) -> Iterator[Status | Drawn]:
+        """Yield status messages, and the images in the order of `pictures`. Stops as `generate` does.
+
+        `kind`: `images` or `grid`, as in `cancel`."""
+        yield from self._progress(lambda visitor: self._draw_all(run, pictures, visitor), session, kind, listening)
 
     def write_whole(
         self, run: Run | None, weights: Weights, target: Path, session: str = "", listening=lambda: True
@@ -262,21 +260,23 @@ class Studio:
         """Wait for a turn, load the run's pipeline if it is not loaded, and hold the turn during the `with` block."""
         visitor.wait()
         if self.turns.waiting:
-            visitor.put(Status("Waiting until another request's image is finished"))
+            visitor.tell("Waiting until another request's image is finished")
         with self.turns.turn(visitor.check):
             if not self._is_loaded(base := base_of(run)):
-                visitor.put(Status("Loading the model: this happens once"))
+                visitor.tell("Loading the model: this happens once")
                 self._load(base)
             yield
 
     def _draw_all(self, run: Run | None, pictures: list[Picture], visitor: Visitor) -> None:
         """Generate the images in order, each in its own turn, and send them."""
+        visitor.total = len(pictures)
         for number, picture in enumerate(pictures):
+            visitor.share = number / len(pictures)
             with self._turn(run, visitor):
                 if picture.merge and not picture.weights.path.is_file():
-                    visitor.put(Status(f"Merging: {picture.weights.label}"))
+                    visitor.tell(f"Merging: {picture.weights.label}")
                     self._merge(run, *picture.merge)
-                visitor.put(Status(picture.title))
+                visitor.tell(picture.title)
                 self._use(run, picture.weights, picture.request.strength)
                 image = self._draw(picture, number, visitor)
             source = {"run": run.name if run else "", "weights": picture.weights.label}
@@ -289,7 +289,7 @@ class Studio:
         def after_step(pipeline, index, timestep, tensors):
             if not tensors["latents"].isfinite().all():
                 raise RunError(f"{picture.weights.label}: the latents became infinite or NaN at step {index + 1}.")
-            visitor.step(Step(number, index + 1, request.steps))
+            visitor.step(picture.title, (number + (index + 1) / request.steps) / visitor.total)
             return tensors
 
         wanted = {
@@ -322,24 +322,23 @@ class Studio:
 
     # -- pipeline and weights ------------------------------------------------------------------------------------------
 
-    def _is_loaded(self, base: Base) -> bool:
+    def _is_loaded(self, base: Options) -> bool:
         """Return whether the pipeline of `base` is loaded, and none of its files has changed since it was loaded."""
         return base == self.base and stamps_of(base, self.model) == self.stamps
 
-    def _load(self, base: Base) -> None:
+    def _load(self, base: Options) -> None:
         """Load the pipeline of `base`. Raises `RunError` if this fails; then the previous pipeline remains."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = base.model.pretrained_model_name_or_path
         try:
-            check_model_name(base.name)
-            model = find_model(base.options().model, base.options().output, PartialState())
+            check_model_name(name)
+            model = find_model(base.model, base.output, PartialState())
             stamps = stamps_of(base, model)  # read first: a file written during the load is found by the next check
             half = torch.bfloat16 if model.family.objective == "flow" else torch.float16
             dtype = half if device.type == "cuda" else torch.float32
             pipeline, denoiser = model.load_pipeline(dtype, device, encoders=True), model.load_denoiser(dtype, device)
         except (InvalidArgument, RunFailed) as error:
-            raise RunError(
-                f"The model of this run cannot be loaded: {without_folders(error, Path(base.name))}."
-            ) from None
+            raise RunError(f"The model of this run cannot be loaded: {without_folders(error, Path(name))}.") from None
         except Exception as error:  # such as an unreachable hub or a damaged folder
             raise RunError(f"The model of this run could not be loaded ({type(error).__name__}).") from None
         setattr(pipeline, model.family.denoiser, denoiser)
@@ -461,7 +460,7 @@ class Studio:
     def _write_whole(self, run: Run | None, weights: Weights, target: Path, visitor: Visitor) -> None:
         """Write a complete model to the folder `target` during one turn."""
         with self._turn(run, visitor):
-            visitor.put(Status(f"Writing the model {target.name}"))
+            visitor.tell(f"Writing the model {target.name}")
             check = unless_replaced(run, weights, visitor.check)
             parts: dict[str, torch.nn.Module | Path] = {self.family.denoiser: weights.path, **dict(weights.encoders)}
             if weights.kind != "merged":

@@ -20,11 +20,11 @@ from reslora.images.experiment.gallery import samples_of
 
 from .library import Experiment
 from .runs import IN_PLACE, RunError
-from .views import escape, notice, table, unless_damaged
+from .views import notice, rows_of, table, unless_damaged
 
 FILE = "votes.jsonl"
 """Name of the file in the experiment's folder that has one vote per line."""
-LONGEST = 2**22
+
 VALUES = {"label": 1, "equal": 0, "reference": -1}
 """Value of each vote: for the compared method, for neither, for its reference method (baseline)."""
 
@@ -37,11 +37,6 @@ class Pair(NamedTuple):
     seed: int
     prompt: int
     """Index of the prompt."""
-
-    @property
-    def key(self) -> dict:
-        """The pair as a dictionary, as it is stored with a vote."""
-        return self._asdict()
 
 
 def pairs(experiment: Experiment) -> dict[Pair, tuple[Path, Path]]:
@@ -84,10 +79,7 @@ def samples(experiment: Experiment, content: dict, label: str, prompts: Sequence
 def votes(experiment: Experiment) -> dict[Pair, list[int]]:
     """Return the values of the votes (see `VALUES`) on each pair; damaged lines of the file are skipped."""
     found: dict[Pair, list[int]] = defaultdict(list)
-    path = experiment.inside(FILE)
-    if path is None or path.stat().st_size > LONGEST:
-        return found
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in experiment.text(FILE).splitlines():
         with contextlib.suppress(LookupError, TypeError, ValueError):
             row = json.loads(line)
             found[Pair(*(row[name] for name in Pair._fields))].append(VALUES[row["vote"]])
@@ -96,7 +88,7 @@ def votes(experiment: Experiment) -> dict[Pair, list[int]]:
 
 def add(experiment: Experiment, pair: Pair, vote: str) -> None:
     """Append a vote (a key of `VALUES`) to the experiment's file. Raises `RunError` if it cannot be written."""
-    row = {**pair.key, "vote": vote, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    row = {**pair._asdict(), "vote": vote, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
     try:
         with IN_PLACE, (experiment.folder / FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -139,7 +131,7 @@ def preference(known: Sequence[Pair], given: Mapping[Pair, list[int]]) -> tuple[
 @unless_damaged
 def result(experiment: Experiment) -> str:
     """Return a table (HTML) of each method's preference with interval, its loss verdict, and whether the two agree."""
-    known, given, rows = pairs(experiment), votes(experiment), ""
+    known, given, rows = pairs(experiment), votes(experiment), []
     verdicts = experiment.read_json(EXPERIMENT).get("verdicts") or ()
     for verdict in verdicts if known else ():
         label, reference = str(verdict["label"]), str(verdict["reference"])
@@ -147,18 +139,17 @@ def result(experiment: Experiment) -> str:
         mean, half = preference(own, given)
         count = sum(len(given.get(pair, ())) for pair in own)
         open_pairs = sum(not given.get(pair) for pair in own)
-        cells = (
+        rows.append((
             f"{label} or {reference}", pluralize(count, "vote"), in_percent(mean, half, open_pairs),
             str(verdict["sentence"]), agreement(label, reference, mean, half, str(verdict["conclusion"])),
-        )  # fmt: skip
-        rows += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+        ))  # fmt: skip
     if not rows:
         return notice(
             "No votes to show: this experiment has no verdict yet, or fewer than two of its methods have sample images "
             "(--num_validation_images)."
         )
-    header = "".join(f"<th>{name}</th>" for name in ("methods", "votes", "preference", "loss", "together"))
-    return table("made votes", "Votes and losses", f"<tr>{header}</tr>{rows}")
+    names = ("methods", "votes", "preference", "loss", "together")
+    return table("made votes", "Votes and losses", rows_of(names, rows))
 
 
 def in_percent(mean: float | None, half: float | None, open_pairs: int) -> str:

@@ -1,7 +1,7 @@
 """Generate: generate images with a run's weights or an uploaded LoRA file, and compare them with the base model."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import gradio as gr
 
@@ -12,7 +12,7 @@ from ..generation_request import Drawn, Request
 from ..handlers import NO_PROGRESS, QUIET, path_of, paths_of
 from ..runs import BASE, Run, RunError, Weights
 from ..sessions import TURNS, hears
-from ..studio import Cancelled, Status, Step
+from ..studio import Cancelled
 from ..verdict import warning_for
 from .base import Parts, Tab, TabHost, answer_line, open_choice
 from .grid import GridPart
@@ -90,8 +90,8 @@ class GenerateTab(Tab):
             api_name="generate", preprocess=False, **NO_PROGRESS, **TURNS,
         ).failure(lambda: "", None, self.status, api_visibility="private")  # fmt: skip
         unqueued = {"queue": False, **NO_PROGRESS}
-        self.cancel.click(self.stop, None, self.status, api_visibility="private", **unqueued)
-        gr.on([], self.do_cancel, None, self.status, api_name="cancel", **unqueued)
+        self.cancel.click(self.stopper("images"), None, self.status, api_visibility="private", **unqueued)
+        gr.on([], self.stopper(), None, self.status, api_name="cancel", **unqueued)
         taken_over = [*settings[:-2], self.strength, self.random]
         self.recipe.upload(self.read_recipe, self.recipe, taken_over, api_name="settings_of")
         self.recipe.upload(self.origin, self.recipe, self.status, api_visibility="private")
@@ -183,20 +183,18 @@ class GenerateTab(Tab):
         request.check()
         request = replace(request, seed=-1 if random else seed).clamped()
         session = asked.session_hash or ""
-        done, files, text, wanted = [], [], "Starting", request.images * len(choices)
-        yield [], views.progress(text, 0), request.seed, ""
+        done, files, wanted = [], [], request.images * len(choices)
+        yield [], views.progress("Starting", 0), request.seed, ""
         try:
             given = path_of(reference)
             for event in self.studio.generate(run, choices, request, session, lambda: hears(asked), given):
-                text = event.text if isinstance(event, Status) else text
-                share = event.done / event.total if isinstance(event, Step) else 0.0
-                shown = {}
                 if isinstance(event, Drawn):
                     done.append(event)
                     caption = f"{event.source['weights']} · seed {event.request.seed}"
                     files.append((str(self.save(event)), caption))
-                    shown = {self.gallery: list(files), self.made: views.settings_table(done)}
-                yield shown | {self.status: views.progress(text, (len(done) + share) / wanted)}
+                    yield {self.gallery: list(files), self.made: views.settings_table(done)}
+                else:
+                    yield {self.status: views.progress(event.text, event.share)}
         except Cancelled:
             yield {self.status: views.notice(f"Cancelled after {len(done)} of {pluralize(wanted, 'image')}.")}
             return
@@ -208,30 +206,23 @@ class GenerateTab(Tab):
         """Save a generated image, with its settings, as a PNG file; return the path."""
         return generation_request.save_image(drawn, self.files.new(f"seed-{drawn.request.seed}.png"))
 
-    def do_cancel(self, asked: gr.Request):
-        """Stop all requests of the client's session, for API clients."""
-        return self.stopped(asked)
-
-    def stop(self, asked: gr.Request):
-        """Stop the client's requests for images, but not for a grid or a model."""
-        return self.stopped(asked, "images")
-
-    def stopped(self, asked: gr.Request, kind: str | None = None):
-        """Stop the client's requests; return a notice if there are none.
+    def stopper(self, kind: str | None = None):
+        """Return a handler that stops the client's requests, and returns a notice if there are none.
 
         `kind`: `images`, `grid` or `model` stops only requests of this kind; None stops all."""
-        found = self.studio.cancel(asked.session_hash or "", kind)
-        # A running request reports its cancellation itself, and must be the last to write.
-        nothing = "No model is being written." if kind == "model" else "Nothing is being generated."
-        return gr.skip() if found else views.notice(nothing)
+
+        def stop(asked: gr.Request):
+            found = self.studio.cancel(asked.session_hash or "", kind)
+            # A running request reports its cancellation itself, and must be the last to write.
+            nothing = "No model is being written." if kind == "model" else "Nothing is being generated."
+            return gr.skip() if found else views.notice(nothing)
+
+        return stop
 
     def read_recipe(self, path: str) -> list:
         """Return the settings in the metadata of an uploaded image, as values of the form."""
-        request, _ = generation_request.read_image(path)
-        return [
-            request.prompt, request.negative_prompt, request.seed, request.steps, request.guidance, request.width,
-            request.height, request.strength, False,
-        ]  # fmt: skip
+        *settings, _, strength = astuple(generation_request.read_image(path)[0])
+        return [*settings, strength, False]
 
     def origin(self, path: str) -> str:
         """Return a notice with an uploaded image's run and weights, which loading its settings does not select."""

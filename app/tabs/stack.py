@@ -62,7 +62,7 @@ class StackPart:
             [self.status, self.place, self.use, self.found],
             api_name="full_model", preprocess=False, **NO_PROGRESS, **TURNS,
         ).failure(lambda: "", None, self.status, api_visibility="private")  # fmt: skip
-        self.stop.click(self.do_stop, None, self.status, queue=False, **QUIET)
+        self.stop.click(tab.stopper("model"), None, self.status, queue=False, **QUIET)
         gr.api(self.list_loras, api_name="loras")
 
     def list_loras(self, run: str) -> list[str]:
@@ -95,7 +95,3 @@ class StackPart:
         place = downloads.place_of(target)
         said = views.notice(f"{place} is written: {weights.label}.")
         yield said, place, whole_models.lines_for(place), gr.update(visible=True)
-
-    def do_stop(self, asked: gr.Request):
-        """Stop writing the client's model, but not its other requests."""
-        return self.tab.stopped(asked, "model")

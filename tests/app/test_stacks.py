@@ -152,9 +152,9 @@ def test_loras_of_a_run_whose_config_is_damaged_are_not_offered(run, tmp_path):
         ([["tiny: lora"]], "", "There is no LoRA with this name"),
         (NAMES, "1", "1 strength for 2 LoRAs: give one each, such as 1 0.5"),
         (NAMES[:1], "1 0.5", "2 strengths for 1 LoRA: give one each"),
-        (NAMES, "1 much", "Strength much of tiny: reslora: give a number from -2 to 2"),
-        (NAMES, "1 nan", "Strength nan of tiny: reslora"),
-        (NAMES, "3 1", "Strength 3 of tiny: lora"),
+        (NAMES, "1 much", "Strength of tiny: reslora: much is not a number from -2 to 2"),
+        (NAMES, "1 nan", "Strength of tiny: reslora: nan is not a number"),
+        (NAMES, "3 1", "Strength of tiny: lora: 3 is not a number"),
         (NAMES * 5, "", f"10 LoRAs: at most {MOST}"),
     ],
 )
