@@ -101,8 +101,10 @@ def new_place(folder: Path) -> Path:
 
 
 def children(folder: Path | None) -> list[Path]:
-    """Return the visible subfolders that are not links and whose names are valid UTF-8."""
-    if folder is None or not folder.is_dir():
+    """Return the visible subfolders that are not links and whose names are valid UTF-8, which a browser can show."""
+    try:
+        found = sorted(folder.iterdir()) if folder else []
+    except OSError:
         return []
-    found = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    return [path for path in found if path.resolve().parent == folder and clean(path.name) == path.name]
+    visible = [path for path in found if not path.name.startswith(".") and clean(path.name) == path.name]
+    return [path for path in visible if path.is_dir() and path.resolve().parent == folder]

@@ -1,6 +1,5 @@
 """Make X/Y grids: one image for each pair of values of two settings. This module does not import Gradio."""
 
-import itertools
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,8 @@ MOST = 64
 LARGEST_CELL = 512
 """Maximum width and height in pixels of a cell in the image of the complete grid."""
 RESLORA = "reslora"
+Place = tuple[int, int]
+"""Row and column of a cell."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,13 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell of the grid and the image to generate for it."""
-
-    row: int
-    column: int
-    picture: Picture
-
-
-@dataclass(frozen=True)
 class Grid:
-    """The images of an X/Y grid. The cells are ordered by weights, so that weights are loaded as rarely as possible."""
+    """The images of an X/Y grid."""
 
     x: Axis
     y: Axis
-    cells: tuple[Cell, ...]
+    cells: dict[Place, Picture]
+    """The image to generate for each cell, ordered by weights, so that weights are loaded as rarely as possible."""
     heading: str
     """Text with the settings that are the same in all cells."""
 
@@ -114,7 +107,7 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
     if count > MOST:
         raise RunError(f"{len(x.values)} x {len(y.values)} values are {count} cells: at most {MOST} are generated.")
     request = replace(request.clamped(), images=1)
-    groups: dict[tuple, list[Cell]] = {}  # by weights and strength, in order of first occurrence
+    groups: dict[tuple, dict[Place, Picture]] = {}  # by weights and strength, in order of first occurrence
     for row, down in enumerate(y.values):
         for column, across in enumerate(x.values):
             chosen = {x.name: across, y.name: down}
@@ -122,8 +115,9 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
             asked = {name: value for name, value in chosen.items() if name in (*NUMBERS, "prompt")}
             title = f"Row {row + 1} of {len(y.values)}, column {column + 1} of {len(x.values)}: {weights.label}"
             picture = Picture(weights, replace(request, **asked).clamped(), title, merge)
-            groups.setdefault((weights.label, picture.request.strength), []).append(Cell(row, column, picture))
-    return Grid(x, y, tuple(itertools.chain(*groups.values())), heading(start, request, (x.name, y.name)))
+            groups.setdefault((weights.label, picture.request.strength), {})[row, column] = picture
+    cells = {place: picture for group in groups.values() for place, picture in group.items()}
+    return Grid(x, y, cells, heading(start, request, (x.name, y.name)))
 
 
 def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, tuple[Weights, str] | None]:
@@ -200,13 +194,13 @@ def heading(start: Weights, request: Request, axes: tuple[str, str]) -> str:
 # -- rendering ---------------------------------------------------------------------------------------------------------
 
 
-def table(grid: Grid, sources: dict[tuple[int, int], str]) -> str:
+def table(grid: Grid, sources: dict[Place, str]) -> str:
     """Return the grid as an HTML table of the images generated so far; a click enlarges an image.
 
     `sources`: the images' URLs by (row, column).
     """
     header = "".join(f'<th><div class="prompt">{views.escape(label)}</div></th>' for label in grid.x.labels)
-    rows, scale = [], views.scaled(grid.cells[0].picture.request.width)
+    rows, scale = [], views.scaled(grid.cells[0, 0].request.width)
     for row, label in enumerate(grid.y.labels):
         tiles = ""
         for column, above in enumerate(grid.x.labels):
@@ -220,7 +214,7 @@ def table(grid: Grid, sources: dict[tuple[int, int], str]) -> str:
     return views.table("samples", "X/Y grid", f"<tr><th></th>{header}</tr>{''.join(rows)}", mark)
 
 
-def save_sheet(grid: Grid, drawn: dict[tuple[int, int], Drawn], path: Path) -> Path:
+def save_sheet(grid: Grid, drawn: dict[Place, Drawn], path: Path) -> Path:
     """Save the grid, with labels of its rows and columns, as one image; return the path.
 
     `drawn`: the generated images by (row, column); other cells are empty."""

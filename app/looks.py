@@ -18,7 +18,7 @@ from reslora.images.data.images import damage, open_image
 from reslora.images.experiment.split import features_of, groups_of
 
 from .image_folders import Image, Images
-from .runs import stamp_of
+from .runs import cached_by_stamp, stamp_of
 
 SIDE = 256
 """Maximum width and height of a thumbnail in pixels."""
@@ -74,7 +74,7 @@ class Looks:
         if image.size is None or not stamp:
             return ""
         try:
-            return thumbnail(image.path, stamp)
+            return thumbnail(image.path)
         except Exception as error:
             self.known[image.path] = stamp, Look(damage(error))
             return ""
@@ -132,9 +132,9 @@ def alike(looks: tuple[tuple[str, Look], ...]) -> dict[str, tuple[str, str]]:
     return found
 
 
-@functools.lru_cache(maxsize=2000)
-def thumbnail(path: Path, stamp: Stamp) -> str:
-    """Return a thumbnail as a data URI; `stamp` is part of the cache key."""
+@cached_by_stamp(2000)
+def thumbnail(path: Path) -> str:
+    """Return a thumbnail as a data URI."""
     image, file = open_image(path), io.BytesIO()
     image.thumbnail((SIDE, SIDE))
     image.save(file, "WEBP", quality=80)

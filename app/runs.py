@@ -13,24 +13,25 @@ import os
 import re
 import stat
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from typing import ClassVar, TypeVar
 
 from reslora.checkpoint import WEIGHTS_NAME
+from reslora.errors import InvalidArgument
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from reslora.images.model.lora_files.reading import pairs_of, read_content
 from reslora.io import read_object
 from reslora.merges import MERGES
 from reslora.methods.adapters import ADAPTER_NAME
 from reslora.methods.registry import METHODS
 from reslora.options.values import listed
 from reslora.runtime.log import count_damaged, of_split, read_log
-from reslora.runtime.sample_folders import PROMPTS, is_of
+from reslora.runtime.sample_folders import PROMPTS, by_step, is_of
 from reslora.runtime.status import FILE as STATUS
 
+T = TypeVar("T")
 EXAMPLE = Path(__file__).resolve().parent / "example"
 """Folder of the example: a small finished run that is part of the application."""
 LOG_NAME, EXPERIMENT_LOG = "app.log", "experiment.log"
@@ -73,6 +74,16 @@ def stamp_of(path: Path | None) -> tuple[int, ...]:
             status = path.stat()
             return status.st_ino, status.st_size, status.st_mtime_ns
     return ()
+
+
+def cached_by_stamp(size: int) -> Callable[[Callable[[Path], T]], Callable[[Path], T]]:
+    """Cache the results of a function for `size` files, each until its file changes."""
+
+    def decorate(function: Callable[[Path], T]) -> Callable[[Path], T]:
+        known = functools.lru_cache(size)(lambda path, stamp: function(path))
+        return functools.wraps(function)(lambda path: known(path, stamp_of(path)))
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -256,18 +267,17 @@ class Run:
     def _log(self, method: str) -> tuple[tuple[dict, ...], int]:
         """Return the rows of a method's log and the number of damaged lines."""
         path = self.inside(method, "log.jsonl")
-        return rows_of(path, stamp_of(path)) if path and path.is_file() else ((), 0)
+        return rows_of(path) if path and path.is_file() else ((), 0)
 
     def steps(self) -> list[int]:
         """Return the steps at which any method has samples.
 
         For a run without prompts, return the steps with a validation loss, and the last step.
         """
-        found = set()
+        found: set[int] = set()
         for method in self.methods:
-            for name in self.entries(method, "samples"):
-                if match := re.fullmatch(r"step-(\d{1,9})", name):
-                    found.add(int(match[1]))
+            if path := self.inside(method, "samples"):
+                found |= by_step(path).keys()
         if not found and not self.prompts:
             rows = [row for method in self.methods for row in self.log(method)]
             last = max((row["step"] for row in rows), default=0)
@@ -393,36 +403,29 @@ class Run:
     def lora_norms(self, method: str) -> dict[str, float]:
         """Return the Frobenius norm of the update `s B A` by block, computed from a method's exported LoRA file."""
         path = self.inside(method, DIFFUSERS_FILE)
-        with contextlib.suppress(OSError, SafetensorError, RuntimeError):
-            return norms_of(path, stamp_of(path)) if path else {}
+        with contextlib.suppress(OSError, InvalidArgument):
+            return norms_of(path) if path else {}
         return {}
 
 
-@functools.lru_cache(maxsize=16)
-def norms_of(path: Path, stamp: tuple[int, ...]) -> dict[str, float]:
-    """Return the Frobenius norms of the products `B A` in a LoRA file in diffusers' format, by block.
+@cached_by_stamp(16)
+def norms_of(path: Path) -> dict[str, float]:
+    """Return the Frobenius norms of the updates `s B A` of a LoRA file, by block.
 
-    Shapes: A (rank, in), B (out, rank). `stamp`, the result of `stamp_of`, is part of the cache key.
+    Shapes: A (rank, in), B (out, rank). Raises `InvalidArgument` for anything that is not a plain LoRA.
     """
-    tensors, norms = load_file(path), {}
-    for key, down in tensors.items():
-        name = key.partition(".")[2].removesuffix(".lora_A.weight")
-        up = tensors.get(key.removesuffix(".lora_A.weight") + ".lora_B.weight")
-        if key.endswith(".lora_A.weight") and up is not None:
-            down, up = down.double(), up.double()
-            # ||BA||^2 = <B^T B, A A^T>: r x r products instead of one of the layer's size.
-            norm = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt().item()
-            if math.isfinite(norm):
-                norms[name] = norm
+    norms = {}
+    for name, (down, up, scale) in pairs_of(read_content(path, path.name)).items():
+        down, up = down.double().flatten(1), up.double().flatten(1)
+        # ||BA||^2 = <B^T B, A A^T>: r x r products instead of one of the layer's size.
+        norm = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt().item()
+        norms[name.partition(".")[2]] = scale * norm
     return norms
 
 
-@functools.lru_cache(maxsize=64)
-def rows_of(path: Path, stamp: tuple[int, ...]) -> tuple[tuple[dict, ...], int]:
-    """Return the rows of a log with valid step and loss, and the number of damaged lines.
-
-    The result is cached until `stamp` (the result of `stamp_of`) changes, because every open page asks for it.
-    """
+@cached_by_stamp(64)
+def rows_of(path: Path) -> tuple[tuple[dict, ...], int]:
+    """Return the rows of a log with valid step and loss, and the number of damaged lines."""
     return tuple(row for row in read_log(path) if can_be_drawn(row)), count_damaged(path)
 
 

@@ -23,7 +23,7 @@ from reslora.options.prompts import clean
 
 from .activity import activity, why_ended
 from .generation_request import Drawn
-from .runs import BASE, NO_CONFIG, Run, number, stamp_of
+from .runs import BASE, NO_CONFIG, Run, cached_by_stamp, number
 
 T = TypeVar("T")
 LARGEST_TILE = 320
@@ -60,16 +60,12 @@ def escape(text: str) -> str:
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
+@cached_by_stamp(512)
 def embedded(path: Path) -> str:
     """Return the attributes of an HTML image with the content of a file: its data URI and `scaled`.
 
-    Raises an exception, which differs by image format, for a damaged file."""
-    return _embedded(path, stamp_of(path))
-
-
-@functools.lru_cache(maxsize=512)
-def _embedded(path: Path, stamp: tuple[int, ...]) -> str:
-    """Return what `embedded` returns; the image is at most `LARGEST_TILE` pixels wide and high."""
+    The image is at most `LARGEST_TILE` pixels wide and high. Raises an exception, which differs by image format, for a
+    damaged file."""
     content, kind = path.read_bytes(), "png"
     with PIL.Image.open(io.BytesIO(content)) as image:
         image.load()  # raise for a damaged file, of which a browser would show nothing

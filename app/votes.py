@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from reslora.experiment.record import EXPERIMENT
 from reslora.experiment.statistics import LEVEL, half_width, spread_of
 from reslora.formatting import pluralize
 from reslora.images.experiment.gallery import samples_of
+from reslora.json_lines import values_of
 
 from .library import Experiment
 from .runs import IN_PLACE, RunError
@@ -79,9 +80,8 @@ def samples(experiment: Experiment, content: dict, label: str, prompts: Sequence
 def votes(experiment: Experiment) -> dict[Pair, list[int]]:
     """Return the values of the votes (see `VALUES`) on each pair; damaged lines of the file are skipped."""
     found: dict[Pair, list[int]] = defaultdict(list)
-    for line in experiment.text(FILE).splitlines():
-        with contextlib.suppress(LookupError, TypeError, ValueError):
-            row = json.loads(line)
+    for _, row in values_of(experiment.text(FILE)):
+        with contextlib.suppress(LookupError, TypeError):
             found[Pair(*(row[name] for name in Pair._fields))].append(VALUES[row["vote"]])
     return found
 
@@ -96,14 +96,12 @@ def add(experiment: Experiment, pair: Pair, vote: str) -> None:
         raise RunError(f"The vote cannot be stored ({error.strerror}).") from None
 
 
-def next_pair(experiment: Experiment, before: Pair | None = None) -> Pair | None:
-    """Return a random pair among those with the fewest votes, or None if there are no pairs.
+def next_pair(known: Collection[Pair], given: Mapping[Pair, list[int]], before: Pair | None = None) -> Pair:
+    """Return a random pair among those with the fewest votes.
 
-    `before`: the previous pair, which is only returned if there is no other pair."""
-    known, given = list(pairs(experiment)), votes(experiment)
-    known = [pair for pair in known if pair != before] or known
-    fewest = min((len(given.get(pair, ())) for pair in known), default=0)
-    return random.choice([pair for pair in known if len(given.get(pair, ())) == fewest]) if known else None
+    `known`: all pairs. `given`: votes by pair. `before`: the previous pair, returned only if there is no other pair."""
+    counts = {pair: len(given.get(pair, ())) for pair in known if pair != before or len(known) == 1}
+    return random.choice([pair for pair, count in counts.items() if count == min(counts.values())])
 
 
 # -- the result --------------------------------------------------------------------------------------------------------

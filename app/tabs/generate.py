@@ -109,11 +109,11 @@ class GenerateTab(Tab):
         """Return the labels of a run's weights."""
         return [weights.label for weights in self.library.find(run).weights()]
 
-    def seen(self, run: Run) -> tuple[bool, str]:
+    def seen(self, run: Run) -> tuple:
         """Return whether the run's settings exist, and the label of its default weights (see `Run.best_weights`)."""
         return bool(run.config), run.best_weights()
 
-    def choice(self, run: Run, chosen: str | None, seen: tuple[bool, str] | None) -> str:
+    def choice(self, run: Run, chosen: str | None, seen: tuple | None) -> str:
         """Return the label of the weights to select: the selected weights, or the run's default weights.
 
         The default weights are selected if they were selected at the last poll, or if `chosen` no longer exists.
@@ -129,7 +129,7 @@ class GenerateTab(Tab):
         weights = gr.update(choices=self.list_weights(run.name), value=label)
         return {self.weights: weights, self.warning: self.warn(run.name, label)}
 
-    def is_outdated(self, run: Run, seen: tuple[bool, str] | None) -> bool:
+    def is_outdated(self, run: Run, seen: tuple | None) -> bool:
         """Return whether the run's settings have been written since the last poll."""
         return seen is not None and not seen[0] and bool(run.config)
 

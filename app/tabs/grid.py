@@ -110,12 +110,11 @@ class GridPart:
         drawn, files, shown, session, total = {}, {}, {}, asked.session_hash or "", pluralize(len(grid.cells), "cell")
         yield grids.table(grid, shown), views.progress("Starting", 0), None, None
         given = path_of(reference)
-        cells, pictures = iter(grid.cells), [replace(cell.picture, reference=given) for cell in grid.cells]
+        cells, pictures = iter(grid.cells), [replace(one, reference=given) for one in grid.cells.values()]
         try:
             for event in self.tab.studio.draw(run, pictures, "grid", session, lambda: hears(asked)):
                 if isinstance(event, Drawn):
-                    cell = next(cells)
-                    place, path = (cell.row, cell.column), str(self.tab.save(event))
+                    place, path = next(cells), str(self.tab.save(event))
                     drawn[place], files[place], shown[place] = event, path, self.address(path)
                     yield {self.table: grids.table(grid, shown)}
                 else:

@@ -1,6 +1,7 @@
 """Part of Compare: blind votes on pairs of an experiment's samples."""
 
 import random
+from functools import partial
 
 import gradio as gr
 
@@ -54,10 +55,8 @@ class VotesTab(Tab):
         shown = [self.images, self.asked, self.answer]
         self.begin.click(self.next, which, shown, **QUIET)
         for button, side in ((self.left, "left"), (self.equal, "equal"), (self.right, "right")):
-            button.click(
-                lambda name, asked, side=side: self.vote(name, asked, side), [which, self.asked], shown,
-                trigger_mode="once", **QUIET,
-            )  # fmt: skip
+            vote = partial(self.vote, side)
+            button.click(vote, [which, self.asked], shown, trigger_mode="once", **QUIET)
         self.show.click(self.outcome, which, self.result, **QUIET)
         which.change(lambda: ("", None, "", ""), None, [*shown, self.result], **QUIET)
 
@@ -68,17 +67,17 @@ class VotesTab(Tab):
         no pairs.
         """
         experiment = self.library.find_experiment(name)
-        pair = votes.next_pair(experiment, before)
-        if pair is None:
-            raise RunError("This experiment has no samples of two compared methods with the same prompt and seed.")
         known, given = votes.pairs(experiment), votes.votes(experiment)
+        if not known:
+            raise RunError("This experiment has no samples of two compared methods with the same prompt and seed.")
+        pair = votes.next_pair(known, given, before)
         swapped = random.random() < 0.5
         sides = known[pair][::-1] if swapped else known[pair]
         done = sum(bool(given.get(one)) for one in known)
         line = views.notice(f"{done} of {len(known)} pairs have a vote.")
         return views.side_by_side(sides), (name, pair, swapped), line
 
-    def vote(self, name: str, asked: tuple | None, side: str) -> tuple:
+    def vote(self, side: str, name: str, asked: tuple | None) -> tuple:
         """Store a vote on the shown pair, and return what `next` returns for the next pair.
 
         `asked`: name of the experiment, pair, and whether the reference method is on the left side. `side`: `left`,
