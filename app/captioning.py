@@ -52,8 +52,8 @@ class Captioning:
     def models(self) -> dict[str, Path]:
         """Return the image-text models in the folder `models` of the runs folder, by name."""
         place = self.jobs.library.folder / FOLDER
-        found = {path.name: path for path in sorted(place.glob("[!.]*")) if (path / "config.json").is_file()}
-        return {name: path for name, path in found.items() if any((path / file).is_file() for file in PROCESSORS)}
+        found = {path.parent for file in PROCESSORS for path in place.glob(f"[!.]*/{file}")}
+        return {path.name: path for path in sorted(found) if (path / "config.json").is_file()}
 
     def start(self, images: Images, model: object, prompt: str, prefix: str, overwrite: bool) -> Job:
         """Start to write captions, and return the job.

@@ -111,28 +111,28 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
     for row, down in enumerate(y.values):
         for column, across in enumerate(x.values):
             chosen = {x.name: across, y.name: down}
-            weights, merge = weights_of(run, start, chosen)
+            weights = weights_of(run, start, chosen)
             asked = {name: value for name, value in chosen.items() if name in (*NUMBERS, "prompt")}
             title = f"Row {row + 1} of {len(y.values)}, column {column + 1} of {len(x.values)}: {weights.label}"
-            picture = Picture(weights, replace(request, **asked).clamped(), title, merge)
+            picture = Picture(weights, replace(request, **asked).clamped(), title)
             groups.setdefault((weights.label, picture.request.strength), {})[row, column] = picture
     cells = {place: picture for group in groups.values() for place, picture in group.items()}
     return Grid(x, y, cells, heading(start, request, (x.name, y.name)))
 
 
-def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, tuple[Weights, str] | None]:
-    """Return the weights of a cell, and the checkpoint and merge method to make them by, or None if they exist.
+def weights_of(run: Run | None, start: Weights, chosen: dict) -> Weights:
+    """Return the weights of a cell, which do not exist yet if they have to be merged.
 
     `start`: the weights selected in the form. `chosen`: the cell's values by setting."""
     named = {name: value for name, value in chosen.items() if name in OF_WEIGHTS}
     if not named:
-        return start, None
+        return start
     if run is None or start.kind == "stack" or (start.kind == "file" and not start.method):
         raise RunError(f"An uploaded LoRA file or a stack has no {next(iter(named))}: choose weights of a run.")
     if "method" in named and "merge" in named:
         raise RunError("The merge method applies only to ResLoRA: combine merge with another setting than method.")
     if named.get("method") in ("base", BASE.label):
-        return BASE, None
+        return BASE
     method = named.get("method", RESLORA if "merge" in named else start.method)
     if not method:
         raise RunError("The base model has no checkpoints: choose weights of a trained method.")
@@ -141,8 +141,8 @@ def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, 
     if "merge" in named:
         return merged(run, checkpoint_of(run, RESLORA, named.get("checkpoint"), start.step), named["merge"])
     if "checkpoint" in named:
-        return checkpoint_of(run, method, named["checkpoint"], None), None
-    return same_form(run, start, method), None
+        return checkpoint_of(run, method, named["checkpoint"], None)
+    return same_form(run, start, method)
 
 
 def checkpoint_of(run: Run, method: str, word: str | None, otherwise: int | None) -> Weights:
@@ -161,13 +161,12 @@ def checkpoint_of(run: Run, method: str, word: str | None, otherwise: int | None
     return found
 
 
-def merged(run: Run, checkpoint: Weights, method: str) -> tuple[Weights, tuple[Weights, str] | None]:
-    """Return what `weights_of` returns, for a checkpoint merged by the merge method `method`."""
+def merged(run: Run, checkpoint: Weights, method: str) -> Weights:
+    """Return a checkpoint merged by the merge method `method`."""
     if method not in MERGES:
         raise RunError(f"There is no merge method {method[:40]}; choose from {', '.join(MERGE_CHOICES)}.")
     made = merged_by(checkpoint, method)
-    found = next((weights for weights in run.weights() if weights.label == made.label), None)
-    return (found, None) if found else (made, (checkpoint, method))
+    return next((weights for weights in run.weights() if weights.label == made.label), made)
 
 
 def same_form(run: Run, start: Weights, method: str) -> Weights:

@@ -116,7 +116,7 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
     known, model, otherwise = form.known(), str(settings.get("model") or "").strip(), form.defaults(begun.config)
     fixed = known.keys() - MAY_GROW
     given = {flag: value for flag, value in settings.items() if flag in fixed and value not in EMPTY}
-    asked, others = vars(build_parser().parse_args(arguments(given, True))), []
+    asked, others = parsed(given), []
     for flag, value in given.items():
         was = begun.config.get(flag, otherwise[flag])
         # The form cannot show some values of the command line: it shows those options as empty.
@@ -138,7 +138,7 @@ def with_more(begun: Run, settings: dict) -> dict:
     experiment's. Options that are empty in the form are omitted, so that they do not change.
     """
     more = {flag: settings[flag] for flag in MAY_GROW if settings.get(flag) not in EMPTY}
-    asked = vars(build_parser().parse_args(arguments(more, True)))
+    asked = parsed(more)
     for flag in more.keys() & set(ADDED_TO):
         there = listed(begun.config.get(flag))
         more[flag] = [*there, *(value for value in listed(asked[flag]) if value not in there)]
@@ -190,13 +190,10 @@ def launch_words(device: str | None) -> list[str]:
 
 def environment(device: str | None = None) -> dict[str, str]:
     """Return the environment variables of a trainer; `device` restricts it to one GPU."""
-    found = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": search_path()}
+    # PYTHONPATH contains the repository, because the trainer's working directory is another folder.
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
     return found if device is None else found | {"CUDA_VISIBLE_DEVICES": device}
-
-
-def search_path() -> str:
-    """Return a PYTHONPATH that contains the repository, because the trainer's working directory is another folder."""
-    return os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def safe_name(name: str) -> str:

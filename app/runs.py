@@ -103,6 +103,8 @@ class Weights:
     """The adapter_config.json of a file saved by PEFT."""
     parts: tuple[tuple[Weights, float], ...] = ()
     """The LoRA files of a stack, each with its strength."""
+    made_of: tuple[Weights, str] | None = None
+    """The checkpoint and the merge method by which to make the file if it does not exist yet."""
 
 
 BASE = Weights("base model", "base")
@@ -112,7 +114,7 @@ def merged_by(checkpoint: Weights, method: str) -> Weights:
     """Return the weights that result from merging a checkpoint by a merge method; their file may not exist yet."""
     label = f"{checkpoint.method}: step {checkpoint.step} merged by {method}"
     path = checkpoint.path.parent / f"merged-by-{method}-{checkpoint.step}" / DIFFUSERS_FILE
-    return Weights(label, "file", checkpoint.method, path, checkpoint.step)
+    return Weights(label, "file", checkpoint.method, path, checkpoint.step, made_of=(checkpoint, method))
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class Run:
 
     def word(self, flag: str) -> str | None:
         """Return the first text value of an option, or None."""
-        return next(iter(self.words(flag)), None) or None
+        return next(filter(None, self.words(flag)), None)
 
     def first(self, flag: str) -> object:
         """Return the value of an option, or the first of several values; None if the option was not given."""

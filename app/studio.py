@@ -74,8 +74,6 @@ class Picture:
     request: Request
     title: str
     """Status line while the image is generated."""
-    merge: tuple[Weights, str] | None = None
-    """The checkpoint and the merge method from which to make the weights if they do not exist yet."""
     reference: Path | None = None
     """The reference image of an edit model."""
 
@@ -182,7 +180,7 @@ class Studio:
         for number in range(request.images):
             one = replace(request, seed=(request.seed + number) % SEEDS, images=1)
             title = f"Image {number + 1} of {request.images}"
-            pictures += [Picture(choice, one, f"{title}, {choice.label}", None, reference) for choice in choices]
+            pictures += [Picture(choice, one, f"{title}, {choice.label}", reference) for choice in choices]
         yield from self.draw(run, pictures, "images", session, listening)
 
     def draw(
@@ -221,21 +219,16 @@ class Studio:
             visitor.stopped.set()
             self.running.remove(visitor)
 
-    def cancel(self, session: str, kind: str | None = None) -> bool:
-        """Stop a session's requests within one denoising step, and return whether the session had any.
+    def cancel(self, session: str | None = None, kind: str | None = None) -> bool:
+        """Stop a session's requests (None: those of all sessions) within one denoising step; return whether any ran.
 
         `kind`: `images`, `grid` or `model` stops only requests of this kind; None stops all.
         """
         running = list(self.running)
-        found = [visitor for visitor in running if visitor.session == session and kind in (None, visitor.kind)]
+        found = [one for one in running if session in (None, one.session) and kind in (None, one.kind)]
         for visitor in found:
             visitor.stopped.set()
         return bool(found)
-
-    def close(self) -> None:
-        """Stop all requests."""
-        for visitor in list(self.running):
-            visitor.stopped.set()
 
     def _work(self, work: Callable[[Visitor], None], visitor: Visitor) -> None:
         """Do the work of a request in its thread; at the end, send None or the exception that `work` raised."""
@@ -273,9 +266,9 @@ class Studio:
         for number, picture in enumerate(pictures):
             visitor.share = number / len(pictures)
             with self._turn(run, visitor):
-                if picture.merge and not picture.weights.path.is_file():
+                if picture.weights.made_of and not picture.weights.path.is_file():
                     visitor.tell(f"Merging: {picture.weights.label}")
-                    self._merge(run, *picture.merge)
+                    self._merge(run, *picture.weights.made_of)
                 visitor.tell(picture.title)
                 self._use(run, picture.weights, picture.request.strength)
                 image = self._draw(picture, number, visitor)

@@ -1,5 +1,6 @@
 """Generate: generate images with a run's weights or an uploaded LoRA file, and compare them with the base model."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import astuple, replace
 
@@ -141,9 +142,10 @@ class GenerateTab(Tab):
 
     def warn(self, name: str, label: str) -> dict:
         """Return the update of the warning about a run's weights; it is hidden if there is no warning."""
-        run = self.library.named(name, Run)
-        weights = next((weights for weights in run.weights() if weights.label == label), None) if run else None
-        text = warning_for(run, weights) if weights else ""
+        text = ""
+        with contextlib.suppress(RunError):  # the run or the weights do not exist any more
+            run = self.library.find(name)
+            text = warning_for(run, run.find_weights(label))
         return gr.update(value=text, visible=bool(text))
 
     def show_used(self, adapter: object, loras: object) -> dict:

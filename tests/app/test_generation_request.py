@@ -41,11 +41,6 @@ def test_what_is_beyond_the_limits_is_refused(name, value, told):
         replace(Request(), **{name: value}).check()
 
 
-@pytest.mark.parametrize("seed", ["abc", float("nan"), float("inf"), None, [], {}])
-def test_a_seed_that_is_no_number_is_zero(seed):
-    assert Request(seed=seed).clamped().seed == 0
-
-
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda value: repr(value)[:20])
 def test_whatever_is_sent_can_be_drawn(wrong):
     asked = Request(*[wrong] * 9).clamped()

@@ -72,7 +72,7 @@ def test_cells_are_single_drawings(studio, run, x, y, single):
         assert np.array_equal(image, *alone)
     assert all(not np.array_equal(one, other) for i, one in enumerate(drawn) for other in drawn[:i])
     again = grid_of(run, x, y)
-    assert [picture.merge for picture in again.cells.values()] == [None] * len(drawn)
+    assert [picture.weights.made_of for picture in again.cells.values()] == [None] * len(drawn)
 
 
 @pytest.mark.exhaustive

@@ -342,7 +342,7 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
 
 def test_who_is_told_to_stop_by_two_applications_saves(run):
     """The second may be the first one, started again: it does not know what was asked."""
-    environment = os.environ | {"PYTHONPATH": launcher.search_path()}
+    environment = launcher.environment()
     process = subprocess.Popen([sys.executable, "-c", SAVING, "train_sd.py"], cwd=run.folder, env=environment)
     wait_until(lambda: run.process, "the lock", process)
     for _ in range(2):

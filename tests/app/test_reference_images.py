@@ -35,7 +35,7 @@ def test_an_edit_model_changes_the_reference_image(tmp_path):
     words = {"generator": Generator().manual_seed(3), "num_inference_steps": 2, **more}
     expected = pipe(reference.crop((0, 0, 32, 32)), "blue box", **words).images[0]
     (drawn,) = images(studio.generate(run, [BASE], REQUEST, reference=path))
-    (cell,) = images(studio.draw(run, [Picture(BASE, REQUEST, "one", None, path)], "grid"))
+    (cell,) = images(studio.draw(run, [Picture(BASE, REQUEST, "one", path)], "grid"))
     assert np.abs(drawn - expected).max() <= 1 / 255 and np.array_equal(drawn, cell)
     random_image(6).save(path)
     (other,) = images(studio.generate(run, [BASE], REQUEST, reference=path))

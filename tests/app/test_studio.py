@@ -208,13 +208,6 @@ def test_what_nobody_listens_to_takes_no_turn(studio, run, monkeypatch):
     assert not drawn and [type(event) for event in outcome] == [Cancelled]
 
 
-def test_what_nobody_listens_to_is_given_up(studio, run, monkeypatch, capsys):
-    monkeypatch.setattr(studios, "PATIENCE", 0.0)
-    with pytest.raises(Cancelled):
-        list(studio.generate(run, [BASE], REQUEST, listening=lambda: False))
-    assert "the client did not read" in capsys.readouterr().err
-
-
 def test_a_message_that_is_only_about_to_be_read_ends_nothing(monkeypatch):
     """Not even where the step before took longer than anybody's patience."""
     monkeypatch.setattr(studios, "PATIENCE", 0.01)
@@ -226,7 +219,7 @@ def test_a_message_that_is_only_about_to_be_read_ends_nothing(monkeypatch):
         visitor.check()
 
 
-def test_who_goes_away_is_given_up_after_a_while(studio, run, monkeypatch):
+def test_who_goes_away_is_given_up_after_a_while(studio, run, monkeypatch, capsys):
     monkeypatch.setattr(studios, "PATIENCE", 0.0)
     there, seen = [True], []
     with pytest.raises(Cancelled):
@@ -235,6 +228,7 @@ def test_who_goes_away_is_given_up_after_a_while(studio, run, monkeypatch):
             if len(seen) == 2:
                 there.clear()
     assert seen[0] == 1 / (8 * 150) and len(seen) <= 4
+    assert "the client did not read" in capsys.readouterr().err
     with studio.turns.turn():
         pass
 
