@@ -176,7 +176,7 @@ class Studio:
 
         Raises `RunError` for weights that cannot be loaded.
         """
-        request, pictures = request.clamped(), []
+        pictures = []
         for number in range(request.images):
             one = replace(request, seed=(request.seed + number) % SEEDS, images=1)
             title = f"Image {number + 1} of {request.images}"

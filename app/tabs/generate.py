@@ -1,8 +1,9 @@
 """Generate: generate images with a run's weights or an uploaded LoRA file, and compare them with the base model."""
 
 import contextlib
+import secrets
 from collections.abc import Iterator
-from dataclasses import astuple, replace
+from dataclasses import astuple
 
 import gradio as gr
 
@@ -181,9 +182,10 @@ class GenerateTab(Tab):
         run = self.library.find(name) if name else None
         weights = self.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
         choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
-        request = Request(prompt, negative, 0 if random else seed, steps, guidance, width, height, images, strength)
+        seed = secrets.randbelow(generation_request.SEEDS) if random else seed
+        request = Request(prompt, negative, seed, steps, guidance, width, height, images, strength)
         request.check()
-        request = replace(request, seed=-1 if random else seed).clamped()
+        request = request.clamped()
         session = asked.session_hash or ""
         done, files, wanted = [], [], request.images * len(choices)
         yield [], views.progress("Starting", 0), request.seed, ""

@@ -16,7 +16,6 @@ def test_requests_are_clamped():
     assert len(wild.prompt) == 1000 and "\0" not in wild.prompt and wild.negative_prompt == ""
     assert wild == replace(wild, seed=2**32 - 1, steps=150, guidance=4.0, width=1024, height=32, images=8, strength=1.0)
     assert Request(width=101, height="72", steps="x", seed=None, images=None).clamped() == Request(width=96, height=72)
-    assert Request(seed=-1).clamped().seed != Request(seed=-1).clamped().seed
     usual = Request(prompt="red disc", steps=3, seed=5)
     assert usual.clamped() == usual
 

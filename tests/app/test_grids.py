@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import PIL.Image
 import pytest
-from app_runs import own_runs
+from app_runs import own_runs, pixels
 
 from app.generation_request import Drawn, Request
 from app.grids import MOST, NONE, Axis, axis, grid, save_sheet, suggestion, table
@@ -34,10 +34,6 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def studio():
     return Studio()
-
-
-def pixels(events):
-    return [np.asarray(event.image) for event in events if isinstance(event, Drawn)]
 
 
 def grid_of(run, x, y, start=START):

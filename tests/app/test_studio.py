@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from app_runs import own_runs, write_run
+from app_runs import own_runs, pixels, write_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from waiting import join, start_thread, wait_until
@@ -45,8 +45,7 @@ def studio():
 
 def draw(studio, run, *choices, request=REQUEST):
     """Images as arrays."""
-    events = list(studio.generate(run, list(choices), request))
-    return [np.asarray(event.image).astype(int) for event in events if isinstance(event, Drawn)]
+    return pixels(studio.generate(run, list(choices), request))
 
 
 def one(studio, run, label, request=REQUEST):
