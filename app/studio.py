@@ -25,7 +25,6 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 import reslora
-from reslora import io as files
 from reslora.errors import InvalidArgument, RunFailed
 from reslora.images.data.images import cropped, image_size, open_image
 from reslora.images.data.size import Size
@@ -35,6 +34,7 @@ from reslora.images.model.loading import Model, find_model
 from reslora.images.output.calibration_file import read_calibration
 from reslora.images.output.exports import write_lora
 from reslora.images.refusals import check_model_name
+from reslora.io import replacing, write_json
 from reslora.merges import MERGES
 from reslora.options.images import Options
 
@@ -43,7 +43,7 @@ from .bases import base_of, stamps_of
 from .generation_request import SEEDS, Drawn, Request
 from .runs import IN_PLACE, Run, RunError, Weights, merged_by
 from .turns import Turns
-from .weight_files import files_of, refuse_gone, unless_replaced, without_folders
+from .weight_files import files_of, refuse_gone, refuse_replaced, without_folders
 
 MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments, name == "none"))
 """Names of the merge methods: those that need calibration samples come first, and `none` comes last."""
@@ -343,15 +343,15 @@ class Studio:
 
     def _use(self, run: Run | None, weights: Weights, strength: float) -> None:
         """Load the weights into the pipeline. Raises `RunError` if this fails; then the previous weights remain."""
-        wanted = (*files_of(weights), weights.parts, 1.0 if weights.kind == "base" else strength)
+        files = files_of(weights)
+        wanted = (*files, weights.parts, 1.0 if weights.kind == "base" else strength)
         if self.current == wanted:
             return
-        refuse_replaced = unless_replaced(run, weights)
         parts = self._parts()
         try:
-            refuse_replaced()
+            refuse_replaced(run, weights, files)
             self._put(parts, run, weights, strength)
-            refuse_replaced()
+            refuse_replaced(run, weights, files)
         except RunError:
             raise
         except (ValueError, RuntimeError) as error:  # our loaders name the layer that does not fit
@@ -444,17 +444,22 @@ class Studio:
             report |= {encoder: found} if encoder else found
         with IN_PLACE:
             refuse_gone(run, checkpoint)  # otherwise writing would create the folder of a deleted run again
-            with files.replacing(merged_by(checkpoint, method).path.parent) as temporary:
+            with replacing(merged_by(checkpoint, method).path.parent) as temporary:
                 temporary.mkdir()
                 write_lora(parts, temporary, self.family, {})
-                files.write_json(temporary / "merge.json", report)
+                write_json(temporary / "merge.json", report)
         return report
 
     def _write_whole(self, run: Run | None, weights: Weights, target: Path, visitor: Visitor) -> None:
         """Write a complete model to the folder `target` during one turn."""
         with self._turn(run, visitor):
             visitor.tell(f"Writing the model {target.name}")
-            check = unless_replaced(run, weights, visitor.check)
+            files = files_of(weights)
+
+            def check() -> None:
+                visitor.check()
+                refuse_replaced(run, weights, files)
+
             parts: dict[str, torch.nn.Module | Path] = {self.family.denoiser: weights.path, **dict(weights.encoders)}
             if weights.kind != "merged":
                 made = self._parts()
