@@ -11,12 +11,11 @@ import functools
 import math
 import os
 import re
-import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 from reslora.checkpoint import WEIGHTS_NAME
 from reslora.errors import InvalidArgument
@@ -31,7 +30,6 @@ from reslora.runtime.log import count_damaged, of_split, read_log
 from reslora.runtime.sample_folders import PROMPTS, by_step, is_of
 from reslora.runtime.status import FILE as STATUS
 
-T = TypeVar("T")
 EXAMPLE = Path(__file__).resolve().parent / "example"
 """Folder of the example: a small finished run that is part of the application."""
 LOG_NAME, EXPERIMENT_LOG = "app.log", "experiment.log"
@@ -76,10 +74,10 @@ def stamp_of(path: Path | None) -> tuple[int, ...]:
     return ()
 
 
-def cached_by_stamp(size: int) -> Callable[[Callable[[Path], T]], Callable[[Path], T]]:
-    """Cache the results of a function for `size` files, each until its file changes."""
+def cached_by_stamp(size: int) -> Callable:
+    """Cache the results of a function of a path for `size` files, each until its file changes."""
 
-    def decorate(function: Callable[[Path], T]) -> Callable[[Path], T]:
+    def decorate(function: Callable) -> Callable:
         known = functools.lru_cache(size)(lambda path, stamp: function(path))
         return functools.wraps(function)(lambda path: known(path, stamp_of(path)))
 
@@ -139,10 +137,9 @@ class Run:
         """
         try:
             path = self.folder.joinpath(*parts).resolve(strict=True)
-            mode = path.stat().st_mode
         except (OSError, ValueError, RuntimeError):
             return None
-        regular = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+        regular = path.is_file() or path.is_dir()
         return path if regular and path.is_relative_to(self.folder.resolve()) else None
 
     def read_json(self, *parts: str) -> dict:

@@ -138,7 +138,8 @@ class GenerateTab(Tab):
     def filled_in(self, run: Run) -> dict:
         """Return the settings with which the run generates samples, by component."""
         asked = generation_request.of_samples(run)
-        values = [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height, self.stack.choices(run)]
+        loras = self.stack.offer(run.name)
+        values = [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height, loras]
         return dict(zip(self.of_run, values, strict=True))
 
     def warn(self, name: str, label: str) -> dict:

@@ -10,7 +10,6 @@ import gradio as gr
 from .. import downloads, stacks, views, whole_models
 from ..generation_request import Request
 from ..handlers import NO_PROGRESS, QUIET
-from ..runs import Run
 from ..sessions import TURNS, hears
 from ..studio import Cancelled
 from .base import TabHost, answer_line, open_choice
@@ -69,13 +68,9 @@ class StackPart:
         """Return the names of the LoRAs of all runs with the same base model as this run."""
         return list(stacks.loras(self.library, self.library.find(run)))
 
-    def choices(self, run: Run) -> dict:
-        """Return the update of the choices of LoRAs for a run; the selection does not change."""
-        return gr.update(choices=list(stacks.loras(self.library, run)))
-
     def offer(self, name: str) -> dict:
-        """Return the result of `choices` for the run with this name; without a name, change nothing."""
-        return self.choices(self.library.find(name)) if name else gr.skip()
+        """Return the update of the choices of LoRAs for the run with this name; without a name, change nothing."""
+        return gr.update(choices=self.list_loras(name)) if name else gr.skip()
 
     def write_whole(
         self, name, label, adapter, strength, model, adapter_config=None, loras=None, strengths="",
