@@ -425,13 +425,8 @@ def norms_of(path: Path) -> dict[str, float]:
 @cached_by_stamp(64)
 def rows_of(path: Path) -> tuple[tuple[dict, ...], int]:
     """Return the rows of a log with valid step and loss, and the number of damaged lines."""
-    return tuple(row for row in read_log(path) if can_be_drawn(row)), count_damaged(path)
-
-
-def can_be_drawn(row: dict) -> bool:
-    """Return whether a row of a log has a valid step and a finite loss."""
-    step = number(row["step"])
-    return step is not None and 0 <= step <= MOST_STEPS and number(row.get("loss")) is not None
+    rows = (row for row in read_log(path) if 0 <= row["step"] <= MOST_STEPS and number(row.get("loss")) is not None)
+    return tuple(rows), count_damaged(path)
 
 
 def is_complete_png(path: Path) -> bool:

@@ -181,7 +181,7 @@ class Studio:
             one = replace(request, seed=(request.seed + number) % SEEDS, images=1)
             title = f"Image {number + 1} of {request.images}"
             pictures += [Picture(choice, one, f"{title}, {choice.label}", reference) for choice in choices]
-        yield from self.draw(run, pictures, "images", session, listening)
+        return self.draw(run, pictures, "images", session, listening)
 
     def draw(
         self, run: Run | None, pictures: list[Picture], kind: str, session: str = "", listening=lambda: True
@@ -189,7 +189,7 @@ class Studio:
         """Yield status messages, and the images in the order of `pictures`. Stops as `generate` does.
 
         `kind`: `images` or `grid`, as in `cancel`."""
-        yield from self._progress(lambda visitor: self._draw_all(run, pictures, visitor), session, kind, listening)
+        return self._progress(Visitor(session, kind, listening), self._draw_all, run, pictures)
 
     def write_whole(
         self, run: Run | None, weights: Weights, target: Path, session: str = "", listening=lambda: True
@@ -199,17 +199,14 @@ class Studio:
         Stops as `generate` does, before the next tensor is written, and then removes the folder. Raises `RunError` if
         the model cannot be written.
         """
-        yield from self._progress(
-            lambda visitor: self._write_whole(run, weights, target, visitor), session, "model", listening
-        )
+        return self._progress(Visitor(session, "model", listening), self._write_whole, run, weights, target)
 
-    def _progress(
-        self, work: Callable[[Visitor], None], session: str, kind: str, listening: Callable[[], bool]
-    ) -> Iterator:
-        """Run `work` in a thread and yield its messages; raise the exception with which it ends."""
-        visitor = Visitor(session, kind, listening)
+    def _progress(self, visitor: Visitor, *work) -> Iterator:
+        """Run `work`, a method and its arguments, in a thread, and yield its messages; raise the exception of its end.
+
+        The visitor is the method's first argument."""
         self.running.add(visitor)
-        threading.Thread(target=self._work, args=(work, visitor), daemon=True).start()
+        threading.Thread(target=self._work, args=(visitor, *work), daemon=True).start()
         try:
             while (event := visitor.events.get()) is not None:
                 if isinstance(event, Exception):
@@ -230,23 +227,21 @@ class Studio:
             visitor.stopped.set()
         return bool(found)
 
-    def _work(self, work: Callable[[Visitor], None], visitor: Visitor) -> None:
+    def _work(self, visitor: Visitor, work: Callable, *given) -> None:
         """Do the work of a request in its thread; at the end, send None or the exception that `work` raised."""
-        outcome: Exception | None = RunError("The request could not be completed.")
+        outcome: Exception | None = None
         try:
-            work(visitor)
-            outcome = None
+            work(visitor, *given)
         except (Cancelled, RunError) as error:
             outcome = error
         except Exception as error:  # anything that a model or a device raises; the page gets one sentence
             traceback.print_exception(error)
             outcome = RunError(f"The request could not be completed ({type(error).__name__}); see the terminal.")
-        finally:
-            if visitor.stopped.is_set():
-                with contextlib.suppress(queue.Empty):
-                    visitor.events.get_nowait()  # make room: the outcome matters more than an unread step
-            with contextlib.suppress(queue.Full):
-                visitor.events.put(outcome, timeout=PATIENCE)
+        if visitor.stopped.is_set():
+            with contextlib.suppress(queue.Empty):
+                visitor.events.get_nowait()  # make room: the outcome matters more than an unread step
+        with contextlib.suppress(queue.Full):
+            visitor.events.put(outcome, timeout=PATIENCE)
 
     @contextlib.contextmanager
     def _turn(self, run: Run | None, visitor: Visitor) -> Iterator[None]:
@@ -260,7 +255,7 @@ class Studio:
                 self._load(base)
             yield
 
-    def _draw_all(self, run: Run | None, pictures: list[Picture], visitor: Visitor) -> None:
+    def _draw_all(self, visitor: Visitor, run: Run | None, pictures: list[Picture]) -> None:
         """Generate the images in order, each in its own turn, and send them."""
         visitor.total = len(pictures)
         for number, picture in enumerate(pictures):
@@ -420,9 +415,26 @@ class Studio:
             return self._merge(run, checkpoint, method)
 
     def _merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
-        """Merge a checkpoint with the loaded pipeline, converting errors to `RunError`."""
+        """Merge a checkpoint in float32, write the LoRA files and the merge report, and return the report."""
+        report, parts = {}, {}
         try:
-            return self._write_merged(run, checkpoint, method)
+            if not run.allows(method):
+                raise RunError(
+                    f"{method} needs calibration samples, and this run has none; choose another merge method"
+                )
+            made = self._parts()
+            for name, path in ((self.family.denoiser, checkpoint.path), *checkpoint.encoders):
+                parts[name] = torch.nn.Module.to(made[name], dtype=torch.float32)
+                reslora.load(parts[name], path)
+                encoder = name if path != checkpoint.path else None
+                found = reslora.merge(parts[name], method=method, calibration=calibration_of(run, encoder)).to_dict()
+                report |= {encoder: found} if encoder else found
+            with IN_PLACE:
+                refuse_gone(run, checkpoint)  # otherwise writing would create the folder of a deleted run again
+                with replacing(merged_by(checkpoint, method).path.parent) as temporary:
+                    temporary.mkdir()
+                    write_lora(parts, temporary, self.family, {})
+                    write_json(temporary / "merge.json", report)
         except OSError as error:
             refuse_gone(run, checkpoint)
             reason = error.strerror or without_folders(error, run.folder)
@@ -430,27 +442,9 @@ class Studio:
         except (ValueError, RuntimeError) as error:
             refuse_gone(run, checkpoint)
             raise RunError(f"The checkpoint cannot be merged: {without_folders(error, run.folder)}.") from None
-
-    def _write_merged(self, run: Run, checkpoint: Weights, method: str) -> dict:
-        """Merge a checkpoint in float32, write the LoRA files and the merge report, and return the report."""
-        if not run.allows(method):
-            raise RunError(f"{method} needs calibration samples, and this run has none; choose another merge method")
-        made, report, parts = self._parts(), {}, {}
-        for name, path in ((self.family.denoiser, checkpoint.path), *checkpoint.encoders):
-            parts[name] = torch.nn.Module.to(made[name], dtype=torch.float32)
-            reslora.load(parts[name], path)
-            encoder = name if path != checkpoint.path else None
-            found = reslora.merge(parts[name], method=method, calibration=calibration_of(run, encoder)).to_dict()
-            report |= {encoder: found} if encoder else found
-        with IN_PLACE:
-            refuse_gone(run, checkpoint)  # otherwise writing would create the folder of a deleted run again
-            with replacing(merged_by(checkpoint, method).path.parent) as temporary:
-                temporary.mkdir()
-                write_lora(parts, temporary, self.family, {})
-                write_json(temporary / "merge.json", report)
         return report
 
-    def _write_whole(self, run: Run | None, weights: Weights, target: Path, visitor: Visitor) -> None:
+    def _write_whole(self, visitor: Visitor, run: Run | None, weights: Weights, target: Path) -> None:
         """Write a complete model to the folder `target` during one turn."""
         with self._turn(run, visitor):
             visitor.tell(f"Writing the model {target.name}")
