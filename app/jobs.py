@@ -63,7 +63,7 @@ SIGTERM (from another application) would end the trainer before it has saved."""
 
 
 class Busy(RunError):
-    """Raised if a run cannot start because another run is training."""
+    """Raised if a run is training, so that it, or another run, cannot start."""
 
 
 def folder_name(name: str) -> str:
@@ -244,16 +244,16 @@ class Jobs:
         """
         with self.lock:
             if device is None:
-                self.refuse_active(*self.library.everything(), error=Busy)
+                self.refuse_active(*self.library.everything())
             words = self.command_of(entry)
             run = self.find(entry.name, entry.type) if entry.resume else self.run_of(entry)
             run.folder.mkdir(parents=True, exist_ok=True)
             return self._launch(run, words, device)
 
-    def refuse_active(self, *runs: Run, error: type[RunError] = RunError) -> None:
-        """Raise `error` for the first of `runs` that is training, if any."""
+    def refuse_active(self, *runs: Run) -> None:
+        """Raise `Busy` for the first of `runs` that is training, if any."""
         for run in filter(self.is_active, runs):
-            raise error(f"{run.name} is training; wait until it ends, or stop it first.")
+            raise Busy(f"{run.name} is training; wait until it ends, or stop it first.")
 
     def _launch(self, run: Run, words: list[str], device: str | None) -> Run:
         """Start the trainer of a run with its output in the run's log, which stays locked; return the run."""

@@ -122,9 +122,10 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
         # The form cannot show some values of the command line: it shows those options as empty.
         if listed(asked.get(flag, was)) != listed(was) and value != form.widget_value(known[flag], was):
             others.append(form.as_flag(known[flag], was))
-    was_model = begun.word("pretrained_model_name_or_path") or ""
-    if model and model not in (was_model, bundled(was_model) or was_model or DEFAULT):
-        others.append(f"the model {bundled(was_model) or was_model or DEFAULT}")
+    path = begun.word("pretrained_model_name_or_path") or DEFAULT
+    name = bundled(path) or path
+    if model and model not in (path, name):
+        others.append(f"the model {name}")
     if others:
         raise RunError(
             f"{begun.name} was started with {', '.join(others[:5])}: load its settings, or choose another name."

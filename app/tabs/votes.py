@@ -41,9 +41,10 @@ class VotesTab(Tab):
         self.images = gr.HTML(elem_id="vote-images", js_on_load=KEYS)
         with gr.Row():
             self.begin = gr.Button("Show a pair", elem_id="vote-begin", min_width=100)
-            self.left = gr.Button("← Left", elem_id="vote-left", min_width=80)
-            self.equal = gr.Button("↓ Equal", elem_id="vote-equal", min_width=80)
-            self.right = gr.Button("Right →", elem_id="vote-right", min_width=80)
+            labels = {"left": "← Left", "equal": "↓ Equal", "right": "Right →"}
+            self.sides = {
+                side: gr.Button(label, elem_id=f"vote-{side}", min_width=80) for side, label in labels.items()
+            }
         self.answer = answer_line(elem_id="vote-answer")
         self.show = gr.Button("Show the result", elem_id="vote-show", size="sm")
         self.result = gr.HTML(elem_id="vote-result")
@@ -54,7 +55,7 @@ class VotesTab(Tab):
         which = page.tab(ReportTab).which
         shown = [self.images, self.asked, self.answer]
         self.begin.click(self.next, which, shown, **QUIET)
-        for button, side in ((self.left, "left"), (self.equal, "equal"), (self.right, "right")):
+        for side, button in self.sides.items():
             vote = partial(self.vote, side)
             button.click(vote, [which, self.asked], shown, trigger_mode="once", **QUIET)
         self.show.click(self.outcome, which, self.result, **QUIET)
