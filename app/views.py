@@ -88,7 +88,7 @@ def scaled(width: int) -> str:
     return f'class="small" style="--own:{width}px;--times:{TILE // width};--few:{max(1, NARROW_TILE // width)}"'
 
 
-def rows_of(names: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+def table_rows(names: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     """Return the rows of a table as HTML: a row with the names of the columns, then the rows of values."""
     lines = [("th", names), *(("td", row) for row in rows)]
     return "".join(f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>" for tag, cells in lines)
@@ -248,7 +248,7 @@ def settings_table(images: list[Drawn]) -> str:
         cells.append("—" if cells[0] == BASE.label else f"{request.strength:g}")  # no effect on the base model
         cells += [f"{request.width} x {request.height}", request.prompt[:100], request.negative_prompt[:100]]
         rows.append(cells)
-    return table("made", "Settings of each image", rows_of(names, rows))
+    return table("made", "Settings of each image", table_rows(names, rows))
 
 
 # -- chains and merge --------------------------------------------------------------------------------------------------

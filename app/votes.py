@@ -21,7 +21,7 @@ from reslora.json_lines import values_of
 
 from .library import Experiment
 from .runs import IN_PLACE, RunError
-from .views import notice, rows_of, table, unless_damaged
+from .views import notice, table, table_rows, unless_damaged
 
 FILE = "votes.jsonl"
 """Name of the file in the experiment's folder that has one vote per line."""
@@ -147,7 +147,7 @@ def result(experiment: Experiment) -> str:
             "(--num_validation_images)."
         )
     names = ("methods", "votes", "preference", "loss", "together")
-    return table("made votes", "Votes and losses", rows_of(names, rows))
+    return table("made votes", "Votes and losses", table_rows(names, rows))
 
 
 def in_percent(mean: float | None, half: float | None, open_pairs: int) -> str:
