@@ -27,8 +27,7 @@ SAME = ("resolution", "train_batch_size", "gradient_accumulation_steps", "gradie
 UNKNOWN = "known after the first steps"
 ABANDONED = 5.0
 """Seconds after which an estimate is given up that no page has asked for since."""
-MOST = 64
-"""Maximum number of stored estimates."""
+
 PEAK = re.compile(r"^the most, (\S+) (\w+)(?: of (\S+) \w+ that .+ has free)?, while (.+?);", re.MULTILINE)
 
 
@@ -118,11 +117,7 @@ class MemoryEstimates:
     def known(self, key: str, words: Callable[[], list[str]]) -> str:
         """Return a stored estimate; empty if it has to be computed, which `ask` does."""
         with self.lock:
-            question = self.questions.pop(key, None) or Question(words)
-            self.questions[key] = question
-            for old in list(self.questions)[:-MOST]:
-                del self.questions[old]
-        return question.answer
+            return self.questions.setdefault(key, Question(words)).answer
 
     def ask(self, key: str) -> str:
         """Return the estimate, or start to compute it and return an empty string. The key is one given to `known`."""

@@ -18,7 +18,7 @@ from reslora.io import all_below
 from reslora.options.prompts import clean
 
 from .bases import bundled
-from .runs import Run, RunError
+from .runs import Run, pick
 
 UPLOADS, SETS = ".images", ".datasets"
 """Folders below the runs folder: for images uploaded to start a run, and for image folders uploaded under Images."""
@@ -68,10 +68,7 @@ class Folders:
 
     def find(self, name: object) -> Folder:
         """Return the folder with this name. Raises `RunError` if no folder on the list has it."""
-        folder = self.all().get(name) if isinstance(name, str) else None
-        if folder is None:
-            raise RunError("There is no such folder of images; choose one from the list.")
-        return folder
+        return pick(self.all(), name, "There is no such folder of images; choose one from the list.")
 
     def count(self, name: object, uploads: Sequence[str], most: int) -> int:
         """Return the number of uploaded images or, without uploads, of images in the named folder; at most `most`."""

@@ -38,7 +38,7 @@ from .folders import BUNDLED, UPLOADS, Folders
 from .launcher import ALONE, REPOSITORY, SCRIPT
 from .library import REPORT, Experiment, LanguageRun, Library, kind_of, language_script, refuse_language
 from .log_lock import is_held, locked_file
-from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, is_trainer
+from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, is_trainer, pick
 from .uploads import contents_of, keep, place_of
 from .views import enumerated
 
@@ -600,10 +600,7 @@ class Jobs:
 
 def one_of(entries: Sequence[Entry], name: str) -> Entry:
     """Return the entry with this name. Raises `RunError` if there is none."""
-    for entry in entries:
-        if entry.name == name:
-            return entry
-    raise RunError("No entry in the queue has this name.")
+    return pick({entry.name: entry for entry in entries}, name, "No entry in the queue has this name.")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from reslora.options.images import Options
 
 from .folders import children
-from .runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError, cached_by_stamp, number, stamp_of
+from .runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError, cached_by_stamp, number, pick, stamp_of
 
 VARYING = tuple(name for name, option in Options.table().items() if option.can_vary)
 REPORT = "report.html"
@@ -166,9 +166,7 @@ class Library:
 
     def find_experiment(self, name: object) -> Experiment:
         """Return the experiment with this name. Raises `RunError` if none has it."""
-        if experiment := self.named(name, Experiment):
-            return experiment
-        raise RunError("There is no experiment of that name; choose one from the list.")
+        return pick(self.experiments(), name, "There is no experiment of that name; choose one from the list.")
 
     def _folders(self) -> list[Path]:
         """Return the folder itself if it is a run or an experiment, else its subfolders, newest first."""

@@ -12,7 +12,7 @@ from reslora.io import replacing
 
 from .folders import children, new_place
 from .jobs import Jobs
-from .runs import IN_PLACE, LONGEST_NOTES, NOTES, Run, RunError
+from .runs import IN_PLACE, LONGEST_NOTES, NOTES, Run, RunError, pick
 
 
 class RunManager:
@@ -86,9 +86,7 @@ class RunManager:
 
         `place`: the key of the run in `trashed()`."""
         with self.jobs.changing() as entries, self.jobs.lock:
-            folder = self.trashed().get(place) if isinstance(place, str) else None
-            if folder is None:
-                raise RunError("There is no such run in the trash; choose one from the list.")
+            folder = pick(self.trashed(), place, "There is no such run in the trash; choose one from the list.")
             target = self.library.folder / folder.name
             if target.exists() or target.is_symlink():
                 raise RunError(f"Another run named {folder.name} exists: delete that run first.")

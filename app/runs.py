@@ -12,10 +12,10 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from reslora.checkpoint import WEIGHTS_NAME
 from reslora.errors import InvalidArgument
@@ -30,6 +30,7 @@ from reslora.runtime.log import count_damaged, of_split, read_log
 from reslora.runtime.sample_folders import PROMPTS, by_step, is_of
 from reslora.runtime.status import FILE as STATUS
 
+T = TypeVar("T")
 EXAMPLE = Path(__file__).resolve().parent / "example"
 """Folder of the example: a small finished run that is part of the application."""
 LOG_NAME, EXPERIMENT_LOG = "app.log", "experiment.log"
@@ -54,6 +55,13 @@ TRAINERS = {word for name in SCRIPTS for word in (name, name[:-3], f"reslora-{na
 
 class RunError(ValueError):
     """An error to show on the page; the message is one sentence without paths of the server."""
+
+
+def pick(known: Mapping[str, T], name: object, otherwise: str) -> T:
+    """Return the item with a name that a browser has sent. Raises `RunError(otherwise)` if no item has this name."""
+    if not isinstance(name, str) or name not in known:
+        raise RunError(otherwise)
+    return known[name]
 
 
 def number(value) -> float | None:
@@ -388,10 +396,8 @@ class Run:
 
     def find_weights(self, label: str) -> Weights:
         """Return the weights with this label. Raises `RunError` if the run has none."""
-        for weights in self.weights():
-            if weights.label == label:
-                return weights
-        raise RunError("This run has no such weights; choose weights from the list.")
+        known = {weights.label: weights for weights in self.weights()}
+        return pick(known, label, "This run has no such weights; choose weights from the list.")
 
     def best_weights(self) -> str:
         """Return the label of the default weights: merged ResLoRA, else other merged weights, else the last weights."""

@@ -19,7 +19,7 @@ from reslora.images.model.lora_files.reading import read_content, read_parts
 from .bases import base_of
 from .generation_request import within_limits
 from .library import Library
-from .runs import Run, RunError, Weights
+from .runs import Run, RunError, Weights, pick
 from .weight_files import check_adapter_file, in_names_of, refuse_misfits, without_folders
 
 MOST = 8
@@ -64,9 +64,7 @@ def stacked(library: Library, run: Run | None, names: object, strengths: str) ->
         raise RunError(f"{len(names)} LoRAs: at most {MOST} can be stacked.")
     known, found = _all_loras(library), []
     for name in names:
-        if not isinstance(name, str) or name not in known:
-            raise RunError("There is no LoRA with this name; choose from the list.")
-        owner, weights = known[name]
+        owner, weights = pick(known, name, "There is no LoRA with this name; choose from the list.")
         if not same_base(owner, run):
             mine, theirs = (Path(base_of(one).model.pretrained_model_name_or_path).name for one in (run, owner))
             raise RunError(
