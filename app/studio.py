@@ -115,7 +115,7 @@ class Visitor:
             with contextlib.suppress(queue.Full):
                 return self.events.put(event, timeout=0.1)
 
-    def tell(self, text: str) -> None:
+    def report(self, text: str) -> None:
         """Send a line about the current work. Raises `Cancelled` as `check` does."""
         self.put(Status(text, self.share))
 
@@ -125,7 +125,7 @@ class Visitor:
         if time.monotonic() - self.told < PAUSE:
             self.check()
         else:
-            self.tell(text)
+            self.report(text)
             self.told = time.monotonic()
 
 
@@ -248,10 +248,10 @@ class Studio:
         """Wait for a turn, load the run's pipeline if it is not loaded, and hold the turn during the `with` block."""
         visitor.wait()
         if self.turns.waiting:
-            visitor.tell("Waiting until another request's image is finished")
+            visitor.report("Waiting until another request's image is finished")
         with self.turns.turn(visitor.check):
             if not self._is_loaded(base := base_of(run)):
-                visitor.tell("Loading the model: this happens once")
+                visitor.report("Loading the model: this happens once")
                 self._load(base)
             yield
 
@@ -262,9 +262,9 @@ class Studio:
             visitor.share = number / len(pictures)
             with self._turn(run, visitor):
                 if picture.weights.made_of and not picture.weights.path.is_file():
-                    visitor.tell(f"Merging: {picture.weights.label}")
+                    visitor.report(f"Merging: {picture.weights.label}")
                     self._merge(run, *picture.weights.made_of)
-                visitor.tell(picture.title)
+                visitor.report(picture.title)
                 self._use(run, picture.weights, picture.request.strength)
                 image = self._draw(picture, number, visitor)
             source = {"run": run.name if run else "", "weights": picture.weights.label}
@@ -447,7 +447,7 @@ class Studio:
     def _write_whole(self, visitor: Visitor, run: Run | None, weights: Weights, target: Path) -> None:
         """Write a complete model to the folder `target` during one turn."""
         with self._turn(run, visitor):
-            visitor.tell(f"Writing the model {target.name}")
+            visitor.report(f"Writing the model {target.name}")
             files = files_of(weights)
 
             def check() -> None:
