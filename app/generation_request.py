@@ -51,7 +51,6 @@ class Request:
         for name, (least, greatest, multiple) in LIMITS.items():
             value = bounded(getattr(self, name), least, greatest, getattr(Request, name), multiple is not None)
             numbers[name] = value // multiple * multiple if multiple else float(value)
-
         return Request(prompt, negative, **numbers)
 
 
