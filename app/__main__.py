@@ -123,7 +123,7 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
         return 1
     finally:
         jobs.closed.set()
-        studio.close()
+        studio.cancel()
     return 0
 
 

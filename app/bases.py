@@ -3,7 +3,6 @@
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.bundled import ASSETS
@@ -20,29 +19,6 @@ DEFAULT = next(iter(PIPELINES))
 """The model that is trained if none is given."""
 OF_MODEL = ("pretrained_vae_model_name_or_path", "pretrained_transformer_file", "revision")
 """Options that change which weights are loaded for a model name; the page does not offer them."""
-
-
-@dataclass(frozen=True)
-class Base:
-    """The base model of a run: its path or hub name, and the options with which it is loaded."""
-
-    name: str = str(BUNDLED)
-    vae: str | None = None
-    transformer: str | None = None
-    revision: str | None = None
-    variant: str | None = None
-    cache_dir: str | None = None
-    prediction_type: str | None = None
-    folder: str = ""
-    """The run's folder, in which the trainer stores a single file converted to a folder."""
-
-    def options(self) -> Options:
-        """Return the trainer's options for this pipeline."""
-        return Options.of(
-            pretrained_model_name_or_path=self.name, pretrained_vae_model_name_or_path=self.vae,
-            pretrained_transformer_file=self.transformer, revision=self.revision, variant=self.variant,
-            cache_dir=self.cache_dir, output_dir=self.folder, prediction_type=self.prediction_type,
-        )  # fmt: skip
 
 
 def bundled(named: str, known: Mapping[str, Path] = PIPELINES) -> str | None:
@@ -70,32 +46,34 @@ def _mark(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> str:
     return " ".join(map(folder_mark, parts or [folder]))
 
 
-def base_of(run: Run | None) -> Base:
-    """Return the base model of a run, or the bundled pipeline if `run` is None.
+def base_of(run: Run | None) -> Options:
+    """Return the options that say which base model a run has, or those of the bundled pipeline if `run` is None.
 
+    `output_dir` is only set for a single file: the trainer stores the file, converted to a folder, in the run's folder.
     Raises `RunError` if the run's config.json is damaged.
     """
     if run is None:
-        return Base()
+        return Options.of(pretrained_model_name_or_path=str(BUNDLED), output_dir="")
     if run.unreadable:
         raise RunError(f"{run.name}: {NO_CONFIG}, so the run's base model is not known; restore config.json.")
-    named = run.word("pretrained_model_name_or_path")
-    settings = {name: run.word(name) for name in ("revision", "variant", "cache_dir", "prediction_type")}
-    if not named:
-        return Base(prediction_type=settings["prediction_type"])
+    named = run.word("pretrained_model_name_or_path") or DEFAULT
     if word := bundled(named):
         named = str(PIPELINES[word])
-    vae, transformer = (run.word(f"pretrained_{name}") for name in ("vae_model_name_or_path", "transformer_file"))
-    is_file = transformer or named.endswith(".safetensors")
-    return Base(named, vae, transformer, **settings, folder=str(run.folder) if is_file else "")
+    others = {name: run.word(name) for name in (*OF_MODEL, "variant", "cache_dir", "prediction_type")}
+    is_file = others["pretrained_transformer_file"] or named.endswith(".safetensors")
+    folder = str(run.folder) if is_file else ""
+    return Options.of(pretrained_model_name_or_path=named, output_dir=folder, **others)
 
 
-def stamps_of(base: Base, model: Model) -> dict[Path, tuple[int, ...]]:
+def stamps_of(base: Options, model: Model) -> dict[Path, tuple[int, ...]]:
     """Return the result of `stamp_of` for each file that a model is loaded from."""
-    parts = [model.folder / part for part in model.index] + ([Path(base.vae)] if base.vae else [])
-    files = [path for part in parts for path in part.glob("*")]
-    single = [path for path in map(Path, (base.name, base.transformer or base.name)) if base.folder and path.is_file()]
-    return {path: stamp_of(path) for path in (*single, model.folder / "model_index.json", *files)}
+    folders, of_model = [model.folder / part for part in model.index], base.model
+    if of_model.pretrained_vae_model_name_or_path:
+        folders.append(Path(of_model.pretrained_vae_model_name_or_path))
+    single = (of_model.pretrained_model_name_or_path, of_model.pretrained_transformer_file or "")
+    files = [path for path in map(Path, single) if base.output.output_dir and path.is_file()]
+    files += [model.folder / "model_index.json", *(path for folder in folders for path in folder.glob("*"))]
+    return {path: stamp_of(path) for path in files}
 
 
 def model_of(word: str, images: Path | None) -> str:

@@ -89,6 +89,7 @@ class Table:
 
     def __init__(self, path: Path, images: Images) -> None:
         self.path, self.images, self.stamp = path, images, stamp_of(path)
+        self.is_csv = path.suffix == ".csv"
         self.options = images.options.replace(train_data_dir=str(path.parent))
         content = path.read_bytes()
         self.newline, self.marked = "\r\n" if b"\r\n" in content else "\n", content.startswith(b"\xef\xbb\xbf")
@@ -99,11 +100,6 @@ class Table:
         self.columns: list[str] = []
         self.values: list[dict] = []
         self.cut(path.read_text(encoding="utf-8-sig"))
-
-    @property
-    def is_csv(self) -> bool:
-        """Whether the table is a CSV file rather than a JSON lines file."""
-        return self.path.suffix == ".csv"
 
     def cut(self, text: str) -> None:
         """Split the file's text into the text before the rows, one piece per row, and the text after the rows."""

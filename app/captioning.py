@@ -33,12 +33,12 @@ class Job:
 
     folder: str
     total: int
-    process: subprocess.Popen | None = None
+
     done: int = 0
     stopped: bool = False
     line: str = ""
     """What was done, once it has ended."""
-    error: RunError | None = None
+    error: Exception | None = None
 
 
 class Captioning:
@@ -52,8 +52,8 @@ class Captioning:
     def models(self) -> dict[str, Path]:
         """Return the image-text models in the folder `models` of the runs folder, by name."""
         place = self.jobs.library.folder / FOLDER
-        found = {path.name: path for path in sorted(place.glob("[!.]*")) if (path / "config.json").is_file()}
-        return {name: path for name, path in found.items() if any((path / file).is_file() for file in PROCESSORS)}
+        found = {path.parent for file in PROCESSORS for path in place.glob(f"[!.]*/{file}")}
+        return {path.name: path for path in sorted(found) if (path / "config.json").is_file()}
 
     def start(self, images: Images, model: object, prompt: str, prefix: str, overwrite: bool) -> Job:
         """Start to write captions, and return the job.
@@ -75,25 +75,24 @@ class Captioning:
         waiting = [image for image in waiting if image.problem != OUTSIDE and image.path.is_file()]
         if not waiting:
             raise RunError("Every image has a caption; check Replace existing captions to write new ones.")
-        given = {"prompt": str(prompt or ""), "prefix": str(prefix or "")}
-        texts = [f"--{name}={text}" for name, text in given.items() if text.strip()]
+        given = {"model": word, "prompt": str(prompt or ""), "prefix": str(prefix or "")}
+        words = [f"--{name}={text}" for name, text in given.items() if text.strip()]
         with self.lock:
             if self.job and not self.job.line and not self.job.error:
                 raise RunError(f"The captions of {self.job.folder} are being written; wait for them, or stop it first.")
             self.job = job = Job(images.folder.name, len(waiting))
-        threading.Thread(target=self.work, args=(job, images, waiting, word, texts), daemon=True).start()
+        threading.Thread(target=self.work, args=(job, images, waiting, words), daemon=True).start()
         return job
 
-    def work(self, job: Job, images: Images, waiting: Sequence[Image], model: str, texts: Sequence[str]) -> None:
+    def work(self, job: Job, images: Images, waiting: Sequence[Image], words: Sequence[str]) -> None:
         """Run the command in a temporary folder, and store what it wrote."""
-        line, error = "", None
         try:
             with tempfile.TemporaryDirectory(prefix="captions-") as place:
                 folder = Path(place)
                 (folder / "images").mkdir()
                 for number, image in enumerate(waiting):
                     (folder / "images" / f"{number:06d}{image.path.suffix}").symlink_to(image.path.resolve())
-                reason = self.caption(job, folder, [model, *texts])
+                reason = self.caption(job, folder, words)
                 found = {
                     image.name: text.read_text(encoding="utf-8").strip()
                     for number, image in enumerate(waiting)
@@ -101,32 +100,27 @@ class Captioning:
                 }
             line = self.store(images, waiting, found)
             if reason and not job.stopped:
-                error = RunError(f"{reason} {line}" if found else reason)
-            elif job.stopped:
-                line = f"Stopped. {line}"
-        except RunError as refused:
-            error = refused
-        except OSError as failed:
-            error = RunError(f"The captions cannot be written ({failed.strerror}).")
-        finally:
-            job.error, job.line = error or (None if line else RunError("The captions could not be written.")), line
+                raise RunError(f"{reason} {line}" if found else reason)
+            job.line = f"Stopped. {line}" if job.stopped else line
+        except OSError as error:
+            job.error = RunError(f"The captions cannot be written ({error.strerror}).")
+        except Exception as error:
+            job.error = error
 
     def caption(self, job: Job, folder: Path, words: Sequence[str]) -> str:
         """Run `reslora-caption` on the folder `images` in `folder`; return why it failed, or an empty string."""
         images, log = folder / "images", folder / "log"
-        model, *others = words
-        command = [sys.executable, "-m", "reslora.caption", str(images), f"--model={model}", *others]
         with log.open("w") as output:
-            job.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=folder,
-                env=environment(),
+            process = subprocess.Popen(
+                [sys.executable, "-m", "reslora.caption", str(images), *words], stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=environment(),
             )  # fmt: skip
-            while job.process.poll() is None:
+            while process.poll() is None:
                 job.done = sum(1 for _ in images.glob("*.txt"))
                 if self.jobs.closed.is_set() or job.stopped:
-                    job.process.terminate()
+                    process.terminate()
                 time.sleep(EVERY)
-        if job.process.returncode == 0:
+        if process.returncode == 0:
             return ""
         said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         return self.jobs.without_folders((said or ["The captions could not be written."])[-1])[:300]

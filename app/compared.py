@@ -204,9 +204,10 @@ def numbers(run: Run, step: int) -> str:
     header = (
         "<tr><th></th><th>training loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
     )
-    damaged = {name: count for one, method, name, _ in shown if (count := one.damaged_rows(method))}
     notes = "".join(
-        notice(f"{name}: {pluralize(count, 'damaged line')} of the log left out.") for name, count in damaged.items()
+        notice(f"{name}: {pluralize(count, 'damaged line')} of the log left out.")
+        for one, method, name, _ in shown
+        if (count := one.damaged_rows(method))
     )
     if any(values[0] is not None and values[1] is not None for _, values in known):
         notes += notice(TWO_LOSSES)

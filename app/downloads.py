@@ -9,7 +9,7 @@ from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 from .bases import DEFAULT, PIPELINES, bundled
 from .launcher import safe_name
-from .runs import Run, RunError, Weights
+from .runs import Run, RunError, Weights, pick
 from .working_files import WorkingFiles
 
 LARGEST = 2**30
@@ -46,10 +46,8 @@ def downloads_of(run: Run) -> list[Download]:
 
 def find(run: Run, label: object) -> Download:
     """Return the run's download with this label. Raises `RunError` if the run has none."""
-    for one in downloads_of(run):
-        if one.label == label:
-            return one
-    raise RunError("This run has no such file; choose one from the list.")
+    known = {one.label: one for one in downloads_of(run)}
+    return pick(known, label, "This run has no such file; choose one from the list.")
 
 
 def packed(run: Run, one: Download, working: WorkingFiles) -> Path:

@@ -7,8 +7,9 @@ process, because it takes seconds; only one estimate is computed at a time, and 
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from reslora.experiment.schedule import ArmSchedule
 from reslora.options.grid import Grid
@@ -26,8 +27,7 @@ SAME = ("resolution", "train_batch_size", "gradient_accumulation_steps", "gradie
 UNKNOWN = "known after the first steps"
 ABANDONED = 5.0
 """Seconds after which an estimate is given up that no page has asked for since."""
-MOST = 64
-"""Maximum number of stored estimates."""
+
 PEAK = re.compile(r"^the most, (\S+) (\w+)(?: of (\S+) \w+ that .+ has free)?, while (.+?);", re.MULTILINE)
 
 
@@ -117,11 +117,7 @@ class MemoryEstimates:
     def known(self, key: str, words: Callable[[], list[str]]) -> str:
         """Return a stored estimate; empty if it has to be computed, which `ask` does."""
         with self.lock:
-            question = self.questions.pop(key, None) or Question(words)
-            self.questions[key] = question
-            for old in list(self.questions)[:-MOST]:
-                del self.questions[old]
-        return question.answer
+            return self.questions.setdefault(key, Question(words)).answer
 
     def ask(self, key: str) -> str:
         """Return the estimate, or start to compute it and return an empty string. The key is one given to `known`."""
@@ -136,28 +132,20 @@ class MemoryEstimates:
         return ""
 
     def work(self) -> None:
-        """Compute the estimates that pages ask for, the newest first."""
-        for question in self.wanted():
-            question.answer = self.answer(question)
-
-    def answer(self, question: Question) -> str:
-        """Compute an estimate; return an empty string if it has been given up."""
-        try:
-            return peak_memory(self.jobs.plan(question.words(), lambda: self.is_wanted(question)))
-        except RunError as error:
-            return str(error) if self.is_wanted(question) else ""
-        except Exception as error:  # such as a full disk when uploads are stored
-            return f"unknown ({type(error).__name__})"
-
-    def wanted(self) -> Iterator[Question]:
-        """Yield the question that was asked last, until there is none."""
+        """Compute the estimates that pages ask for, the newest first. The answer stays empty if it is given up."""
         while True:
             with self.lock:
                 found = [one for one in self.questions.values() if not one.answer and self.is_wanted(one)]
-                if not found:
-                    self.at_work = False
-                    return
-            yield max(found, key=lambda one: one.asked)
+                self.at_work = bool(found)
+            if not found:
+                return
+            question = max(found, key=lambda one: one.asked)
+            try:
+                question.answer = peak_memory(self.jobs.plan(question.words(), partial(self.is_wanted, question)))
+            except RunError as error:
+                question.answer = str(error) if self.is_wanted(question) else ""
+            except Exception as error:  # such as a full disk when uploads are stored
+                question.answer = f"unknown ({type(error).__name__})"
 
     def is_wanted(self, question: Question) -> bool:
         """Return whether a page has asked recently."""

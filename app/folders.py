@@ -18,7 +18,7 @@ from reslora.io import all_below
 from reslora.options.prompts import clean
 
 from .bases import bundled
-from .runs import Run, RunError
+from .runs import Run, pick
 
 UPLOADS, SETS = ".images", ".datasets"
 """Folders below the runs folder: for images uploaded to start a run, and for image folders uploaded under Images."""
@@ -68,10 +68,7 @@ class Folders:
 
     def find(self, name: object) -> Folder:
         """Return the folder with this name. Raises `RunError` if no folder on the list has it."""
-        folder = self.all().get(name) if isinstance(name, str) else None
-        if folder is None:
-            raise RunError("There is no such folder of images; choose one from the list.")
-        return folder
+        return pick(self.all(), name, "There is no such folder of images; choose one from the list.")
 
     def count(self, name: object, uploads: Sequence[str], most: int) -> int:
         """Return the number of uploaded images or, without uploads, of images in the named folder; at most `most`."""
@@ -101,8 +98,10 @@ def new_place(folder: Path) -> Path:
 
 
 def children(folder: Path | None) -> list[Path]:
-    """Return the visible subfolders that are not links and whose names are valid UTF-8."""
-    if folder is None or not folder.is_dir():
+    """Return the visible subfolders that are not links and whose names are valid UTF-8, which a browser can show."""
+    try:
+        found = sorted(folder.iterdir()) if folder else []
+    except OSError:
         return []
-    found = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    return [path for path in found if path.resolve().parent == folder and clean(path.name) == path.name]
+    visible = [path for path in found if not path.name.startswith(".") and clean(path.name) == path.name]
+    return [path for path in visible if path.is_dir() and path.resolve().parent == folder]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -15,12 +14,10 @@ from .runs import Run, RunError
 
 SEEDS = 2**32
 LIMITS = {
-    "seed": (0, SEEDS - 1), "steps": (1, 150), "guidance": (0, 30), "strength": (-2, 2), "width": (32, 1024),
-    "height": (32, 1024), "images": (1, 8),
+    "seed": (0, SEEDS - 1, 1), "steps": (1, 150, 1), "guidance": (0, 30, None), "strength": (-2, 2, None),
+    "width": (32, 1024, 8), "height": (32, 1024, 8), "images": (1, 8, 1),
 }  # fmt: skip
-"""Minimum and maximum of each setting."""
-MULTIPLES = {"steps": 1, "guidance": None, "strength": None, "width": 8, "height": 8, "images": 1}
-"""Number of which each setting must be a multiple; None means that fractions are valid. The seed is not included."""
+"""Minimum and maximum of each setting, and the number of which it must be a multiple; None: fractions are valid."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,8 @@ class Request:
 
     def check(self) -> None:
         """Raise `RunError` for a number that is missing, invalid or outside its limits."""
-        for name, (least, greatest) in LIMITS.items():
-            value, multiple = getattr(self, name), MULTIPLES.get(name, 1)
+        for name, (least, greatest, multiple) in LIMITS.items():
+            value = getattr(self, name)
             number = bounded(value, whole=False)
             if not least <= number <= greatest or (multiple and number % multiple):
                 kind = {None: "a number", 1: "a whole number"}.get(multiple, f"a multiple of {multiple}")
@@ -48,14 +45,13 @@ class Request:
                 raise RunError(f"{name.capitalize()} is {written}: give {kind} from {least} to {greatest}.")
 
     def clamped(self) -> Request:
-        """Return the nearest valid request; a negative seed becomes a random one."""
+        """Return the nearest valid request."""
         prompt, negative = (str(text or "").replace("\0", "")[:1000] for text in (self.prompt, self.negative_prompt))
-        seed, numbers = bounded(self.seed, -1, SEEDS - 1, 0), {}
-        for name, multiple in MULTIPLES.items():
-            otherwise = getattr(Request, name)
-            value = bounded(getattr(self, name), *LIMITS[name], otherwise, whole=multiple is not None)
+        numbers = {}
+        for name, (least, greatest, multiple) in LIMITS.items():
+            value = bounded(getattr(self, name), least, greatest, getattr(Request, name), multiple is not None)
             numbers[name] = value // multiple * multiple if multiple else float(value)
-        return Request(prompt, negative, random.SystemRandom().randrange(SEEDS) if seed < 0 else seed, **numbers)
+        return Request(prompt, negative, **numbers)
 
 
 def of_samples(run: Run) -> Request:
@@ -66,6 +62,19 @@ def of_samples(run: Run) -> Request:
         prompt=next(iter(run.prompts), ""), steps=config.get("num_inference_steps"),
         guidance=config.get("guidance_scale"), width=width, height=height,
     ).clamped()  # fmt: skip
+
+
+def within_limits(name: str, word: str, where: str) -> int | float:
+    """Return the number that the user typed for the setting `name`.
+
+    Raises `RunError` if it is outside of the setting's limits; `where`: beginning of the message.
+    """
+    least, greatest, multiple = LIMITS[name]
+    value = bounded(word, whole=multiple is not None)
+    if not least <= value <= greatest:
+        kind = "whole number" if multiple else "number"
+        raise RunError(f"{where}: {word[:20]} is not a {kind} from {least} to {greatest}.")
+    return value
 
 
 def bounded(value, low=-math.inf, high=math.inf, otherwise=math.nan, whole: bool = True):

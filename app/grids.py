@@ -1,6 +1,5 @@
 """Make X/Y grids: one image for each pair of values of two settings. This module does not import Gradio."""
 
-import itertools
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +9,12 @@ from reslora.merges import MERGES
 from reslora.plots import figures
 
 from . import views
-from .generation_request import LIMITS, Drawn, Request, bounded
+from .generation_request import Drawn, Request, within_limits
 from .runs import BASE, Run, RunError, Weights, merged_by
 from .studio import MERGE_CHOICES, Picture
 
 NONE = "none"
-NUMBERS, WHOLE = ("strength", "seed", "guidance", "steps"), ("seed", "steps")
+NUMBERS = ("strength", "seed", "guidance", "steps")
 OF_WEIGHTS = ("checkpoint", "method", "merge")
 AXES = ("checkpoint", "method", "strength", "seed", "guidance", "steps", "merge", "prompt")
 SUGGESTED = {"strength": "0 0.5 1", "seed": "0 1 2", "guidance": "1 4 8", "steps": "5 10 20"}
@@ -24,6 +23,8 @@ MOST = 64
 LARGEST_CELL = 512
 """Maximum width and height in pixels of a cell in the image of the complete grid."""
 RESLORA = "reslora"
+Place = tuple[int, int]
+"""Row and column of a cell."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,13 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell of the grid and the image to generate for it."""
-
-    row: int
-    column: int
-    picture: Picture
-
-
-@dataclass(frozen=True)
 class Grid:
-    """The images of an X/Y grid. The cells are ordered by weights, so that weights are loaded as rarely as possible."""
+    """The images of an X/Y grid."""
 
     x: Axis
     y: Axis
-    cells: tuple[Cell, ...]
+    cells: dict[Place, Picture]
+    """The image to generate for each cell, ordered by weights, so that weights are loaded as rarely as possible."""
     heading: str
     """Text with the settings that are the same in all cells."""
 
@@ -96,18 +89,8 @@ def axis(which: str, name: object, text: object) -> Axis:
     if len(words) > MOST:
         raise RunError(f"{which} ({name}): {len(words)} values are more than the {MOST} cells that a grid may have.")
     if name in NUMBERS:
-        return Axis(name, tuple(dict.fromkeys(number(f"{which} ({name})", name, word) for word in words)))
+        return Axis(name, tuple(dict.fromkeys(within_limits(name, word, f"{which} ({name})") for word in words)))
     return Axis(name, tuple(words))
-
-
-def number(where: str, name: str, word: str) -> int | float:
-    """Return the number typed for the setting `name`. Raises `RunError` if it is outside of the setting's limits."""
-    whole, (least, greatest) = name in WHOLE, LIMITS[name]
-    value = bounded(word, whole=whole)
-    if not least <= value <= greatest:
-        what = "whole number" if whole else "number"
-        raise RunError(f"{where}: {word[:20]} is not a {what} from {least} to {greatest}.")
-    return value
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------
@@ -124,31 +107,32 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
     if count > MOST:
         raise RunError(f"{len(x.values)} x {len(y.values)} values are {count} cells: at most {MOST} are generated.")
     request = replace(request.clamped(), images=1)
-    groups: dict[tuple, list[Cell]] = {}  # by weights and strength, in order of first occurrence
+    groups: dict[tuple, dict[Place, Picture]] = {}  # by weights and strength, in order of first occurrence
     for row, down in enumerate(y.values):
         for column, across in enumerate(x.values):
             chosen = {x.name: across, y.name: down}
-            weights, merge = weights_of(run, start, chosen)
+            weights = weights_of(run, start, chosen)
             asked = {name: value for name, value in chosen.items() if name in (*NUMBERS, "prompt")}
             title = f"Row {row + 1} of {len(y.values)}, column {column + 1} of {len(x.values)}: {weights.label}"
-            picture = Picture(weights, replace(request, **asked).clamped(), title, merge)
-            groups.setdefault((weights.label, picture.request.strength), []).append(Cell(row, column, picture))
-    return Grid(x, y, tuple(itertools.chain(*groups.values())), heading(start, request, (x.name, y.name)))
+            picture = Picture(weights, replace(request, **asked).clamped(), title)
+            groups.setdefault((weights.label, picture.request.strength), {})[row, column] = picture
+    cells = {place: picture for group in groups.values() for place, picture in group.items()}
+    return Grid(x, y, cells, heading(start, request, (x.name, y.name)))
 
 
-def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, tuple[Weights, str] | None]:
-    """Return the weights of a cell, and the checkpoint and merge method to make them by, or None if they exist.
+def weights_of(run: Run | None, start: Weights, chosen: dict) -> Weights:
+    """Return the weights of a cell, which do not exist yet if they have to be merged.
 
     `start`: the weights selected in the form. `chosen`: the cell's values by setting."""
     named = {name: value for name, value in chosen.items() if name in OF_WEIGHTS}
     if not named:
-        return start, None
+        return start
     if run is None or start.kind == "stack" or (start.kind == "file" and not start.method):
         raise RunError(f"An uploaded LoRA file or a stack has no {next(iter(named))}: choose weights of a run.")
     if "method" in named and "merge" in named:
         raise RunError("The merge method applies only to ResLoRA: combine merge with another setting than method.")
     if named.get("method") in ("base", BASE.label):
-        return BASE, None
+        return BASE
     method = named.get("method", RESLORA if "merge" in named else start.method)
     if not method:
         raise RunError("The base model has no checkpoints: choose weights of a trained method.")
@@ -157,8 +141,8 @@ def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, 
     if "merge" in named:
         return merged(run, checkpoint_of(run, RESLORA, named.get("checkpoint"), start.step), named["merge"])
     if "checkpoint" in named:
-        return checkpoint_of(run, method, named["checkpoint"], None), None
-    return same_form(run, start, method), None
+        return checkpoint_of(run, method, named["checkpoint"], None)
+    return same_form(run, start, method)
 
 
 def checkpoint_of(run: Run, method: str, word: str | None, otherwise: int | None) -> Weights:
@@ -177,13 +161,12 @@ def checkpoint_of(run: Run, method: str, word: str | None, otherwise: int | None
     return found
 
 
-def merged(run: Run, checkpoint: Weights, method: str) -> tuple[Weights, tuple[Weights, str] | None]:
-    """Return what `weights_of` returns, for a checkpoint merged by the merge method `method`."""
+def merged(run: Run, checkpoint: Weights, method: str) -> Weights:
+    """Return a checkpoint merged by the merge method `method`."""
     if method not in MERGES:
         raise RunError(f"There is no merge method {method[:40]}; choose from {', '.join(MERGE_CHOICES)}.")
     made = merged_by(checkpoint, method)
-    found = next((weights for weights in run.weights() if weights.label == made.label), None)
-    return (found, None) if found else (made, (checkpoint, method))
+    return next((weights for weights in run.weights() if weights.label == made.label), made)
 
 
 def same_form(run: Run, start: Weights, method: str) -> Weights:
@@ -210,27 +193,27 @@ def heading(start: Weights, request: Request, axes: tuple[str, str]) -> str:
 # -- rendering ---------------------------------------------------------------------------------------------------------
 
 
-def table(grid: Grid, sources: dict[tuple[int, int], str]) -> str:
+def table(grid: Grid, sources: dict[Place, str]) -> str:
     """Return the grid as an HTML table of the images generated so far; a click enlarges an image.
 
     `sources`: the images' URLs by (row, column).
     """
     header = "".join(f'<th><div class="prompt">{views.escape(label)}</div></th>' for label in grid.x.labels)
-    rows, scale = [], views.scaled(grid.cells[0].picture.request.width)
+    rows, scale = [], views.scaled(grid.cells[0, 0].request.width)
     for row, label in enumerate(grid.y.labels):
         tiles = ""
         for column, above in enumerate(grid.x.labels):
             shown = '<div class="empty">not yet</div>'
             if source := sources.get((row, column)):
                 alt = " · ".join(filter(None, (label, above)))
-                shown = views.enlargeable(views.escape(source), alt, (row, column), scale)
+                shown = views.enlargeable(f'src="{views.escape(source)}" {scale}', alt, (row, column))
             tiles += f"<td>{shown}</td>"
         rows.append(f'<tr><th><div class="prompt">{views.escape(label)}</div></th>{tiles}</tr>')
     mark = f'style="--columns:{len(grid.x.values)}"'
     return views.table("samples", "X/Y grid", f"<tr><th></th>{header}</tr>{''.join(rows)}", mark)
 
 
-def save_sheet(grid: Grid, drawn: dict[tuple[int, int], Drawn], path: Path) -> Path:
+def save_sheet(grid: Grid, drawn: dict[Place, Drawn], path: Path) -> Path:
     """Save the grid, with labels of its rows and columns, as one image; return the path.
 
     `drawn`: the generated images by (row, column); other cells are empty."""

@@ -15,7 +15,7 @@ from .folders import Folder
 from .image_folders import Image, ImageFolders, Images, options_of
 from .jobs import Jobs
 from .looks import Looks
-from .runs import RunError, stamp_of
+from .runs import RunError, pick, stamp_of
 
 BETWEEN = "\n\n"
 """Separator between the captions of an image in a text box, if the image has several captions."""
@@ -98,14 +98,13 @@ class ImageEdits:
         """Apply an operation to the captions of several images, and return a sentence that reports the change.
 
         `operation`: a key of `OPERATIONS`. `text` and `other`: the operation's arguments."""
-        if not isinstance(operation, str) or operation not in OPERATIONS:
-            raise RunError(f"Choose one of: {', '.join(OPERATIONS)}.")
+        change = pick(OPERATIONS, operation, f"Choose one of: {', '.join(OPERATIONS)}.")
         if not str(text).strip():
             raise RunError("No words to use: enter words or a tag first.")
         edits = []
         for image in images.find(names):
             before = image.captions or ("",)
-            captions = tuple(OPERATIONS[operation](caption, str(text), str(other)).strip() for caption in before)
+            captions = tuple(change(caption, str(text), str(other)).strip() for caption in before)
             if captions != before:
                 edits.append(Edit(image.name, image.captions, captions))
         if not edits:

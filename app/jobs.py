@@ -38,7 +38,7 @@ from .folders import BUNDLED, UPLOADS, Folders
 from .launcher import ALONE, REPOSITORY, SCRIPT
 from .library import REPORT, Experiment, LanguageRun, Library, kind_of, language_script, refuse_language
 from .log_lock import is_held, locked_file
-from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, NOTES, Run, RunError, is_trainer
+from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, is_trainer, pick
 from .uploads import contents_of, keep, place_of
 from .views import enumerated
 
@@ -63,7 +63,7 @@ SIGTERM (from another application) would end the trainer before it has saved."""
 
 
 class Busy(RunError):
-    """Raised if a run cannot start because another run is training."""
+    """Raised if a run is training, so that it, or another run, cannot start."""
 
 
 class NameTaken(RunError):
@@ -95,6 +95,11 @@ class Entry:
     """Why the entry failed, or the last line of the trainer's log."""
     device: str | None = None
     """Index or name of the GPU assigned to the entry; None if the machine does not have several GPUs."""
+
+    @property
+    def type(self) -> type[Run]:
+        """The class of what is trained."""
+        return KINDS[self.kind]
 
     @property
     def ends(self) -> bool:
@@ -244,44 +249,31 @@ class Jobs:
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
-    def start(self, name: str, words: list[str], kind: type[Run] = Run, device: str | None = None) -> Run:
-        """Start training a new run, a new experiment, or more runs in an experiment; return the run or experiment.
+    def start(self, entry: Entry, device: str | None = None) -> Run:
+        """Start or resume the run or experiment of an entry, and return it.
 
-        `words`: the training command's arguments. `device`: a free GPU. Raises `Busy` if `device` is None and another
-        run trains.
+        `device`: a free GPU. Raises `Busy` if `device` is None and another run trains, and `RunError` as `command_of`.
         """
         with self.lock:
-            self.refuse_second(device)
-            folder = self.folder_of(name, kind)
-            folder.mkdir(parents=True, exist_ok=True)
-            for log in {LOG_NAME, EXPERIMENT_LOG} - {kind.log_name}:  # left by a failed start of the other kind
-                (folder / log).unlink(missing_ok=True)
-            return self._launch(kind(name, folder), words, device)
+            if device is None:
+                self.refuse_active(*self.library.everything())
+            words = self.command_of(entry)
+            run = self.find(entry.name, entry.type) if entry.resume else self.run_of(entry)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            return self._launch(run, words, device)
 
-    def resume(self, name: str, kind: type[Run] = Run, device: str | None = None) -> Run:
-        """Resume a stopped run or experiment with its own settings, and return it; `device` is as in `start`."""
-        with self.lock:
-            self.refuse_second(device)
-            run = self.resumable(name, kind)
-            words = [str(SCRIPT), "--config", str(run.folder / "config.json"), "--output_dir", str(run.folder)]
-            return self._launch(run, [*words, "--resume_from_checkpoint", "latest"], device)
-
-    def refuse_active(self, *runs: Run, error: type[RunError] = RunError) -> None:
-        """Raise `error` for the first of `runs` that is training, if any."""
+    def refuse_active(self, *runs: Run) -> None:
+        """Raise `Busy` for the first of `runs` that is training, if any."""
         for run in filter(self.is_active, runs):
-            raise error(f"{run.name} is training; wait until it ends, or stop it first.")
-
-    def refuse_second(self, device: str | None) -> None:
-        """Raise `Busy` if any run trains and `device`, a free GPU for the next run, is None."""
-        if device is None:
-            self.refuse_active(*self.library.everything(), error=Busy)
+            raise Busy(f"{run.name} is training; wait until it ends, or stop it first.")
 
     def _launch(self, run: Run, words: list[str], device: str | None) -> Run:
         """Start the trainer of a run with its output in the run's log, which stays locked; return the run."""
         self.asked = {process for process in self.asked if is_trainer(process)}
         self.began.discard(run.name)
-        for request in (SAVE, SAMPLE):  # requests that the last training did not handle
-            (run.folder / request).unlink(missing_ok=True)
+        # Requests that the last training did not handle, and the log of a failed start of the other kind.
+        for left in {SAVE, SAMPLE, LOG_NAME, EXPERIMENT_LOG} - {run.log_name}:
+            (run.folder / left).unlink(missing_ok=True)
         with locked_file(run.folder / run.log_name) as log:
             # In a new session Ctrl-C in the application's terminal does not reach the trainer.
             self.started[run.name] = subprocess.Popen(
@@ -412,15 +404,11 @@ class Jobs:
     def entries(self) -> list[Entry]:
         """Return all entries of the queue in order. Raises `RunError` if the queue's file cannot be read."""
         try:
-            if not self.path.is_file():
-                return []
-            if self.path.stat().st_size > LARGEST_JSON:
-                raise ValueError("it is too large")
-            return CONTENT.validate_json(self.path.read_bytes()).entries
+            return CONTENT.validate_json(self.path.read_bytes()).entries if self.path.is_file() else []
         except ValidationError as error:
             why = error.errors()[0]["msg"][:100]
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or str(error)
+        except OSError as error:
+            why = error.strerror
         raise RunError(f"The queue cannot be read ({why}): repair or remove {FILE} in the folder of runs.")
 
     @contextlib.contextmanager
@@ -451,7 +439,7 @@ class Jobs:
         invalid settings, and if the entry fails to start.
         """
         if self.library.is_single and entry.resume:  # a single run's folder has no queue
-            self.resume(entry.name, KINDS[entry.kind])
+            self.start(entry)
             entry.state = RUNNING
             return entry
         self.check(entry, uploads, caption)
@@ -462,7 +450,7 @@ class Jobs:
                 raise RunError(f"{entry.name} is already in the queue; choose another name, or remove that entry.")
             if len(live) >= MOST:
                 raise RunError(f"The queue is full ({MOST} entries): wait until a run ends, or remove an entry.")
-            is_new = not (entry.resume or self.begun(entry.name, KINDS[entry.kind]))
+            is_new = not (entry.resume or self.begun(entry.name, entry.type))
             if is_new and uploads:
                 kept = keep(self.library.folder / UPLOADS / entry.name, uploads, caption)
                 entry.folder = f"runs/{kept.name}"
@@ -513,7 +501,7 @@ class Jobs:
         entry = one_of(self.entries(), name)
         if entry.state == RUNNING and not self.run_of(entry).folder.is_dir():
             raise RunError(f"{name}: {GONE}. Restore it, then stop it; otherwise the run ends without a checkpoint.")
-        return self.stop(name, KINDS[entry.kind], only=True)
+        return self.stop(name, entry.type, only=True)
 
     def clear(self) -> None:
         """Remove all ended entries."""
@@ -564,13 +552,9 @@ class Jobs:
 
     def begin(self, entry: Entry, device: str | None) -> None:
         """Check and start an entry, or store why it failed."""
-        kind = KINDS[entry.kind]
         try:
             # The state is stored after the start: if this process ends in between, the locked log shows the trainer.
-            if entry.resume:
-                self.resume(entry.name, kind, device)
-            else:
-                self.start(entry.name, self.command_of(entry), kind, device)
+            self.start(entry, device)
             entry.state, entry.device, entry.line = RUNNING, device, ""
         except Busy:
             pass  # another training was started in the meantime
@@ -581,19 +565,19 @@ class Jobs:
             entry.state, entry.line = FAILED, "It could not be started; see the terminal for details."
 
     def command_of(self, entry: Entry, uploads: Sequence[str] = (), caption: str = "") -> list[str]:
-        """Return the arguments of an entry's training command; empty for a resumed run.
+        """Return the arguments of an entry's training command.
 
         Raises `RunError` if the entry's settings or images are invalid, or if the run cannot be resumed."""
-        kind = KINDS[entry.kind]
         if entry.resume:
-            self.resumable(entry.name, kind)
-            return []
-        images = self.choose_images(entry.name, entry.folder, uploads, caption, kind)
-        return self.command(entry.name, entry.settings, images, kind)
+            folder = self.resumable(entry.name, entry.type).folder
+            words = [str(SCRIPT), "--config", str(folder / "config.json"), "--output_dir", str(folder)]
+            return [*words, "--resume_from_checkpoint", "latest"]
+        images = self.choose_images(entry.name, entry.folder, uploads, caption, entry.type)
+        return self.command(entry.name, entry.settings, images, entry.type)
 
     def run_of(self, entry: Entry) -> Run:
         """Return the run or experiment of an entry."""
-        return KINDS[entry.kind](entry.name, self.library.folder / entry.name)
+        return entry.type(entry.name, self.library.folder / entry.name)
 
     def free(self, entries: Sequence[Entry]) -> list[str | None]:
         """Return the devices on which a run can start now; a run on an unknown device counts as using all devices."""
@@ -628,10 +612,7 @@ class Jobs:
 
 def one_of(entries: Sequence[Entry], name: str) -> Entry:
     """Return the entry with this name. Raises `RunError` if there is none."""
-    for entry in entries:
-        if entry.name == name:
-            return entry
-    raise RunError("No entry in the queue has this name.")
+    return pick({entry.name: entry for entry in entries}, name, "No entry in the queue has this name.")
 
 
 @contextlib.contextmanager

@@ -144,7 +144,7 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
     config, lines = form.without_varied(begun.config)
     fixed = known.keys() - MAY_GROW
     given = {flag: value for flag, value in settings.items() if flag in fixed and value not in EMPTY}
-    asked, others = vars(build_parser().parse_args(arguments(given, True))), []
+    asked, others = parsed(given), []
     for flag, value in given.items():
         was = config.get(flag, otherwise[flag])
         # The form cannot show some values of the command line: it shows those options as empty.
@@ -152,9 +152,10 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
             others.append(f"--vary {lines[flag]}" if flag in lines else form.as_flag(known[flag], was))
     if (own := lines_of(settings)) and varied(own) != varied(list(lines.values())):
         others.append(" ".join(["--vary", *lines.values()]) if lines else "no --vary")
-    was_model = begun.word("pretrained_model_name_or_path") or ""
-    if model and model not in (was_model, bundled(was_model) or was_model or DEFAULT):
-        others.append(f"the model {bundled(was_model) or was_model or DEFAULT}")
+    path = begun.word("pretrained_model_name_or_path") or DEFAULT
+    name = bundled(path) or path
+    if model and model not in (path, name):
+        others.append(f"the model {name}")
     if others:
         raise RunError(
             f"{begun.name} was started with {', '.join(others[:5])}: load its settings, or choose another name."
@@ -168,7 +169,7 @@ def with_more(begun: Run, settings: dict) -> dict:
     experiment's. Options that are empty in the form are omitted, so that they do not change.
     """
     more = {flag: settings[flag] for flag in MAY_GROW if settings.get(flag) not in EMPTY}
-    asked = vars(build_parser().parse_args(arguments(more, True)))
+    asked = parsed(more)
     for flag in more.keys() & set(ADDED_TO):
         there = listed(begun.config.get(flag))
         more[flag] = [*there, *(value for value in listed(asked[flag]) if value not in there)]
@@ -220,13 +221,10 @@ def launch_words(device: str | None) -> list[str]:
 
 def environment(device: str | None = None) -> dict[str, str]:
     """Return the environment variables of a trainer; `device` restricts it to one GPU."""
-    found = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": search_path()}
+    # PYTHONPATH contains the repository, because the trainer's working directory is another folder.
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
     return found if device is None else found | {"CUDA_VISIBLE_DEVICES": device}
-
-
-def search_path() -> str:
-    """Return a PYTHONPATH that contains the repository, because the trainer's working directory is another folder."""
-    return os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def safe_name(name: str) -> str:

@@ -4,7 +4,6 @@ Names from a browser are only compared with the names of the listed folders, nev
 """
 
 import contextlib
-import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -12,9 +11,9 @@ from typing import ClassVar
 from reslora.experiment.record import ENDED_AS, EXPERIMENT, UNFINISHED
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from reslora.options.images import Options
-from reslora.options.prompts import clean
 
-from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number, stamp_of
+from .folders import children
+from .runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError, cached_by_stamp, number, pick, stamp_of
 
 VARYING = tuple(name for name, option in Options.table().items() if option.can_vary)
 REPORT = "report.html"
@@ -75,11 +74,7 @@ class Experiment(Run):
 
     def report(self) -> str:
         """Return the report as an HTML document; empty until it exists."""
-        path = self.inside(REPORT)
-        with contextlib.suppress(OSError):
-            if path and path.stat().st_size <= LARGEST_JSON:
-                return path.read_text(encoding="utf-8", errors="replace")
-        return ""
+        return self.text(REPORT)
 
     def lora(self) -> Path | None:
         """Return the best arm's LoRA file, in the format that most tools can load; None until the file exists.
@@ -171,24 +166,11 @@ class Library:
 
     def find_experiment(self, name: object) -> Experiment:
         """Return the experiment with this name. Raises `RunError` if none has it."""
-        if experiment := self.named(name, Experiment):
-            return experiment
-        raise RunError("There is no experiment of that name; choose one from the list.")
+        return pick(self.experiments(), name, "There is no experiment of that name; choose one from the list.")
 
     def _folders(self) -> list[Path]:
-        """Return the folder itself if it is a run or an experiment, else its subfolders, newest first.
-
-        Folders whose names are not valid UTF-8 are skipped, because a browser cannot show them.
-        """
-        if self.is_single:
-            return [self.folder]
-        try:
-            children = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
-        except OSError:
-            return []
-        children = [path for path in children if clean(path.name) == path.name]
-        found = [path for path in children if path.is_dir() and path.resolve().parent == self.folder]
-        return sorted(found, key=last_change, reverse=True)
+        """Return the folder itself if it is a run or an experiment, else its subfolders, newest first."""
+        return [self.folder] if self.is_single else sorted(children(self.folder), key=last_change, reverse=True)
 
 
 def kind_of(folder: Path) -> type[Run] | None:
@@ -200,13 +182,13 @@ def kind_of(folder: Path) -> type[Run] | None:
         return Experiment
     config = folder / "config.json"
     if config.exists():  # also a folder of that name; the page reports it as unreadable
-        return kind_by_settings(config, stamp_of(config))
+        return kind_by_settings(config)
     return Run if (folder / LOG_NAME).is_file() else None
 
 
-@functools.lru_cache(maxsize=256)
-def kind_by_settings(path: Path, stamp: tuple[int, ...]) -> type[Run]:
-    """Return the class of a run, detected from the settings file `path`; `stamp` is part of the cache key."""
+@cached_by_stamp(256)
+def kind_by_settings(path: Path) -> type[Run]:
+    """Return the class of a run, detected from the settings file `path`."""
     run = Run(path.parent.name, path.parent)
     options = (Options.table()[name] for name in VARYING)
     several = [value for option in options if len(value := option.several(run.config.get(option.name)) or ()) > 1]

@@ -14,7 +14,7 @@ from .jobs import GONE, RUNNING, WAITING, Entry, Jobs
 from .library import Experiment, LanguageRun, language_script, last_change
 from .run_manager import RunManager
 from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError, stamp_of
-from .views import NAMES, bad, data_uri, escape, notice, scaled, width_of
+from .views import NAMES, bad, embedded, escape, notice
 
 MOST = 48
 """Maximum number of runs' cards on the page; the search field finds the other runs."""
@@ -156,9 +156,7 @@ def picture(run: Run) -> str:
     """Return as HTML the newest sample of the last method that has a readable sample."""
     for path in newest_samples(run):
         with contextlib.suppress(Exception):  # such as a damaged image
-            stamp = stamp_of(path)
-            scale = scaled(width_of(path, stamp))
-            return f'<img src="{data_uri(path, stamp)}" alt="newest sample of {escape(run.name)}" {scale}>'
+            return f'<img {embedded(path)} alt="newest sample of {escape(run.name)}">'
     return '<div class="empty">no samples</div>'
 
 

@@ -19,7 +19,7 @@ from reslora.images.experiment.split import features_of, groups_of
 
 from .folders import Folder
 from .image_folders import Image, Images
-from .runs import RunError, stamp_of
+from .runs import RunError, cached_by_stamp, stamp_of
 
 SIDE = 256
 """Maximum width and height of a thumbnail in pixels."""
@@ -77,7 +77,7 @@ class Looks:
         if image.size is None or not stamp:
             return ""
         try:
-            return thumbnail(image.path, stamp)
+            return thumbnail(image.path)
         except Exception as error:
             self.known[image.path] = stamp, Look(damage(error))
             return ""
@@ -90,11 +90,10 @@ class Looks:
         found = []
         for title, path in {"image": image.path, "reference image": image.reference}.items():
             if path is not None:
-                stamp = stamp_of(path)
                 try:
-                    if not stamp or not folder.holds(path):
+                    if not stamp_of(path) or not folder.holds(path):
                         raise FileNotFoundError(title)
-                    found.append((title, thumbnail(path, stamp, LARGEST)))
+                    found.append((title, thumbnail(path, LARGEST)))
                 except Exception as error:  # exceptions of damaged files differ by image format
                     raise RunError(f"{image.name}: its {title} cannot be shown ({damage(error)}).") from None
         return found
@@ -152,9 +151,9 @@ def alike(looks: tuple[tuple[str, Look], ...]) -> dict[str, tuple[str, str]]:
     return found
 
 
-@functools.lru_cache(maxsize=2000)
-def thumbnail(path: Path, stamp: Stamp, side: int = SIDE) -> str:
-    """Return an image of at most `side` pixels in width and height as a data URI; `stamp` is part of the cache key."""
+@cached_by_stamp(2000)
+def thumbnail(path: Path, side: int = SIDE) -> str:
+    """Return an image of at most `side` pixels in width and height as a data URI."""
     image, file = open_image(path), io.BytesIO()
     image.thumbnail((side, side))
     image.save(file, "WEBP", quality=80)

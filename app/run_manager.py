@@ -10,9 +10,9 @@ from pathlib import Path
 from reslora.images.data.listing import TRASH
 from reslora.io import replacing
 
-from .folders import new_place
+from .folders import children, new_place
 from .jobs import Jobs
-from .runs import IN_PLACE, LONGEST_NOTES, NOTES, Run, RunError
+from .runs import IN_PLACE, LONGEST_NOTES, NOTES, Run, RunError, pick
 
 
 class RunManager:
@@ -76,24 +76,17 @@ class RunManager:
 
     def trashed(self) -> dict[str, Path]:
         """Return the folders of the runs in the trash, newest first, by the name of the parent folder in the trash."""
-        trash, found = self.library.folder / TRASH, {}
-        if self.library.is_single or trash.is_symlink() or not trash.is_dir():
-            return {}
-        for place in sorted(trash.iterdir(), reverse=True):
-            if place.is_dir() and not place.is_symlink():
-                inside = list(place.iterdir())
-                if len(inside) == 1 and inside[0].is_dir() and not inside[0].is_symlink():
-                    found[place.name] = inside[0]
-        return found
+        trash = self.library.folder / TRASH
+        places = [] if self.library.is_single or trash.is_symlink() else reversed(children(trash))
+        found = {place.name: children(place) for place in places}
+        return {name: inside[0] for name, inside in found.items() if len(inside) == 1}
 
     def restore(self, place: str) -> str:
         """Move a run from the trash back to the runs folder, and return a sentence that reports it.
 
         `place`: the key of the run in `trashed()`."""
         with self.jobs.changing() as entries, self.jobs.lock:
-            folder = self.trashed().get(place) if isinstance(place, str) else None
-            if folder is None:
-                raise RunError("There is no such run in the trash; choose one from the list.")
+            folder = pick(self.trashed(), place, "There is no such run in the trash; choose one from the list.")
             target = self.library.folder / folder.name
             if target.exists() or target.is_symlink():
                 raise RunError(f"Another run named {folder.name} exists: delete that run first.")

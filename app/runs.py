@@ -11,26 +11,26 @@ import functools
 import math
 import os
 import re
-import stat
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from typing import ClassVar, TypeVar
 
 from reslora.checkpoint import WEIGHTS_NAME
+from reslora.errors import InvalidArgument
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from reslora.images.model.lora_files.reading import pairs_of, read_content
 from reslora.io import read_object
 from reslora.merges import MERGES
 from reslora.methods.adapters import ADAPTER_NAME
 from reslora.methods.registry import METHODS
 from reslora.options.values import listed
 from reslora.runtime.log import count_damaged, of_split, read_log
-from reslora.runtime.sample_folders import PROMPTS, is_of
+from reslora.runtime.sample_folders import PROMPTS, by_step, is_of
 from reslora.runtime.status import FILE as STATUS
 
+T = TypeVar("T")
 EXAMPLE = Path(__file__).resolve().parent / "example"
 """Folder of the example: a small finished run that is part of the application."""
 LOG_NAME, EXPERIMENT_LOG = "app.log", "experiment.log"
@@ -57,6 +57,13 @@ class RunError(ValueError):
     """An error to show on the page; the message is one sentence without paths of the server."""
 
 
+def pick(known: Mapping[str, T], name: object, otherwise: str) -> T:
+    """Return the item with a name that a browser has sent. Raises `RunError(otherwise)` if no item has this name."""
+    if not isinstance(name, str) or name not in known:
+        raise RunError(otherwise)
+    return known[name]
+
+
 def number(value) -> float | None:
     """Return `value` if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -73,6 +80,16 @@ def stamp_of(path: Path | None) -> tuple[int, ...]:
             status = path.stat()
             return status.st_ino, status.st_size, status.st_mtime_ns
     return ()
+
+
+def cached_by_stamp(size: int) -> Callable:
+    """Cache the results of a function of a path and other arguments for `size` calls, each until its file changes."""
+
+    def decorate(function: Callable) -> Callable:
+        known = functools.lru_cache(size)(lambda path, stamp, *given: function(path, *given))
+        return functools.wraps(function)(lambda path, *given: known(path, stamp_of(path), *given))
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,8 @@ class Weights:
     """The adapter_config.json of a file saved by PEFT."""
     parts: tuple[tuple[Weights, float], ...] = ()
     """The LoRA files of a stack, each with its strength."""
+    made_of: tuple[Weights, str] | None = None
+    """The checkpoint and the merge method by which to make the file if it does not exist yet."""
 
 
 BASE = Weights("base model", "base")
@@ -101,7 +120,7 @@ def merged_by(checkpoint: Weights, method: str) -> Weights:
     """Return the weights that result from merging a checkpoint by a merge method; their file may not exist yet."""
     label = f"{checkpoint.method}: step {checkpoint.step} merged by {method}"
     path = checkpoint.path.parent / f"merged-by-{method}-{checkpoint.step}" / DIFFUSERS_FILE
-    return Weights(label, "file", checkpoint.method, path, checkpoint.step)
+    return Weights(label, "file", checkpoint.method, path, checkpoint.step, made_of=(checkpoint, method))
 
 
 @dataclass(frozen=True)
@@ -126,10 +145,9 @@ class Run:
         """
         try:
             path = self.folder.joinpath(*parts).resolve(strict=True)
-            mode = path.stat().st_mode
         except (OSError, ValueError, RuntimeError):
             return None
-        regular = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+        regular = path.is_file() or path.is_dir()
         return path if regular and path.is_relative_to(self.folder.resolve()) else None
 
     def read_json(self, *parts: str) -> dict:
@@ -139,6 +157,14 @@ class Run:
             if path and path.stat().st_size <= LARGEST_JSON:
                 return read_object(path)
         return {}
+
+    def text(self, *parts: str) -> str:
+        """Return the content of a text file of this run; empty if the file is missing or too large."""
+        path = self.inside(*parts)
+        with contextlib.suppress(OSError):
+            if path and path.stat().st_size <= LARGEST_JSON:
+                return path.read_text(encoding="utf-8", errors="replace")
+        return ""
 
     def entries(self, *parts: str) -> list[str]:
         """Return the sorted names of the files and folders, without hidden ones, in a folder of this run."""
@@ -150,9 +176,7 @@ class Run:
 
     def sound(self, *parts: str) -> Path | None:
         """Return the path of a folder of this run, or None if it contains a link to outside of the run's folder."""
-        path = self.inside(*parts)
-        inside = [self.inside(*parts, name) for name in self.entries(*parts)]
-        return path if path and all(entry and (entry.is_file() or entry.is_dir()) for entry in inside) else None
+        return self.inside(*parts) if all(self.inside(*parts, name) for name in self.entries(*parts)) else None
 
     # -- settings and state --------------------------------------------------------------------------------------------
 
@@ -172,7 +196,7 @@ class Run:
 
     def word(self, flag: str) -> str | None:
         """Return the first text value of an option, or None."""
-        return next(iter(self.words(flag)), None) or None
+        return next(filter(None, self.words(flag)), None)
 
     def first(self, flag: str) -> object:
         """Return the value of an option, or the first of several values; None if the option was not given."""
@@ -250,18 +274,17 @@ class Run:
     def _log(self, method: str) -> tuple[tuple[dict, ...], int]:
         """Return the rows of a method's log and the number of damaged lines."""
         path = self.inside(method, "log.jsonl")
-        return rows_of(path, stamp_of(path)) if path and path.is_file() else ((), 0)
+        return rows_of(path) if path and path.is_file() else ((), 0)
 
     def steps(self) -> list[int]:
         """Return the steps at which any method has samples.
 
         For a run without prompts, return the steps with a validation loss, and the last step.
         """
-        found = set()
+        found: set[int] = set()
         for method in self.methods:
-            for name in self.entries(method, "samples"):
-                if match := re.fullmatch(r"step-(\d{1,9})", name):
-                    found.add(int(match[1]))
+            if path := self.inside(method, "samples"):
+                found |= by_step(path).keys()
         if not found and not self.prompts:
             rows = [row for method in self.methods for row in self.log(method)]
             last = max((row["step"] for row in rows), default=0)
@@ -313,12 +336,7 @@ class Run:
     @property
     def notes(self) -> str:
         """The user's notes on the run. Notes that are too long are cut to `LONGEST_NOTES + 1` characters."""
-        path = self.inside(NOTES)
-        with contextlib.suppress(OSError):
-            if path:
-                with path.open(encoding="utf-8", errors="replace") as file:
-                    return file.read(LONGEST_NOTES + 1)
-        return ""
+        return self.text(NOTES)[: LONGEST_NOTES + 1]
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -378,10 +396,8 @@ class Run:
 
     def find_weights(self, label: str) -> Weights:
         """Return the weights with this label. Raises `RunError` if the run has none."""
-        for weights in self.weights():
-            if weights.label == label:
-                return weights
-        raise RunError("This run has no such weights; choose weights from the list.")
+        known = {weights.label: weights for weights in self.weights()}
+        return pick(known, label, "This run has no such weights; choose weights from the list.")
 
     def best_weights(self) -> str:
         """Return the label of the default weights: merged ResLoRA, else other merged weights, else the last weights."""
@@ -392,43 +408,31 @@ class Run:
     def lora_norms(self, method: str) -> dict[str, float]:
         """Return the Frobenius norm of the update `s B A` by block, computed from a method's exported LoRA file."""
         path = self.inside(method, DIFFUSERS_FILE)
-        with contextlib.suppress(OSError, SafetensorError, RuntimeError):
-            return norms_of(path, stamp_of(path)) if path else {}
+        with contextlib.suppress(OSError, InvalidArgument):
+            return norms_of(path) if path else {}
         return {}
 
 
-@functools.lru_cache(maxsize=16)
-def norms_of(path: Path, stamp: tuple[int, ...]) -> dict[str, float]:
-    """Return the Frobenius norms of the products `B A` in a LoRA file in diffusers' format, by block.
+@cached_by_stamp(16)
+def norms_of(path: Path) -> dict[str, float]:
+    """Return the Frobenius norms of the updates `s B A` of a LoRA file, by block.
 
-    Shapes: A (rank, in), B (out, rank). `stamp`, the result of `stamp_of`, is part of the cache key.
+    Shapes: A (rank, in), B (out, rank). Raises `InvalidArgument` for anything that is not a plain LoRA.
     """
-    tensors, norms = load_file(path), {}
-    for key, down in tensors.items():
-        name = key.partition(".")[2].removesuffix(".lora_A.weight")
-        up = tensors.get(key.removesuffix(".lora_A.weight") + ".lora_B.weight")
-        if key.endswith(".lora_A.weight") and up is not None:
-            down, up = down.double(), up.double()
-            # ||BA||^2 = <B^T B, A A^T>: r x r products instead of one of the layer's size.
-            norm = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt().item()
-            if math.isfinite(norm):
-                norms[name] = norm
+    norms = {}
+    for name, (down, up, scale) in pairs_of(read_content(path, path.name)).items():
+        down, up = down.double().flatten(1), up.double().flatten(1)
+        # ||BA||^2 = <B^T B, A A^T>: r x r products instead of one of the layer's size.
+        norm = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt().item()
+        norms[name.partition(".")[2]] = scale * norm
     return norms
 
 
-@functools.lru_cache(maxsize=64)
-def rows_of(path: Path, stamp: tuple[int, ...]) -> tuple[tuple[dict, ...], int]:
-    """Return the rows of a log with valid step and loss, and the number of damaged lines.
-
-    The result is cached until `stamp` (the result of `stamp_of`) changes, because every open page asks for it.
-    """
-    return tuple(row for row in read_log(path) if can_be_drawn(row)), count_damaged(path)
-
-
-def can_be_drawn(row: dict) -> bool:
-    """Return whether a row of a log has a valid step and a finite loss."""
-    step = number(row["step"])
-    return step is not None and 0 <= step <= MOST_STEPS and number(row.get("loss")) is not None
+@cached_by_stamp(64)
+def rows_of(path: Path) -> tuple[tuple[dict, ...], int]:
+    """Return the rows of a log with valid step and loss, and the number of damaged lines."""
+    rows = (row for row in read_log(path) if 0 <= row["step"] <= MOST_STEPS and number(row.get("loss")) is not None)
+    return tuple(rows), count_damaged(path)
 
 
 def is_complete_png(path: Path) -> bool:

@@ -17,9 +17,9 @@ from reslora.images.model.lora_files.names import Names, Parts, names_of
 from reslora.images.model.lora_files.reading import read_content, read_parts
 
 from .bases import base_of
-from .generation_request import LIMITS, bounded
+from .generation_request import within_limits
 from .library import Library
-from .runs import Run, RunError, Weights
+from .runs import Run, RunError, Weights, pick
 from .weight_files import check_adapter_file, in_names_of, refuse_misfits, without_folders
 
 MOST = 8
@@ -48,8 +48,8 @@ def same_base(one: Run | None, other: Run | None) -> bool:
     if any(run and run.unreadable for run in (one, other)):
         return False
     mine, theirs = base_of(one), base_of(other)
-    names = ("name", "transformer", "revision", "variant")
-    return all(getattr(mine, name) == getattr(theirs, name) for name in names)
+    names = ("pretrained_model_name_or_path", "pretrained_transformer_file", "revision", "variant")
+    return all(mine[name] == theirs[name] for name in names)
 
 
 def stacked(library: Library, run: Run | None, names: object, strengths: str) -> Weights:
@@ -64,11 +64,9 @@ def stacked(library: Library, run: Run | None, names: object, strengths: str) ->
         raise RunError(f"{len(names)} LoRAs: at most {MOST} can be stacked.")
     known, found = _all_loras(library), []
     for name in names:
-        if not isinstance(name, str) or name not in known:
-            raise RunError("There is no LoRA with this name; choose from the list.")
-        owner, weights = known[name]
+        owner, weights = pick(known, name, "There is no LoRA with this name; choose from the list.")
         if not same_base(owner, run):
-            mine, theirs = (Path(base_of(one).name).name for one in (run, owner))
+            mine, theirs = (Path(base_of(one).model.pretrained_model_name_or_path).name for one in (run, owner))
             raise RunError(
                 f"{name} is a LoRA for {theirs}, but this run trains {mine}: choose LoRAs of one base model."
             )
@@ -88,13 +86,7 @@ def numbers(text: str, names: list[str]) -> list[float]:
         raise RunError(
             f"{pluralize(len(words), 'strength')} for {pluralize(len(names), 'LoRA')}: give one each, such as 1 0.5."
         )
-    found, (least, greatest) = [], LIMITS["strength"]
-    for name, word in zip(names, words, strict=True):
-        value = bounded(word, whole=False)
-        if not least <= value <= greatest:
-            raise RunError(f"Strength {word[:20]} of {name}: give a number from {least} to {greatest}.")
-        found.append(value)
-    return found
+    return [within_limits("strength", word, f"Strength of {name}") for name, word in zip(names, words, strict=True)]
 
 
 def to_write(weights: Weights, strength: float) -> Weights:

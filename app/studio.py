@@ -25,7 +25,6 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 import reslora
-from reslora import io as files
 from reslora.errors import InvalidArgument, RunFailed
 from reslora.images.data.images import cropped, image_size, open_image
 from reslora.images.data.size import Size
@@ -35,14 +34,16 @@ from reslora.images.model.loading import Model, find_model
 from reslora.images.output.calibration_file import read_calibration
 from reslora.images.output.exports import write_lora
 from reslora.images.refusals import check_model_name
+from reslora.io import replacing, write_json
 from reslora.merges import MERGES
+from reslora.options.images import Options
 
 from . import stacks, weight_files, whole_models
-from .bases import Base, base_of, stamps_of
+from .bases import base_of, stamps_of
 from .generation_request import SEEDS, Drawn, Request
 from .runs import IN_PLACE, Run, RunError, Weights, merged_by
 from .turns import Turns
-from .weight_files import files_of, refuse_gone, unless_replaced, without_folders
+from .weight_files import files_of, refuse_gone, refuse_replaced, without_folders
 
 MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments, name == "none"))
 """Names of the merge methods: those that need calibration samples come first, and `none` comes last."""
@@ -58,19 +59,11 @@ class Cancelled(Exception):
 
 
 @dataclass(frozen=True)
-class Step:
-    """A message for the client: `done` of the `total` denoising steps of image number `image` are completed."""
-
-    image: int
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
 class Status:
-    """A message for the client: a line about the current work."""
+    """A message for the client: a line about the current work, and the completed fraction of the request."""
 
     text: str
+    share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,8 +74,6 @@ class Picture:
     request: Request
     title: str
     """Status line while the image is generated."""
-    merge: tuple[Weights, str] | None = None
-    """The checkpoint and the merge method from which to make the weights if they do not exist yet."""
     reference: Path | None = None
     """The reference image of an edit model."""
 
@@ -96,6 +87,8 @@ class Visitor:
         self.unheard: float | None = time.monotonic()
         """Time at which the client was first found not to read messages; None while it reads them."""
         self.events: queue.Queue = queue.Queue(maxsize=1)
+        self.total, self.share = 1, 0.0
+        """Number of images of the request, and its completed fraction."""
         self.told = 0.0
         """Time at which the last step message was sent."""
 
@@ -122,12 +115,17 @@ class Visitor:
             with contextlib.suppress(queue.Full):
                 return self.events.put(event, timeout=0.1)
 
-    def step(self, step: Step) -> None:
-        """Send a step message if the last one is at least `PAUSE` seconds old. Raises `Cancelled` as `check` does."""
+    def report(self, text: str) -> None:
+        """Send a line about the current work. Raises `Cancelled` as `check` does."""
+        self.put(Status(text, self.share))
+
+    def step(self, text: str, share: float) -> None:
+        """Send the completed fraction if the last one was sent at least `PAUSE` seconds ago; else only `check`."""
+        self.share = share
         if time.monotonic() - self.told < PAUSE:
             self.check()
         else:
-            self.put(step)
+            self.report(text)
             self.told = time.monotonic()
 
 
@@ -140,8 +138,8 @@ class Studio:
         self.family: Family | None = None
         self.model: Model | None = None
         """The model from whose files the pipeline was loaded."""
-        self.base: Base | None = None
-        """The base model and the options with which the pipeline was loaded."""
+        self.base: Options | None = None
+        """The options with which the pipeline was loaded."""
         self.stamps: dict[Path, tuple[int, ...]] = {}
         """The files that the pipeline was loaded from, each with the result of `stamp_of` at that time."""
         self.state = {}
@@ -165,8 +163,8 @@ class Studio:
         session: str = "",
         listening: Callable[[], bool] = lambda: True,
         reference: Path | None = None,
-    ) -> Iterator[Status | Step | Drawn]:
-        """Yield status messages, step messages and images; `reference` is the image that an edit model changes.
+    ) -> Iterator[Status | Drawn]:
+        """Yield status messages and images; `reference` is the image that an edit model changes.
 
         Image i has the seed `request.seed + i`, whatever the number of images. It is generated once with each of the
         weights in `choices`.
@@ -178,22 +176,20 @@ class Studio:
 
         Raises `RunError` for weights that cannot be loaded.
         """
-        request, pictures = request.clamped(), []
+        pictures = []
         for number in range(request.images):
             one = replace(request, seed=(request.seed + number) % SEEDS, images=1)
             title = f"Image {number + 1} of {request.images}"
-            pictures += [Picture(choice, one, f"{title}, {choice.label}", None, reference) for choice in choices]
-        yield from self._progress(lambda visitor: self._draw_all(run, pictures, visitor), session, "images", listening)
+            pictures += [Picture(choice, one, f"{title}, {choice.label}", reference) for choice in choices]
+        return self.draw(run, pictures, "images", session, listening)
 
-    def draw_grid(
-        self,
-        run: Run | None,
-        pictures: list[Picture],
-        session: str = "",
-        listening: Callable[[], bool] = lambda: True,
-    ) -> Iterator[Status | Step | Drawn]:
-        """Yield status messages, step messages, and the images in the order of `pictures`. Stops as `generate` does."""
-        yield from self._progress(lambda visitor: self._draw_all(run, pictures, visitor), session, "grid", listening)
+    def draw(
+        self, run: Run | None, pictures: list[Picture], kind: str, session: str = "", listening=lambda: True
+    ) -> Iterator[Status | Drawn]:
+        """Yield status messages, and the images in the order of `pictures`. Stops as `generate` does.
+
+        `kind`: `images` or `grid`, as in `cancel`."""
+        return self._progress(Visitor(session, kind, listening), self._draw_all, run, pictures)
 
     def write_whole(
         self, run: Run | None, weights: Weights, target: Path, session: str = "", listening=lambda: True
@@ -203,17 +199,14 @@ class Studio:
         Stops as `generate` does, before the next tensor is written, and then removes the folder. Raises `RunError` if
         the model cannot be written.
         """
-        yield from self._progress(
-            lambda visitor: self._write_whole(run, weights, target, visitor), session, "model", listening
-        )
+        return self._progress(Visitor(session, "model", listening), self._write_whole, run, weights, target)
 
-    def _progress(
-        self, work: Callable[[Visitor], None], session: str, kind: str, listening: Callable[[], bool]
-    ) -> Iterator:
-        """Run `work` in a thread and yield its messages; raise the exception with which it ends."""
-        visitor = Visitor(session, kind, listening)
+    def _progress(self, visitor: Visitor, *work) -> Iterator:
+        """Run `work`, a method and its arguments, in a thread, and yield its messages; raise the exception of its end.
+
+        The visitor is the method's first argument."""
         self.running.add(visitor)
-        threading.Thread(target=self._work, args=(work, visitor), daemon=True).start()
+        threading.Thread(target=self._work, args=(visitor, *work), daemon=True).start()
         try:
             while (event := visitor.events.get()) is not None:
                 if isinstance(event, Exception):
@@ -223,60 +216,55 @@ class Studio:
             visitor.stopped.set()
             self.running.remove(visitor)
 
-    def cancel(self, session: str, kind: str | None = None) -> bool:
-        """Stop a session's requests within one denoising step, and return whether the session had any.
+    def cancel(self, session: str | None = None, kind: str | None = None) -> bool:
+        """Stop a session's requests (None: those of all sessions) within one denoising step; return whether any ran.
 
         `kind`: `images`, `grid` or `model` stops only requests of this kind; None stops all.
         """
         running = list(self.running)
-        found = [visitor for visitor in running if visitor.session == session and kind in (None, visitor.kind)]
+        found = [one for one in running if session in (None, one.session) and kind in (None, one.kind)]
         for visitor in found:
             visitor.stopped.set()
         return bool(found)
 
-    def close(self) -> None:
-        """Stop all requests."""
-        for visitor in list(self.running):
-            visitor.stopped.set()
-
-    def _work(self, work: Callable[[Visitor], None], visitor: Visitor) -> None:
+    def _work(self, visitor: Visitor, work: Callable, *given) -> None:
         """Do the work of a request in its thread; at the end, send None or the exception that `work` raised."""
-        outcome: Exception | None = RunError("The request could not be completed.")
+        outcome: Exception | None = None
         try:
-            work(visitor)
-            outcome = None
+            work(visitor, *given)
         except (Cancelled, RunError) as error:
             outcome = error
         except Exception as error:  # anything that a model or a device raises; the page gets one sentence
             traceback.print_exception(error)
             outcome = RunError(f"The request could not be completed ({type(error).__name__}); see the terminal.")
-        finally:
-            if visitor.stopped.is_set():
-                with contextlib.suppress(queue.Empty):
-                    visitor.events.get_nowait()  # make room: the outcome matters more than an unread step
-            with contextlib.suppress(queue.Full):
-                visitor.events.put(outcome, timeout=PATIENCE)
+        if visitor.stopped.is_set():
+            with contextlib.suppress(queue.Empty):
+                visitor.events.get_nowait()  # make room: the outcome matters more than an unread step
+        with contextlib.suppress(queue.Full):
+            visitor.events.put(outcome, timeout=PATIENCE)
 
     @contextlib.contextmanager
     def _turn(self, run: Run | None, visitor: Visitor) -> Iterator[None]:
         """Wait for a turn, load the run's pipeline if it is not loaded, and hold the turn during the `with` block."""
         visitor.wait()
         if self.turns.waiting:
-            visitor.put(Status("Waiting until another request's image is finished"))
+            visitor.report("Waiting until another request's image is finished")
         with self.turns.turn(visitor.check):
             if not self._is_loaded(base := base_of(run)):
-                visitor.put(Status("Loading the model: this happens once"))
+                visitor.report("Loading the model: this happens once")
                 self._load(base)
             yield
 
-    def _draw_all(self, run: Run | None, pictures: list[Picture], visitor: Visitor) -> None:
+    def _draw_all(self, visitor: Visitor, run: Run | None, pictures: list[Picture]) -> None:
         """Generate the images in order, each in its own turn, and send them."""
+        visitor.total = len(pictures)
         for number, picture in enumerate(pictures):
+            visitor.share = number / len(pictures)
             with self._turn(run, visitor):
-                if picture.merge and not picture.weights.path.is_file():
-                    visitor.put(Status(f"Merging: {picture.weights.label}"))
-                    self._merge(run, *picture.merge)
-                visitor.put(Status(picture.title))
+                if picture.weights.made_of and not picture.weights.path.is_file():
+                    visitor.report(f"Merging: {picture.weights.label}")
+                    self._merge(run, *picture.weights.made_of)
+                visitor.report(picture.title)
                 self._use(run, picture.weights, picture.request.strength)
                 image = self._draw(picture, number, visitor)
             source = {"run": run.name if run else "", "weights": picture.weights.label}
@@ -289,7 +277,7 @@ class Studio:
         def after_step(pipeline, index, timestep, tensors):
             if not tensors["latents"].isfinite().all():
                 raise RunError(f"{picture.weights.label}: the latents became infinite or NaN at step {index + 1}.")
-            visitor.step(Step(number, index + 1, request.steps))
+            visitor.step(picture.title, (number + (index + 1) / request.steps) / visitor.total)
             return tensors
 
         wanted = {
@@ -322,24 +310,23 @@ class Studio:
 
     # -- pipeline and weights ------------------------------------------------------------------------------------------
 
-    def _is_loaded(self, base: Base) -> bool:
+    def _is_loaded(self, base: Options) -> bool:
         """Return whether the pipeline of `base` is loaded, and none of its files has changed since it was loaded."""
         return base == self.base and stamps_of(base, self.model) == self.stamps
 
-    def _load(self, base: Base) -> None:
+    def _load(self, base: Options) -> None:
         """Load the pipeline of `base`. Raises `RunError` if this fails; then the previous pipeline remains."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = base.model.pretrained_model_name_or_path
         try:
-            check_model_name(base.name)
-            model = find_model(base.options().model, base.options().output, PartialState())
+            check_model_name(name)
+            model = find_model(base.model, base.output, PartialState())
             stamps = stamps_of(base, model)  # read first: a file written during the load is found by the next check
             half = torch.bfloat16 if model.family.objective == "flow" else torch.float16
             dtype = half if device.type == "cuda" else torch.float32
             pipeline, denoiser = model.load_pipeline(dtype, device, encoders=True), model.load_denoiser(dtype, device)
         except (InvalidArgument, RunFailed) as error:
-            raise RunError(
-                f"The model of this run cannot be loaded: {without_folders(error, Path(base.name))}."
-            ) from None
+            raise RunError(f"The model of this run cannot be loaded: {without_folders(error, Path(name))}.") from None
         except Exception as error:  # such as an unreachable hub or a damaged folder
             raise RunError(f"The model of this run could not be loaded ({type(error).__name__}).") from None
         setattr(pipeline, model.family.denoiser, denoiser)
@@ -351,15 +338,15 @@ class Studio:
 
     def _use(self, run: Run | None, weights: Weights, strength: float) -> None:
         """Load the weights into the pipeline. Raises `RunError` if this fails; then the previous weights remain."""
-        wanted = (*files_of(weights), weights.parts, 1.0 if weights.kind == "base" else strength)
+        files = files_of(weights)
+        wanted = (*files, weights.parts, 1.0 if weights.kind == "base" else strength)
         if self.current == wanted:
             return
-        refuse_replaced = unless_replaced(run, weights)
         parts = self._parts()
         try:
-            refuse_replaced()
+            refuse_replaced(run, weights, files)
             self._put(parts, run, weights, strength)
-            refuse_replaced()
+            refuse_replaced(run, weights, files)
         except RunError:
             raise
         except (ValueError, RuntimeError) as error:  # our loaders name the layer that does not fit
@@ -428,9 +415,26 @@ class Studio:
             return self._merge(run, checkpoint, method)
 
     def _merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
-        """Merge a checkpoint with the loaded pipeline, converting errors to `RunError`."""
+        """Merge a checkpoint in float32, write the LoRA files and the merge report, and return the report."""
+        report, parts = {}, {}
         try:
-            return self._write_merged(run, checkpoint, method)
+            if not run.allows(method):
+                raise RunError(
+                    f"{method} needs calibration samples, and this run has none; choose another merge method"
+                )
+            made = self._parts()
+            for name, path in ((self.family.denoiser, checkpoint.path), *checkpoint.encoders):
+                parts[name] = torch.nn.Module.to(made[name], dtype=torch.float32)
+                reslora.load(parts[name], path)
+                encoder = name if path != checkpoint.path else None
+                found = reslora.merge(parts[name], method=method, calibration=calibration_of(run, encoder)).to_dict()
+                report |= {encoder: found} if encoder else found
+            with IN_PLACE:
+                refuse_gone(run, checkpoint)  # otherwise writing would create the folder of a deleted run again
+                with replacing(merged_by(checkpoint, method).path.parent) as temporary:
+                    temporary.mkdir()
+                    write_lora(parts, temporary, self.family, {})
+                    write_json(temporary / "merge.json", report)
         except OSError as error:
             refuse_gone(run, checkpoint)
             reason = error.strerror or without_folders(error, run.folder)
@@ -438,31 +442,18 @@ class Studio:
         except (ValueError, RuntimeError) as error:
             refuse_gone(run, checkpoint)
             raise RunError(f"The checkpoint cannot be merged: {without_folders(error, run.folder)}.") from None
-
-    def _write_merged(self, run: Run, checkpoint: Weights, method: str) -> dict:
-        """Merge a checkpoint in float32, write the LoRA files and the merge report, and return the report."""
-        if not run.allows(method):
-            raise RunError(f"{method} needs calibration samples, and this run has none; choose another merge method")
-        made, report, parts = self._parts(), {}, {}
-        for name, path in ((self.family.denoiser, checkpoint.path), *checkpoint.encoders):
-            parts[name] = torch.nn.Module.to(made[name], dtype=torch.float32)
-            reslora.load(parts[name], path)
-            encoder = name if path != checkpoint.path else None
-            found = reslora.merge(parts[name], method=method, calibration=calibration_of(run, encoder)).to_dict()
-            report |= {encoder: found} if encoder else found
-        with IN_PLACE:
-            refuse_gone(run, checkpoint)  # otherwise writing would create the folder of a deleted run again
-            with files.replacing(merged_by(checkpoint, method).path.parent) as temporary:
-                temporary.mkdir()
-                write_lora(parts, temporary, self.family, {})
-                files.write_json(temporary / "merge.json", report)
         return report
 
-    def _write_whole(self, run: Run | None, weights: Weights, target: Path, visitor: Visitor) -> None:
+    def _write_whole(self, visitor: Visitor, run: Run | None, weights: Weights, target: Path) -> None:
         """Write a complete model to the folder `target` during one turn."""
         with self._turn(run, visitor):
-            visitor.put(Status(f"Writing the model {target.name}"))
-            check = unless_replaced(run, weights, visitor.check)
+            visitor.report(f"Writing the model {target.name}")
+            files = files_of(weights)
+
+            def check() -> None:
+                visitor.check()
+                refuse_replaced(run, weights, files)
+
             parts: dict[str, torch.nn.Module | Path] = {self.family.denoiser: weights.path, **dict(weights.encoders)}
             if weights.kind != "merged":
                 made = self._parts()

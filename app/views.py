@@ -23,7 +23,7 @@ from reslora.options.prompts import clean
 
 from .activity import activity, why_ended
 from .generation_request import Drawn
-from .runs import BASE, NO_CONFIG, Run, number, stamp_of
+from .runs import BASE, NO_CONFIG, Run, cached_by_stamp, number
 
 T = TypeVar("T")
 LARGEST_TILE = 320
@@ -60,26 +60,23 @@ def escape(text: str) -> str:
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=512)
-def data_uri(path: Path, stamp: tuple[int, ...]) -> str:
-    """Return an image as a data URI, at most `LARGEST_TILE` pixels wide and high; `stamp` is part of the cache key."""
+@cached_by_stamp(512)
+def embedded(path: Path) -> str:
+    """Return the attributes of an HTML image with the content of a file: its data URI and `scaled`.
+
+    The image is at most `LARGEST_TILE` pixels wide and high. Raises an exception, which differs by image format, for a
+    damaged file."""
     content, kind = path.read_bytes(), "png"
     with PIL.Image.open(io.BytesIO(content)) as image:
         image.load()  # raise for a damaged file, of which a browser would show nothing
+        scale = scaled(image.width)
         if max(image.size) > LARGEST_TILE:
             image = image.convert("RGB")
             image.thumbnail((LARGEST_TILE, LARGEST_TILE))
             buffer = io.BytesIO()
             image.save(buffer, "WEBP", quality=90)
             content, kind = buffer.getvalue(), "webp"
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-@functools.lru_cache(maxsize=512)
-def width_of(path: Path, stamp: tuple[int, ...]) -> int:
-    """Return an image's width in pixels; `stamp` is part of the cache key."""
-    with PIL.Image.open(path) as image:
-        return image.width
+    return f'src="data:image/{kind};base64,{base64.b64encode(content).decode()}" {scale}'
 
 
 def scaled(width: int) -> str:
@@ -89,6 +86,12 @@ def scaled(width: int) -> str:
     if not 0 < width <= TILE:
         return ""
     return f'class="small" style="--own:{width}px;--times:{TILE // width};--few:{max(1, NARROW_TILE // width)}"'
+
+
+def table_rows(names: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """Return the rows of a table as HTML: a row with the names of the columns, then the rows of values."""
+    lines = [("th", names), *(("td", row) for row in rows)]
+    return "".join(f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>" for tag, cells in lines)
 
 
 def table(kind: str, name: str, rows: str, mark: str = "") -> str:
@@ -106,29 +109,24 @@ def tile(path: Path | None, alt: str, place: tuple[int, int], absent: str = "not
     if path is None:
         return f'<div class="empty">{absent}</div>'
     try:
-        stamp = stamp_of(path)
-        source, scale = data_uri(path, stamp), scaled(width_of(path, stamp))
+        return enlargeable(embedded(path), alt, place)
     except Exception:  # exceptions differ by image format
         return '<div class="empty">damaged</div>'
-    return enlargeable(source, alt, place, scale)
 
 
-def enlargeable(source: str, alt: str, place: tuple[int, int], scale: str = "") -> str:
+def enlargeable(image: str, alt: str, place: tuple[int, int]) -> str:
     """Return as HTML an image that a click enlarges.
 
-    `source`: the image's URL, escaped. `place`: (row, column) in the table. `scale`: the result of `scaled`.
+    `image`: further attributes of the image, such as its source. `place`: (row, column) in the table.
     """
-    image = f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}" {scale}>'
+    image = f'<img {image} alt="{escape(alt)}" title="{escape(alt)}">'
     return f'<button type="button" class="tile" data-row="{place[0]}" data-column="{place[1]}">{image}</button>'
 
 
 def side_by_side(paths: Iterable[Path]) -> str:
     """Return two images side by side as HTML, without their names. Raises `OSError` for a damaged file."""
-    images = ""
-    for side, path in zip(("left", "right"), paths, strict=True):
-        stamp = stamp_of(path)
-        images += f'<img src="{data_uri(path, stamp)}" alt="{side}" {scaled(width_of(path, stamp))}>'
-    return f'<div class="two">{images}</div>'
+    images = [f'<img {embedded(path)} alt="{side}">' for side, path in zip(("left", "right"), paths, strict=True)]
+    return f'<div class="two">{"".join(images)}</div>'
 
 
 # -- texts and numbers -------------------------------------------------------------------------------------------------
@@ -203,8 +201,7 @@ def thumbnails(paths: list[Path]) -> str:
     found = []
     for path in paths:
         with contextlib.suppress(Exception):  # exceptions of damaged files differ by image format
-            stamp = stamp_of(path)
-            found.append(f'<img src="{data_uri(path, stamp)}" alt="" {scaled(width_of(path, stamp))}>')
+            found.append(f'<img {embedded(path)} alt="">')
     return f'<div class="thumbnails">{"".join(found)}</div>' if found else ""
 
 
@@ -244,18 +241,14 @@ def notice(text: str) -> str:
 
 def settings_table(images: list[Drawn]) -> str:
     """Return the weights, seed and settings of each generated image as an HTML table."""
-    header = "".join(
-        f"<th>{name}</th>"
-        for name in ("weights", "seed", "steps", "guidance", "strength", "size", "prompt", "negative")
-    )
-    rows = []
+    names, rows = ("weights", "seed", "steps", "guidance", "strength", "size", "prompt", "negative"), []
     for drawn in images:
         request = drawn.request
         cells = [drawn.source["weights"], request.seed, request.steps, f"{request.guidance:g}"]
         cells.append("—" if cells[0] == BASE.label else f"{request.strength:g}")  # no effect on the base model
         cells += [f"{request.width} x {request.height}", request.prompt[:100], request.negative_prompt[:100]]
-        rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    return table("made", "Settings of each image", f"<tr>{header}</tr>{''.join(rows)}")
+        rows.append(cells)
+    return table("made", "Settings of each image", table_rows(names, rows))
 
 
 # -- chains and merge --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +17,15 @@ from reslora.experiment.record import EXPERIMENT
 from reslora.experiment.statistics import LEVEL, half_width, spread_of
 from reslora.formatting import pluralize
 from reslora.images.experiment.gallery import samples_of
+from reslora.json_lines import values_of
 
 from .library import Experiment
 from .runs import IN_PLACE, RunError
-from .views import escape, notice, table, unless_damaged
+from .views import notice, table, table_rows, unless_damaged
 
 FILE = "votes.jsonl"
 """Name of the file in the experiment's folder that has one vote per line."""
-LONGEST = 2**22
+
 VALUES = {"label": 1, "equal": 0, "reference": -1}
 """Value of each vote: for the compared method, for neither, for its reference method (baseline)."""
 
@@ -37,11 +38,6 @@ class Pair(NamedTuple):
     seed: int
     prompt: int
     """Index of the prompt."""
-
-    @property
-    def key(self) -> dict:
-        """The pair as a dictionary, as it is stored with a vote."""
-        return self._asdict()
 
 
 def pairs(experiment: Experiment) -> dict[Pair, tuple[Path, Path]]:
@@ -84,19 +80,15 @@ def samples(experiment: Experiment, content: dict, label: str, prompts: Sequence
 def votes(experiment: Experiment) -> dict[Pair, list[int]]:
     """Return the values of the votes (see `VALUES`) on each pair; damaged lines of the file are skipped."""
     found: dict[Pair, list[int]] = defaultdict(list)
-    path = experiment.inside(FILE)
-    if path is None or path.stat().st_size > LONGEST:
-        return found
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(LookupError, TypeError, ValueError):
-            row = json.loads(line)
+    for _, row in values_of(experiment.text(FILE)):
+        with contextlib.suppress(LookupError, TypeError):
             found[Pair(*(row[name] for name in Pair._fields))].append(VALUES[row["vote"]])
     return found
 
 
 def add(experiment: Experiment, pair: Pair, vote: str) -> None:
     """Append a vote (a key of `VALUES`) to the experiment's file. Raises `RunError` if it cannot be written."""
-    row = {**pair.key, "vote": vote, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    row = {**pair._asdict(), "vote": vote, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
     try:
         with IN_PLACE, (experiment.folder / FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -104,14 +96,12 @@ def add(experiment: Experiment, pair: Pair, vote: str) -> None:
         raise RunError(f"The vote cannot be stored ({error.strerror}).") from None
 
 
-def next_pair(experiment: Experiment, before: Pair | None = None) -> Pair | None:
-    """Return a random pair among those with the fewest votes, or None if there are no pairs.
+def next_pair(known: Collection[Pair], given: Mapping[Pair, list[int]], before: Pair | None = None) -> Pair:
+    """Return a random pair among those with the fewest votes.
 
-    `before`: the previous pair, which is only returned if there is no other pair."""
-    known, given = list(pairs(experiment)), votes(experiment)
-    known = [pair for pair in known if pair != before] or known
-    fewest = min((len(given.get(pair, ())) for pair in known), default=0)
-    return random.choice([pair for pair in known if len(given.get(pair, ())) == fewest]) if known else None
+    `known`: all pairs. `given`: votes by pair. `before`: the previous pair, returned only if there is no other pair."""
+    counts = {pair: len(given.get(pair, ())) for pair in known if pair != before or len(known) == 1}
+    return random.choice([pair for pair, count in counts.items() if count == min(counts.values())])
 
 
 # -- the result --------------------------------------------------------------------------------------------------------
@@ -139,7 +129,7 @@ def preference(known: Sequence[Pair], given: Mapping[Pair, list[int]]) -> tuple[
 @unless_damaged
 def result(experiment: Experiment) -> str:
     """Return a table (HTML) of each method's preference with interval, its loss verdict, and whether the two agree."""
-    known, given, rows = pairs(experiment), votes(experiment), ""
+    known, given, rows = pairs(experiment), votes(experiment), []
     verdicts = experiment.read_json(EXPERIMENT).get("verdicts") or ()
     for verdict in verdicts if known else ():
         label, reference = str(verdict["label"]), str(verdict["reference"])
@@ -147,18 +137,17 @@ def result(experiment: Experiment) -> str:
         mean, half = preference(own, given)
         count = sum(len(given.get(pair, ())) for pair in own)
         open_pairs = sum(not given.get(pair) for pair in own)
-        cells = (
+        rows.append((
             f"{label} or {reference}", pluralize(count, "vote"), in_percent(mean, half, open_pairs),
             str(verdict["sentence"]), agreement(label, reference, mean, half, str(verdict["conclusion"])),
-        )  # fmt: skip
-        rows += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+        ))  # fmt: skip
     if not rows:
         return notice(
             "No votes to show: this experiment has no verdict yet, or fewer than two of its methods have sample images "
             "(--num_validation_images)."
         )
-    header = "".join(f"<th>{name}</th>" for name in ("methods", "votes", "preference", "loss", "together"))
-    return table("made votes", "Votes and losses", f"<tr>{header}</tr>{rows}")
+    names = ("methods", "votes", "preference", "loss", "together")
+    return table("made votes", "Votes and losses", table_rows(names, rows))
 
 
 def in_percent(mean: float | None, half: float | None, open_pairs: int) -> str:

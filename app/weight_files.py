@@ -4,7 +4,7 @@ Names, shapes and values of all tensors are validated, so that no image is gener
 model. Error messages name the file and the tensor. No file is unpickled.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -136,29 +136,21 @@ def refuse_gone(run: Run | None, weights: Weights) -> None:
     raise RunError(f"{weights.label}: {weights.path.name} was deleted in the meantime; choose another checkpoint.")
 
 
-def files_of(weights: Weights) -> tuple[Path | tuple[int, ...] | None, ...]:
+def files_of(weights: Weights) -> tuple:
     """Return the paths of the files and folders that weights are read from, then the result of `stamp_of` for each."""
     files = (weights.path, weights.config, *(path for _, path in weights.encoders))
     files += tuple(part.path for part, _ in weights.parts)
     return *files, *map(stamp_of, files)
 
 
-def unless_replaced(run: Run | None, weights: Weights, check: Callable[[], None] = lambda: None) -> Callable[[], None]:
-    """Return a function that calls `check`, then raises `RunError` if a trainer has replaced merged weights.
+def refuse_replaced(run: Run | None, weights: Weights, files: tuple) -> None:
+    """Raise `RunError` if a trainer has replaced merged weights, whose tensors could then come from two merges.
 
-    The returned function compares the files of `weights` with those at the time of this call. Without this check, the
-    loaded tensors could come from two different merges.
-    """
-    files = files_of(weights)
-
-    def both() -> None:
-        check()
-        if run is None or weights.kind != "merged":
-            return
-        if files_of(weights) != files or weights not in run.merged(weights.method):
-            raise RunError(f"{weights.label}: a trainer is replacing these weights; try again later.")
-
-    return both
+    `files`: the result of `files_of` before the weights were read."""
+    if run is None or weights.kind != "merged":
+        return
+    if files_of(weights) != files or weights not in run.merged(weights.method):
+        raise RunError(f"{weights.label}: a trainer is replacing these weights; try again later.")
 
 
 def refuse_not_finite(label: str, tensors: Mapping[str, Tensor]) -> None:

@@ -78,8 +78,7 @@ class ChainsTab(Tab):
         """Return the chain plan, the merge report, and the comparison of norms with LoRA, by component."""
         plan, report = run.read_json("reslora", "chains.json"), run.read_json("reslora", "merge.json")
         merge = merge_warning(report) + views.merge_report(report)
-        values = [views.chain_plan(plan), merge, views.norm_difference(run)]
-        return dict(zip(self.of_run, values, strict=True))
+        return {self.plan: views.chain_plan(plan), self.report: merge, self.norms: views.norm_difference(run)}
 
     def do_merge(self, name: str, label: str, method: str) -> tuple:
         """Merge a checkpoint; return a sentence that reports it, the merge report, and an update of Generate's weights.

@@ -80,16 +80,16 @@ class CompareTab(Tab):
             self.take_file, [run, self.file], self.taken, api_name="download_file", preprocess=False
         ).success(None, js="() => document.querySelector('#taken').click()")
 
-    def seen(self, run: Run) -> tuple[int, list[str], bool]:
+    def seen(self, run: Run) -> tuple:
         """Return the last step with samples, the labels of the downloads, and whether the run has failed."""
         return max(run.steps(), default=0), self.list_files(run), self.jobs.status(run) == "failed"
 
-    def choice(self, run: Run, chosen: float | None, seen: tuple[int, list[str], bool] | None) -> int:
+    def choice(self, run: Run, chosen: float | None, seen: tuple | None) -> int:
         """Return the new step of the slider; if it was at the run's last step, it follows the last step."""
         last = seen[0] if seen else 0
         return max(run.steps(), default=0) if (chosen or 0) >= last else run.nearest(chosen)
 
-    def is_outdated(self, run: Run, seen: tuple[int, list[str], bool] | None) -> bool:
+    def is_outdated(self, run: Run, seen: tuple | None) -> bool:
         """Return whether the list of downloads has changed."""
         return seen is not None and seen[1] != self.list_files(run)
 

@@ -44,7 +44,7 @@ class ControlTab(Tab):
 
     def list_names(self) -> list[str]:
         """Return the names of the runs or experiments, newest first."""
-        return list(self.library.runs())
+        return [run.name for run in self.library.everything() if type(run) is self.kind]
 
     def do_stop(self, name: str, seen: tuple | None = None) -> str:
         """Stop the selected run or, if it is not training, the only active run; return a notice.

@@ -1,7 +1,9 @@
 """Generate: generate images with a run's weights or an uploaded LoRA file, and compare them with the base model."""
 
+import contextlib
+import secrets
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import astuple
 
 import gradio as gr
 
@@ -12,7 +14,7 @@ from ..generation_request import Drawn, Request
 from ..handlers import NO_PROGRESS, QUIET, path_of, paths_of
 from ..runs import BASE, Run, RunError, Weights
 from ..sessions import TURNS, hears
-from ..studio import Cancelled, Status, Step
+from ..studio import Cancelled
 from ..verdict import warning_for
 from .base import Parts, Tab, TabHost, answer_line, open_choice
 from .grid import GridPart
@@ -90,8 +92,8 @@ class GenerateTab(Tab):
             api_name="generate", preprocess=False, **NO_PROGRESS, **TURNS,
         ).failure(lambda: "", None, self.status, api_visibility="private")  # fmt: skip
         unqueued = {"queue": False, **NO_PROGRESS}
-        self.cancel.click(self.stop, None, self.status, api_visibility="private", **unqueued)
-        gr.on([], self.do_cancel, None, self.status, api_name="cancel", **unqueued)
+        self.cancel.click(self.stopper("images"), None, self.status, api_visibility="private", **unqueued)
+        gr.on([], self.stopper(), None, self.status, api_name="cancel", **unqueued)
         taken_over = [*settings[:-2], self.strength, self.random]
         self.recipe.upload(self.read_recipe, self.recipe, taken_over, api_name="settings_of")
         self.recipe.upload(self.origin, self.recipe, self.status, api_visibility="private")
@@ -109,11 +111,11 @@ class GenerateTab(Tab):
         """Return the labels of a run's weights."""
         return [weights.label for weights in self.library.find(run).weights()]
 
-    def seen(self, run: Run) -> tuple[bool, str]:
+    def seen(self, run: Run) -> tuple:
         """Return whether the run's settings exist, and the label of its default weights (see `Run.best_weights`)."""
         return bool(run.config), run.best_weights()
 
-    def choice(self, run: Run, chosen: str | None, seen: tuple[bool, str] | None) -> str:
+    def choice(self, run: Run, chosen: str | None, seen: tuple | None) -> str:
         """Return the label of the weights to select: the selected weights, or the run's default weights.
 
         The default weights are selected if they were selected at the last poll, or if `chosen` no longer exists.
@@ -129,21 +131,23 @@ class GenerateTab(Tab):
         weights = gr.update(choices=self.list_weights(run.name), value=label)
         return {self.weights: weights, self.warning: self.warn(run.name, label)}
 
-    def is_outdated(self, run: Run, seen: tuple[bool, str] | None) -> bool:
+    def is_outdated(self, run: Run, seen: tuple | None) -> bool:
         """Return whether the run's settings have been written since the last poll."""
         return seen is not None and not seen[0] and bool(run.config)
 
     def filled_in(self, run: Run) -> dict:
         """Return the settings with which the run generates samples, by component."""
         asked = generation_request.of_samples(run)
-        values = [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height, self.stack.choices(run)]
+        loras = self.stack.offer(run.name)
+        values = [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height, loras]
         return dict(zip(self.of_run, values, strict=True))
 
     def warn(self, name: str, label: str) -> dict:
         """Return the update of the warning about a run's weights; it is hidden if there is no warning."""
-        run = self.library.named(name, Run)
-        weights = next((weights for weights in run.weights() if weights.label == label), None) if run else None
-        text = warning_for(run, weights) if weights else ""
+        text = ""
+        with contextlib.suppress(RunError):  # the run or the weights do not exist any more
+            run = self.library.find(name)
+            text = warning_for(run, run.find_weights(label))
         return gr.update(value=text, visible=bool(text))
 
     def show_used(self, adapter: object, loras: object) -> dict:
@@ -179,24 +183,23 @@ class GenerateTab(Tab):
         run = self.library.find(name) if name else None
         weights = self.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
         choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
-        request = Request(prompt, negative, 0 if random else seed, steps, guidance, width, height, images, strength)
+        seed = secrets.randbelow(generation_request.SEEDS) if random else seed
+        request = Request(prompt, negative, seed, steps, guidance, width, height, images, strength)
         request.check()
-        request = replace(request, seed=-1 if random else seed).clamped()
+        request = request.clamped()
         session = asked.session_hash or ""
-        done, files, text, wanted = [], [], "Starting", request.images * len(choices)
-        yield [], views.progress(text, 0), request.seed, ""
+        done, files, wanted = [], [], request.images * len(choices)
+        yield [], views.progress("Starting", 0), request.seed, ""
         try:
             given = path_of(reference)
             for event in self.studio.generate(run, choices, request, session, lambda: hears(asked), given):
-                text = event.text if isinstance(event, Status) else text
-                share = event.done / event.total if isinstance(event, Step) else 0.0
-                shown = {}
                 if isinstance(event, Drawn):
                     done.append(event)
                     caption = f"{event.source['weights']} · seed {event.request.seed}"
                     files.append((str(self.save(event)), caption))
-                    shown = {self.gallery: list(files), self.made: views.settings_table(done)}
-                yield shown | {self.status: views.progress(text, (len(done) + share) / wanted)}
+                    yield {self.gallery: list(files), self.made: views.settings_table(done)}
+                else:
+                    yield {self.status: views.progress(event.text, event.share)}
         except Cancelled:
             yield {self.status: views.notice(f"Cancelled after {len(done)} of {pluralize(wanted, 'image')}.")}
             return
@@ -208,30 +211,23 @@ class GenerateTab(Tab):
         """Save a generated image, with its settings, as a PNG file; return the path."""
         return generation_request.save_image(drawn, self.files.new(f"seed-{drawn.request.seed}.png"))
 
-    def do_cancel(self, asked: gr.Request):
-        """Stop all requests of the client's session, for API clients."""
-        return self.stopped(asked)
-
-    def stop(self, asked: gr.Request):
-        """Stop the client's requests for images, but not for a grid or a model."""
-        return self.stopped(asked, "images")
-
-    def stopped(self, asked: gr.Request, kind: str | None = None):
-        """Stop the client's requests; return a notice if there are none.
+    def stopper(self, kind: str | None = None):
+        """Return a handler that stops the client's requests, and returns a notice if there are none.
 
         `kind`: `images`, `grid` or `model` stops only requests of this kind; None stops all."""
-        found = self.studio.cancel(asked.session_hash or "", kind)
-        # A running request reports its cancellation itself, and must be the last to write.
-        nothing = "No model is being written." if kind == "model" else "Nothing is being generated."
-        return gr.skip() if found else views.notice(nothing)
+
+        def stop(asked: gr.Request):
+            found = self.studio.cancel(asked.session_hash or "", kind)
+            # A running request reports its cancellation itself, and must be the last to write.
+            nothing = "No model is being written." if kind == "model" else "Nothing is being generated."
+            return gr.skip() if found else views.notice(nothing)
+
+        return stop
 
     def read_recipe(self, path: str) -> list:
         """Return the settings in the metadata of an uploaded image, as values of the form."""
-        request, _ = generation_request.read_image(path)
-        return [
-            request.prompt, request.negative_prompt, request.seed, request.steps, request.guidance, request.width,
-            request.height, request.strength, False,
-        ]  # fmt: skip
+        *settings, _, strength = astuple(generation_request.read_image(path)[0])
+        return [*settings, strength, False]
 
     def origin(self, path: str) -> str:
         """Return a notice with an uploaded image's run and weights, which loading its settings does not select."""

@@ -17,7 +17,7 @@ from ..handlers import NO_PROGRESS, QUIET, path_of
 from ..launcher import safe_name
 from ..runs import Run, RunError
 from ..sessions import TURNS, hears
-from ..studio import Cancelled, Status, Step
+from ..studio import Cancelled
 from .base import TabHost, answer_line
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class GridPart:
         )  # fmt: skip
         drawing.failure(lambda: "", None, self.status, api_visibility="private")
         drawing.success(lambda: gr.update(interactive=True), None, self.sheet, api_visibility="private")
-        self.stop.click(self.do_stop, None, self.status, queue=False, **QUIET)
+        self.stop.click(tab.stopper("grid"), None, self.status, queue=False, **QUIET)
         for name, values in self.axes:
             # Not `input` or `select`: as under Train, they would overwrite typed values, and `select` would answer a
             # second time.
@@ -107,38 +107,30 @@ class GridPart:
         request.check()
         axes = grids.axis("X", x, x_values), grids.axis("Y", y, y_values)
         grid = grids.grid(run, weights, request, *axes)
-        drawn, files, shown, text, session = {}, {}, {}, "Starting", asked.session_hash or ""
-        yield grids.table(grid, shown), views.progress(text, 0), None, None
+        drawn, files, shown, session, total = {}, {}, {}, asked.session_hash or "", pluralize(len(grid.cells), "cell")
+        yield grids.table(grid, shown), views.progress("Starting", 0), None, None
         given = path_of(reference)
-        cells, pictures = iter(grid.cells), [replace(cell.picture, reference=given) for cell in grid.cells]
+        cells, pictures = iter(grid.cells), [replace(one, reference=given) for one in grid.cells.values()]
         try:
-            for event in self.tab.studio.draw_grid(run, pictures, session, lambda: hears(asked)):
-                text = event.text if isinstance(event, Status) else text
-                share = event.done / event.total if isinstance(event, Step) else 0.0
-                changed = {}
+            for event in self.tab.studio.draw(run, pictures, "grid", session, lambda: hears(asked)):
                 if isinstance(event, Drawn):
-                    cell = next(cells)
-                    place, path = (cell.row, cell.column), str(self.tab.save(event))
+                    place, path = next(cells), str(self.tab.save(event))
                     drawn[place], files[place], shown[place] = event, path, self.address(path)
-                    changed = {self.table: grids.table(grid, shown)}
-                yield changed | {self.status: views.progress(text, (len(drawn) + share) / len(pictures))}
-            said = views.progress(f"{len(drawn)} of {pluralize(len(pictures), 'cell')} done", 1)
+                    yield {self.table: grids.table(grid, shown)}
+                else:
+                    yield {self.status: views.progress(event.text, event.share)}
+            said = views.progress(f"{len(drawn)} of {total} done", 1)
         except Cancelled:
-            said = views.notice(f"Stopped after {len(drawn)} of {pluralize(len(pictures), 'cell')}.")
+            said = views.notice(f"Stopped after {len(drawn)} of {total}.")
         except RunError as error:
             if not drawn:
                 raise
-            count = f"{len(drawn)} of {pluralize(len(pictures), 'cell')}"
-            said = views.notice(f"{error} The grid ended after {count}.")
+            said = views.notice(f"{error} The grid ended after {len(drawn)} of {total}.")
         sheet = None
         if drawn:
             sheet = str(grids.save_sheet(grid, drawn, self.tab.files.new(f"{safe_name(name or 'base')}-grid.png")))
         # Yield all values again instead of `skip`: an API client gets the last ones.
         yield grids.table(grid, shown), said, sheet, [files[place] for place in sorted(files)]
-
-    def do_stop(self, asked: gr.Request):
-        """Stop the client's grid, but not its other requests."""
-        return self.tab.stopped(asked, "grid")
 
     def address(self, path: str) -> str:
         """Return the URL of a copy of a generated file, which Gradio makes and serves."""

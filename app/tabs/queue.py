@@ -59,10 +59,8 @@ class QueueTab(ListTab):
         self.rows.acted(self.act, None, [self.answer, *shown], **IN_TURN, **QUIET).success(
             partial(wait_for_end, self.jobs), None, self.answer, concurrency_limit=None, **QUIET
         )
-        for name, handler in (
-            ("queue", self.list_entries), ("move_in_queue", self.move), ("remove_from_queue", self.remove),
-        ):  # fmt: skip
-            gr.api(handler, api_name=name)
+        for handler in (self.queue, self.move_in_queue, self.remove_from_queue):
+            gr.api(handler)
 
     def render(self) -> str:
         """Return the queue as HTML."""
@@ -83,19 +81,19 @@ class QueueTab(ListTab):
 
     # -- endpoints -----------------------------------------------------------------------------------------------------
 
-    def list_entries(self) -> list[dict]:
+    def queue(self) -> list[dict]:
         """Return the entries of the queue in order: name, kind, state, and why the entry failed or its last line."""
         return [
             {"name": entry.name, "kind": entry.kind, "state": entry.state, "line": entry.line}
             for entry in self.jobs.entries()
         ]
 
-    def move(self, name: str, by: int) -> list[dict]:
+    def move_in_queue(self, name: str, by: int) -> list[dict]:
         """Move a waiting entry up (`by` = -1) or down (1) by one place, and return the queue."""
         self.jobs.move(name, by)
-        return self.list_entries()
+        return self.queue()
 
-    def remove(self, name: str) -> list[dict]:
+    def remove_from_queue(self, name: str) -> list[dict]:
         """Remove a waiting or ended entry, and return the queue."""
         self.jobs.remove(name)
-        return self.list_entries()
+        return self.queue()

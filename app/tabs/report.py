@@ -51,10 +51,6 @@ class ReportTab(ControlTab):
         first = next((name for name, one in found.items() if one.process), next(iter(found), None))
         return {self.which: gr.update(choices=list(found), value=first)}
 
-    def list_names(self) -> list[str]:
-        """Return the names of the experiments, newest first."""
-        return list(self.library.experiments())
-
     def events(self, page: TabHost) -> None:
         """Connect the components."""
         self.control(self.which, self.last_look)

@@ -10,7 +10,6 @@ import gradio as gr
 from .. import stacks, views, whole_models
 from ..generation_request import Request
 from ..handlers import NO_PROGRESS, QUIET
-from ..runs import Run
 from ..sessions import TURNS, hears
 from ..studio import Cancelled
 from .base import TabHost, answer_line, open_choice
@@ -62,20 +61,16 @@ class StackPart:
             [self.status, self.place, self.use, self.found],
             api_name="full_model", preprocess=False, **NO_PROGRESS, **TURNS,
         ).failure(lambda: "", None, self.status, api_visibility="private")  # fmt: skip
-        self.stop.click(self.do_stop, None, self.status, queue=False, **QUIET)
+        self.stop.click(tab.stopper("model"), None, self.status, queue=False, **QUIET)
         gr.api(self.list_loras, api_name="loras")
 
     def list_loras(self, run: str) -> list[str]:
         """Return the names of the LoRAs of all runs with the same base model as this run."""
         return list(stacks.loras(self.library, self.library.find(run)))
 
-    def choices(self, run: Run) -> dict:
-        """Return the update of the choices of LoRAs for a run; the selection does not change."""
-        return gr.update(choices=list(stacks.loras(self.library, run)))
-
     def offer(self, name: str) -> dict:
-        """Return the result of `choices` for the run with this name; without a name, change nothing."""
-        return self.choices(self.library.find(name)) if name else gr.skip()
+        """Return the update of the choices of LoRAs for the run with this name; without a name, change nothing."""
+        return gr.update(choices=self.list_loras(name)) if name else gr.skip()
 
     def write_whole(
         self, name, label, adapter, strength, model, adapter_config=None, loras=None, strengths="",
@@ -95,7 +90,3 @@ class StackPart:
         place = target.as_posix()
         said = views.notice(f"{place} is written: {weights.label}.")
         yield said, place, whole_models.lines_for(place), gr.update(visible=True)
-
-    def do_stop(self, asked: gr.Request):
-        """Stop writing the client's model, but not its other requests."""
-        return self.tab.stopped(asked, "model")

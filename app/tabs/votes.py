@@ -1,6 +1,7 @@
 """Part of Compare: blind votes on pairs of an experiment's samples."""
 
 import random
+from functools import partial
 
 import gradio as gr
 
@@ -40,9 +41,10 @@ class VotesTab(Tab):
         self.images = gr.HTML(elem_id="vote-images", js_on_load=KEYS)
         with gr.Row():
             self.begin = gr.Button("Show a pair", elem_id="vote-begin", min_width=100)
-            self.left = gr.Button("← Left", elem_id="vote-left", min_width=80)
-            self.equal = gr.Button("↓ Equal", elem_id="vote-equal", min_width=80)
-            self.right = gr.Button("Right →", elem_id="vote-right", min_width=80)
+            labels = {"left": "← Left", "equal": "↓ Equal", "right": "Right →"}
+            self.sides = {
+                side: gr.Button(label, elem_id=f"vote-{side}", min_width=80) for side, label in labels.items()
+            }
         self.answer = answer_line(elem_id="vote-answer")
         self.show = gr.Button("Show the result", elem_id="vote-show", size="sm")
         self.result = gr.HTML(elem_id="vote-result")
@@ -53,11 +55,9 @@ class VotesTab(Tab):
         which = page.tab(ReportTab).which
         shown = [self.images, self.asked, self.answer]
         self.begin.click(self.next, which, shown, **QUIET)
-        for button, side in ((self.left, "left"), (self.equal, "equal"), (self.right, "right")):
-            button.click(
-                lambda name, asked, side=side: self.vote(name, asked, side), [which, self.asked], shown,
-                trigger_mode="once", **QUIET,
-            )  # fmt: skip
+        for side, button in self.sides.items():
+            vote = partial(self.vote, side)
+            button.click(vote, [which, self.asked], shown, trigger_mode="once", **QUIET)
         self.show.click(self.outcome, which, self.result, **QUIET)
         which.change(lambda: ("", None, "", ""), None, [*shown, self.result], **QUIET)
 
@@ -68,17 +68,17 @@ class VotesTab(Tab):
         no pairs.
         """
         experiment = self.library.find_experiment(name)
-        pair = votes.next_pair(experiment, before)
-        if pair is None:
-            raise RunError("This experiment has no samples of two compared methods with the same prompt and seed.")
         known, given = votes.pairs(experiment), votes.votes(experiment)
+        if not known:
+            raise RunError("This experiment has no samples of two compared methods with the same prompt and seed.")
+        pair = votes.next_pair(known, given, before)
         swapped = random.random() < 0.5
         sides = known[pair][::-1] if swapped else known[pair]
         done = sum(bool(given.get(one)) for one in known)
         line = views.notice(f"{done} of {len(known)} pairs have a vote.")
         return views.side_by_side(sides), (name, pair, swapped), line
 
-    def vote(self, name: str, asked: tuple | None, side: str) -> tuple:
+    def vote(self, side: str, name: str, asked: tuple | None) -> tuple:
         """Store a vote on the shown pair, and return what `next` returns for the next pair.
 
         `asked`: name of the experiment, pair, and whether the reference method is on the left side. `side`: `left`,

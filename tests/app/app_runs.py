@@ -5,18 +5,20 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 from pipelines import image_folder, stable_diffusion
 
 import train_sd
+from app.generation_request import Drawn, Request
 from app.library import Library
-from app.runs import Run
+from app.runs import Run, Weights
+from app.studio import Studio
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTILE = ["..", "../..", "/etc", "/etc/passwd", "a/../..", ".", "", "run\0", "<b>run</b>", "C:\\", None, 7, ["run"]]
-
-
+REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32)
 WRONG = [
     None, True, 5, -1, 1.5, 10**400, float("nan"), float("inf"), "", "abc", "x" * 10**4, [], [5, None, {}], [["lora"]],
     {}, {"a": 1},
@@ -96,6 +98,17 @@ def own_runs(factory: pytest.TempPathFactory) -> Path:
     runs = factory.mktemp("own") / "runs"
     shutil.copytree(trained(factory.getbasetemp() / "trained"), runs)
     return runs
+
+
+def pixels(events) -> list[np.ndarray]:
+    """The images among the events of a request."""
+    return [np.asarray(event.image).astype(int) for event in events if isinstance(event, Drawn)]
+
+
+def image_of(studio: Studio, run: Run, weights: Weights, request: Request = REQUEST) -> np.ndarray:
+    """The only image of a request."""
+    (image,) = pixels(studio.generate(run, [weights], request))
+    return image
 
 
 def run_by_hand(folder: Path) -> Run:

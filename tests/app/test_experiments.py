@@ -232,7 +232,7 @@ def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(libr
     with pytest.raises(RunError, match="already"):
         trainings.command("which", form)  # a run of that name
     with pytest.raises(RunError, match="finished"):
-        trainings.resume("which", Experiment)
+        trainings.start(Entry("which", "experiment", resume=True))
 
 
 @pytest.mark.parametrize("given", [{"seed": "3"}, {"learning_rate": "1e-4"}, {"rank": "4,"}])

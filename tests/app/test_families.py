@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from app_runs import run_by_hand, write_run
+from app_runs import image_of, run_by_hand, write_run
 from diffusers import DiffusionPipeline
 from pipelines import FAMILIES
 
-from app.generation_request import Drawn, Request
+from app.generation_request import Request
 from app.library import Library
 from app.runs import BASE
 from app.stacks import stack
@@ -73,9 +73,7 @@ def drawn(studio, run, label):
 
 
 def drawn_with(studio, run, weights):
-    events = studio.generate(run, [weights], REQUEST)
-    (image,) = [event.image for event in events if isinstance(event, Drawn)]
-    return np.asarray(image).astype(int)
+    return image_of(studio, run, weights, REQUEST)
 
 
 @pytest.mark.exhaustive

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import PIL.Image
 import pytest
-from app_runs import own_runs
+from app_runs import own_runs, pixels
 
 from app.generation_request import Drawn, Request
 from app.grids import MOST, NONE, Axis, axis, grid, save_sheet, suggestion, table
@@ -36,10 +36,6 @@ def studio():
     return Studio()
 
 
-def pixels(events):
-    return [np.asarray(event.image) for event in events if isinstance(event, Drawn)]
-
-
 def grid_of(run, x, y, start=START):
     return grid(run, run.find_weights(start), REQUEST, axis("X", *x), axis("Y", *y))
 
@@ -64,15 +60,15 @@ def grid_of(run, x, y, start=START):
 def test_cells_are_single_drawings(studio, run, x, y, single):
     """Of different weights and settings, all of them; what was not merged yet is, once."""
     made = grid_of(run, x, y)
-    drawn = pixels(studio.draw_grid(run, [cell.picture for cell in made.cells]))
+    drawn = pixels(studio.draw(run, [*made.cells.values()], "grid"))
     assert len(drawn) == len(made.cells) == len(made.x.values) * len(made.y.values)
-    for cell, image in zip(made.cells, drawn, strict=True):
-        label, changes = single(made.x.values[cell.column], made.y.values[cell.row])
+    for (row, column), image in zip(made.cells, drawn, strict=True):
+        label, changes = single(made.x.values[column], made.y.values[row])
         alone = pixels(studio.generate(run, [run.find_weights(label)], replace(REQUEST, **changes)))
         assert np.array_equal(image, *alone)
     assert all(not np.array_equal(one, other) for i, one in enumerate(drawn) for other in drawn[:i])
     again = grid_of(run, x, y)
-    assert [cell.picture.merge for cell in again.cells] == [None] * len(drawn)
+    assert [picture.weights.made_of for picture in again.cells.values()] == [None] * len(drawn)
 
 
 @pytest.mark.exhaustive
@@ -81,9 +77,9 @@ def test_weights_are_put_into_the_model_as_rarely_as_possible(studio, run, monke
     puts, put = [], Studio._put
     monkeypatch.setattr(Studio, "_put", lambda self, *given: puts.append(given[-1]) or put(self, *given))
     made = grid_of(run, ("strength", "0.1 0.2 0.3"), ("seed", "1 2 3"))
-    drawn = pixels(studio.draw_grid(run, [cell.picture for cell in made.cells]))
+    drawn = pixels(studio.draw(run, [*made.cells.values()], "grid"))
     assert len(drawn) == 9 and puts == [0.1, 0.2, 0.3]
-    assert [(cell.row, cell.column) for cell in made.cells[:4]] == [(0, 0), (1, 0), (2, 0), (0, 1)]
+    assert [*made.cells][:4] == [(0, 0), (1, 0), (2, 0), (0, 1)]
 
 
 @pytest.mark.exhaustive
@@ -91,7 +87,7 @@ def test_a_grid_is_stopped_within_a_drawing_and_keeps_the_cells_before(studio, r
     made = grid(run, BASE, replace(REQUEST, steps=150), axis("X", "seed", "1 2 3"), Axis(NONE, ("",)))
     seen = []
     with pytest.raises(Cancelled):
-        for event in studio.draw_grid(run, [cell.picture for cell in made.cells], session="me"):
+        for event in studio.draw(run, [*made.cells.values()], "grid", session="me"):
             seen.append(event)
             if any(isinstance(before, Drawn) for before in seen[:-1]):
                 studio.cancel("me")
@@ -105,7 +101,7 @@ def test_a_session_stops_what_it_waits_for_of_one_kind_or_all_of_it(studio, run,
     weights, picture = run.find_weights(START), Picture(BASE, REQUEST, "")
     ask = {
         "images": lambda: studio.generate(run, [BASE], REQUEST, "me"),
-        "grid": lambda: studio.draw_grid(run, [picture], "me"),
+        "grid": lambda: studio.draw(run, [picture], "grid", "me"),
         "model": lambda: studio.write_whole(run, weights, tmp_path / "model", "me"),
     }
     with studio.turns.turn():

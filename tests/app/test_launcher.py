@@ -196,13 +196,9 @@ def test_a_run_that_failed_says_why(trainings):
     folder.mkdir()
     (folder / "app.log").write_text(f"a line before\ntrain_sd.py: error: <b> {folder}\n")
     run, line = trainings.library.find("new"), "train_sd.py: error: &lt;b&gt; runs/new"
-    (said, status), manager = (trainings.last_line(run), trainings.status(run)), RunManager(trainings)
-    shown = (
-        views.summary(run, status, said),
-        lists.card_of(manager, run),
-        experiments.summary(Experiment("new", folder), status, said),
-    )
-    assert [text.count(line) for text in shown] == [1, 1, 1] and not any("before" in text for text in shown)
+    said, status = trainings.last_line(run), trainings.status(run)
+    shown = views.summary(run, status, said)
+    assert shown.count(line) == 1 and "before" not in shown
     assert line not in views.summary(run, "starting", said)
 
 
@@ -329,7 +325,7 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     wait_until(lambda: run.process, "the lock", process)
     assert trainings.status(run) == "running"
     with pytest.raises(RunError, match="run is training"):
-        trainings.start("second", [])
+        trainings.start(Entry("second"))
     assert (
         trainings.stop("run") == "run was asked to stop soon; the trained steps are saved."
     )  # it has taken all its steps
@@ -342,7 +338,7 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
 
 def test_who_is_told_to_stop_by_two_applications_saves(run):
     """The second may be the first one, started again: it does not know what was asked."""
-    environment = os.environ | {"PYTHONPATH": launcher.search_path()}
+    environment = launcher.environment()
     process = subprocess.Popen([sys.executable, "-c", SAVING, "train_sd.py"], cwd=run.folder, env=environment)
     wait_until(lambda: run.process, "the lock", process)
     for _ in range(2):
@@ -393,7 +389,7 @@ def test_what_is_stopped_as_it_begins_is_at_work_until_its_trainer_is_gone(train
     (tmp_path / "trainer.py").write_text(BEGINNING)
     words = [sys.executable, str(tmp_path / "launcher.py"), str(tmp_path / "trainer.py")]
     monkeypatch.setattr(launcher, "launch_words", lambda device: words)
-    run = trainings.start("early", [])
+    run = trainings.start(Entry("early"))
     try:
         wait_until((folder / "begins").exists, "the trainer", trainings.started["early"])
         assert trainings.status(run) == "starting"
@@ -402,7 +398,7 @@ def test_what_is_stopped_as_it_begins_is_at_work_until_its_trainer_is_gone(train
         assert trainings.status(run) == "stopping" and trainings.stop("early") == "early is ending."
         for again in (trainings, Jobs(trainings.library)):
             with pytest.raises(RunError, match="early is training"):
-                again.start("second", [])
+                again.start(Entry("second"))
         with pytest.raises(RunError, match="early is training"):
             RunManager(trainings).throw_away("early")
     finally:
@@ -415,7 +411,7 @@ def test_what_is_stopped_as_it_begins_is_at_work_until_its_trainer_is_gone(train
 def test_a_finished_run_is_not_resumed(run):
     write_exports(run)
     with pytest.raises(RunError, match="finished"):
-        Jobs(Library(run.folder.parent)).resume("run")
+        Jobs(Library(run.folder.parent)).start(Entry("run", resume=True))
 
 
 @pytest.mark.parametrize(("kind", "rates"), [("run", 1e-3), ("experiment", [1e-3, 3e-3])])
@@ -476,7 +472,7 @@ def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, tas
         with pytest.raises(RunError, match="language is training"):
             RunManager(trainings).throw_away("language")
         with pytest.raises(RunError, match="language is training"):
-            trainings.start("second", [])
+            trainings.start(Entry("second"))
         for request in (SAVE, SAMPLE):
             assert trainings.ask(request) == f"language is trained by {script}, which cannot save or sample on request."
             assert not (run / request).exists()

@@ -34,7 +34,7 @@ def test_example_is_small_complete_and_of_no_machine(run, tmp_path):
     example = Library(tmp_path / "example").find("example")
     assert example.status == "finished" and example.steps() == run.steps()
     assert example.config["train_data_dir"] == ["assets/pictures", "cats"] and example.config["cache_dir"] == "hub"
-    assert base_of(example).name == str(BUNDLED)
+    assert base_of(example).model.pretrained_model_name_or_path == str(BUNDLED)
     assert not example.inside("lora", "trash") and example.inside("lora", "pytorch_lora_weights.safetensors")
 
 
@@ -44,4 +44,4 @@ def test_bundled_example():
     assert "not yet" not in compared.images(example, max(example.steps()))
     assert "not known yet" not in views.chain_plan(example.read_json("reslora", "chains.json"))
     assert not [value for value in example.config.values() if str(value).startswith("/")]
-    assert base_of(example).name == str(BUNDLED)
+    assert base_of(example).model.pretrained_model_name_or_path == str(BUNDLED)

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from app_runs import pixels
 from diffusers import FluxKontextPipeline
 from images.test_edit_models import stirred
 from pipelines import flux_kontext, random_image, stable_diffusion
 from torch import Generator
 
-from app.generation_request import Drawn, Request
+from app.generation_request import Request
 from app.library import Library
 from app.runs import BASE, RunError
 from app.studio import Picture, Studio
@@ -21,10 +22,6 @@ def run_of(folder, model):
     return Library(folder / "runs").find("run")
 
 
-def images(events) -> list[np.ndarray]:
-    return [np.asarray(event.image) / 255 for event in events if isinstance(event, Drawn)]
-
-
 def test_an_edit_model_changes_the_reference_image(tmp_path):
     model = stirred(flux_kontext(tmp_path / "model", vae={"scaling_factor": 3.0}))
     run, studio, path = run_of(tmp_path, model), Studio(), tmp_path / "reference.png"
@@ -34,11 +31,11 @@ def test_an_edit_model_changes_the_reference_image(tmp_path):
     more = {"height": 32, "width": 32, "max_area": 32 * 32, "_auto_resize": False, "output_type": "np"}
     words = {"generator": Generator().manual_seed(3), "num_inference_steps": 2, **more}
     expected = pipe(reference.crop((0, 0, 32, 32)), "blue box", **words).images[0]
-    (drawn,) = images(studio.generate(run, [BASE], REQUEST, reference=path))
-    (cell,) = images(studio.draw_grid(run, [Picture(BASE, REQUEST, "one", None, path)]))
-    assert np.abs(drawn - expected).max() <= 1 / 255 and np.array_equal(drawn, cell)
+    (drawn,) = pixels(studio.generate(run, [BASE], REQUEST, reference=path))
+    (cell,) = pixels(studio.draw(run, [Picture(BASE, REQUEST, "one", path)], "grid"))
+    assert np.abs(drawn - 255 * expected).max() <= 1 and np.array_equal(drawn, cell)
     random_image(6).save(path)
-    (other,) = images(studio.generate(run, [BASE], REQUEST, reference=path))
+    (other,) = pixels(studio.generate(run, [BASE], REQUEST, reference=path))
     assert not np.array_equal(drawn, other)
     with pytest.raises(RunError, match=r"This model changes an image: give a reference image\."):
         list(studio.generate(run, [BASE], REQUEST))

@@ -77,7 +77,7 @@ def server(tmp_path_factory):
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("served")))
         found = Server(folder)
         yield found
-        found.studio.close()
+        found.studio.cancel()
         found.demo.close()
 
 

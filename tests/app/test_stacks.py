@@ -6,14 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from app_runs import own_runs, write_run
+from app_runs import REQUEST, image_of, own_runs, write_run
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from pipelines import stable_diffusion
 from safetensors.torch import load_file, save_file
 
 from app.downloads import downloads_of
-from app.generation_request import Drawn, Request
 from app.library import Library
 from app.runs import BASE, RunError, Weights
 from app.stacks import MOST, add, factors_of, loras, stack, stacked, to_write
@@ -23,7 +22,6 @@ from reslora.export import DIFFUSERS_FILE, Factors, export_diffusers, merged_sta
 from reslora.images import conversion
 from reslora.images.model.families import load_family
 
-REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32)
 NAMES = ["tiny: lora", "tiny: reslora"]
 
 
@@ -40,12 +38,6 @@ def run(library):
 @pytest.fixture(scope="module")
 def studio():
     return Studio()
-
-
-def drawn(studio, run, weights):
-    events = studio.generate(run, [weights], REQUEST)
-    (image,) = [event.image for event in events if isinstance(event, Drawn)]
-    return np.asarray(image).astype(int)
 
 
 def summed_by_hand(run, model, strengths):
@@ -84,16 +76,16 @@ def test_a_stack_is_the_base_plus_the_sum_of_its_updates(studio, library, run):
     image = pipe(
         REQUEST.prompt, num_inference_steps=2, guidance_scale=REQUEST.guidance, height=32, width=32, generator=seed
     ).images[0]
-    assert np.abs(np.asarray(image).astype(int) - drawn(studio, run, weights)).max() <= 1
-    assert np.abs(np.asarray(image).astype(int) - drawn(studio, run, BASE)).max() > 8
+    assert np.abs(np.asarray(image).astype(int) - image_of(studio, run, weights)).max() <= 1
+    assert np.abs(np.asarray(image).astype(int) - image_of(studio, run, BASE)).max() > 8
 
 
 @pytest.mark.exhaustive
 def test_one_of_a_stack_is_that_lora_and_other_strengths_are_drawn_anew(studio, library, run):
-    file = drawn(studio, run, run.find_weights(f"lora: {DIFFUSERS_FILE}"))
-    assert np.abs(drawn(studio, run, stacked(library, run, NAMES[:1], "")) - file).max() <= 1
-    assert np.abs(drawn(studio, run, stacked(library, run, NAMES, "1 0")) - file).max() <= 1
-    assert np.abs(drawn(studio, run, stacked(library, run, NAMES, "1 0.5")) - file).max() > 2
+    file = image_of(studio, run, run.find_weights(f"lora: {DIFFUSERS_FILE}"))
+    assert np.abs(image_of(studio, run, stacked(library, run, NAMES[:1], "")) - file).max() <= 1
+    assert np.abs(image_of(studio, run, stacked(library, run, NAMES, "1 0")) - file).max() <= 1
+    assert np.abs(image_of(studio, run, stacked(library, run, NAMES, "1 0.5")) - file).max() > 2
     assert stacked(library, run, NAMES, "1 0.5").label == "tiny: lora x 1 + tiny: reslora x 0.5"
 
 
@@ -152,9 +144,9 @@ def test_loras_of_a_run_whose_config_is_damaged_are_not_offered(run, tmp_path):
         ([["tiny: lora"]], "", "There is no LoRA with this name"),
         (NAMES, "1", "1 strength for 2 LoRAs: give one each, such as 1 0.5"),
         (NAMES[:1], "1 0.5", "2 strengths for 1 LoRA: give one each"),
-        (NAMES, "1 much", "Strength much of tiny: reslora: give a number from -2 to 2"),
-        (NAMES, "1 nan", "Strength nan of tiny: reslora"),
-        (NAMES, "3 1", "Strength 3 of tiny: lora"),
+        (NAMES, "1 much", "Strength of tiny: reslora: much is not a number from -2 to 2"),
+        (NAMES, "1 nan", "Strength of tiny: reslora: nan is not a number"),
+        (NAMES, "3 1", "Strength of tiny: lora: 3 is not a number"),
         (NAMES * 5, "", f"10 LoRAs: at most {MOST}"),
     ],
 )
@@ -168,7 +160,7 @@ def test_a_lora_that_was_cut_is_refused_by_name(studio, run, tmp_path, end):
     path = tmp_path / "cut.safetensors"
     path.write_bytes((run.folder / "lora" / DIFFUSERS_FILE).read_bytes()[:end])
     with pytest.raises(RunError, match=r"^cut: the file is incomplete, damaged, or not a safetensors file"):
-        drawn(studio, run, stack([(Weights("cut", "file", "", path), 1.0)]))
+        image_of(studio, run, stack([(Weights("cut", "file", "", path), 1.0)]))
 
 
 def test_what_has_no_plain_weights_is_not_written_as_a_whole(run):
@@ -208,11 +200,11 @@ def with_other_alphas(tensors):
 
 @pytest.mark.exhaustive
 def test_each_layers_alpha_is_its_own(studio, run, foreign, tmp_path):
-    expected = drawn(studio, run, run.find_weights("lora: kohya.safetensors"))
+    expected = image_of(studio, run, run.find_weights("lora: kohya.safetensors"))
     file = foreign(with_other_alphas)
     for weights in (file, stack([(file, 1.0)])):
-        assert np.abs(drawn(studio, run, weights) - expected).max() <= 1
-    assert np.abs(drawn(studio, run, BASE) - expected).max() > 8
+        assert np.abs(image_of(studio, run, weights) - expected).max() <= 1
+    assert np.abs(image_of(studio, run, BASE) - expected).max() > 8
     list(studio.write_whole(run, to_write(file, 1.0), tmp_path / "full"))
     merged = load_file(run.folder / "lora" / "unet" / "diffusion_pytorch_model.safetensors")
     whole = load_file(tmp_path / "full" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -220,11 +212,11 @@ def test_each_layers_alpha_is_its_own(studio, run, foreign, tmp_path):
 
 
 def test_what_the_converter_writes_is_drawn(studio, run, tmp_path):
-    expected = drawn(studio, run, run.find_weights("lora: kohya.safetensors"))
+    expected = image_of(studio, run, run.find_weights("lora: kohya.safetensors"))
     source, target = run.folder / "lora" / "kohya.safetensors", tmp_path / "comfyui.safetensors"
     base = run.word("pretrained_model_name_or_path")
     assert conversion.main([str(source), str(target), "--to", "comfyui", "--base", base]) == 0
-    assert np.abs(drawn(studio, run, uploaded(target)) - expected).max() <= 1
+    assert np.abs(image_of(studio, run, uploaded(target)) - expected).max() <= 1
 
 
 @pytest.mark.exhaustive
@@ -235,7 +227,7 @@ def test_what_is_not_of_plain_lora_is_refused_by_name(studio, run, foreign, tmp_
     said = rf"^foreign\.safetensors: {re.escape(name)} is not part of a plain LoRA; give a LoRA without that\.$"
     for weights in (file, stack([(file, 1.0)])):
         with pytest.raises(RunError, match=said):
-            drawn(studio, run, weights)
+            image_of(studio, run, weights)
     with pytest.raises(RunError, match=said):
         list(studio.write_whole(run, to_write(file, 1.0), tmp_path / "models" / "full"))
 

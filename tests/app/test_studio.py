@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from app_runs import own_runs, write_run
+from app_runs import own_runs, pixels, write_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from waiting import join, start_thread, wait_until
@@ -24,7 +24,7 @@ from app.generation_request import Drawn, Request
 from app.library import Library
 from app.runs import BASE, Run, RunError, Weights
 from app.stacks import to_write
-from app.studio import MERGE_CHOICES, Cancelled, Step, Studio
+from app.studio import MERGE_CHOICES, Cancelled, Status, Studio
 from app.turns import Turns
 from reslora import checkpoint as checkpoints
 from reslora.io import replacing
@@ -45,8 +45,7 @@ def studio():
 
 def draw(studio, run, *choices, request=REQUEST):
     """Images as arrays."""
-    events = list(studio.generate(run, list(choices), request))
-    return [np.asarray(event.image).astype(int) for event in events if isinstance(event, Drawn)]
+    return pixels(studio.generate(run, list(choices), request))
 
 
 def one(studio, run, label, request=REQUEST):
@@ -158,15 +157,15 @@ def test_cancel_and_disconnection_stop_within_one_step(studio, run):
     seen = []
     with pytest.raises(Cancelled):
         for event in studio.generate(run, [BASE], long, session="me"):
-            if isinstance(event, Step):
-                seen.append(event.done)
+            if isinstance(event, Status) and event.share:
+                seen.append(event.share)
                 assert studio.cancel("somebody else") is False
                 assert studio.cancel("me") is True
     assert len(seen) <= 3  # two may be on their way
     assert studio.cancel("me") is False
 
     abandoned = studio.generate(run, [BASE], long, session="me")
-    next(event for event in abandoned if isinstance(event, Step))
+    next(event for event in abandoned if isinstance(event, Status) and event.share)
     abandoned.close()
     with studio.turns.turn():  # it is given back; the next one is served
         pass
@@ -179,14 +178,14 @@ def test_steps_are_told_no_faster_than_a_page_can_show_them(monkeypatch):
     monkeypatch.setattr(studios.time, "monotonic", lambda: now)
     visitor, told = studios.Visitor("me", "images", lambda: True), []
     for number in range(9):
-        visitor.step(Step(0, number, 9))
+        visitor.step("", number / 9)
         while not visitor.events.empty():
-            told.append(visitor.events.get().done)
+            told.append(round(9 * visitor.events.get().share))
         now += 0.3 * studios.PAUSE
     assert told == [0, 4, 8]
     visitor.stopped.set()
     with pytest.raises(Cancelled):
-        visitor.step(Step(0, 8, 9))
+        visitor.step("", 1.0)
 
 
 def test_what_nobody_listens_to_takes_no_turn(studio, run, monkeypatch):
@@ -208,13 +207,6 @@ def test_what_nobody_listens_to_takes_no_turn(studio, run, monkeypatch):
     assert not drawn and [type(event) for event in outcome] == [Cancelled]
 
 
-def test_what_nobody_listens_to_is_given_up(studio, run, monkeypatch, capsys):
-    monkeypatch.setattr(studios, "PATIENCE", 0.0)
-    with pytest.raises(Cancelled):
-        list(studio.generate(run, [BASE], REQUEST, listening=lambda: False))
-    assert "the client did not read" in capsys.readouterr().err
-
-
 def test_a_message_that_is_only_about_to_be_read_ends_nothing(monkeypatch):
     """Not even where the step before took longer than anybody's patience."""
     monkeypatch.setattr(studios, "PATIENCE", 0.01)
@@ -226,15 +218,16 @@ def test_a_message_that_is_only_about_to_be_read_ends_nothing(monkeypatch):
         visitor.check()
 
 
-def test_who_goes_away_is_given_up_after_a_while(studio, run, monkeypatch):
+def test_who_goes_away_is_given_up_after_a_while(studio, run, monkeypatch, capsys):
     monkeypatch.setattr(studios, "PATIENCE", 0.0)
     there, seen = [True], []
     with pytest.raises(Cancelled):
         for event in studio.generate(run, [BASE], replace(REQUEST, steps=150, images=8), listening=lambda: bool(there)):
-            seen += [event.done] if isinstance(event, Step) else []
+            seen += [event.share] if isinstance(event, Status) and event.share else []
             if len(seen) == 2:
                 there.clear()
-    assert seen[0] == 1 and len(seen) <= 4
+    assert seen[0] == 1 / (8 * 150) and len(seen) <= 4
+    assert "the client did not read" in capsys.readouterr().err
     with studio.turns.turn():
         pass
 

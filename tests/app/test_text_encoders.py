@@ -6,17 +6,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from app_runs import REQUEST, image_of
 from diffusers import DiffusionPipeline
 from pipelines import FAMILIES, image_folder
 
 import train_sd
-from app.generation_request import Drawn, Request
+from app.generation_request import Request
 from app.library import Library
 from app.runs import BASE, RunError, Weights
 from app.stacks import stack, to_write
 from app.studio import Studio
 
-REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32)
 LAYERS = {"num_hidden_layers": 3}
 
 
@@ -42,13 +42,13 @@ def studio():
 def drawn(studio: Studio, run, weights: Weights, **changes) -> tuple[np.ndarray, list[torch.Tensor]]:
     """The image, and what the text encoders in the pipeline make of a prompt."""
     request = Request(**vars(REQUEST) | changes)
-    (image,) = [event.image for event in studio.generate(run, [weights], request) if isinstance(event, Drawn)]
+    image = image_of(studio, run, weights, request)
     pipe, states = studio.pipeline, []
     with torch.no_grad():
         for name in studio.encoders:
             tokens = pipe.tokenizer(["red blue"], return_tensors="pt").input_ids
             states.append(getattr(pipe, name)(tokens)[0])
-    return np.asarray(image).astype(int), states
+    return image, states
 
 
 def apart(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:

@@ -9,19 +9,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from app_runs import trained
+from app_runs import REQUEST, image_of, trained
 from diffusers import DiffusionPipeline
 
 from app import whole_models
-from app.generation_request import Drawn, Request
 from app.library import Library
 from app.runs import RunError
 from app.stacks import stacked, to_write
 from app.studio import Cancelled, Studio
 from app.whole_models import Watched, lines_for, place_for
 from reslora.images.model.stored import Stored
-
-REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +36,6 @@ def library(trained_run, tmp_path):
 @pytest.fixture(scope="module")
 def studio():
     return Studio()
-
-
-def generated(studio, run, weights):
-    events = studio.generate(run, [weights], REQUEST)
-    (image,) = [event.image for event in events if isinstance(event, Drawn)]
-    return np.asarray(image).astype(int)
 
 
 def drawn_by_the_lines(place, monkeypatch):
@@ -77,7 +68,7 @@ def test_it_draws_what_generate_draws(studio, library, monkeypatch, chosen):
     weights = stacked(library, run, names, "0.7 -0.5") if chosen == "stack" else run.find_weights(chosen)
     list(studio.write_whole(run, to_write(weights, 1.0), target))
     image, _ = drawn_by_the_lines(target, monkeypatch)
-    assert np.abs(image - generated(studio, run, weights)).max() <= 1
+    assert np.abs(image - image_of(studio, run, weights)).max() <= 1
     assert list(library.runs()) == ["tiny"]
     with pytest.raises(RunError, match="models/mine already exists: give another name"):
         place_for(library, "mine")
@@ -103,7 +94,7 @@ def test_of_files_in_half_precision_another_scheduler_and_no_checker(studio, lib
     list(studio.write_whole(run, stacked(library, run, ["tiny: lora"], ""), place_for(library, "half")))
     image, pipeline = drawn_by_the_lines(library.folder / "models" / "half", monkeypatch)
     assert pipeline.scheduler.config.prediction_type == "v_prediction" and pipeline.safety_checker is None
-    assert np.abs(image - generated(studio, run, stacked(library, run, ["tiny: lora"], ""))).max() <= 1
+    assert np.abs(image - image_of(studio, run, stacked(library, run, ["tiny: lora"], ""))).max() <= 1
     assert not list(library.folder.glob("models/half/**/*.bin"))
 
 
@@ -138,7 +129,7 @@ def test_cancelled_it_stops_at_the_next_tensor_and_leaves_nothing(studio, librar
     with pytest.raises(Cancelled):
         list(studio.write_whole(run, to_write(run.find_weights(label), 1.0), place_for(library, "mine"), "me"))
     assert len(count) == 3 and nothing_is_left(library)
-    assert generated(studio, run, run.find_weights(label)).size  # the turn was given back
+    assert image_of(studio, run, run.find_weights(label)).size  # the turn was given back
 
 
 def test_a_tensor_is_read_only_after_a_look_whether_it_is_wanted(tmp_path):
@@ -155,7 +146,7 @@ def test_a_base_that_is_gone_makes_no_model(studio, library, tmp_path, gone):
     run, base = library.find("tiny"), tmp_path / "base"
     shutil.copytree(run.word("pretrained_model_name_or_path"), base)
     (run.folder / "config.json").write_text(json.dumps(run.config | {"pretrained_model_name_or_path": str(base)}))
-    generated(studio, run, run.find_weights("base model"))
+    image_of(studio, run, run.find_weights("base model"))
     (base / gone).rename(tmp_path / "elsewhere")
     target = place_for(library, "mine")
     with pytest.raises(RunError, match=r"^The model of this run cannot be loaded: .*no such folder|no vae folder"):
