@@ -89,7 +89,7 @@ class Flux(Family):
 
     def prediction(self, output, noisy):
         """Return the unpacked velocity."""
-        return FluxPipeline._unpack_latents(output[0], *noisy.shape[2:], vae_scale_factor=1)
+        return FluxPipeline._unpack_latents(self.own_tokens(output, noisy), *noisy.shape[2:], vae_scale_factor=1)
 
     def sampling_inputs(self, pipeline, text, negative, empty):
         """Return text states and pooled states; a negative prompt has no effect on distilled guidance."""
