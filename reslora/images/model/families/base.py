@@ -255,7 +255,7 @@ class Family:
         """
         arguments = {"states": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
         found: dict[str, Any] = {arguments[name]: value for name, value in text.items()}
-        for name, value in dict[str, Any](negative).items():
+        for name, value in () if self.takes_guidance else dict[str, Any](negative).items():
             states = found[arguments[name]]
             found[f"negative_{arguments[name]}"] = value.to(states).expand_as(states)
         return found

@@ -59,16 +59,7 @@ class Chroma(Flux):
         states, mask = padded_inputs(conditions.text["states"])
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(batch, height * width // self.latents_per_token)], dim=1)
-        return {
-            "hidden_states": ChromaPipeline._pack_latents(noisy, *noisy.shape),
-            "timestep": timesteps / 1000,
-            "encoder_hidden_states": states,
-            "txt_ids": torch.zeros(states.shape[1], 3, device=noisy.device, dtype=noisy.dtype),
-            "img_ids": ChromaPipeline._prepare_latent_image_ids(
-                batch, height // 2, width // 2, noisy.device, noisy.dtype
-            ),
-            "attention_mask": mask,
-        }  # fmt: skip
+        return self.packed_inputs(noisy, timesteps, states) | {"attention_mask": mask}
 
     def sampling_inputs(self, pipeline, text, negative, empty):
         """Return text states of the captions and of the negative prompt, with boolean masks, which really mask."""

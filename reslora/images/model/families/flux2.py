@@ -43,9 +43,5 @@ class Flux2(Flux2Klein):
             inputs["guidance"] = torch.full((len(noisy),), conditions.guidance, device=noisy.device)
         return inputs
 
-    def sampling_inputs(self, pipeline, text, negative, empty):
-        """Return text states; a negative prompt has no effect on distilled guidance."""
-        return {"prompt_embeds": text["states"]}
-
 
 FAMILY = Flux2()
