@@ -74,16 +74,9 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         "scaling": rescaled(lora_layers(base, adapter_name), adapter_name),
         "peft_model": isinstance(unwrap(model), PeftModel),
     }
-    _write_both(Path(directory), content, tensors)
-
-
-def _write_both(directory: Path, content: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Write both files and their checksums.
-
-    If a write fails, the old files stay. If the process is killed, the old or the new files remain, without checksums.
-    In the worst case, weights remain without a configuration; `load` then raises an error.
-    """
-    names = [CONFIG_NAME, WEIGHTS_NAME]
+    # If a write fails, the old files stay. If the process is killed, the old or the new files remain, without
+    # checksums. In the worst case, weights remain without a configuration; `load` then raises an error.
+    names, directory = [CONFIG_NAME, WEIGHTS_NAME], Path(directory)
     with replacing_both(directory / CONFIG_NAME, directory / WEIGHTS_NAME) as (described, weights):
         write_json(described, content)
         write_tensors(weights, tensors, {"format": "pt"})

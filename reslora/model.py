@@ -183,7 +183,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     elif hasattr(base, "gradient_checkpointing_enable"):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     elif hasattr(base, "enable_gradient_checkpointing"):
-        call = functools.partial(_checkpoint, kwargs)
+        call = functools.partial(torch.utils.checkpoint.checkpoint, **kwargs)
         base.enable_gradient_checkpointing(_with_mask(base, call) if type(base).__name__ == MASKED else call)
     else:
         raise ValueError(
@@ -209,10 +209,6 @@ def _with_mask(model: nn.Module, call: Callable) -> Callable:
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
     return masked
-
-
-def _checkpoint(kwargs: dict, module: nn.Module, *args: object) -> Any:
-    return torch.utils.checkpoint.checkpoint(module.__call__, *args, **kwargs)
 
 
 # -- merge -----------------------------------------------------------------------------------------------------------

@@ -251,7 +251,9 @@ def certainty(experiment: Experiment, label: str, unit: str) -> str:
     best = ranking["best"] if ranking else []
     others = [name for name in best if name != label]
     if others and label in best:
-        return f"As far as this experiment can tell, {' and '.join(others)} {'do' if len(others) > 1 else 'does'} as well."
+        return (
+            f"As far as this experiment can tell, {' and '.join(others)} {'do' if len(others) > 1 else 'does'} as well."
+        )
     for verdict in experiment["verdicts"]:
         if verdict["label"] == label:
             said = UNCERTAIN.get(verdict["conclusion"], "")

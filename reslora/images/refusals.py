@@ -9,7 +9,7 @@ from ..formatting import pluralize
 from ..methods.patterns import LEARNING_RATES, entries
 from ..methods.registry import METHODS, check_steps, refuse_unable
 from ..options.averages import averages_of
-from ..options.contradictions import check_compiled, check_decay_compiled, check_method, check_texts
+from ..options.contradictions import check_compiled, check_method, check_texts
 from ..options.images import (
     DataOptions,
     MethodOptions,
@@ -215,10 +215,8 @@ def is_step_rules(text: str) -> bool:
 
 def check_compile(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions) -> None:
     """Raise `InvalidArgument` if --compile would drop the shortcuts or --shortcut_decay, or undo a memory saving."""
-    check_decay_compiled("--compile", adapter)
-    if training.gradient_checkpointing:
-        check_compiled("--compile", adapter)
-    elif model.blocks_to_swap or model.base_precision != "no":
+    check_compiled("--compile", adapter, training.gradient_checkpointing)
+    if not training.gradient_checkpointing and (model.blocks_to_swap or model.base_precision != "no"):
         saves = "--blocks_to_swap" if model.blocks_to_swap else f"--base_precision {model.base_precision}"
         problem = f"stores the complete weights for the backward pass, which {saves} avoids"
         raise InvalidArgument("--compile", problem, "add --gradient_checkpointing, or leave one of them out")

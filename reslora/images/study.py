@@ -61,7 +61,7 @@ class ImageStudy(Study):
         add_adapters(trained, method, self.schedule.steps, context)
         return new_learner(method, trained, self.schedule, context)
 
-    def batches(self, steps: range) -> Generator[Batch, None, None]:
+    def batches(self, steps: range) -> Generator[Batch]:
         """Yield this process's batches of these steps; a batch depends only on the seed, the step and the process."""
         accelerator = self.context.accelerator
         pin = accelerator.device.type == "cuda"

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -210,13 +210,6 @@ class RankAllocator:
         gradients = torch.autograd.grad(scale * self.penalty(), factors)
         for factor, gradient in zip(factors, gradients, strict=True):
             factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
-
-    def silenced(self) -> AbstractContextManager[None]:
-        """Return a context in which a wrapped model's forward pass does not add the penalty to the loss.
-
-        Without it, PEFT adds the penalty in evaluation too.
-        """
-        return override_attributes(self._config, orth_reg_weight=0.0)
 
     def step(self, global_step: int) -> None:
         """Reallocate ranks; call this after optimizer step number `global_step`, before gradients are cleared."""

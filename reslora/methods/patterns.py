@@ -115,8 +115,8 @@ def values_of_layers(field: str, given: Mapping[str, Any], layers: Iterable[str]
     return found
 
 
-def nearest(pattern: str, layers: Iterable[str], count: int = 3) -> list[str]:
-    """Return the `count` layer names most similar to a pattern.
+def nearest(pattern: str, layers: Iterable[str]) -> list[str]:
+    """Return the three layer names most similar to a pattern.
 
     Similarity is the number of characters of the pattern that appear in the name in order; ties prefer shorter names.
     """
@@ -125,7 +125,7 @@ def nearest(pattern: str, layers: Iterable[str], count: int = 3) -> list[str]:
         blocks = SequenceMatcher(None, pattern, name, autojunk=False).get_matching_blocks()
         return sum(block.size for block in blocks), -len(name)
 
-    return heapq.nlargest(count, layers, key=likeness)
+    return heapq.nlargest(3, layers, key=likeness)
 
 
 def _whole(name: str) -> str:

@@ -75,18 +75,17 @@ def carries_activations(options: SharedMethodOptions) -> bool:
     return is_wired(options) and shortcut_class(options.shortcut).carries
 
 
-def check_compiled(flag: str, options: SharedMethodOptions) -> None:
-    """Raise `InvalidArgument` for compiling with gradient checkpointing if that would lose the shortcuts."""
-    if carries_activations(options):
-        problem = f"with --gradient_checkpointing cannot keep --shortcut {options.shortcut}"
-        raise InvalidArgument(flag, problem, "leave one of them out, or use --shortcut block")
+def check_compiled(flag: str, options: SharedMethodOptions, checkpointing: bool) -> None:
+    """Raise `InvalidArgument` for compiling with --shortcut_decay: torch would compile each factor anew.
 
-
-def check_decay_compiled(flag: str, options: SharedMethodOptions) -> None:
-    """Raise `InvalidArgument` for compiling with --shortcut_decay: torch would compile each factor anew."""
+    Raise it also if gradient checkpointing would lose the shortcuts of a compiled model.
+    """
     if options.shortcut_decay and any(METHODS[name].reads_shortcut_flags for name in options.method):
         problem = f"--shortcut_decay {options.shortcut_decay:g} changes the compiled graph in every step"
         raise InvalidArgument(flag, problem, "leave one of them out")
+    if checkpointing and carries_activations(options):
+        problem = f"with --gradient_checkpointing cannot keep --shortcut {options.shortcut}"
+        raise InvalidArgument(flag, problem, "leave one of them out, or use --shortcut block")
 
 
 def check_no_experiment(options: RunOptions) -> None:

@@ -8,6 +8,9 @@ from typing import Any, ClassVar, Self, get_type_hints
 from .option import Option
 from .values import listed
 
+DEFAULTS: Any = object()
+"""The default of a field of `Groups`: the group with the defaults of its options."""
+
 
 class Groups:
     """Base of the dataclasses that hold the options of one run; each of their fields is a group of options.
@@ -19,6 +22,11 @@ class Groups:
     """Title of each group in the help, in order."""
     switches_take_values: ClassVar[bool] = False
     """Whether a switch is turned off by `--name False` instead of `--no-name`."""
+
+    def __init_subclass__(cls) -> None:
+        for name, value in list(vars(cls).items()):
+            if value is DEFAULTS:
+                setattr(cls, name, dataclasses.field(default_factory=cls.__annotations__[name]))
 
     @classmethod
     @functools.cache

@@ -1,13 +1,14 @@
 """The options of train_sd.py, with type, default, help and all other properties."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import InvalidArgument
 from ..methods.patterns import HELP as PATTERNS
 from ..methods.registry import IN_WORDS
+from .groups import DEFAULTS
 from .option import (
     COUNT,
     FRACTION,
@@ -419,14 +420,14 @@ class Options(TrainOptions):
     A value that depends on the model's family is None until the family is known.
     """
 
-    model: ModelOptions = field(default_factory=ModelOptions)
-    adapter: MethodOptions = field(default_factory=MethodOptions)
-    data: DataOptions = field(default_factory=DataOptions)
-    training: TrainingOptions = field(default_factory=TrainingOptions)
-    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
-    validation: ValidationOptions = field(default_factory=ValidationOptions)
-    experiment: ExperimentOptions = field(default_factory=ExperimentOptions)
-    output: OutputOptions = field(default_factory=OutputOptions)
+    model: ModelOptions = DEFAULTS
+    adapter: MethodOptions = DEFAULTS
+    data: DataOptions = DEFAULTS
+    training: TrainingOptions = DEFAULTS
+    optimizer: OptimizerOptions = DEFAULTS
+    validation: ValidationOptions = DEFAULTS
+    experiment: ExperimentOptions = DEFAULTS
+    output: OutputOptions = DEFAULTS
 
     titles: ClassVar[Mapping[str, str]] = {
         "model": "model", "adapter": "method", "data": "images and captions", "training": "training",

@@ -1,7 +1,7 @@
 """Options shared by the scripts for images and texts: of the adapter, and of experiments."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..merges import NAMES as MERGES
 from ..methods.patterns import HELP as PATTERNS
 from ..methods.registry import DEFAULT_PRE_NUM, IN_WORDS, METHODS
 from .averages import averages
-from .groups import Groups
+from .groups import DEFAULTS, Groups
 from .optimizers import ADAMS, OPTIMIZERS
 from .option import (
     COUNT,
@@ -238,18 +238,18 @@ class SharedOutputOptions:
 class RunOptions(Groups):
     """Options of one run that all scripts have, and that an experiment needs."""
 
-    adapter: SharedMethodOptions = field(default_factory=SharedMethodOptions)
-    experiment: SharedExperimentOptions = field(default_factory=SharedExperimentOptions)
+    adapter: SharedMethodOptions = DEFAULTS
+    experiment: SharedExperimentOptions = DEFAULTS
 
 
 @dataclass(frozen=True)
 class TrainOptions(RunOptions):
     """Options of one run that the training loop reads."""
 
-    training: SharedTrainingOptions = field(default_factory=SharedTrainingOptions)
-    optimizer: SharedOptimizerOptions = field(default_factory=SharedOptimizerOptions)
-    validation: SharedValidationOptions = field(default_factory=SharedValidationOptions)
-    output: SharedOutputOptions = field(default_factory=SharedOutputOptions)
+    training: SharedTrainingOptions = DEFAULTS
+    optimizer: SharedOptimizerOptions = DEFAULTS
+    validation: SharedValidationOptions = DEFAULTS
+    output: SharedOutputOptions = DEFAULTS
 
     def folder_of(self, method: str, place: str = "") -> Path:
         """Return the directory of a method; `place` is that of an arm of an experiment inside it."""

@@ -4,11 +4,12 @@ Options that transformers' `TrainingArguments` have too have the names, meanings
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from ..bundled import ASSETS
+from .groups import DEFAULTS
 from .optimizers import OPTIMIZERS
 from .option import (
     COUNT,
@@ -353,12 +354,12 @@ class GlueMethodOptions(MethodOptions):
 class TextOptions(TrainOptions):
     """Values of one run of a language script."""
 
-    adapter: MethodOptions = field(default_factory=MethodOptions)
-    training: TrainingOptions = field(default_factory=TrainingOptions)
-    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
-    validation: ValidationOptions = field(default_factory=ValidationOptions)
-    experiment: ExperimentOptions = field(default_factory=ExperimentOptions)
-    output: OutputOptions = field(default_factory=OutputOptions)
+    adapter: MethodOptions = DEFAULTS
+    training: TrainingOptions = DEFAULTS
+    optimizer: OptimizerOptions = DEFAULTS
+    validation: ValidationOptions = DEFAULTS
+    experiment: ExperimentOptions = DEFAULTS
+    output: OutputOptions = DEFAULTS
 
     switches_take_values: ClassVar[bool] = True
     shared_titles: ClassVar[Mapping[str, str]] = {
@@ -375,11 +376,11 @@ class TextOptions(TrainOptions):
 class LlmOptions(TextOptions):
     """Values of one run of train_llm.py."""
 
-    task: LlmTaskOptions = field(default_factory=LlmTaskOptions)
-    training: LlmTrainingOptions = field(default_factory=LlmTrainingOptions)
-    optimizer: LlmOptimizerOptions = field(default_factory=LlmOptimizerOptions)
-    validation: LlmValidationOptions = field(default_factory=LlmValidationOptions)
-    output: LlmOutputOptions = field(default_factory=LlmOutputOptions)
+    task: LlmTaskOptions = DEFAULTS
+    training: LlmTrainingOptions = DEFAULTS
+    optimizer: LlmOptimizerOptions = DEFAULTS
+    validation: LlmValidationOptions = DEFAULTS
+    output: LlmOutputOptions = DEFAULTS
 
     titles: ClassVar[Mapping[str, str]] = {"task": "model and task", **TextOptions.shared_titles}
 
@@ -388,13 +389,13 @@ class LlmOptions(TextOptions):
 class GlueOptions(TextOptions):
     """Values of one run of train_glue.py."""
 
-    data: GlueDataOptions = field(default_factory=GlueDataOptions)
-    model: GlueModelOptions = field(default_factory=GlueModelOptions)
-    adapter: GlueMethodOptions = field(default_factory=GlueMethodOptions)
-    training: GlueTrainingOptions = field(default_factory=GlueTrainingOptions)
-    optimizer: GlueOptimizerOptions = field(default_factory=GlueOptimizerOptions)
-    validation: GlueValidationOptions = field(default_factory=GlueValidationOptions)
-    output: GlueOutputOptions = field(default_factory=GlueOutputOptions)
+    data: GlueDataOptions = DEFAULTS
+    model: GlueModelOptions = DEFAULTS
+    adapter: GlueMethodOptions = DEFAULTS
+    training: GlueTrainingOptions = DEFAULTS
+    optimizer: GlueOptimizerOptions = DEFAULTS
+    validation: GlueValidationOptions = DEFAULTS
+    output: GlueOutputOptions = DEFAULTS
 
     titles: ClassVar[Mapping[str, str]] = {"data": "task", "model": "model", **TextOptions.shared_titles}
 

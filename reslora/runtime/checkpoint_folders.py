@@ -36,17 +36,17 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def set_aside(checkpoint: Path, why: str = "is not part of this training", mark: str = "set-aside") -> Path:
-    """Rename a checkpoint, or another file at its path, to `<mark>-<name>`, print `why`, and return the new path.
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint, or another file at its path, to `set-aside-<name>`, print it, and return the new path.
 
     It is not removed: transformers removes old checkpoints, but does not recognize this name as that of a checkpoint.
     """
-    number, there = 1, checkpoint.with_name(f"{mark}-{checkpoint.name}")
+    number, there = 1, checkpoint.with_name(f"set-aside-{checkpoint.name}")
     while there.exists():
         number += 1
-        there = checkpoint.with_name(f"{mark}-{checkpoint.name}-{number}")
+        there = checkpoint.with_name(f"set-aside-{checkpoint.name}-{number}")
     checkpoint.rename(there)
-    print(f"{checkpoint} {why}: renamed to {there.name}", flush=True)
+    print(f"{checkpoint} is not part of this training: renamed to {there.name}", flush=True)
     return there
 
 
@@ -116,9 +116,3 @@ def refuse_afresh(output: Path, folder: Path, finished: bool) -> None:
         raise InvalidArgument(flag, problem, f"resume with --resume_from_checkpoint {aside[-1]}, {fix}")
     if finished:
         raise InvalidArgument(flag, f"{folder} has been trained, but the checkpoint to resume from is missing", fix)
-
-
-def cannot_be_loaded(checkpoint: Path | str, error: Exception) -> str:
-    """Return the message for a checkpoint that is complete but cannot be loaded."""
-    problem = f"{checkpoint} is complete, but cannot be loaded ({first_line(error)})"
-    return f"{problem}; nothing on disk was changed: run the same command to try again"

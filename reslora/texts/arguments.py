@@ -137,9 +137,7 @@ def checked(options: T) -> T:
     if options.training.deepspeed:
         require_package("--deepspeed", "deepspeed")
     if options.training.compile:
-        contradictions.check_decay_compiled("--torch_compile", options.adapter)
-    if options.training.compile and options.training.gradient_checkpointing:
-        contradictions.check_compiled("--torch_compile", options.adapter)
+        contradictions.check_compiled("--torch_compile", options.adapter, options.training.gradient_checkpointing)
     if isinstance(options, LlmOptions):
         return _checked_llm(options)
     return _checked_glue(options) if isinstance(options, GlueOptions) else options

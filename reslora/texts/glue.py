@@ -291,19 +291,24 @@ class GlueTexts(Texts):
             found += model(**to_device(batch, model.device)).logits.double().cpu()
         return torch.stack(found) if found else torch.empty(0, len(self.task.labels) or 1)
 
-    def evaluated(
-        self, options: GlueOptions, model: PeftModel, rows: list[dict], check: Check
-    ) -> tuple[list[float], dict[str, float]]:
-        """Return the loss of each example, and the task's metrics; every process computes its share."""
-        logits = torch.stack(in_order(list(self.logits(options, model, mine(rows), check))))
+    def all_logits(self, options: GlueOptions, model: PeftModel, rows: list[dict], check: Check) -> torch.Tensor:
+        """Return the logits of examples as `logits` does; every process computes its share."""
+        return torch.stack(in_order(list(self.logits(options, model, mine(rows), check))))
+
+    def compared(self, logits: torch.Tensor, rows: list[dict]) -> tuple[list[float], dict[str, float]]:
+        """Return the loss of each example, and the task's metrics."""
         labels = torch.tensor([row["labels"] for row in rows])
         metrics = scores(self.task, predicted(self.task, logits.numpy()), labels.numpy())
         return losses_of(self.task, logits, labels).tolist(), metrics
 
+    def evaluated(self, options: GlueOptions, model: PeftModel, rows: list[dict], check: Check) -> dict[str, float]:
+        """Return the mean loss and the task's metrics; every process computes its share."""
+        losses, metrics = self.compared(self.all_logits(options, model, rows, check), rows)
+        return {"loss": math.fsum(losses) / len(losses), **metrics}
+
     def validation(self, options: GlueOptions, model: PeftModel, check: Check) -> dict[str, float]:
         """Return loss and metrics on the first validation split."""
-        losses, metrics = self.evaluated(options, model, self.sets["validation" + self.task.parts[0]], check)
-        return {"loss": math.fsum(losses) / len(losses), **metrics}
+        return self.evaluated(options, model, self.sets["validation" + self.task.parts[0]], check)
 
     def figures(
         self, options: GlueOptions, model: PeftModel, check: Check, kind: str = "validation"
@@ -316,24 +321,21 @@ class GlueTexts(Texts):
         for part, end in zip(self.task.parts, ("", "_mm"), strict=False):
             rows = self.sets.get(kind + part, [])
             if rows and "labels" in rows[0]:
-                losses, metrics = self.evaluated(options, model, rows, check)
-                found = {"loss": math.fsum(losses) / len(losses), **metrics}
+                found = self.evaluated(options, model, rows, check)
                 figures |= {name + end: value for name, value in found.items()}
         return figures
 
     def measured(self, options: GlueOptions, model: PeftModel, check: Check) -> tuple[list[float], dict]:
         """Return the loss of each test example, and the task's metrics; only this process computes them."""
-        logits = self.logits(options, model, rows := self.sets["test"], check)
-        labels = torch.tensor([row["labels"] for row in rows])
-        metrics = scores(self.task, predicted(self.task, logits.numpy()), labels.numpy())
-        return losses_of(self.task, logits, labels).tolist(), metrics
+        rows = self.sets["test"]
+        return self.compared(self.logits(options, model, rows, check), rows)
 
     def predict(self, options: GlueOptions, model: PeftModel, check: Check) -> dict[str, list[str]]:
         """Return the lines of `predict_results_<task>.txt` for each test split, as run_glue.py writes them."""
         task, files = self.task, {}
         for name, rows in self.sets.items():
             if name.startswith("test"):
-                logits = torch.stack(in_order(list(self.logits(options, model, mine(rows), check))))
+                logits = self.all_logits(options, model, rows, check)
                 lines = [
                     f"{i}\t{task.labels[p] if task.labels else f'{p:.3f}'}"
                     for i, p in enumerate(predicted(task, logits.numpy()))

@@ -12,6 +12,7 @@ from ..chains import base_model
 from ..errors import InvalidArgument
 from ..formatting import is_or_are
 from ..runtime.processes import say
+from ..tracing import to_device
 from .llm_tasks import Example, extract_answer, same_answer
 
 IGNORED = -100  # label of tokens without loss
@@ -105,7 +106,7 @@ def example_losses(model: PreTrainedModel, encoder: Encoder, rows: list[dict[str
 
 def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the loss of each token that has a label, of shape (tokens,), in at least float32."""
-    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    inputs = to_device(batch, model.device)
     labels = inputs.pop("labels")[:, 1:]
     answers = labels != IGNORED
     logits = model(**inputs, use_cache=False).logits[:, :-1][answers]
@@ -125,8 +126,7 @@ def generate(model: PreTrainedModel, encoder: Encoder, examples: list[Example], 
 
     The model's own generation settings, such as a repetition penalty, are ignored.
     """
-    inputs = encoder.padded([encoder.prompt(example) for example in examples], "left")
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    inputs = to_device(encoder.padded([encoder.prompt(example) for example in examples], "left"), model.device)
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

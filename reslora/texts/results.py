@@ -19,7 +19,7 @@ from ..export import export_peft, merged_state_dict
 from ..io import remove_leftovers, replacing, write_json
 from ..merges import AUTO, MERGES
 from ..methods import pissa
-from ..methods.controls import merged
+from ..methods.controls import DEFAULT, merged
 from ..methods.registry import METHODS
 from ..model import (
     Connection,
@@ -97,36 +97,36 @@ def _merge(model: nn.Module, method: str, calibration: Sequence[Mapping] | None)
 
 
 @contextlib.contextmanager
-def unmerged_afterwards(model: nn.Module, adapter_name: str = "default") -> Iterator[None]:
+def unmerged_afterwards(model: nn.Module) -> Iterator[None]:
     """Restore the adapter exactly at the end of the context, for example after a merge.
 
     Parameters remain the same objects, so that an optimizer that refers to them stays valid.
     """
     base = base_model(model)
     connection = connection_of(base)
-    config = base.peft_config[adapter_name]
+    config = base.peft_config[DEFAULT]
     patterns = copy.deepcopy((config.rank_pattern, config.alpha_pattern))
-    layers = [layer for layer in lora_layers(base, adapter_name).values() if adapter_name in layer.lora_A]
-    entries = [{name: getattr(layer, name)[adapter_name] for name in ENTRIES} for layer in layers]
+    layers = [layer for layer in lora_layers(base, DEFAULT).values() if DEFAULT in layer.lora_A]
+    entries = [{name: getattr(layer, name)[DEFAULT] for name in ENTRIES} for layer in layers]
     weights = [[own[name].weight.detach().clone() for name in FACTORS] for own in entries]
-    gates = [gates_of(layer, adapter_name) for layer in layers]
+    gates = [gates_of(layer, DEFAULT) for layer in layers]
     checkpointing = bool(getattr(base, "is_activation_checkpointing", False))
     try:
         yield
     finally:
         if connection_of(base) is not None:
-            disconnect(base, adapter_name)
+            disconnect(base)
         for layer, own, values in zip(layers, entries, weights, strict=True):
             for name, entry in own.items():
-                getattr(layer, name)[adapter_name] = entry
+                getattr(layer, name)[DEFAULT] = entry
             for name, value in zip(FACTORS, values, strict=True):
                 own[name].weight.data.copy_(value)
         config.rank_pattern, config.alpha_pattern = patterns
-        again = attach_wires(model, connection.config, adapter_name, connection.chains)
+        again = attach_wires(model, connection.config, DEFAULT, connection.chains)
         again.wires.norms = connection.wires.norms
         for layer, own_gates in zip(layers, gates, strict=True):
             if own_gates is not None:
-                getattr(layer, GATES)[adapter_name] = own_gates
+                getattr(layer, GATES)[DEFAULT] = own_gates
         if checkpointing:
             enable_gradient_checkpointing(base)
 
@@ -146,18 +146,20 @@ def as_plain(
     adapter: MethodOptions,
     calibration: Sequence[Mapping] | None = None,
     folder: Path | None = None,
-) -> None:
-    """Merge a model permanently as `export` does, in this process only.
+) -> MergeReport | None:
+    """Merge a model permanently, in this process only; return the report, None if the model was not connected.
 
     `folder`: directory for `chains.json` and `merge.json`; None: write nothing.
     """
+    report = None
     if (connection := connection_of(base_model(model))) is not None:
         plan = connection.chains.to_dict()
         report = _merge(model, adapter.merge, calibration)
         if folder:
             write_json(folder / "chains.json", plan)
             write_json(folder / "merge.json", report.to_dict())
-    pissa.merged(merged(model))
+    pissa.merged(merged(model))  # the rotations of a placebo, or the initial factors of PiSSA
+    return report
 
 
 # -- files of a run ----------------------------------------------------------------------------------------------------
@@ -179,16 +181,9 @@ def export(
 
     Every process must call this function; rank 0 writes the files.
     """
-    report = None
-    connection = connection_of(base_model(model))
-    if connection is not None:
+    if (connection := connection_of(base_model(model))) is not None:
         _share_norms(connection)
-        plan = connection.chains.to_dict()
-        report = _merge(model, adapter.merge, calibration)
-        if is_main():
-            write_json(folder / "chains.json", plan)
-            write_json(folder / "merge.json", report.to_dict())
-    pissa.merged(merged(model))  # the rotations of a placebo, or the initial factors of PiSSA
+    report = as_plain(model, adapter, calibration, folder if is_main() else None)
     if is_main():
         remove_leftovers(folder / "peft")  # of a process that was killed while writing
         export_peft(model, folder / "peft")

@@ -1,7 +1,5 @@
 """A single run or an experiment of texts: options -> examples -> model -> training -> merges -> files."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -16,7 +14,6 @@ from ..content_hash import folder_mark
 from ..errors import InvalidArgument, Stopped, refused_as
 from ..experiment.record import EXPERIMENT
 from ..formatting import pluralize
-from ..methods.registry import refuse_unable
 from ..options.texts import T, TextOptions, TrainingOptions
 from ..options.unused import report_unread_by_methods, report_unused
 from ..options.values import as_typed
@@ -146,7 +143,6 @@ def start_accelerator(options: TextOptions) -> Accelerator:
         deepspeed_plugin=deepspeed_plugin(training),
     )
     if uses_deepspeed(accelerator):
-        refuse_unable(options.adapter.method, "deepspeed")
         configure(options.adapter, training, options.optimizer, accelerator)
     if training.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = training.tf32

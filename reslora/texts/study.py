@@ -1,7 +1,5 @@
 """The study of texts: examples of a task, its model, losses and metrics, and the files of a run."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math
@@ -222,7 +220,7 @@ class TextStudy(Study):
         print_links(model, self.method.name, self.method.reslora_config, tell, self.texts.example)
         return model
 
-    def batches(self, steps: range) -> Generator[dict[str, torch.Tensor], None, None]:
+    def batches(self, steps: range) -> Generator[dict[str, torch.Tensor]]:
         """Yield this process's batches of these steps."""
         yield from self.plan.loader(steps, pin=self.context.accelerator.device.type == "cuda")
 

@@ -21,7 +21,6 @@ from ..options.values import listed, refuse_other_value
 from ..runtime.checkpoint_folders import (
     EXPORTS,
     MERGED,
-    cannot_be_loaded,
     discard,
     numbered,
     refuse_afresh,
@@ -411,4 +410,5 @@ def load_checkpoint(learner: Learner, checkpoint: Path, accelerator: Accelerator
         learner.load_state(state, record["step"], record["seconds"], accelerator)
     # Exhausted memory, or a state of another version: each file format and device has its own exceptions.
     except Exception as error:
-        raise RunFailed(f"{learner.name}: {cannot_be_loaded(checkpoint, error)}") from None
+        problem = f"{learner.name}: {checkpoint} is complete, but cannot be loaded ({first_line(error)})"
+        raise RunFailed(f"{problem}; nothing on disk was changed: run the same command to try again") from None

@@ -1,7 +1,5 @@
 """The context of a run: resolved options, model, processes and stop requests."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,12 +1,9 @@
 """Train a method from its latest checkpoint to its exports; this module depends only on the `Study` interface."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import get_grad_scaler
@@ -27,12 +24,10 @@ from .best import best_of, go_on_from
 from .checkpoints import Resume, restore, save_checkpoint, write_exports
 from .compiling import checked
 from .preparing import prepare
+from .reports import Reports
 from .state import Learner
 from .stopping import Requests, stopped_at
 from .study import Study
-
-if TYPE_CHECKING:
-    from .reports import Reports
 
 
 def train_method(method: str, resume: Resume, study: Study) -> None:

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ..errors import Diverged
-from ..runtime.log import LogWriter, of_split, read_log
+from ..runtime.log import LogWriter, of_split
 from .best import is_over
 from .checkpoints import checkpoints_of
 from .schedule import Schedule
@@ -28,8 +28,9 @@ class Reports:
         if self.log:
             self.forget(learner.step)
         self.noted: dict | None = None
-        rows = of_split(read_log(folder / "log.jsonl"), "validation") if self.log else []
-        self.validated = [row["loss"] for row in rows if row["step"]]  # main process only; without the base's loss
+        rows = of_split(self.log.kept, "validation") if self.log else []
+        self.validated = {row["step"]: row["loss"] for row in rows if row["step"]}
+        """The validation losses by step, without the base's loss; only in the main process."""
 
     def forget(self, step: int) -> None:
         """Remove files of steps after `step` that are not log rows."""
@@ -59,7 +60,7 @@ class Reports:
             advice = f"start in another --output_dir with a lower --learning_rate{saved}"
             raise Diverged(f"{name}: {split} loss {loss} at step {step}", advice)
         if split == "validation" and step:
-            self.validated.append(loss)
+            self.validated[step] = loss
         at = {f"{split}_loss_at_{timestep}/{name}": value for timestep, value in row.get("by_timestep", {}).items()}
         others = {f"{split}_{figure}/{name}": row[figure] for figure in row if figure not in (*COLUMNS, "by_timestep")}
         self._write(row, {f"{split}_loss/{name}": loss, f"lr/{name}": row["lr"]} | at | others)
@@ -67,7 +68,7 @@ class Reports:
 
     def is_over(self, patience: int | None) -> bool:
         """Return whether the last `patience` validations have not lowered the loss; valid only in the main process."""
-        return is_over(self.validated, patience)
+        return is_over(list(self.validated.values()), patience)
 
     def _write(self, row: dict, values: dict[str, float]) -> None:
         """Write a row to the log, and values by name to the trackers."""
@@ -97,6 +98,5 @@ class Reports:
 
         The earlier run may have been stopped before or during the validation after that step.
         """
-        step, rows = self.learner.step, of_split(read_log(self.folder / "log.jsonl"), "validation")
-        done = any(row["step"] == step for row in rows)
-        return ["loss"] if step and schedule.is_due(step) and not done else []
+        step = self.learner.step
+        return ["loss"] if step and schedule.is_due(step) and step not in self.validated else []

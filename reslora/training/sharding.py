@@ -7,8 +7,6 @@ DistributedDataParallel trains the adapter.
 
 import inspect
 import os
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -19,10 +17,7 @@ from torch import nn
 from ..errors import InvalidArgument, refused_as
 from ..methods.registry import METHODS
 from ..options.images import MethodOptions, ModelOptions, OutputOptions, TrainingOptions
-from ..runtime.processes import broadcast_from_main
 
-T = TypeVar("T")
-U = TypeVar("U")
 LAUNCHER = "accelerate launch"
 USES_FSDP = "ACCELERATE_USE_FSDP"
 
@@ -131,14 +126,3 @@ def adapters_of(model: nn.Module) -> list[nn.Module]:
         for name in (*layer.adapter_layer_names, *layer.other_param_names)
         if isinstance(module := getattr(layer, name, None), nn.Module)
     ]
-
-
-def by_main(accelerator: Accelerator, compute: Callable[[], T], keep: Callable[[T], U]) -> U:
-    """Call `keep` in the main process with the result of `compute`; return its result in every process.
-
-    With a sharded base, all processes call `compute`, because a forward pass gathers the weights from all of them.
-    """
-    if not cuts_base(accelerator):
-        return broadcast_from_main(lambda: keep(compute()))
-    value = compute()
-    return broadcast_from_main(lambda: keep(value))

@@ -1,12 +1,10 @@
 """The state of one method in training: model with adapter, optimizer, schedule, and progress."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,9 +23,6 @@ from .schedule import Schedule
 from .sharding import adapters_of, cuts_base
 from .trained import Trained
 from .zero import full_state, uses_deepspeed
-
-if TYPE_CHECKING:
-    from deepspeed.runtime.base_optimizer import ZeROOptimizer  # an optional package
 
 
 @dataclass
@@ -68,7 +63,7 @@ class Learner:
         return self.lr_scheduler.get_last_lr()[0] / self.optimizer.param_groups[0].get(FACTOR, 1)
 
     @property
-    def zero_optimizer(self) -> ZeROOptimizer:
+    def zero_optimizer(self) -> Any:
         """DeepSpeed's optimizer; available once the learner is prepared."""
         assert isinstance(self.optimizer, AcceleratedOptimizer)
         return self.optimizer.optimizer

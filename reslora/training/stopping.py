@@ -1,17 +1,12 @@
 """Requests to a run in training: stop, save or sample. All processes must act on them after the same step."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import Stopped
 from ..runtime.processes import any_of_each, is_main
 from .context import Context
-
-if TYPE_CHECKING:
-    from .state import Learner
+from .state import Learner
 
 SAVE, SAMPLE = "save.now", "sample.now"
 """Names of files that request a checkpoint or samples after the current step.

@@ -1,9 +1,7 @@
 """DeepSpeed's ZeRO-1 and ZeRO-2: configure them, and gather and load the complete state of the sharded optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -12,9 +10,6 @@ from torch import nn
 from ..errors import InvalidArgument
 from ..methods.registry import refuse_unable
 from ..options.shared import SharedMethodOptions, SharedOptimizerOptions, SharedTrainingOptions
-
-if TYPE_CHECKING:
-    from deepspeed.runtime.base_optimizer import ZeROOptimizer  # an optional package
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -59,7 +54,7 @@ def configure(
     settings["train_batch_size"] = training.train_batch_size * steps * accelerator.num_processes
 
 
-def full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict:
+def full_state(optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> dict:
     """Return the complete state of DeepSpeed's `optimizer` on the CPU, independent of the number of processes.
 
     `named`: parameters of the prepared model by name. The entry "parameters" of the result has the float32 weight of
@@ -88,7 +83,7 @@ def full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter
     }
 
 
-def load_full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter]], state: dict) -> None:
+def load_full_state(optimizer: Any, named: Iterable[tuple[str, nn.Parameter]], state: dict) -> None:
     """Load a result of `full_state` into DeepSpeed's optimizer before its first step.
 
     The number of processes may differ from that of the earlier run. Every process must call this.

@@ -138,14 +138,10 @@ class Found:
             return problem or size
         if min(size) < LEAST_SIDE:
             return f"{size[0]} x {size[1]} pixels, less than a latent ({LEAST_SIDE} x {LEAST_SIDE})"
-        return mask_problem(_source(row, "mask"), size) or reference_problem(row) or size
-
-
-def reference_problem(row: dict) -> str:
-    """Return why the reference image of a row cannot be used; "" if it can, or if there are no reference images."""
-    source = _source(row, REFERENCE)
-    size = image_size(source) if source else "missing" if REFERENCE in row else (0, 0)
-    return f"its reference image: {size}" if isinstance(size, str) else ""
+        reference = _source(row, REFERENCE)
+        other = image_size(reference) if reference else "missing" if REFERENCE in row else size
+        problem = f"its reference image: {other}" if isinstance(other, str) else ""
+        return mask_problem(_source(row, "mask"), size) or problem or size
 
 
 def usable(

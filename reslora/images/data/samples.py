@@ -221,9 +221,6 @@ class ValidationSamples(TrainingSamples):
             for noise in range(VALIDATION_DRAWS)
         ]
 
-    def __len__(self) -> int:
-        return len(self.draws)
-
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
         """Return a random timestep, a scalar, in the quarter of the timesteps that the position determines."""
         quarter = position % VALIDATION_DRAWS + float(torch.rand((), generator=draws))

@@ -71,6 +71,7 @@ class Rehearsal:
         self.sizes = [sizes_of(images, multiple, self.options.data) for images in kinds]
         found = {size for by_resolution in self.sizes for sizes in by_resolution for size in sizes if size}
         self.size = max(found, key=lambda size: size.height * size.width)
+        self.reference_size = self.family.reference_size(self.size.height, self.size.width)
         self.peak_of_encoders = 0
         self.unknown: list[str] = []
         self.texts = self._read()
@@ -104,8 +105,7 @@ class Rehearsal:
         if self.family.reads_references:
             self.unknown.append("activations of the text encoder: without those of the reference image (unknown)")
             reader = self.pipeline.processor.image_processor
-            area = math.prod(self.family.reference_size(self.size.height, self.size.width))
-            more = area // (reader.patch_size * reader.merge_size) ** 2
+            more = math.prod(self.reference_size) // (reader.patch_size * reader.merge_size) ** 2
         return [
             {name: (torch.Size([len(own[0]) + more, *own[0].shape[1:]]), own[0].dtype) for name, own in text.items()}
             for text in states
@@ -147,8 +147,7 @@ class Rehearsal:
             pixels = self.stage.empty(count, 3, self.size.height, self.size.width).to(vae.dtype)
             self.family.encode_images(vae, pixels)
             if self.family.edits:
-                of_reference = self.family.reference_size(self.size.height, self.size.width)
-                self.family.encode_images(vae, self.stage.empty(count, 3, *of_reference).to(vae.dtype))
+                self.family.encode_images(vae, self.stage.empty(count, 3, *self.reference_size).to(vae.dtype))
         return live.peak
 
     def autoencoder_in(self, dtype: torch.dtype) -> Any:
@@ -192,10 +191,9 @@ class Rehearsal:
         moments = {"moments": empty(count, 2, *shape, dtype=self.pipeline.vae.dtype)}
         mask = {"mask": empty(count, 1, *shape[1:])} if options.training.masked_loss else {}
         if self.family.edits:
-            of_reference = self.family.reference_size(size.height, size.width)
-            latents = self.family.latent_shape(self.pipeline, *of_reference)
+            latents = self.family.latent_shape(self.pipeline, *self.reference_size)
             moments["reference"] = empty(count, *latents, dtype=self.pipeline.vae.dtype)
-            pixels["reference_pixels"] = empty(count, 3, *of_reference)
+            pixels["reference_pixels"] = empty(count, 3, *self.reference_size)
         return Batch(
             empty(count, dtype=self.objective.at(0.5).dtype), empty(count, *shape), empty(count, *shape),
             sizes=empty(count, 6), weight=empty(count), caption=self.captions(count), text=self.text(count),

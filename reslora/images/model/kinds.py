@@ -76,8 +76,7 @@ def refuse_others(path: Path, flag: str) -> None:
     refuse_quantized(path, flag)
     if path.suffix != ".safetensors":
         raise InvalidArgument(flag, "not a .safetensors file", "give such a file")
-    names = tensor_names(path)
-    kind = next((kind for kind in KINDS if any(re.match(kind.names, name) for name in names)), None)
+    kind = kind_of(path)
     if kind is None or kind.what not in ("", KINDS[-1].what):
         what = kind.what if kind else "no known transformer"
         raise InvalidArgument(flag, f"it is {what}", "give a transformer, or a file that contains one")
@@ -86,11 +85,16 @@ def refuse_others(path: Path, flag: str) -> None:
 def refuse_parts(path: Path, flag: str) -> None:
     """Raise `InvalidArgument` if a safetensors file, or a file in a folder, is a LoRA or only one part of a model."""
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        names = tensor_names(file)
-        kind = next((kind for kind in KINDS if any(re.match(kind.names, name) for name in names)), None)
+        kind = kind_of(file)
         if kind and kind.what:
             where = "it" if file == path else f"it has no model_index.json, and its {file.name}"
             raise InvalidArgument(flag, f"{where} is {kind.what}", kind.fix)
+
+
+def kind_of(path: Path) -> Kind | None:
+    """Return the kind of a safetensors file; None if it is unknown."""
+    names = tensor_names(path)
+    return next((kind for kind in KINDS if any(re.match(kind.names, name) for name in names)), None)
 
 
 def tensor_names(path: Path) -> list[str]:

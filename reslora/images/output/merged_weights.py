@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -16,8 +15,8 @@ from ..model.stored import Stored
 LARGEST_FILE = "10GB"  # diffusers' default
 
 
-def write_merged(denoiser: nn.Module, directory: str | os.PathLike, stored: Mapping[str, Stored]) -> Path:
-    """Write a float32 denoiser with its adapter merged, and return the folder.
+def write_merged(denoiser: nn.Module, directory: str | os.PathLike, stored: Mapping[str, Stored]) -> None:
+    """Write a float32 denoiser with its adapter merged.
 
     The result equals that of `export.export_merged`, but the base's weights are read from disk, so that only one of its
     tensors is in memory at a time. `stored` maps the name of each base weight to its file. If the names in the files
@@ -28,7 +27,8 @@ def write_merged(denoiser: nn.Module, directory: str | os.PathLike, stored: Mapp
         empty = type(base).from_config(base.config)
     state = empty.float().state_dict()
     if state.keys() != stored.keys():
-        return export.export_merged(denoiser, directory)
+        export.export_merged(denoiser, directory)
+        return
 
     def merged(name: str) -> torch.Tensor:
         owner, _, parameter = name.rpartition(".")
@@ -46,4 +46,3 @@ def write_merged(denoiser: nn.Module, directory: str | os.PathLike, stored: Mapp
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(temporary / SAFE_WEIGHTS_INDEX_NAME, index)
-    return Path(directory)

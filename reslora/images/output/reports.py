@@ -1,5 +1,6 @@
 """Progress reports of training: the log, the trackers, samples, validation loss."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ from torch import nn
 from ...errors import Stopped
 from ...io import remove, replacing, write_json
 from ...runtime.checkpoint_folders import EXPORTS, adapter_folder
-from ...runtime.log import of_split, read_log
 from ...runtime.processes import broadcast_from_main, stop_requested
 from ...runtime.sample_folders import MERGED, PROMPTS, by_step
 from ...runtime.signals import StopRequest
@@ -24,7 +24,7 @@ from ...tracing import evaluating
 from ...training.best import keep_adapter, keep_if_best
 from ...training.reports import Reports
 from ...training.schedule import Schedule
-from ...training.sharding import by_main, cuts_base
+from ...training.sharding import cuts_base
 from ...training.state import Learner
 from ..data.batch import Batch
 from ..data.samples import TrainingData, ValidationSamples, losses_of, measured, measured_at
@@ -43,8 +43,15 @@ class ImageReports(Reports):
     """The log and the trackers of one method, with samples."""
 
     def forget(self, step: int) -> None:
-        """Remove samples of later steps."""
-        forget_samples(self.folder, step)
+        """Remove the samples of steps after `step`; if `step` is 0, remove all samples.
+
+        Samples of the merged model are removed too, unless the method is still exported.
+        """
+        for drawn, path in by_step(self.folder / "samples").items():
+            if not step or drawn > step:
+                remove(path)
+        if not (self.folder / EXPORTS).exists():
+            remove(self.folder / MERGED)
 
     def similarities(self, values: Mapping[str, float]) -> None:
         """Write how similar this step's samples are to the held-out images and to the prompts."""
@@ -74,14 +81,10 @@ class ImageReports(Reports):
         The earlier run may have been stopped before or during the validation after that step.
         """
         step = self.learner.step
-        if step == 0:
-            return list(VALIDATION_PARTS if schedule.is_sampled(0) else ("loss",))
-        rows = of_split(read_log(self.folder / "log.jsonl"), "validation")
-        done = {
-            "loss": any(row["step"] == step for row in rows),
-            "samples": not schedule.is_sampled(step) or (self.folder / "samples" / f"step-{step:06d}").is_dir(),
-        }
-        return [part for part in VALIDATION_PARTS if not done[part]] if schedule.is_due(step) else []
+        found = super().overdue(schedule) if step else ["loss"]
+        due = schedule.is_sampled(step) and (not step or schedule.is_due(step))
+        drawn = step and (self.folder / "samples" / f"step-{step:06d}").is_dir()
+        return [*found, "samples"] if due and not drawn else found
 
 
 @dataclass
@@ -130,15 +133,24 @@ class Validation:
         return self._by_main(lambda: self.losses(denoiser), lambda losses: losses.mean().item())
 
     def _by_main(self, compute: Callable[[], T], keep: Callable[[T], U]) -> U | None:
-        """Call `by_main`, but do not call `keep` if a stop request interrupts `compute`."""
+        """Call `keep` in the main process with the result of `compute`; return its result in every process.
 
-        def unless_stopped() -> T | None:
-            try:
+        With a sharded base, all processes call `compute`, because a forward pass gathers the weights from all of them.
+        If a stop request interrupts `compute`, `keep` is not called, and the result is None.
+        """
+
+        def computed() -> T | None:
+            with contextlib.suppress(Stopped):
                 return compute()
-            except Stopped:
-                return None
+            return None
 
-        return by_main(self.accelerator, unless_stopped, lambda found: None if found is None else keep(found))
+        together = computed() if cuts_base(self.accelerator) else None
+
+        def kept() -> U | None:
+            found = together if cuts_base(self.accelerator) else computed()
+            return None if found is None else keep(found)
+
+        return broadcast_from_main(kept)
 
     def _keep_losses(self, learner: Learner, reports: ImageReports, losses: torch.Tensor) -> None:
         mean = losses.mean().item()
@@ -223,18 +235,6 @@ class Validation:
             self.stop.check("stopped while validating")
         elif stop_requested(self.stop):  # all processes compute together, so all must stop together
             raise Stopped("stopped while validating")
-
-
-def forget_samples(folder: Path, step: int) -> None:
-    """Remove the samples of steps after `step`; if `step` is 0, remove all samples.
-
-    Samples of the merged model are removed too, unless the method is still exported.
-    """
-    for drawn, path in by_step(folder / "samples").items():
-        if not step or drawn > step:
-            remove(path)
-    if not (folder / EXPORTS).exists():
-        remove(folder / MERGED)
 
 
 def save_images(folder: Path, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:

@@ -259,4 +259,4 @@ def test_calibration_takes_training_images_and_validation_those_held_out(model):
 def test_validation_has_a_timestep_in_each_quarter(model):
     samples = ValidationSamples(exact_steps.setting(model)[0])
     quarters = [int(samples[draw].timesteps) // 250 for draw in samples.draws]
-    assert quarters == [0, 1, 2, 3] * (len(samples) // 4)
+    assert quarters == [0, 1, 2, 3] * (len(samples.draws) // 4)

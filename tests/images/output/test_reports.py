@@ -125,7 +125,7 @@ def test_validation_loss_is_the_unweighted_mean_over_all_noises_of_all_held_out_
     """One sample at a time, its min-SNR weight divided out; batches of three leave a smaller one at the end."""
     training_data, loss, denoiser = exact_steps.setting(model, None, "--train_batch_size", "3")
     samples, expected = ValidationSamples(training_data), []
-    assert len(samples) == 4 * len(training_data.held_out) == 8
+    assert len(samples.draws) == 4 * len(training_data.held_out) == 8
     for sample in map(samples.__getitem__, samples.draws):
         with torch.no_grad():
             weighted = loss(denoiser.eval(), collate([sample]))

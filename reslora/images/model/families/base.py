@@ -20,7 +20,7 @@ from ....export import KOHYA_FILE
 FLOW = {"resolution": 512, "num_inference_steps": 28, "weighting_scheme": "none", "max_sequence_length": 512}
 """Defaults of options that most flow-matching families have in common."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""The projections of image and text in the joint attention of Flux and Stable Diffusion 3."""
+"""The projections of the image, and then of the text, in the joint attention of Flux and Stable Diffusion 3."""
 Text = Mapping[str, torch.Tensor | list[torch.Tensor]]
 """Text states by name, batch first: a tensor, or a list if captions differ in length."""
 
@@ -219,6 +219,10 @@ class Family:
         """Return the denoiser's prediction in the shape of `noisy`, for the objective."""
         return output[0]
 
+    def own_tokens(self, output: tuple, noisy: torch.Tensor) -> torch.Tensor:
+        """Return the output for the tokens of the noisy latents, without those of a reference image, which follow."""
+        return output[0][:, : math.prod(noisy.shape[2:]) // self.latents_per_token]
+
     def original_name(self, config: Mapping, name: str) -> str | None:
         """Return a denoiser layer's name in the model's own code, which ComfyUI uses; None if it has none."""
         if not self.original:
@@ -257,7 +261,7 @@ class Family:
         """
         arguments = {"states": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
         found: dict[str, Any] = {arguments[name]: value for name, value in text.items()}
-        for name, value in dict[str, Any](negative).items():
+        for name, value in () if self.takes_guidance else dict[str, Any](negative).items():
             states = found[arguments[name]]
             found[f"negative_{arguments[name]}"] = value.to(states).expand_as(states)
         return found

@@ -5,8 +5,9 @@ from typing import ClassVar
 import torch
 from diffusers import ChromaPipeline, ChromaTransformer2DModel
 
+from .base import Family
 from .flux import ORIGINAL, Flux
-from .qwen_autoencoder import padded_inputs, side_by_side, without_padding
+from .qwen_autoencoder import padded_inputs, prompt_inputs, without_padding
 
 APPROXIMATED = ("time_text_embed", "norm")
 
@@ -38,6 +39,7 @@ class Chroma(Flux):
     published: ClassVar = {}
     derived = True
     version = ("chroma", "chroma")
+    model_version = Family.model_version  # one model, unlike Flux.1
     marks = ("chroma",)
     text_names: ClassVar = {}
     defaults: ClassVar = {**Flux.defaults, "guidance_scale": 5.0, "num_inference_steps": 35}
@@ -57,34 +59,14 @@ class Chroma(Flux):
         states, mask = padded_inputs(conditions.text["states"])
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(batch, height * width // self.latents_per_token)], dim=1)
-        return {
-            "hidden_states": ChromaPipeline._pack_latents(noisy, *noisy.shape),
-            "timestep": timesteps / 1000,
-            "encoder_hidden_states": states,
-            "txt_ids": torch.zeros(states.shape[1], 3, device=noisy.device, dtype=noisy.dtype),
-            "img_ids": ChromaPipeline._prepare_latent_image_ids(
-                batch, height // 2, width // 2, noisy.device, noisy.dtype
-            ),
-            "attention_mask": mask,
-        }  # fmt: skip
+        return self.packed_inputs(noisy, timesteps, states) | {"attention_mask": mask}
 
     def sampling_inputs(self, pipeline, text, negative, empty):
         """Return text states of the captions and of the negative prompt, with boolean masks.
 
         Attention would add floating-point masks to its logits instead.
         """
-        states, mask = side_by_side(text["states"])
-        others, others_mask = side_by_side([negative["states"][0]] * len(states))
-        return {
-            "prompt_embeds": states,
-            "prompt_attention_mask": mask,
-            "negative_prompt_embeds": others,
-            "negative_prompt_attention_mask": others_mask,
-        }
-
-    def model_version(self, config, predicts_v):
-        """Return the two names of Chroma."""
-        return self.version
+        return prompt_inputs(text, negative, mask="prompt_attention_mask")
 
 
 FAMILY = Chroma()

@@ -72,28 +72,30 @@ class Flux(Family):
         pooled = pipeline._get_clip_prompt_embeds(captions, device=pipeline.text_encoder.device)
         return {"states": frozen["states"], "pooled": pooled}
 
+    def packed_inputs(self, noisy, timesteps, states, **more):
+        """Return packed latents, timesteps in [0, 1], `more`, text states, and position ids of text and image."""
+        batch, _, height, width = noisy.shape
+        where = {"device": noisy.device, "dtype": noisy.dtype}
+        return {
+            "hidden_states": self.pipeline._pack_latents(noisy, *noisy.shape),
+            "timestep": timesteps / 1000,
+            **more,
+            "encoder_hidden_states": states,
+            "txt_ids": torch.zeros(states.shape[1], 3, **where),
+            "img_ids": self.pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, **where),
+        }
+
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
         """Return packed latents, timesteps in [0, 1], text states, pooled states, position ids, and the guidance."""
-        batch, _, height, width = noisy.shape
-        states, device = conditions.text["states"], noisy.device
-        guidance = torch.full((batch,), conditions.guidance, device=device) if config.guidance_embeds else None
-        return {
-            "hidden_states": FluxPipeline._pack_latents(noisy, *noisy.shape),
-            "timestep": timesteps / 1000,
-            "guidance": guidance,
-            "pooled_projections": conditions.text["pooled"],
-            "encoder_hidden_states": states,
-            "txt_ids": torch.zeros(states.shape[1], 3, device=device, dtype=noisy.dtype),
-            "img_ids": FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, noisy.dtype),
-        }
+        text, guidance = conditions.text, None
+        if config.guidance_embeds:
+            guidance = torch.full((len(noisy),), conditions.guidance, device=noisy.device)
+        more = {"guidance": guidance, "pooled_projections": text["pooled"]}
+        return self.packed_inputs(noisy, timesteps, text["states"], **more)
 
     def prediction(self, output, noisy):
         """Return the unpacked velocity."""
-        return FluxPipeline._unpack_latents(output[0], *noisy.shape[2:], vae_scale_factor=1)
-
-    def sampling_inputs(self, pipeline, text, negative, empty):
-        """Return text states and pooled states; a negative prompt has no effect on distilled guidance."""
-        return {"prompt_embeds": text["states"], "pooled_prompt_embeds": text["pooled"]}
+        return self.pipeline._unpack_latents(self.own_tokens(output, noisy), *noisy.shape[2:], vae_scale_factor=1)
 
     def model_version(self, config, predicts_v):
         """Return the two names of Flux.1 dev, or of schnell if the denoiser has no guidance embedding."""

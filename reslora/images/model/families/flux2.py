@@ -6,6 +6,7 @@ import torch
 from diffusers import Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
+from .base import Family
 from .flux2_klein import ORIGINAL, Flux2Klein
 
 
@@ -26,7 +27,8 @@ class Flux2(Flux2Klein):
     published: ClassVar = {"guidance_embeds": True}
     one_size = True
     version = ("flux2_dev", "flux-2-dev")
-    marks = ("flux2_dev", "flux-2-dev")
+    model_version = Family.model_version  # one size, unlike klein
+    marks = version
 
     def token_counts(self, pipeline, tokenizer, captions):
         """Return the number of tokens of each caption in the chat template, with those of the system message."""
@@ -40,14 +42,6 @@ class Flux2(Flux2Klein):
         if config.guidance_embeds:
             inputs["guidance"] = torch.full((len(noisy),), conditions.guidance, device=noisy.device)
         return inputs
-
-    def sampling_inputs(self, pipeline, text, negative, empty):
-        """Return text states; a negative prompt has no effect on distilled guidance."""
-        return {"prompt_embeds": text["states"]}
-
-    def model_version(self, config, predicts_v):
-        """Return the two names of FLUX.2 dev, which has one size."""
-        return self.version
 
 
 FAMILY = Flux2()

@@ -26,11 +26,6 @@ class FluxKontext(Flux):
         reference_ids = torch.cat([torch.ones_like(ids[:, :1]), ids[:, 1:]], 1)
         return inputs | {"hidden_states": both, "img_ids": torch.cat([ids, reference_ids])}
 
-    def prediction(self, output, noisy):
-        """Return the unpacked velocity of the image's tokens, without those of the reference."""
-        tokens = math.prod(noisy.shape[2:]) // self.latents_per_token
-        return super().prediction((output[0][:, :tokens],), noisy)
-
     def reference_inputs(self, references):
         """Return the images, and arguments with which the pipeline scales neither them nor the samples."""
         return {"image": references, "max_area": math.prod(references[0].size), "_auto_resize": False}

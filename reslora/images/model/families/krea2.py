@@ -43,7 +43,7 @@ class Krea2(WithQwenAutoencoder):
     unguided = 0.0
     original = ORIGINAL
     version = ("krea2", "krea-2")
-    marks = ("krea2", "krea-2")
+    marks = version
     defaults: ClassVar = {
         **FLOW,
         "guidance_scale": 4.5,

@@ -6,7 +6,7 @@ import torch
 from diffusers import QwenImagePipeline
 from torch.nn.utils.rnn import pad_sequence
 
-from .base import Family
+from .base import Family, Text
 
 
 class WithQwenAutoencoder(Family):
@@ -27,7 +27,8 @@ class WithQwenAutoencoder(Family):
 
     def prediction(self, output, noisy):
         """Return the unpacked velocity."""
-        return QwenImagePipeline._unpack_latents(output[0], *noisy.shape[2:], vae_scale_factor=1).squeeze(2)
+        tokens = self.own_tokens(output, noisy)
+        return QwenImagePipeline._unpack_latents(tokens, *noisy.shape[2:], vae_scale_factor=1).squeeze(2)
 
 
 def packed(noisy: torch.Tensor) -> torch.Tensor:
@@ -51,6 +52,18 @@ def side_by_side(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Te
     padded = pad_sequence(list(states), batch_first=True)
     lengths = torch.tensor([len(own) for own in states])
     return padded, (torch.arange(padded.shape[1]) < lengths[:, None]).to(padded.device)
+
+
+def prompt_inputs(text: Text, negative: Text, mask: str = "prompt_embeds_mask") -> dict:
+    """Return a pipeline's arguments for the text states of captions and negative prompts, with masks of their padding.
+
+    A single negative prompt is that of all captions. `mask`: the name of the argument for the captions' mask.
+    """
+    captions, others = list(text["states"]), list(negative["states"])
+    found: dict[str, torch.Tensor] = {}
+    for prefix, states in (("", captions), ("negative_", others * (len(captions) // len(others)))):
+        found[f"{prefix}prompt_embeds"], found[prefix + mask] = side_by_side(states)
+    return found
 
 
 def padded_inputs(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:

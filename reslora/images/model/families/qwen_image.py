@@ -4,8 +4,8 @@ from typing import ClassVar
 
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
-from .base import FLOW
-from .qwen_autoencoder import WithQwenAutoencoder, packed, padded_inputs, side_by_side, without_padding
+from .base import ATTENTION, FLOW
+from .qwen_autoencoder import WithQwenAutoencoder, packed, padded_inputs, prompt_inputs, without_padding
 
 
 class QwenImage(WithQwenAutoencoder):
@@ -16,14 +16,14 @@ class QwenImage(WithQwenAutoencoder):
     denoiser_class = QwenImageTransformer2DModel
     guidance = "true_cfg_scale"
     version = ("qwen_image", "qwen-image")
-    marks = ("qwen_image", "qwen-image")
+    marks = version
     one_size = True
     unread = ("attn.to_add_out", "txt_mlp")  # the text stream's last output
     defaults: ClassVar = {
         **FLOW,
         "num_inference_steps": 50,
         "guidance_scale": 4.0,
-        "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+        "target_modules": [*ATTENTION[:4]],
     }
 
     def token_counts(self, pipeline, tokenizer, captions):
@@ -53,15 +53,8 @@ class QwenImage(WithQwenAutoencoder):
 
     def sampling_inputs(self, pipeline, text, negative, empty):
         """Return text states of the captions and of the negative prompt, which guidance requires."""
-        states, mask = side_by_side(text["states"])
-        others, others_mask = side_by_side([negative["states"][0]] * len(states))
-        return {
-            "prompt_embeds": states,
-            "prompt_embeds_mask": mask,
-            "negative_prompt_embeds": others,
-            "negative_prompt_embeds_mask": others_mask,
-            "max_sequence_length": pipeline.tokenizer_max_length,  # the length at which the pipeline truncates them
-        }
+        # the length at which the pipeline truncates them
+        return prompt_inputs(text, negative) | {"max_sequence_length": pipeline.tokenizer_max_length}
 
 
 FAMILY = QwenImage()

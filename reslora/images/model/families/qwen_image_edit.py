@@ -1,13 +1,12 @@
 """Qwen-Image-Edit: Qwen-Image, whose text encoder and transformer both read a reference image."""
 
-import math
 from typing import ClassVar
 
 import torch
 from diffusers import QwenImageEditPipeline, QwenImagePipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 
-from .qwen_autoencoder import packed, side_by_side, without_padding
+from .qwen_autoencoder import packed, without_padding
 from .qwen_image import QwenImage
 
 AREA = 1024 * 1024  # of the reference image in pixels, whatever the size of the sample: the pipeline's own
@@ -53,20 +52,9 @@ class QwenImageEdit(QwenImage):
             "img_shapes": [[*shapes, shape] for shapes in inputs["img_shapes"]],
         }
 
-    def prediction(self, output, noisy):
-        """Return the unpacked velocity of the image's tokens, without those of the reference."""
-        tokens = math.prod(noisy.shape[2:]) // self.latents_per_token
-        return super().prediction((output[0][:, :tokens],), noisy)
-
     def reference_inputs(self, references):
         """Return the images, which the pipeline scales to their own size."""
         return {"image": references}
-
-    def sampling_inputs(self, pipeline, text, negative, empty):
-        """Return text states of the captions, and of the negative prompt with each caption's reference image."""
-        inputs = super().sampling_inputs(pipeline, text, negative, empty)
-        others, others_mask = side_by_side(negative["states"])
-        return inputs | {"negative_prompt_embeds": others, "negative_prompt_embeds_mask": others_mask}
 
 
 FAMILY = QwenImageEdit()

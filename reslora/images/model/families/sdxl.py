@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from .base import Part
+from .base import ATTENTION, Part
 from .unet import WithUNet
 
 
@@ -40,7 +40,7 @@ class StableDiffusionXL(WithUNet):
         "resolution": 1024,
         "num_inference_steps": 30,
         "guidance_scale": 5.0,
-        "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+        "target_modules": [*ATTENTION[:4]],
     }
 
     def unfit(self, parts):

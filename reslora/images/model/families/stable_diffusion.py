@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from diffusers import StableDiffusionPipeline
 
-from .base import Part
+from .base import ATTENTION, Part
 from .unet import WithUNet
 
 
@@ -22,7 +22,7 @@ class StableDiffusion(WithUNet):
         "resolution": 512,
         "num_inference_steps": 30,
         "guidance_scale": 7.5,
-        "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+        "target_modules": [*ATTENTION[:4]],
     }
 
     def encode_trained(self, pipeline, captions, frozen):
