@@ -61,13 +61,14 @@ def print_estimate(
 ) -> None:
     """Print an estimate of the experiment's remaining time; the arguments are those of `ExperimentStudy.estimate`."""
     left = sum(not schedule.ended(arm) for arm in schedule.arms())
+    trained = sum(not schedule.ended(arm) for arm in schedule.trained_arms())
     compared = min(len(schedule.arms()), len(schedule.labels) * len(schedule.seeds))
     at_once = min(left, schedule.grid.base.experiment.arms_at_once or 1)
     times = [
         count * seconds / at_once
-        for count, seconds in ((left, start + steps * step), (left, measuring), (compared, test))
+        for count, seconds in ((left, start), (trained, steps * step), (left, measuring), (compared, test))
     ]
-    training, measured, tested = map(duration, times)
+    training, measured, tested = map(duration, (times[0] + times[1], *times[2:]))
     parts = f"{training} of training, {measured} of measurements, {tested} of tests and exports"
     memory = peak_memory(device)
     used = f"; so far {memory / 2**30:.2f} GiB" if memory else ""

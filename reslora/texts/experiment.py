@@ -23,7 +23,7 @@ import torch
 from peft import PeftModel
 
 from ..errors import InvalidArgument
-from ..experiment.arms import Arm
+from ..experiment.arms import Arm, check_evaluations
 from ..experiment.record import Facts, facts_of, read_experiment
 from ..experiment.report import About
 from ..experiment.runner import run_experiment
@@ -42,6 +42,7 @@ from ..runtime.processes import broadcast_from_main, say
 from ..runtime.signals import StopRequest
 from ..runtime.status import Status
 from ..seeds import derive
+from ..training.averaged_run import average_run
 from ..training.checkpoints import check_past, checkpoints_of, past_of, plan_resume
 from ..training.context import Context
 from ..training.loop import train_method
@@ -107,8 +108,11 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
         parts = texts.parts(plain, grid.base.experiment)
         texts.prepare(plain, parts)
         parts = dataclasses.replace(parts, trained=len(texts.rows))
-        steps, _ = schedule_of(plan_of(texts, plain, accelerator).updates, plain)
+        updates = plan_of(texts, plain, accelerator).updates
+        steps, _ = schedule_of(updates, plain)
         schedule.grid = grid.replace(**evaluations_of(grid.base.validation, steps.steps))
+        planned, _ = schedule_of(updates, options_of(schedule.arms()[0], schedule))
+        check_evaluations(grid, planned.steps, planned.validation_steps, "--eval_steps")
         schedule.estimated = bool(orders and orders.number)  # one process prints the estimate
         experiment = TextExperiment(schedule, texts, parts, context, stop, accelerator.device)
         if orders:
@@ -116,7 +120,7 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
         else:
             broadcast_from_main(lambda: prepare_folder(experiment))
             tell = functools.cache(say)  # several labels may print the same line
-            for label in schedule.labels:
+            for label in schedule.grids:
                 experiment.check_label(label, tell)
             note_settings(schedule.grid, {}, accelerator)
             every = schedule.grid.base.validation.eval_steps
@@ -271,7 +275,7 @@ class TextExperiment(ExperimentStudy):
         return {**facts_of(self.parts, LIBRARIES), "identity": self.identity | {"racing": self.schedule.racing}}
 
     def train(self, arm: Arm) -> None:
-        """Train an arm, from its latest checkpoint if it has one.
+        """Train an arm, from its latest checkpoint if it has one, or average the checkpoints of another arm.
 
         Raises `Diverged` if a loss is not finite.
         """
@@ -281,7 +285,9 @@ class TextExperiment(ExperimentStudy):
         if options.training.compile:
             torch.compiler.reset()  # torch stops compiling after a limited number of models
         try:
-            if method not in resume.finished:
+            if average := self.schedule.average_of(arm):
+                average_run(method, *average, study)
+            elif method not in resume.finished:
                 train_method(method, resume, study)
         finally:
             self.context.accelerator.free_memory()
