@@ -118,9 +118,8 @@ def averages_of_labels(grid: Grid, labels: Sequence[Label]) -> list[Label]:
     """Return a label for each of these labels and each average of --average_checkpoints, such as `lora ema:0.99`."""
     given, found = grid.base["average_checkpoints"], []
     for label, average in itertools.product(labels, averages_of(given) if given else ()):
-        place = f"{label.place}average_checkpoints-{str(average).replace(':', '-')}/"
-        own = {"name": f"{label.name} {average}", "place": place, "average": average, "source": label.name}
-        found.append(dataclasses.replace(label, **own))
+        name, place = f"{label.name} {average}", f"{label.place}average_checkpoints-{str(average).replace(':', '-')}/"
+        found.append(dataclasses.replace(label, name=name, place=place, average=average, source=label.name))
     return found
 
 

@@ -448,7 +448,8 @@ class ArmSchedule:
         """Return what `experiment.json` stores about an arm."""
         adapter, ended, folder = self.options_of(arm).adapter, self.ended(arm), self.folder_of(arm)
         label, rows = self.labels[arm.label], read_log(folder / "log.jsonl")
-        method, last = label.method, rows[-1] if rows else {"step": 0, "seconds": 0.0}
+        method: str = label.method
+        last: dict = rows[-1] if rows else {"step": 0, "seconds": 0.0}
         found: record.Arm = {
             "label": arm.label,
             "method": method,

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from launching import forked
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import train_glue
@@ -346,6 +347,29 @@ def test_a_race_stops_a_run_early_and_says_so(common, tmp_path, capsys):
     before = times(tmp_path / "out")
     assert run(*own) == 0 and times(tmp_path / "out").items() >= before.items()
     assert run(*own, "--racing", "False") == 2 and "was begun with racing" in capsys.readouterr().err
+
+
+@pytest.mark.exhaustive
+def test_averages_are_means_of_the_runs_adapters(common, whole, tmp_path):
+    """Added to an experiment that is finished, of which no arm is trained again."""
+    output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
+    before, own = times(output), ("--seed", "42", "7", "--merge_and_save", "--average_checkpoints", "last:2")
+    assert run(*common, *EXPERIMENT, *own, "--output_dir", output) == 0
+    found, after = record(output), times(output)
+    assert before.items() <= after.items() and len(found["arms"]) == 6 + 4
+    for label in ("lora", "reslora"):
+        average, chosen = f"{label} last:2", found["chosen"]
+        assert (chosen[average]["learning_rate"], chosen[average]["step"]) == (chosen[label]["learning_rate"], 2)
+        place = f"lr-{chosen[label]['learning_rate']:g}/seed-42/adapters"
+        mean, *saved = (
+            load_file(next((output / label / folder).glob("*.safetensors")))
+            for folder in (
+                f"average_checkpoints-last-2/{place}/step-000002",
+                *(f"{place}/step-{n:06d}" for n in (1, 2)),
+            )
+        )
+        for key in [key for key in mean if "lora_" in key]:
+            assert torch.equal(mean[key], ((saved[0][key].double() + saved[1][key].double()) / 2).float())
 
 
 @pytest.mark.exhaustive
