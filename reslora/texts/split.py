@@ -44,7 +44,8 @@ class Parts(Generic[T]):
     def __str__(self) -> str:
         numbers = f"{self.trained} to train on, {len(self.select)} to choose by ({self.files[0]})"
         numbers += f", {len(self.test)} to compare by ({self.files[1]})"
-        return f"examples: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
+        duplicates = pluralize(self.duplicates, "near-duplicate")
+        return f"examples: {numbers}; {duplicates}, none in another part than what it repeats"
 
     @property
     def test_ids(self) -> list[str]:

@@ -59,7 +59,8 @@ class Parts:
 
     def __str__(self) -> str:
         numbers = f"{self.trained} to train on, {len(self.select)} to choose by, {len(self.test)} to compare by"
-        return f"images: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
+        duplicates = pluralize(self.duplicates, "near-duplicate")
+        return f"images: {numbers}; {duplicates}, none in another part than what it repeats"
 
 
 def parts_of(
