@@ -15,6 +15,9 @@ from ..io import read_object, write_json
 from ..runtime.peak_memory import peak_memory
 from ..runtime.processes import broadcast_from_main
 from ..runtime.signals import StopRequest
+from ..training.loop import take_step
+from ..training.state import Learner
+from ..training.study import Study
 from .arms import Arm
 from .hashed_split import too_few
 from .record import Facts, Parts, TestLosses
@@ -42,6 +45,17 @@ def timing(batches: Generator, a_step: int, timed: Callable[[float], None] | Non
                     # a median, because a checkpoint or a measurement may follow a step
                     timed(statistics.median(end - begin for begin, end in itertools.pairwise(times[1:])))
             yield batch
+
+
+def time_steps(learner: Learner, study: Study) -> float:
+    """Train the first steps, and return the median time in seconds of those after the first one, which may compile."""
+    times = []
+    with contextlib.closing(study.batches(range(2 + TIMED_STEPS))) as batches:
+        for _ in range(1 + TIMED_STEPS):
+            began = time.monotonic()
+            take_step(learner, batches, study).item()
+            times.append(time.monotonic() - began)
+    return statistics.median(times[1:])
 
 
 def race(arm: Arm, schedule: ArmSchedule) -> None:

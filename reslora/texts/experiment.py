@@ -33,7 +33,7 @@ from ..experiment.worker_pool import Orders
 from ..io import read_object, remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter
 from ..options.grid import Grid
-from ..options.texts import T, TextOptions, ValidationOptions
+from ..options.texts import T, TextOptions
 from ..options.unused import report_unread_by_methods
 from ..options.values import refuse_other_value
 from ..runtime.checkpoint_folders import ADAPTERS, EXPORTED, EXPORTS, adapter_folder
@@ -55,9 +55,8 @@ from .plan import show_plan
 from .results import as_plain, export
 from .run import begin, identity_of, run
 from .split import Parts
-from .study import Texts, TextStudy, plan_of, schedule_of
+from .study import Texts, TextStudy, evaluations_of, expected_times, plan_of, schedule_of
 
-MAX_EVALUATIONS = 10
 LEAST_LOSS = 1e-12  # the statistics need losses above zero, but the loss of a confident prediction can round to zero
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 CHANGING = ("method", "learning_rate", "seed")  # options to which an experiment can add values
@@ -141,12 +140,6 @@ def options_of(arm: Arm, schedule: ArmSchedule) -> Any:
     limit = options.output.checkpoints_total_limit or 1
     own = {"output_dir": str(folder), "save_total_limit": limit, "resume_from_checkpoint": "latest"}
     return checked(options.replace(**own))
-
-
-def evaluations_of(validation: ValidationOptions, steps: int) -> dict[str, Any]:
-    """Return options to evaluate every --eval_steps, or MAX_EVALUATIONS times, if --eval_strategy is `no`."""
-    every = validation.eval_steps or math.ceil(steps / MAX_EVALUATIONS)
-    return {"eval_strategy": "steps", "eval_steps": every} if validation.eval_strategy == "no" else {}
 
 
 def prepare_folder(experiment: TextExperiment) -> None:
@@ -297,12 +290,8 @@ class TextExperiment(ExperimentStudy):
 
         `began`: when the arm was started, in seconds of `time.monotonic`.
         """
-        # A backward pass takes as long as two forward passes.
-        an_example = step / (3 * options.training.train_batch_size * options.training.gradient_accumulation_steps)
-        measurement, test = (an_example * len(part) for part in (self.parts.select, self.parts.test))
-        looks = math.ceil(schedule.steps / schedule.validation_steps)
         start = max(0.0, time.monotonic() - began - (1 + TIMED_STEPS) * step)
-        self.estimate(schedule.steps, step, start, measurement * looks, test)
+        self.estimate(schedule.steps, step, start, *expected_times(options.training, schedule, self.parts, step))
 
     def restored(self, arm: Arm, step: int, into: Path | None = None) -> PeftModel:
         """Return the model with the adapter that an arm has saved at a step, merged as for an export.

@@ -423,6 +423,17 @@ def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, 
     assert "; examples: 5 to train on, 3 to choose by" in capsys.readouterr().out
 
 
+def test_a_plan_times_the_first_steps_and_writes_nothing(common, tmp_path, capsys):
+    """With --eval_strategy no, an experiment evaluates its runs all the same."""
+    flags = ("--method", "lora", "reslora", "--learning_rate", "1e-3", "--seed", "0", "1", "--eval_strategy", "no")
+    assert run(*common, *flags, "--output_dir", tmp_path / "out", "--plan") == 0
+    runs, steps, memory, estimate = capsys.readouterr().out.splitlines()[-4:]
+    assert runs == "4 arms" and memory.startswith("about 0.")
+    start = "2 steps, 3 steps in an epoch of 12 examples; 2 evaluations, and a checkpoint every "
+    assert steps.startswith(start) and estimate.startswith("estimate: ") and " for 4 runs (" in estimate
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
     """Where a share decides: a file of the task and a limit take as many as they do."""
 
