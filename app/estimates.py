@@ -60,7 +60,7 @@ def methods_of(found: Options | Grid[Options]) -> list[str]:
     if not isinstance(found, Grid):
         return found.adapter.method
     schedule = ArmSchedule(found)
-    return [schedule.labels[arm.label].method for arm in schedule.arms()]
+    return [schedule.labels[arm.label].method for arm in schedule.trained_arms()]
 
 
 def seconds_a_step(run: Run, options: Options) -> tuple[str, dict[str, float]] | None:

@@ -1,8 +1,9 @@
 """The arms of an experiment and their order of training, as functions of options and results.
 
 An arm is a method with a learning rate and a seed. If options such as the rank vary, each combination of a method with
-their values is compared like a method of its own (`Label`), and "method" below means such a combination. The order does
-not depend on a time limit, so that an experiment without a limit can resume a limited one:
+their values is compared like a method of its own (`Label`), and "method" below means such a combination. So is each
+average of --average_checkpoints: its arms are not trained, but average the adapters that an arm of another method has
+saved. The order does not depend on a time limit, so that an experiment without a limit can resume a limited one:
 
 1. The first seed at all learning rates and methods. The learning rates go from coarse to fine, starting in the middle;
 each is trained with every method before the next one. So whenever the experiment ends, the numbers of learning rates
@@ -11,11 +12,13 @@ that two methods have tried differ by at most one.
 2. The other seeds that choose learning rates, one after the other, at NEAR learning rates of each method: first the one
 that is best with the first seed, then the nearest ones. Afterwards the same seeds at all other learning rates.
 
-3. The seeds that do not choose learning rates, one after the other, at each method's chosen learning rate.
+3. The seeds that do not choose learning rates, one after the other, at each method's chosen learning rate. The averages
+of a seed follow after its other arms.
 
 If the learning rates race (`racing.py`), `ArmSchedule.race_order` takes the place of 1 and 2.
 """
 
+import dataclasses
 import itertools
 import math
 import os
@@ -25,8 +28,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InvalidArgument
+from ..formatting import pluralize
 from ..methods.registry import METHODS
 from ..options.argument_parser import did_you_mean
+from ..options.averages import Average, averages_of
 from ..options.grid import Grid, O
 from ..options.optimizers import named
 from ..options.values import as_typed
@@ -58,11 +63,15 @@ class Label:
     pre_num: int | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     """Values of the other options that vary, by the name common to all scripts."""
+    average: Average | None = None
+    """The average of checkpoints that is compared; None if single checkpoints are."""
+    source: str = ""
+    """Name of the label whose checkpoints are averaged; empty without `average`."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run of an experiment."""
+    """One training run of an experiment, or an average of its checkpoints."""
 
     label: str
     rate: float
@@ -104,6 +113,29 @@ def labels_of(grid: Grid) -> list[Label]:
                         there = place + "".join(f"{option}-{value}/" for option, value in own.items())
                         found.append(Label(whole, method, rank, shortcut, there, pre_num, values))
     return found
+
+
+def averages_of_labels(grid: Grid, labels: Sequence[Label]) -> list[Label]:
+    """Return a label for each of these labels and each average of --average_checkpoints, such as `lora ema:0.99`."""
+    given, found = grid.base["average_checkpoints"], []
+    for label, average in itertools.product(labels, averages_of(given) if given else ()):
+        name, place = f"{label.name} {average}", f"{label.place}average_checkpoints-{str(average).replace(':', '-')}/"
+        found.append(dataclasses.replace(label, name=name, place=place, average=average, source=label.name))
+    return found
+
+
+def check_evaluations(grid: Grid, steps: int, every: int, flag: str) -> None:
+    """Raise `InvalidArgument` if runs are evaluated less often than an average of --average_checkpoints needs.
+
+    `steps`: number of training steps. `every`: steps between evaluations. `flag`: the option that sets `every`.
+    """
+    if not (given := grid.base["average_checkpoints"]):
+        return
+    count, least = math.ceil(steps / every), max(average.least for average in averages_of(given))
+    if count < least:
+        problem = f"averages {least} or more evaluated checkpoints, and a run of {steps} steps is evaluated"
+        fix = f"give {flag} {steps // least}" if steps >= least else "train for more steps"
+        raise InvalidArgument(f"--average_checkpoints {given}", f"{problem} {pluralize(count, 'time')}", fix)
 
 
 def others_of(grid: Grid, method: str) -> list[dict[str, Any]]:
@@ -151,7 +183,7 @@ def references_of(grid: Grid, labels: Sequence[Label]) -> list[str]:
     """Return the combinations with which others are compared: the reference, or all those of the reference method."""
     reference = reference_of(grid, labels)
     own = [label.name for label in labels if label.name == reference]
-    return own or [label.name for label in labels if label.method == reference]
+    return own or [label.name for label in labels if label.method == reference and not label.average]
 
 
 def shortcut_in_words(shortcut: str | None, pre_num: int, scale: str = "sum", decay: float | None = None) -> str:
@@ -191,13 +223,13 @@ def check_values(grid: Grid) -> None:
             problem = f"nothing of --method {' '.join(grid.methods)} reads several"
             fix = "add reslora with --shortcut block or middle, or give one"
             raise InvalidArgument(f"{grid.flag(name)} {as_typed(grid.varied[name])}", problem, fix)
-    experiment = grid.base.experiment
-    names = [label.name for label in labels]
+    experiment, compared = grid.base.experiment, [*labels, *averages_of_labels(grid, labels)]
+    names = [label.name for label in compared]
     known = dict.fromkeys([*names, *grid.methods])
     if experiment.reference and experiment.reference not in known:
         problem = f"is not compared here{did_you_mean(experiment.reference, known)}"
         raise InvalidArgument(f"--reference {experiment.reference}", problem, f"give one of {', '.join(known)}")
-    claimed, references = experiment.claim, references_of(grid, labels)
+    claimed, references = experiment.claim, references_of(grid, compared)
     if experiment.claim_margin is not None and not claimed:
         raise InvalidArgument(f"--claim_margin {experiment.claim_margin:g}", "there is no claim", "add --claim NAME")
     if claimed and (claimed not in names or not references or claimed == references[0]):

@@ -60,6 +60,8 @@ class Arm(TypedDict):
     rank: int
     values: NotRequired[dict[str, Any]]
     """Values of the other options that vary."""
+    average_of: NotRequired[str]
+    """Label whose checkpoints the arm averages; such an arm is not trained, and `seconds` is 0."""
     shortcut: str | None
     """Shortcut and number of blocks, such as `block(4)`; None without shortcuts."""
     folder: str
@@ -199,6 +201,8 @@ class Best(TypedDict):
     """Step of the chosen checkpoint, from which `files` were made."""
     options: NotRequired[dict[str, Any]]
     """The method and the values of the options that vary."""
+    average: NotRequired[str]
+    """Which average of checkpoints was exported, such as `ema:0.99`, if it is one."""
     files: list[str]
     """Names of files to use directly, with strength 1 and without training state."""
 

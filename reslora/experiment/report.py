@@ -242,6 +242,9 @@ def what_to_use(experiment: Experiment, about: About) -> str:
             f"<p>These files have not seen the {about.unit}s that choose and compare. To train the same on all "
             f"{about.unit}s:</p>{copied(command)}"
         )
+    elif average := best.get("average"):
+        option = f"--average_checkpoints {average}"
+        found += f"<p>A single run makes such an average with {escape(option)} and --save_best.</p>"
     return found
 
 
@@ -263,7 +266,7 @@ def certainty(experiment: Experiment, label: str, unit: str) -> str:
 
 def command_of(best: Best, folder: Path, about: About) -> str:
     """Return the command that repeats the best run on all data; empty if there is none."""
-    if not about.script or "options" not in best:
+    if not about.script or "options" not in best or "average" in best:
         return ""
     words = ["accelerate", "launch", about.script, "--config", str(folder / "config.json")]
     for name, value in best["options"].items():

@@ -260,8 +260,9 @@ class Results:
         if not experiment.claim:
             return before
         kinds = {name: (label.rank, label.values) for name, label in schedule.labels.items()}
+        source = schedule.labels[experiment.claim].source
         now = record.Stated(
-            label=experiment.claim, reference=partner_of(experiment.claim, schedule.references, kinds),
+            label=experiment.claim, reference=source or partner_of(experiment.claim, schedule.references, kinds),
             margin=experiment.claim_margin or 0.0, sha256=schedule.grid.claim_sha256,
             ended=sum(bool(schedule.ended(arm)) for arm in schedule.arms()), readings=self.readings,
         )  # fmt: skip
@@ -276,9 +277,14 @@ class Results:
                     f"{grid.base.option(name).name} varies: runs of a seed do not share {unshared}. Test losses are "
                     "comparable; differences need more seeds to be significant"
                 )
-        for name, label in self.schedule.labels.items():
-            if (own := rates_of(grid, label)) != self.schedule.given:
+        for name in self.schedule.grids:
+            if (own := rates_of(grid, self.schedule.labels[name])) != self.schedule.given:
                 yield f"{name}: trained at the optimizer's own learning rate, {own[0]:g}, not at --learning_rate"
+        if averages := grid.base["average_checkpoints"]:
+            yield (
+                f"{averages.replace(',', ', ')}: averages of a run's evaluated checkpoints, at the learning rate that "
+                "is chosen without them; their step is chosen like that of any method"
+            )
 
     def afterwards(self, losses: Losses, trained: Sequence[Arm]) -> Iterator[str]:
         """Yield notes for the reader of the results; `trained`: the arms at the chosen learning rates."""
@@ -298,7 +304,7 @@ class Results:
         endings = map(schedule.ended, arms)
         yield from (ended["reason"] for ended in endings if ended.get("status") == "failed" and ended["reason"])
         waiting = {arm.label for arm in arms if arm not in losses}
-        for label in schedule.labels:
+        for label in schedule.grids:
             if label not in {*waiting, *self.chosen}:
                 problem = "at no learning rate did all seeds end well, so none is chosen"
                 slow = f" (or none was measured within {seconds:.3g} s)" if seconds else ""
@@ -339,7 +345,10 @@ class Results:
         options, varied = self.schedule.options_of(best), self.schedule.grid.varied
         names = [name for name, option in options.table().items() if option.attribute in varied]
         own = {"method": self.schedule.labels[label].method} | {name: options[name] for name in names}
-        return record.Best(
+        found = record.Best(
             label=label, learning_rate=best.rate, seed=best.seed, folder=self.schedule.name_of(best),
             step=self.step_of(best), files=files, options=own,
         )  # fmt: skip
+        if average := self.schedule.labels[label].average:
+            found["average"] = str(average)
+        return found

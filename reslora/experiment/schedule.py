@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidArgument, refused_as
+from ..formatting import pluralize
 from ..io import read_object, write_json
 from ..methods.registry import METHODS
+from ..options.averages import Average
 from ..options.grid import Grid
 from ..runtime.checkpoint_folders import ADAPTERS, numbered, step_of
 from ..runtime.log import of_split, read_log
@@ -25,6 +27,7 @@ from .arms import (
     Label,
     Losses,
     arms_by_rate,
+    averages_of_labels,
     choosing_of,
     coarse_to_fine,
     continued,
@@ -70,18 +73,17 @@ class ArmSchedule:
     """Whether `ExperimentStudy.estimate` has printed the expected time, or another process does so."""
 
     def __post_init__(self) -> None:
-        self.labels = {label.name: label for label in labels_of(self.grid)}
+        trained = labels_of(self.grid)
+        self.labels = {label.name: label for label in [*trained, *averages_of_labels(self.grid, trained)]}
         self.seeds: list[int] = self.grid.values("seed")
         self.given: list[float] = sorted(self.grid.rates)
+        self.grids = {label.name: continued(rates_of(self.grid, label), self.rates_there(label)) for label in trained}
         self.choosing = choosing_of(self.seeds, len(self.given))
         self.begun_with: bool | None = racing_there(self.folder)
         self.racing: bool = self.races() if self.begun_with is None else self.begun_with
         self.chosen_rates: dict[tuple, float | None] = {}
         self.lowest: dict[Arm, float] = {}
         self.reference = reference_of(self.grid, list(self.labels.values()))
-        self.grids = {
-            name: continued(rates_of(self.grid, label), self.rates_there(label)) for name, label in self.labels.items()
-        }
 
     @property
     def folder(self) -> Path:
@@ -91,7 +93,7 @@ class ArmSchedule:
     def races(self) -> bool:
         """Return whether a new experiment with these options stops clearly worse learning rates early (`racing.py`)."""
         experiment = self.grid.base.experiment
-        fits = (experiment.arms_at_once or 1) <= len(self.labels)
+        fits = (experiment.arms_at_once or 1) <= len(self.grids)
         return fits if experiment.racing is None else experiment.racing
 
     @property
@@ -134,12 +136,41 @@ class ArmSchedule:
         return options_of(self.grid, self.labels[arm.label], arm.rate, arm.seed)
 
     def arms(self) -> list[Arm]:
-        """Return all arms: first those whose seeds choose learning rates, then those of the other seeds.
+        """Return all arms: first those that are trained, then the averages of their checkpoints."""
+        return self.trained_arms() + self.averages()
+
+    def trained_arms(self) -> list[Arm]:
+        """Return the arms that are trained: first those whose seeds choose learning rates, then those of other seeds.
 
         The former are in order of label, learning rate and seed, and the latter in order of seed and method. Arms
         that a race has ruled out are not included.
         """
         return [arm for label in self.grids for arm in self.choosing_arms(label)] + self.other_arms()
+
+    def averages(self) -> list[Arm]:
+        """Return the arms of --average_checkpoints, in order of seed and label.
+
+        Their learning rate is the chosen one of the label whose checkpoints they average, at which all seeds are
+        trained. There are none of a label without a chosen learning rate.
+        """
+        labels = [label for label in self.labels.values() if label.average]
+        rates = {label.source: self.rate_of(label.source) for label in labels}
+        return [
+            Arm(label.name, rate, seed)
+            for seed in self.seeds
+            for label in labels
+            if (rate := rates[label.source]) is not None
+        ]
+
+    def average_of(self, arm: Arm) -> tuple[Average, Path] | None:
+        """Return an arm's average and the directory of the averaged run; None for an arm that is trained."""
+        average, source = self.labels[arm.label].average, self.source_of(arm)
+        return (average, self.folder_of(source)) if average and source else None
+
+    def source_of(self, arm: Arm) -> Arm | None:
+        """Return the arm whose checkpoints an arm averages; None for an arm that is trained."""
+        source = self.labels[arm.label].source
+        return Arm(source, arm.rate, arm.seed) if source else None
 
     def choosing_arms(self, label: str) -> list[Arm]:
         """Return a method's arms of the seeds that choose its learning rate, in order of learning rate and seed.
@@ -170,10 +201,11 @@ class ArmSchedule:
         return f"{'at most ' * may_shrink}{len(self.arms())}"
 
     def runs_in_words(self) -> str:
-        """Return how many arms there are, and how many of them choose learning rates."""
-        choosing = sum(len(self.choosing_arms(label)) for label in self.grids)
+        """Return how many arms there are, how many of them choose learning rates, and how many are not trained."""
+        choosing, averages = sum(len(self.choosing_arms(label)) for label in self.grids), len(self.averages())
         arms = f"{self.total_in_words} {'run' if len(self.arms()) == 1 else 'runs'}"
-        return f"{arms}, {choosing} to choose learning rates" if len(self.given) > 1 else arms
+        arms += f", {choosing} to choose learning rates" if len(self.given) > 1 else ""
+        return arms + (f", {pluralize(averages, 'average')} without training" if averages else "")
 
     def race(self, label: str) -> dict[float, float]:
         """Return the lowest loss at each learning rate at which the method's first seed has ended.
@@ -331,7 +363,7 @@ class ArmSchedule:
         With --extend_rates, learning rates are added to the grids first, where they are needed (`grown`).
         """
         losses = self.losses()
-        first = [arm for arm in self.arms() if arm.seed == self.seeds[0]]
+        first = [arm for arm in self.trained_arms() if arm.seed == self.seeds[0]]
         if self.grid.base.experiment.extend_rates and all(arm in losses for arm in first):
             left_out = {Arm(label, rate, self.seeds[0]): math.inf for label in self.grids for rate in self.grids[label]}
             grids = grown(self.grids, self.choosing, left_out | losses)
@@ -340,8 +372,8 @@ class ArmSchedule:
         begun = losses.keys() | self.running
         order = self.race_order(losses) if self.is_race else in_order(self.grids, self.choosing, losses)
         if all(arm in losses for arm in order):
-            order = self.other_arms()
-        todo = [arm for arm in order if arm not in begun]
+            order = sorted([*self.other_arms(), *self.averages()], key=lambda arm: self.seeds.index(arm.seed))
+        todo = [arm for arm in order if arm not in begun and self.source_of(arm) in (None, *losses)]
         return todo[0] if todo and self.has_time() else None
 
     def race_order(self, losses: Losses) -> list[Arm]:
@@ -365,7 +397,7 @@ class ArmSchedule:
 
         The arm is compared with the finished arm of its method and seed that has the lowest loss.
         """
-        if not self.is_race or arm.seed != self.seeds[0]:
+        if not self.is_race or arm.seed != self.seeds[0] or self.source_of(arm):
             return ""
         losses = {rate: loss for rate, loss in self.race(arm.label).items() if math.isfinite(loss)}
         if not losses or self.ended(arm):
@@ -400,11 +432,14 @@ class ArmSchedule:
 
     def minutes_left(self) -> float | None:
         """Return the expected minutes of the remaining arms, tests and exports; None before the first arm has ended."""
-        arms = self.arms()
-        seconds = [ended["wall_seconds"] for arm in arms if (ended := self.ended(arm))]
-        if not seconds:
+        arms, left = self.arms(), 0.0
+        trained = [ended for arm in self.trained_arms() if (ended := self.ended(arm))]
+        if not trained:
             return None
-        left = (len(arms) - len(seconds)) * sum(seconds) / len(seconds)
+        # An average is evaluated as often as the arm whose checkpoints it averages.
+        for name, kind in (("wall_seconds", self.trained_arms()), ("measuring_seconds", self.averages())):
+            to_come = sum(not self.ended(arm) for arm in kind)
+            left += to_come * sum(ended.get(name, 0.0) for ended in trained) / len(trained)
         return (left + self.seconds_to_conclude(len(arms))) / 60
 
     # -- for experiment.json -------------------------------------------------------------------------------------------
@@ -412,17 +447,16 @@ class ArmSchedule:
     def record(self, arm: Arm, test: record.TestLosses | None = None) -> record.Arm:
         """Return what `experiment.json` stores about an arm."""
         adapter, ended, folder = self.options_of(arm).adapter, self.ended(arm), self.folder_of(arm)
-        method, rows = self.labels[arm.label].method, read_log(folder / "log.jsonl")
+        label, rows = self.labels[arm.label], read_log(folder / "log.jsonl")
+        method: str = label.method
         last: dict = rows[-1] if rows else {"step": 0, "seconds": 0.0}
-        return {
+        found: record.Arm = {
             "label": arm.label,
             "method": method,
             "learning_rate": arm.rate,
             "seed": arm.seed,
             "rank": adapter.rank,
-            "values": {
-                self.grid.base.option(name).name: value for name, value in self.labels[arm.label].values.items()
-            },
+            "values": {self.grid.base.option(name).name: value for name, value in label.values.items()},
             "shortcut": shortcut_in_words(
                 adapter.shortcut, adapter.pre_num, adapter.shortcut_scale, adapter.shortcut_decay
             )
@@ -432,7 +466,7 @@ class ArmSchedule:
             "status": ended.get("status") or ("running" if arm in self.running else "waiting"),
             "reason": ended.get("reason", ""),
             "steps": last["step"],
-            "seconds": last["seconds"],
+            "seconds": 0.0 if label.average else last["seconds"],
             "wall_seconds": ended.get("wall_seconds"),
             "measuring_seconds": ended.get("measuring_seconds"),
             "memory_bytes": ended.get("memory_bytes"),
@@ -443,3 +477,6 @@ class ArmSchedule:
             },
             "test": test,
         }
+        if label.average:
+            found["average_of"] = label.source
+        return found

@@ -442,17 +442,18 @@ def compare(
 
     `reference`: a method, or one combination of a method with options that vary (`arms.Label`). If the reference method
     has several combinations, another method is compared with the one of equal rank and equal values, or else with the
-    first one; the further combinations are compared with the first one. Without the reference nothing is compared.
-    `reading`: number of evaluations on the test split. `base`: losses of the base model. Raises `ValueError` if arms
-    were evaluated on different images.
+    first one; the further combinations are compared with the first one. An average of a method's checkpoints is
+    compared with that method. Without the reference nothing is compared. `reading`: number of evaluations on the test
+    split. `base`: losses of the base model. Raises `ValueError` if arms were evaluated on different images.
     """
     judged = [arm for arm in arms if arm["test"] and is_chosen(arm, chosen)]
     kinds = {arm["label"]: (arm["rank"], arm.get("values", {})) for arm in judged}
-    of_method = dict.fromkeys(arm["label"] for arm in judged if arm["method"] == reference)
+    sources = {arm["label"]: arm["average_of"] for arm in judged if arm.get("average_of") in kinds}
+    of_method = dict.fromkeys(arm["label"] for arm in judged if arm["method"] == reference and "average_of" not in arm)
     known = [reference] if reference in kinds else list(of_method)
     if not known:
         return [], None
-    references = {label: partner_of(label, known, kinds) for label in kinds if label != known[0]}
+    references = {label: sources.get(label) or partner_of(label, known, kinds) for label in kinds if label != known[0]}
     others = [(b, a) for a, b in itertools.combinations(kinds, 2) if b != references.get(a) and a != references.get(b)]
     found = judge(arrays_of(tested(judged, chosen)), [*references.items(), *others], reading)
     said = [

@@ -15,6 +15,9 @@ from ..io import read_object, write_json
 from ..runtime.peak_memory import peak_memory
 from ..runtime.processes import broadcast_from_main
 from ..runtime.signals import StopRequest
+from ..training.loop import take_step
+from ..training.state import Learner
+from ..training.study import Study
 from .arms import Arm
 from .hashed_split import too_few
 from .record import Facts, Parts, TestLosses
@@ -44,6 +47,17 @@ def timing(batches: Generator, a_step: int, timed: Callable[[float], None] | Non
             yield batch
 
 
+def time_steps(learner: Learner, study: Study) -> float:
+    """Train the first steps, and return the median time in seconds of those after the first one, which may compile."""
+    times = []
+    with contextlib.closing(study.batches(range(2 + TIMED_STEPS))) as batches:
+        for _ in range(1 + TIMED_STEPS):
+            began = time.monotonic()
+            take_step(learner, batches, study).item()
+            times.append(time.monotonic() - began)
+    return statistics.median(times[1:])
+
+
 def race(arm: Arm, schedule: ArmSchedule) -> None:
     """Raise `StoppedEarly` in every process if an arm's measurements show that another learning rate is better."""
     if reason := broadcast_from_main(lambda: schedule.why_stop(arm)):
@@ -61,13 +75,14 @@ def print_estimate(
 ) -> None:
     """Print an estimate of the experiment's remaining time; the arguments are those of `ExperimentStudy.estimate`."""
     left = sum(not schedule.ended(arm) for arm in schedule.arms())
+    trained = sum(not schedule.ended(arm) for arm in schedule.trained_arms())
     compared = min(len(schedule.arms()), len(schedule.labels) * len(schedule.seeds))
     at_once = min(left, schedule.grid.base.experiment.arms_at_once or 1)
     times = [
         count * seconds / at_once
-        for count, seconds in ((left, start + steps * step), (left, measuring), (compared, test))
+        for count, seconds in ((left, start), (trained, steps * step), (left, measuring), (compared, test))
     ]
-    training, measured, tested = map(duration, times)
+    training, measured, tested = map(duration, (times[0] + times[1], *times[2:]))
     parts = f"{training} of training, {measured} of measurements, {tested} of tests and exports"
     memory = peak_memory(device)
     used = f"; so far {memory / 2**30:.2f} GiB" if memory else ""

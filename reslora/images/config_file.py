@@ -26,7 +26,9 @@ def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, A
             left_out = "is ignored: that run resumed from it; give the option to resume this run from it too"
             print(f"{where}: --resume_from_checkpoint {checkpoint} {left_out}", flush=True)
     several = any(len(option.several(now.get(name)) or ()) > 1 for name, option in Options.table().items())
-    of_others = OF_RUNS if several else OF_EXPERIMENTS
+    of_others = list(OF_RUNS if several else OF_EXPERIMENTS)
+    if not several and not now.get("save_best"):  # of an experiment, in which averages are methods
+        of_others.append("average_checkpoints")
     if (told := [name for name in of_others if values.get(name) and name not in given]) and speaks():
         kind = "an experiment" if several else "not an experiment"
         print(f"{where}: --{', --'.join(told)} ignored, because this is {kind}", flush=True)

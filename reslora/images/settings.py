@@ -8,7 +8,7 @@ from typing import Any
 
 from ..bundled import ASSETS
 from ..errors import InvalidArgument
-from ..experiment.arms import check_values
+from ..experiment.arms import check_evaluations, check_values
 from ..options.contradictions import check_experiment, check_no_experiment
 from ..options.files import read_file
 from ..options.grid import Grid, alpha_of, first_of
@@ -88,6 +88,8 @@ def resolve(given: Given) -> Options | Grid[Options]:
     check_values(grid)
     check_ranks(grid)
     check_batches(grid)
+    if (steps := options.training.max_train_steps) and (every := options.validation.validation_steps):
+        check_evaluations(grid, steps, every, "--validation_steps")
     return grid
 
 

@@ -55,8 +55,12 @@ class Grid(Generic[O]):
         return self.runs(*(name for name in self.varied if name not in ("learning_rate", "seed")))
 
     def run(self, method: str = "", **values: Any) -> O:
-        """Return the options of a run with these values, and with `method` as its only method if it is given."""
-        options = self.base.replace(**values, **({"method": [method]} if method else {}))
+        """Return the options of a run with these values, and with `method` as its only method if it is given.
+
+        --average_checkpoints does not apply to single runs: it adds labels to the experiment.
+        """
+        own = {"average_checkpoints": None, **values, **({"method": [method]} if method else {})}
+        options = self.base.replace(**own)
         return options.replace(lora_alpha=alpha_of(options.adapter))
 
     def flat(self) -> dict[str, Any]:

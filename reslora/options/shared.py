@@ -205,9 +205,10 @@ class SharedValidationOptions:
         needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
     average_checkpoints: str | None = shown(None,
         "after training, also average the retained checkpoints, and export an average if its validation loss is the "
-        "lowest: ema:0.99 averages all with exponentially decaying weights, last:5 the last 5; several with a comma",
+        "lowest: ema:0.99 averages all with exponentially decaying weights, last:5 the last 5; several with a comma. "
+        "In an experiment, each average is compared like a method, without further training",
         averages, metavar="ema:DECAY,last:N", needs=Need(lambda options: options.validation.save_best,
-        "add --save_best, which exports the adapter with the lowest loss"), in_experiments=CHOSEN_OVER_SEEDS)
+        "add --save_best, which exports the adapter with the lowest loss"))
     early_stopping_patience: int | None = free(None,
         "stop training a method after N validations in a row without a new lowest loss", COUNT, metavar="N",
         needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")

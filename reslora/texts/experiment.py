@@ -23,7 +23,7 @@ import torch
 from peft import PeftModel
 
 from ..errors import InvalidArgument
-from ..experiment.arms import Arm
+from ..experiment.arms import Arm, check_evaluations
 from ..experiment.record import Facts, facts_of, read_experiment
 from ..experiment.report import About
 from ..experiment.runner import run_experiment
@@ -33,7 +33,7 @@ from ..experiment.worker_pool import Orders
 from ..io import read_object, remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter
 from ..options.grid import Grid
-from ..options.texts import T, TextOptions, ValidationOptions
+from ..options.texts import T, TextOptions
 from ..options.unused import report_unread_by_methods
 from ..options.values import refuse_other_value
 from ..runtime.checkpoint_folders import ADAPTERS, EXPORTED, EXPORTS, adapter_folder
@@ -42,6 +42,7 @@ from ..runtime.processes import broadcast_from_main, say
 from ..runtime.signals import StopRequest
 from ..runtime.status import Status
 from ..seeds import derive
+from ..training.averaged_run import average_run
 from ..training.checkpoints import check_past, checkpoints_of, past_of, plan_resume
 from ..training.context import Context
 from ..training.loop import train_method
@@ -54,9 +55,8 @@ from .plan import show_plan
 from .results import as_plain, export
 from .run import begin, identity_of, run
 from .split import Parts
-from .study import Texts, TextStudy, plan_of, schedule_of
+from .study import Texts, TextStudy, evaluations_of, expected_times, plan_of, schedule_of
 
-MAX_EVALUATIONS = 10
 LEAST_LOSS = 1e-12  # the statistics need losses above zero, but the loss of a confident prediction can round to zero
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 CHANGING = ("method", "learning_rate", "seed")  # options to which an experiment can add values
@@ -107,8 +107,11 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
         parts = texts.parts(plain, grid.base.experiment)
         texts.prepare(plain, parts)
         parts = dataclasses.replace(parts, trained=len(texts.rows))
-        steps, _ = schedule_of(plan_of(texts, plain, accelerator).updates, plain)
+        updates = plan_of(texts, plain, accelerator).updates
+        steps, _ = schedule_of(updates, plain)
         schedule.grid = grid.replace(**evaluations_of(grid.base.validation, steps.steps))
+        planned, _ = schedule_of(updates, options_of(schedule.arms()[0], schedule))
+        check_evaluations(grid, planned.steps, planned.validation_steps, "--eval_steps")
         schedule.estimated = bool(orders and orders.number)  # one process prints the estimate
         experiment = TextExperiment(schedule, texts, parts, context, stop, accelerator.device)
         if orders:
@@ -116,7 +119,7 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
         else:
             broadcast_from_main(lambda: prepare_folder(experiment))
             tell = functools.cache(say)  # several labels may print the same line
-            for label in schedule.labels:
+            for label in schedule.grids:
                 experiment.check_label(label, tell)
             note_settings(schedule.grid, {}, accelerator)
             every = schedule.grid.base.validation.eval_steps
@@ -137,12 +140,6 @@ def options_of(arm: Arm, schedule: ArmSchedule) -> Any:
     limit = options.output.checkpoints_total_limit or 1
     own = {"output_dir": str(folder), "save_total_limit": limit, "resume_from_checkpoint": "latest"}
     return checked(options.replace(**own))
-
-
-def evaluations_of(validation: ValidationOptions, steps: int) -> dict[str, Any]:
-    """Return options to evaluate every --eval_steps, or MAX_EVALUATIONS times, if --eval_strategy is `no`."""
-    every = validation.eval_steps or math.ceil(steps / MAX_EVALUATIONS)
-    return {"eval_strategy": "steps", "eval_steps": every} if validation.eval_strategy == "no" else {}
 
 
 def prepare_folder(experiment: TextExperiment) -> None:
@@ -271,7 +268,7 @@ class TextExperiment(ExperimentStudy):
         return {**facts_of(self.parts, LIBRARIES), "identity": self.identity | {"racing": self.schedule.racing}}
 
     def train(self, arm: Arm) -> None:
-        """Train an arm, from its latest checkpoint if it has one.
+        """Train an arm, from its latest checkpoint if it has one, or average the checkpoints of another arm.
 
         Raises `Diverged` if a loss is not finite.
         """
@@ -281,7 +278,9 @@ class TextExperiment(ExperimentStudy):
         if options.training.compile:
             torch.compiler.reset()  # torch stops compiling after a limited number of models
         try:
-            if method not in resume.finished:
+            if average := self.schedule.average_of(arm):
+                average_run(method, *average, study)
+            elif method not in resume.finished:
                 train_method(method, resume, study)
         finally:
             self.context.accelerator.free_memory()
@@ -291,12 +290,8 @@ class TextExperiment(ExperimentStudy):
 
         `began`: when the arm was started, in seconds of `time.monotonic`.
         """
-        # A backward pass takes as long as two forward passes.
-        an_example = step / (3 * options.training.train_batch_size * options.training.gradient_accumulation_steps)
-        measurement, test = (an_example * len(part) for part in (self.parts.select, self.parts.test))
-        looks = math.ceil(schedule.steps / schedule.validation_steps)
         start = max(0.0, time.monotonic() - began - (1 + TIMED_STEPS) * step)
-        self.estimate(schedule.steps, step, start, measurement * looks, test)
+        self.estimate(schedule.steps, step, start, *expected_times(options.training, schedule, self.parts, step))
 
     def restored(self, arm: Arm, step: int, into: Path | None = None) -> PeftModel:
         """Return the model with the adapter that an arm has saved at a step, merged as for an export.

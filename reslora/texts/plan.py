@@ -1,7 +1,14 @@
-"""Print the length of a run of texts, and the memory that it takes, without loading weights."""
+"""Print the length of a run of texts, and the memory that it takes, without loading weights.
+
+For an experiment, its first steps are timed with the model.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
+import time
 from collections.abc import Mapping
 
 import torch
@@ -9,25 +16,33 @@ from peft import PeftModel
 from torch import nn
 
 from ..experiment.schedule import ArmSchedule
+from ..experiment.study import print_estimate, time_steps
 from ..formatting import pluralize
 from ..model import enable_gradient_checkpointing
 from ..options.grid import Grid
 from ..options.texts import T, TextOptions
-from ..runtime.processes import say
+from ..runtime.processes import is_main, say
 from ..runtime.signals import StopRequest
 from ..tracing import to_device
+from ..training.context import Context
+from ..training.preparing import prepare
+from ..training.study import Identity
 from .adapter import attach
 from .arguments import checked
 from .run import start_accelerator
-from .study import Texts, plan_of, schedule_of
+from .study import Texts, TextStudy, evaluations_of, expected_times, plan_of, schedule_of
 
 GIB = 2**30
+UNKNOWN = Identity("", "", "", "")
 STATES = 4 * (1 + 1 + 2)
 """Bytes for each trained parameter in float32: its weight, its gradient, and the two moments of AdamW."""
 
 
 def show_plan(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
-    """Print the plan of a run, or of an experiment's run with the highest rank and the largest batch; write nothing."""
+    """Print the plan of a run, or of an experiment's run with the highest rank and the largest batch; write nothing.
+
+    For an experiment, also time its first steps, and print how long it takes.
+    """
     if isinstance(asked, Grid):
         say(ArmSchedule(asked).runs_in_words())
         most = {name: max(asked.values(name)) for name in ("rank", "train_batch_size")}
@@ -36,9 +51,18 @@ def show_plan(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
         options = asked
     with stop.at_once():
         accelerator = start_accelerator(options)
-    texts.read(options)
+    if isinstance(asked, Grid):
+        parts = texts.parts(options, asked.base.experiment)
+        texts.prepare(options, parts)
+    else:
+        texts.read(options)
     batches = plan_of(texts, options, accelerator)
-    schedule, options = schedule_of(batches.updates, options)
+    schedule, resolved = schedule_of(batches.updates, options)
+    if isinstance(asked, Grid):
+        schedule, resolved = schedule_of(
+            batches.updates, options.replace(**evaluations_of(options.validation, schedule.steps))
+        )
+    options = resolved
     with torch.device("meta"):
         base = texts.empty(options)
         example = to_device(texts.example, "meta") if texts.example else None
@@ -53,7 +77,7 @@ def show_plan(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
     weights = sum(value.numel() * value.element_size() for value in frozen)
     states = STATES * sum(value.numel() for value in trained)
     activations = saved_bytes(model, batch)
-    looks = schedule.steps // schedule.validation_steps if schedule.validation_steps else 0
+    looks = math.ceil(schedule.steps / schedule.validation_steps) if schedule.validation_steps else 0
     say(
         f"{pluralize(schedule.steps, 'step')}, {pluralize(batches.updates, 'step')} in an epoch of "
         f"{pluralize(len(texts.rows), 'example')}; {pluralize(looks, 'evaluation')}, and a checkpoint every "
@@ -64,6 +88,25 @@ def show_plan(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
         f"weights, {states / GIB:.2f} for what is trained with its gradient and AdamW's state, and "
         f"{activations / GIB:.2f} for the activations of a batch of the longest examples"
     )
+    if isinstance(asked, Grid):
+        with stop.at_once():
+            start, step = time_first_steps(
+                TextStudy(schedule, UNKNOWN, Context(options, texts, accelerator, stop), texts)
+            )
+        if is_main():
+            expected = expected_times(options.training, schedule, parts, step)
+            print_estimate(ArmSchedule(asked), accelerator.device, schedule.steps, step, start, *expected)
+
+
+def time_first_steps(study: TextStudy) -> tuple[float, float]:
+    """Train the first steps of the first method, and return the seconds to load the model, and of a step."""
+    began, method = time.monotonic(), study.options.adapter.method[0]
+    with contextlib.redirect_stdout(io.StringIO()):
+        learner = study.learner(method)
+        prepare(learner, study)
+        start, step = time.monotonic() - began, time_steps(learner, study)
+    study.context.accelerator.free_memory()
+    return start, step
 
 
 def saved_bytes(model: PeftModel, batch: Mapping[str, torch.Tensor]) -> int:

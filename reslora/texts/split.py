@@ -44,7 +44,8 @@ class Parts(Generic[T]):
     def __str__(self) -> str:
         numbers = f"{self.trained} for training, {len(self.select)} in the selection split ({self.files[0]})"
         numbers += f", {len(self.test)} in the test split ({self.files[1]})"
-        return f"examples: {numbers}; {self.duplicates} near-duplicates, none in another split than the original"
+        duplicates = pluralize(self.duplicates, "near-duplicate")
+        return f"examples: {numbers}; {duplicates}, none in another split than the original"
 
     @property
     def test_ids(self) -> list[str]:

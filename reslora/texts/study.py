@@ -22,7 +22,7 @@ from ..io import replacing
 from ..methods.adapters import load_adapter
 from ..methods.links import print_links
 from ..methods.registry import check_steps
-from ..options.texts import ExperimentOptions, MethodOptions, TextOptions
+from ..options.texts import ExperimentOptions, MethodOptions, TextOptions, TrainingOptions, ValidationOptions
 from ..runtime.checkpoint_folders import adapter_folder
 from ..runtime.folder_lock import check_held
 from ..runtime.processes import all_gather, broadcast_from_main, say
@@ -38,6 +38,7 @@ from .batches import BatchPlan
 from .results import export, merge_table, table_text, write_results
 from .split import Parts
 
+MAX_EVALUATIONS = 10  # default number of evaluations of an experiment's run
 Check = Callable[[], None]
 """Function that raises `Stopped` if a stop was requested; it is called before each batch of an evaluation."""
 WRITTEN = {
@@ -165,6 +166,23 @@ def schedule_of(updates: int, options: TextOptions) -> tuple[Schedule, TextOptio
     )
     by_epochs = not training.max_train_steps
     return Schedule(steps, looks[validation.eval_strategy], warmup, by_epochs), options
+
+
+def evaluations_of(validation: ValidationOptions, steps: int) -> dict[str, Any]:
+    """Return an experiment's options to evaluate every --eval_steps, or MAX_EVALUATIONS times.
+
+    Empty unless --eval_strategy is `no`. `steps`: number of training steps.
+    """
+    every = validation.eval_steps or math.ceil(steps / MAX_EVALUATIONS)
+    return {"eval_strategy": "steps", "eval_steps": every} if validation.eval_strategy == "no" else {}
+
+
+def expected_times(training: TrainingOptions, schedule: Schedule, parts: Parts, step: float) -> tuple[float, float]:
+    """Return the expected seconds of all evaluations of an arm, and of its test, from the time of a training step."""
+    # A backward pass takes as long as two forward passes.
+    an_example = step / (3 * training.train_batch_size * training.gradient_accumulation_steps)
+    evaluations = math.ceil(schedule.steps / schedule.validation_steps)
+    return an_example * len(parts.select) * evaluations, an_example * len(parts.test)
 
 
 class TextReports(Reports):

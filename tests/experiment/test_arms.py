@@ -138,6 +138,9 @@ def test_several_numbers_of_blocks_are_arms_of_the_shortcuts_that_take_several()
         ("--test_split", "0.2"),
         ("--select_split", "0.5", "--test_split", "0.5", *SEVERAL),
         ("--lr_scheduler", "polynomial", "--learning_rate", "1e-4", "1e-8"),
+        ("--average_checkpoints", "last:5", "--max_train_steps", "20", "--validation_steps", "5", *SEVERAL),
+        ("--save_best", "--average_checkpoints", "last:2", *SEVERAL),
+        ("--reference", "lora last:3", "--average_checkpoints", "last:2", *SEVERAL),
     ],
 )
 def test_what_does_not_go_together_is_refused_at_once(capsys, flags):

@@ -111,6 +111,7 @@ def test_a_command_trains_the_best_run_on_all_images(experiment, folder, tmp_pat
     grid = parse_args([
         "--method", "lora", "reslora", "--learning_rate", "1e-4", "2e-4", "--seed", "0", "1", "--test_split", "0.3",
         "--shortcut", "input", "block", "--max_train_steps", "400", "--train_batch_size", "3",
+        "--average_checkpoints", "ema:0.5",
         "--output_dir", str(place),
     ])  # fmt: skip
     (place / "config.json").write_text(json.dumps(grid.flat()))
@@ -124,6 +125,13 @@ def test_a_command_trains_the_best_run_on_all_images(experiment, folder, tmp_pat
     assert (options["learning_rate"], options["seed"], options["max_train_steps"]) == (1e-4, 1, 200)
     assert (options["train_batch_size"], options["output_dir"]) == (3, f"{place}-all")
     assert not (options["test_split"] or options["select_split"] or options["validation_split"])
+
+
+def test_of_an_average_there_is_a_sentence_in_place_of_a_command(experiment, folder):
+    best = experiment["best"] | {"average": "ema:0.99"}
+    content = page(experiment | {"best": best}, folder)
+    words = "A single run makes such an average with --average_checkpoints ema:0.99 and --save_best."
+    assert words in words_of(content) and 'data-copy="accelerate' not in content
 
 
 def test_it_needs_nothing_else(text, folder):

@@ -315,6 +315,32 @@ def test_the_best_run_is_one_of_the_best_methods_and_says_what_it_was_trained_wi
     assert record["best"]["options"] == {"method": "lora", "learning_rate": 2e-4, "seed": 0}
 
 
+def test_an_average_is_compared_with_the_method_whose_checkpoints_it_averages(tmp_path, capsys):
+    flags, claim = ("--average_checkpoints", "ema:0.5"), ("--claim", "reslora ema:0.5")
+    record, _ = go(tmp_path / "out", *flags, *claim, methods="lora reslora")
+    pairs = [(verdict["label"], verdict["reference"]) for verdict in record["verdicts"]]
+    assert pairs == [("reslora", "lora"), ("lora ema:0.5", "lora"), ("reslora ema:0.5", "reslora")]
+    assert record["claims"][-1]["reference"] == "reslora" and record["references"] == ["lora"]
+    assert {*record["ranking"]["best"], *(each["label"] for each in record["ranking"]["worse"])} == {
+        *record["chosen"]
+    } and len(record["chosen"]) == 4
+    note = "ema:0.5: averages of a run's evaluated checkpoints, at the learning rate that is chosen without them"
+    assert f"{note}; their step is chosen like that of any method" in capsys.readouterr().out.splitlines()
+    record, _ = go(tmp_path / "out", methods="lora reslora")
+    assert any("left out: 4 arms" in note for note in record["notes"]) and len(record["verdicts"]) == 1
+
+
+def test_an_average_is_exported_with_its_name(tmp_path):
+    own = ("--average_checkpoints", "ema:0.5", "--reference", "lora ema:0.5")
+    schedule = ArmSchedule(parse_args(["--output_dir", str(tmp_path), "--method", "lora", "--seed", "0", "1", *own]))
+    results = run.Results(schedule, Untrained(schedule))
+    run.train_and_conclude(results.study)
+    results.conclude()
+    assert [(verdict["label"], verdict["reference"]) for verdict in results.verdicts] == [("lora", "lora ema:0.5")]
+    best = results.export(schedule.averages())
+    assert best["average"] == "ema:0.5" and best["label"] == "lora ema:0.5" and "average" not in results.best
+
+
 def test_a_stop_is_heeded_between_two_arms_that_are_tested(tmp_path, capsys):
     """What was tested is not tested again, and every arm that is gets a line."""
     folder = tmp_path / "out"

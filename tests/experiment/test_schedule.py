@@ -194,6 +194,53 @@ def test_what_another_start_has_trained_counts_for_how_long_an_arm_takes(schedul
     assert schedule("--experiment_minutes", "20").next_arm() is not None
 
 
+# -- averages of checkpoints -----------------------------------------------------------------------------------------
+
+
+AVERAGES = ("--average_checkpoints", "ema:0.5,last:2")
+
+
+def test_averages_follow_the_runs_that_they_average_at_the_learning_rate_that_is_chosen(schedule):
+    """They choose nothing, and a kill changes no order."""
+    flags = ("--method", "lora", "--seed", "0", "1", *AVERAGES)
+    one = schedule(*flags)
+    assert one.grids == {"lora": [1e-4, 2e-4, 4e-4]} and len(one.trained_arms()) == 3 + 1
+    assert one.runs_in_words() == "at most 8 arms, 3 to choose learning rates, 4 averages without training"
+    done = run(one, best=4e-4, most=6) + run(schedule(*flags), best=4e-4)
+    averages = [(name, 4e-4, seed) for seed in (0, 1) for name in ("lora ema:0.5", "lora last:2")]
+    (trained,) = (arm for arm in done if arm.seed == 1 and arm.label == "lora")
+    assert [(arm.label, arm.rate, arm.seed) for arm in done[3:] if arm != trained] == averages
+    assert done.index(trained) == 5 and schedule(*flags).next_arm() is None
+    one = schedule(*flags)
+    average, source = one.average_of(done[-1])
+    assert one.source_of(done[-1]) == trained and source == one.folder_of(trained)
+    assert average.weights(3) == [0, 0.5, 0.5] and one.average_of(trained) is None
+    assert one.name_of(done[-1]) == "lora/average_checkpoints-last-2/lr-0.0004/seed-1"
+    record = one.record(done[-1])
+    assert (record["average_of"], record["seconds"], record["steps"]) == ("lora", 0.0, 6)
+    assert "average_of" not in one.record(trained) and one.options_of(done[-1]) == one.options_of(trained)
+    assert choose(map(one.record, one.arms()), one.choosing)["lora last:2"]["learning_rate"] == 4e-4
+
+
+def test_an_average_waits_for_the_run_that_it_averages(schedule):
+    """With several at once: the run of one seed is still running when that of the next one has ended."""
+    one = schedule("--method", "lora", "--seed", "0", "1", "2", *AVERAGES)
+    run(one, most=5)
+    running = one.next_arm()
+    one.running = {running}
+    assert [(arm.seed, arm.label) for arm in run(one)] == [(2, "lora"), (2, "lora ema:0.5"), (2, "lora last:2")]
+    one.running = set()
+    leave(one, running)
+    assert [(arm.seed, arm.label) for arm in run(one)] == [(1, "lora ema:0.5"), (1, "lora last:2")]
+
+
+def test_of_a_method_that_fails_at_all_learning_rates_there_is_no_average(schedule):
+    one = schedule("--method", "lora", "--seed", "0", "1", "--no-racing", *AVERAGES)
+    while arm := one.next_arm():
+        one.end(arm, "the loss is not finite", 100, 5.0)
+    assert len(one.losses()) == len(one.arms()) == 3 and one.averages() == []
+
+
 # -- the race ----------------------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,8 @@ SEE_ALL = {
     "reslora/texts/glue.py": "read_splits _read encode load_tokenizer load_model check_fit task_of model_of read take "
     "parts prepare load empty calibration logits all_logits evaluated validation figures measured predict facts",
     # the runs of an experiment
-    "reslora/experiment/arms.py": "labels_of others_of rates_of reference_of references_of options_of check_values",
+    "reslora/experiment/arms.py": "labels_of averages_of_labels check_evaluations others_of rates_of "
+    "reference_of references_of options_of check_values",
     "reslora/experiment/schedule.py": "ArmSchedule",
     "reslora/experiment/runner.py": "run_experiment",
     "reslora/images/experiment/run.py": "open_study prepare_folder resumed_options with_varied check_folder check_same "

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from launching import forked
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import train_glue
@@ -349,6 +350,29 @@ def test_a_race_stops_a_run_early_and_says_so(common, tmp_path, capsys):
 
 
 @pytest.mark.exhaustive
+def test_averages_are_means_of_the_runs_adapters(common, whole, tmp_path):
+    """Added to an experiment that is finished, of which no arm is trained again."""
+    output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
+    before, own = times(output), ("--seed", "42", "7", "--merge_and_save", "--average_checkpoints", "last:2")
+    assert run(*common, *EXPERIMENT, *own, "--output_dir", output) == 0
+    found, after = record(output), times(output)
+    assert before.items() <= after.items() and len(found["arms"]) == 6 + 4
+    for label in ("lora", "reslora"):
+        average, chosen = f"{label} last:2", found["chosen"]
+        assert (chosen[average]["learning_rate"], chosen[average]["step"]) == (chosen[label]["learning_rate"], 2)
+        place = f"lr-{chosen[label]['learning_rate']:g}/seed-42/adapters"
+        mean, *saved = (
+            load_file(next((output / label / folder).glob("*.safetensors")))
+            for folder in (
+                f"average_checkpoints-last-2/{place}/step-000002",
+                *(f"{place}/step-{n:06d}" for n in (1, 2)),
+            )
+        )
+        for key in [key for key in mean if "lora_" in key]:
+            assert torch.equal(mean[key], ((saved[0][key].double() + saved[1][key].double()) / 2).float())
+
+
+@pytest.mark.exhaustive
 def test_two_processes_end_well(common, tmp_path):
     """Who has trained with the main process waits while that one compares and exports."""
     words = ["--seed", "0", "1", "--learning_rate", "5e-3", "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
@@ -397,6 +421,17 @@ def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, 
     assert run(*common, *EXPERIMENT, "--max_train_samples", "5", "--output_dir", tmp_path) == 0
     assert experiments[0].facts()["split"] == {"train": 5, "select": 3, "test": 4, "duplicates": 0}
     assert "; examples: 5 for training, 3 in the selection split" in capsys.readouterr().out
+
+
+def test_a_plan_times_the_first_steps_and_writes_nothing(common, tmp_path, capsys):
+    """With --eval_strategy no, an experiment evaluates its runs all the same."""
+    flags = ("--method", "lora", "reslora", "--learning_rate", "1e-3", "--seed", "0", "1", "--eval_strategy", "no")
+    assert run(*common, *flags, "--output_dir", tmp_path / "out", "--plan") == 0
+    runs, steps, memory, estimate = capsys.readouterr().out.splitlines()[-4:]
+    assert runs == "4 arms" and memory.startswith("about 0.")
+    start = "2 steps, 3 steps in an epoch of 12 examples; 2 evaluations, and a checkpoint every "
+    assert steps.startswith(start) and estimate.startswith("estimate: ") and " for 4 runs (" in estimate
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,12 @@ from reslora.methods.adapters import load_adapter, rank_allocator
 from reslora.methods.decay import factor_at
 from reslora.model import connection_of
 from reslora.options.texts import LlmOptions
-from reslora.runtime.checkpoint_folders import numbered
+from reslora.runtime.checkpoint_folders import numbered, step_of
 from reslora.runtime.signals import StopRequest
 from reslora.texts.arguments import resolve
 from reslora.texts.batches import BatchPlan
 from reslora.texts.study import schedule_of
-from reslora.training import loop
+from reslora.training import loop, stopping
 from reslora.training.learning_rates import groups_of
 from reslora.training.trained import Trained
 
@@ -93,6 +94,23 @@ def test_a_stopped_run_is_saved_and_goes_on_as_if_it_never_was(tmp_path, monkeyp
     assert numbered(tmp_path / "run")[0].name == f"checkpoint-{step}"
     assert_same(weights(whole), weights(trained_in(tmp_path / "run", resume="latest", **EVALUATED)))
     assert read_log(tmp_path / "whole") == read_log(tmp_path / "run")
+
+
+def test_minutes_save_checkpoints_that_change_nothing(tmp_path, monkeypatch):
+    """A step takes 40 seconds, so that every second one is saved, and the last."""
+    flags = {"max_steps": 5, "save_steps": 100}
+    whole, now, take = trained_in(tmp_path / "whole", **flags), [0.0], loop.take_step
+
+    def take_long(*given):
+        now[0] += 40
+        return take(*given)
+
+    monkeypatch.setattr(loop, "take_step", take_long)
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    saved = trained_in(tmp_path / "saved", checkpointing_minutes=1.0, **flags)
+    assert [step_of(path) for path in numbered(tmp_path / "whole")] == [5]
+    assert [step_of(path) for path in numbered(tmp_path / "saved")] == [5, 4, 2]
+    assert_same(weights(whole), weights(saved))
 
 
 def test_the_best_adapter_is_kept_and_training_ends_early(tmp_path, capsys):

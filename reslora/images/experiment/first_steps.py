@@ -5,7 +5,6 @@ import dataclasses
 import io
 import math
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -13,14 +12,13 @@ from collections.abc import Sequence
 import torch
 
 from ...experiment.schedule import ArmSchedule
-from ...experiment.study import TIMED_STEPS, print_estimate
+from ...experiment.study import print_estimate, time_steps
 from ...options.grid import Grid
 from ...options.images import Options
 from ...runtime.processes import broadcast_from_main, is_main, wait
 from ...runtime.status import Status
 from ...tracing import evaluating
 from ...training.checkpoints import Identity
-from ...training.loop import take_step
 from ...training.preparing import attention_of, prepare
 from ...training.schedule import Schedule
 from ..context import ImageContext
@@ -83,13 +81,9 @@ def timed(images: ImageDataset, schedule: Schedule, context: ImageContext) -> tu
     began = time.monotonic()
     learner = study.learner(method)
     prepare(learner, study)
-    start, times = time.monotonic() - began, []
+    start = time.monotonic() - began
     with attention_of(accelerator, training_data.shapes.values()):
-        batches = study.batches(range(2 + TIMED_STEPS))
-        for _ in range(1 + TIMED_STEPS):
-            began = time.monotonic()
-            take_step(learner, batches, study).item()
-            times.append(time.monotonic() - began)
+        step = time_steps(learner, study)
         began, measured = time.monotonic(), [(0, number) for number in range(min(4, len(images)))]
         with evaluating(learner.denoiser, *learner.trained.loss.encoders), torch.no_grad(), accelerator.autocast():
             most = 2 * context.options.training.train_batch_size
@@ -101,6 +95,5 @@ def timed(images: ImageDataset, schedule: Schedule, context: ImageContext) -> tu
                 most,
             )
         a_sample = (time.monotonic() - began) / (len(measured) * TIMESTEPS * SELECT_NOISES)
-        batches.close()
     accelerator.free_memory()
-    return start, statistics.median(times[1:]), a_sample
+    return start, step, a_sample

@@ -21,7 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...errors import InvalidArgument
-from ...experiment.arms import Arm
+from ...experiment.arms import Arm, check_evaluations
 from ...experiment.record import EXPERIMENT, Facts, facts_of, read_experiment
 from ...experiment.report import About
 from ...experiment.schedule import ArmSchedule
@@ -39,6 +39,7 @@ from ...runtime.processes import broadcast_from_main, on_all
 from ...runtime.sample_folders import by_step
 from ...runtime.signals import StopRequest
 from ...runtime.status import Status
+from ...training.averaged_run import average_run
 from ...training.checkpoints import Identity, check_past, checkpoints_of, named_by, past_of, plan_resume
 from ...training.loop import train_method
 from ...training.schedule import Schedule
@@ -122,6 +123,7 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
             before = broadcast_from_main(lambda: there_of(folder).get("validation_steps"))
             samples = len(parts.select) * TIMESTEPS * SELECT_NOISES
             schedule = with_default_evaluations(schedule, plain.training, racing, samples, before)
+        check_evaluations(asked, schedule.steps, schedule.validation_steps, "--validation_steps")
         schedule = dataclasses.replace(schedule, sampled=(0, schedule.steps))
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         broadcast_from_main(lambda: check_same(asked, identity, content))
@@ -238,7 +240,8 @@ def with_default_evaluations(
 def with_varied(resolved: Options, given: Grid[Options]) -> Grid[Options]:
     """Return `given` with its shared options replaced by `resolved`, those of the first run with all defaults set."""
     alpha = given.base.adapter.lora_alpha if "rank" in given.varied else resolved.adapter.lora_alpha
-    return dataclasses.replace(given, base=resolved.replace(lora_alpha=alpha))
+    averages = given.base.validation.average_checkpoints  # which no single run has
+    return dataclasses.replace(given, base=resolved.replace(lora_alpha=alpha, average_checkpoints=averages))
 
 
 def check_variants(grid: Grid[Options], context: ImageContext) -> None:
@@ -394,7 +397,7 @@ class ImageExperiment(ExperimentStudy):
         )
 
     def train(self, arm: Arm) -> None:
-        """Train an arm from its latest checkpoint, in every process."""
+        """Train an arm from its latest checkpoint, or average the checkpoints of another one, in every process."""
         study = self.study_of(arm)
         if broadcast_from_main(lambda: self.has_base_samples(arm)):
             study = dataclasses.replace(
@@ -405,7 +408,9 @@ class ImageExperiment(ExperimentStudy):
         if context.options.training.compile:
             torch.compiler.reset()  # the compiler falls back to eager mode after a number of recompilations
         try:
-            if method not in resume.finished:
+            if average := self.schedule.average_of(arm):
+                average_run(method, *average, study)
+            elif method not in resume.finished:
                 train_method(method, resume, study)
         finally:
             context.accelerator.free_memory()

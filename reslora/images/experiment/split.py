@@ -59,7 +59,7 @@ class Parts:
 
     def __str__(self) -> str:
         held_out = f"{len(self.select)} in the selection split, {len(self.test)} in the test split"
-        more = f"{self.duplicates} near-duplicates, none in another split than the original"
+        more = f"{pluralize(self.duplicates, 'near-duplicate')}, none in another split than the original"
         return f"images: {self.trained} for training, {held_out}; {more}"
 
 

@@ -31,6 +31,7 @@ from reslora.images.experiment import test_split_losses as judging
 from reslora.images.experiment.gallery import samples_of
 from reslora.images.experiment.split import content_of, parts_of
 from reslora.images.experiment.test_split_losses import export_chosen
+from reslora.images.output.reports import ImageReports
 from reslora.images.settings import parse_args
 from reslora.images.study import ImageStudy
 from reslora.io import read_object
@@ -467,6 +468,63 @@ def same_results(output: Path) -> dict:
     times = ("seconds", "wall_seconds", "measuring_seconds", "seconds_by_step", "memory_bytes")
     arms = [{key: value for key, value in arm.items() if key not in times} for arm in found["arms"]]
     return {name: found[name] for name in ("split", "chosen", "verdicts", "readings")} | {"arms": arms}
+
+
+@pytest.mark.exhaustive
+def test_averages_are_means_of_the_runs_adapters_and_outlive_a_kill(flags, tmp_path, monkeypatch, capsys):
+    """By the formula; killed when an adapter is saved but its loss is not in the log, and resumed: the same bytes."""
+    own = [*flags, "--method", "reslora", "--learning_rate", "1e-2", "--seed", "0", "1", "--max_train_steps", "3"]
+    own += ["--average_checkpoints", "ema:0.5,last:2"]
+    output, killed = tmp_path / "out", tmp_path / "killed"
+    lines = printed(*own, "--output_dir", output)
+    only(lines, "6 arms, 4 averages without training; 3 steps, measured every 1 step; ")
+    found = experiment(output)
+    names = ("reslora", "reslora ema:0.5", "reslora last:2")
+    assert {(a["label"], a["status"]) for a in found["arms"]} == {(name, "finished") for name in names}
+    assert {(v["label"], v["reference"]) for v in found["verdicts"]} == {(name, "reslora") for name in names[1:]}
+    means = {"ema-0.5": {2: {1: 1 / 3, 2: 2 / 3}, 3: {1: 1 / 7, 2: 2 / 7, 3: 4 / 7}}}
+    means["last-2"] = {2: {1: 0.5, 2: 0.5}, 3: {2: 0.5, 3: 0.5}}
+    for name, at_steps in means.items():
+        for seed in (0, 1):
+            source = arm(output, "reslora", seed=seed)
+            average = arm(output, f"reslora/average_checkpoints-{name}", seed=seed)
+            assert sorted(path.name for path in (average / "adapters").iterdir()) == ["step-000002", "step-000003"]
+            times = {row["step"]: row["seconds"] for row in read_log(source / "log.jsonl") if row["split"] != "train"}
+            assert all(row["seconds"] == times[row["step"]] for row in read_log(average / "log.jsonl"))
+            label = names[1 if name == "ema-0.5" else 2]
+            assert read_object(average / "exports.json")["exported_step"] == found["chosen"][label]["step"]
+            for step, weights in at_steps.items():
+                mean = load_file(average / "adapters" / f"step-{step:06d}" / "reslora_model.safetensors")
+                saved = {
+                    at: load_file(source / "adapters" / f"step-{at:06d}" / "reslora_model.safetensors")
+                    for at in weights
+                }
+                for key in [key for key in mean if "lora_" in key]:
+                    by_hand = sum(weight * saved[at][key].double() for at, weight in weights.items())
+                    assert torch.equal(mean[key], by_hand.float())
+
+    class Killed(Exception):
+        pass
+
+    flush = ImageReports.flush
+
+    def die(self):
+        if "average" in self.learner.name and self.learner.step == 3:
+            raise Killed
+        return flush(self)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ImageReports, "flush", die)
+        main(*own, "--output_dir", killed)
+    assert len(list(killed.rglob("average*/**/step-000003"))) == 1 and not list(killed.rglob("average*/**/arm.json"))
+    printed(*own, "--output_dir", killed)
+    assert same_results(killed) == same_results(output)
+    written = [path.relative_to(output) for path in output.rglob("average*/**/*.safetensors")]
+    assert len(written) > 2 * 2 * 2
+    for path in written:
+        assert (output / path).read_bytes() == (killed / path).read_bytes(), path
+    few = refused(capsys, *own, "--average_checkpoints", "last:4", "--output_dir", tmp_path / "few")
+    assert "last:4: averages 4 or more evaluated checkpoints, and a run of 3 steps is evaluated 3 times" in few
 
 
 @pytest.mark.exhaustive
