@@ -327,7 +327,7 @@ def test_an_average_is_compared_with_the_method_whose_checkpoints_it_averages(tm
     note = "ema:0.5: averages of a run's evaluated checkpoints, at the learning rate that is chosen without them"
     assert f"{note}; their step is chosen like that of any method" in capsys.readouterr().out.splitlines()
     record, _ = go(tmp_path / "out", methods="lora reslora")
-    assert any("left out: 4 arms" in note for note in record["notes"]) and len(record["verdicts"]) == 1
+    assert any("left out: 4 runs" in note for note in record["notes"]) and len(record["verdicts"]) == 1
 
 
 def test_an_average_is_exported_with_its_name(tmp_path):

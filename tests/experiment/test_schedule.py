@@ -205,7 +205,7 @@ def test_averages_follow_the_runs_that_they_average_at_the_learning_rate_that_is
     flags = ("--method", "lora", "--seed", "0", "1", *AVERAGES)
     one = schedule(*flags)
     assert one.grids == {"lora": [1e-4, 2e-4, 4e-4]} and len(one.trained_arms()) == 3 + 1
-    assert one.runs_in_words() == "at most 8 arms, 3 to choose learning rates, 4 averages without training"
+    assert one.runs_in_words() == "at most 8 runs, 3 to choose learning rates, 4 averages without training"
     done = run(one, best=4e-4, most=6) + run(schedule(*flags), best=4e-4)
     averages = [(name, 4e-4, seed) for seed in (0, 1) for name in ("lora ema:0.5", "lora last:2")]
     (trained,) = (arm for arm in done if arm.seed == 1 and arm.label == "lora")

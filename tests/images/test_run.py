@@ -157,7 +157,7 @@ def test_another_merge_is_made_without_training(finished, run, base_flags, capsy
 def test_another_merge_needs_the_last_checkpoint(finished, base_flags, capsys):
     shutil.rmtree(finished / "reslora" / "checkpoint-4")
     flags = [*base_flags, "--method", "reslora", "--merge", "weights", "--output_dir", finished]
-    assert "checkpoint-4 is gone" in refused(capsys, *flags)
+    assert "checkpoint-4, which holds the adapter, is missing" in refused(capsys, *flags)
 
 
 def test_what_a_finished_run_shows_no_more_is_said(finished, base_flags, capsys):

@@ -39,7 +39,8 @@ SEE_ALL = {
     "reslora/images/experiment/first_steps.py": "time_first_steps",
     # the application's form
     "app/jobs.py": "resolved",
-    "app/bases.py": "options",
+    "app/bases.py": "base_of stamps_of",  # here and in the studio: the options of a base model
+    "app/studio.py": "_is_loaded _load",
     "app/estimates.py": "methods_of number_of_runs seconds_a_step training_time",
     "app/image_folders.py": "Images options_of _flags images state_of read with_other_images whole_line images_of "
     "skipped_images "

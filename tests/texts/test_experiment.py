@@ -428,7 +428,7 @@ def test_a_plan_times_the_first_steps_and_writes_nothing(common, tmp_path, capsy
     flags = ("--method", "lora", "reslora", "--learning_rate", "1e-3", "--seed", "0", "1", "--eval_strategy", "no")
     assert run(*common, *flags, "--output_dir", tmp_path / "out", "--plan") == 0
     runs, steps, memory, estimate = capsys.readouterr().out.splitlines()[-4:]
-    assert runs == "4 arms" and memory.startswith("about 0.")
+    assert runs == "4 runs" and memory.startswith("about 0.")
     start = "2 steps, 3 steps in an epoch of 12 examples; 2 evaluations, and a checkpoint every "
     assert steps.startswith(start) and estimate.startswith("estimate: ") and " for 4 runs (" in estimate
     assert not (tmp_path / "out").exists()

@@ -154,7 +154,7 @@ def test_another_mask_is_other_content_and_without_the_flag_there_is_none(folder
 def test_a_mask_of_another_size_or_none_at_all_is_left_out_or_refused(folder, capsys):
     PIL.Image.new("L", (5, 4)).save(folder / "mask-0.png")
     (images,) = found_in(folder)
-    assert len(images) == 2 and "its mask is 5 x 4, it is 32 x 32" in images.left_out[0]
+    assert len(images) == 2 and "its mask is 5 x 4, the image is 32 x 32" in images.left_out[0]
     (folder / "mask-0.png").unlink()
     assert "its mask: no such file" in found_in(folder)[0].left_out[0]
     assert "its mask: no such file" in refused(capsys, *MODEL, "--train_data_dir", folder, "--strict")

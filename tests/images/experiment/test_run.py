@@ -371,7 +371,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(flags, whole, capsys):
         assert "another --output_dir" in line and (other[0] in line or "batch" in line or "cache_latents" in line)
     begun = flags[flags.index("--metric_model") + 1]
     line = refused(capsys, *without(flags, "--metric_model"), *WHOLE, "--output_dir", output)
-    assert f"--metric_model none: {output} was begun with {begun}; use that" in line
+    assert f"--metric_model none: {output} was started with {begun}; use that" in line
     plain = of_a_plain_run(flags)
     assert "contains an experiment" in refused(capsys, *plain, "--method", "lora", "--output_dir", output)
 

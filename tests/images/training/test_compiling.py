@@ -120,7 +120,7 @@ def test_dropout_is_not_compared(capsys):
     """A compiler draws other masks."""
     case = Checked("eager", dropout=0.5)
     assert case.batches() == BATCHES and case.forwards == 0
-    assert "--compile is not checked" in capsys.readouterr().out
+    assert "--compile: gradients are not compared" in capsys.readouterr().out
 
 
 def test_a_step_that_only_fits_compiled_is_not_compared(capsys):
