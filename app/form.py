@@ -270,7 +270,7 @@ def chosen(names: Sequence[str]) -> dict[str, Option]:
 def widget_value(option: Option, value: object) -> object:
     """Convert an option's value to a value of its Gradio component; an invalid value becomes the default."""
     if option.is_switch:
-        return bool(option.default if not isinstance(value, bool) else value)
+        return value if isinstance(value, bool) else bool(option.default or option.fixed_default)
     if choices(option) and (option.varies or option.name == "method"):
         found = [one for one in listed(value) if isinstance(one, str) and one in choices(option)]
         return found or listed(option.bundled if option.name == "method" else option.fixed_default)

@@ -195,8 +195,8 @@ class TrainTab(ControlTab):
         if option.is_switch:
             return gr.Checkbox(value, **common)
         if found := form.choices(option):
-            by_model = [("by the model", "")] if value == "" else []
-            return gr.Dropdown([*by_model, *found], value=value, multiselect=isinstance(value, list), **common)
+            unset = [(f"default: {option.otherwise.partition(';')[0]}", "")] if value == "" else []
+            return gr.Dropdown([*unset, *found], value=value, multiselect=isinstance(value, list), **common)
         lines = {"lines": 2} if name == "validation_prompt" else {"max_lines": 1}
         return gr.Textbox(value, placeholder=form.placeholder(option), **lines, **common)
 

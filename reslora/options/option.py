@@ -141,6 +141,8 @@ class Option:
         """Default if it is the same for all models and giving it has no effect; else None."""
         if self.counts_if_given or self.bundled is not SAME:
             return None
+        if self.is_switch and self.default is None:
+            return self.or_else.startswith("on")
         return next(iter(self.default), None) if self.collapses else self.default
 
     @property

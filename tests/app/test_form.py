@@ -184,6 +184,11 @@ def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
     assert "a bucket keeps at least 93% always" in form.info(known["center_crop"])
 
 
+def test_a_switch_that_is_on_unless_something_else_is_given_is_shown_as_on():
+    assert form.defaults({})["racing"] is True
+    assert launcher.arguments({"racing": True}) == [] and launcher.arguments({"racing": False}) == ["--no-racing"]
+
+
 def test_options_of_shortcuts_are_read_by_methods_with_shortcuts_alone():
     assert form.wires(["lora", "reslora"]) and form.wires(["lora_matched"]) and form.wires(["ms_placebo"])
     assert not form.wires(["lora", "lora_x2", "adalora"]) and not form.wires([])
