@@ -477,7 +477,7 @@ def test_averages_are_means_of_the_runs_adapters_and_outlive_a_kill(flags, tmp_p
     own += ["--average_checkpoints", "ema:0.5,last:2"]
     output, killed = tmp_path / "out", tmp_path / "killed"
     lines = printed(*own, "--output_dir", output)
-    only(lines, "6 arms, 4 averages without training; 3 steps, measured every 1 step; ")
+    only(lines, "6 runs, 4 averages without training; 3 steps, measured every 1 step; ")
     found = experiment(output)
     names = ("reslora", "reslora ema:0.5", "reslora last:2")
     assert {(a["label"], a["status"]) for a in found["arms"]} == {(name, "finished") for name in names}

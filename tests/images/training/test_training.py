@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from launching import forked, start
 from pipelines import FAMILIES
@@ -77,11 +78,13 @@ def test_a_method_is_not_in_memory_with_the_one_before(brief_flags, tmp_path, mo
 
     monkeypatch.setattr(Model, "load_denoiser", noted)
     methods = ["--method", "lora", "reslora", "--mixed_precision", "bf16", "--output_dir", tmp_path / "out"]
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate takes one precision in a process
     gc.disable()  # it could collect the model before by chance
     try:
         assert main(*without(brief_flags, "--method"), *methods) == 0
     finally:
         gc.enable()
+        AcceleratorState._reset_state(reset_partial_state=True)
     assert alive == [0, 0]
 
 
