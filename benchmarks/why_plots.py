@@ -36,10 +36,12 @@ def forest(experiments: Sequence[Kept]) -> Figure:
     columns: list[list[Kept]] = [[], []]
     for each in experiments:
         columns["transformer" not in each.title].append(each)
+    columns = [column for column in columns if column]
     found = [[to_reference(each.record) for each in column] for column in columns]
     rows = max(sum(len(verdicts) + 2.2 for verdicts in column) for column in found)
-    figure = plt.figure(figsize=(12, 0.19 * rows + 1), layout="constrained")
-    for part, column, all_verdicts in zip(figure.subfigures(1, 2), columns, found, strict=True):
+    figure = plt.figure(figsize=(5 * len(columns) + 2, 0.19 * rows + 1), layout="constrained")
+    parts = figure.subfigures(1, len(columns), squeeze=False)[0]
+    for part, column, all_verdicts in zip(parts, columns, found, strict=True):
         heights = [len(verdicts) + 1.2 for verdicts in all_verdicts]
         spare = rows - sum(heights) - len(heights)  # so that rows have the same height in both columns
         ratios = {"height_ratios": [*heights, max(spare, 0.01)]}

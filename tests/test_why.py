@@ -151,7 +151,7 @@ def test_plots_show_each_comparison_and_each_learning_rate():
     ((_, _, found, _),) = experiments
     assert amended == []
     (verdict,) = why_report.to_reference(found)
-    panel = why_plots.forest(experiments).subfigs[1].axes[0]
+    panel = why_plots.forest(experiments).subfigs[0].axes[0]
     interval, point = panel.lines[:2]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["reslora input"]
     assert tuple(interval.get_xdata()) == verdict["interval"] and point.get_xdata()[0] == verdict["relative"]
@@ -172,7 +172,7 @@ def test_an_amendment_is_compared_with_the_reference_of_its_experiment():
     signs = {verdict["label"]: np.sign(verdict["relative"]) for verdict in why_report.to_reference(each.record)}
     assert signs == {"lora rank 4": 1, "lora rank 5": -1}
     assert "difference to reslora rank 4" in why_report.why_tables(why_report.records())
-    assert len(why_plots.forest([each]).subfigs[1].axes[0].get_yticklabels()) == 2
+    assert len(why_plots.forest([each]).subfigs[0].axes[0].get_yticklabels()) == 2
 
 
 def test_larger_alphas_are_compared_by_the_learning_rate_that_was_chosen():
