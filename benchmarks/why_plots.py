@@ -55,7 +55,7 @@ def forest(experiments: Sequence[Kept]) -> Figure:
         Line2D([], [], color="black", marker="o", markerfacecolor="white", label="not significant"),
         Patch(color="#e9ecef", label="below the minimum detectable effect"),
     ]
-    figure.legend(handles=shown, loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(handles=shown, loc="outside upper center", ncols=2 * len(columns), frameon=False)
     readings = sorted({each.record["readings"] for column in columns for each in column})
     levels = " or ".join(coverage_in_words(level_of(reading)) for reading in readings)
     figure.supxlabel(f"test loss compared with LoRA's, in percent ({levels} confidence interval); left is better")
