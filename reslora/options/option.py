@@ -138,7 +138,10 @@ class Option:
 
     @property
     def fixed_default(self) -> Any:
-        """Default if it is the same for all models and giving it has no effect; else None."""
+        """Default if it is the same for all models and giving it has no effect; else None.
+
+        That of a switch whose default is None is what it is in most cases (`or_else`).
+        """
         if self.counts_if_given or self.bundled is not SAME:
             return None
         if self.is_switch and self.default is None:
