@@ -130,6 +130,7 @@ class Jobs:
         self.path = library.folder / FILE
         self.started: dict[str, subprocess.Popen] = {}
         self.asked: set[int] = set()  # processes that were asked to stop
+        self.stopping: list[Run] = []  # runs that were asked to stop; the page waits for their end
         self.began: set[str] = set()  # runs seen training, or stopped, since this process started them
         self.lock = threading.Lock()
         self.closed = threading.Event()
@@ -321,6 +322,7 @@ class Jobs:
             return f"{run.name} was already asked to stop; the trained steps are saved."
         if number is not None:
             self.asked.add(number)
+            self.stopping.append(run)
             os.kill(number, STOP)
             done, total = run.progress
             when = "soon" if total and done == total else "after this step"  # it is merging or comparing

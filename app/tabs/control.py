@@ -72,9 +72,9 @@ class ControlTab(Tab):
 
 def wait_for_end(jobs: Jobs) -> Iterator[str]:
     """Yield that the trainers which were asked to stop have ended; give up after `PATIENCE` seconds."""
-    asked = [run for run in jobs.all_active() if run.process in jobs.asked]
+    asked, jobs.stopping = jobs.stopping, []
     latest = time.monotonic() + PATIENCE
     while any(map(jobs.is_active, asked)) and time.monotonic() < latest:
         time.sleep(EVERY)
-    if asked and not any(map(jobs.is_active, asked)):
-        yield views.notice(f"{views.enumerated(run.name for run in asked)} has ended; Resume continues it.")
+    if ended := [run.name for run in asked if not jobs.is_active(run)]:
+        yield views.notice(" ".join(f"{name} has ended; Resume continues it." for name in ended))

@@ -234,17 +234,16 @@ def test_what_goes_on_keeps_its_images_and_none_are_named(lined, tmp_path):
 
 
 def test_a_run_that_was_asked_to_stop_is_said_to_have_ended(monkeypatch):
-    """Not one that nobody asked, and not one that still trains when patience ends."""
+    """Also if it ended before the page looked; not if nobody asked, or if it still trains when patience ends."""
     monkeypatch.setattr(control, "EVERY", 0)
-    for asked, polls, told in (({5}, [True, True, False, False], ["one has ended"]), ({6}, [], []), ({5}, [True], [])):
+    one, ended = SimpleNamespace(name="one"), ["one has ended"]
+    for asked, polls, told in (([one], [True, True], ended), ([one], [], ended), ([], [], []), ([one], [True] * 9, [])):
         states = iter(polls)
         monkeypatch.setattr(control, "PATIENCE", 60 if told else -1)
-        found = SimpleNamespace(name="one", process=5)
-        run_states = SimpleNamespace(
-            all_active=lambda found=found: [found], asked=asked, is_active=lambda _, states=states: next(states, True)
-        )
-        said = list(control.wait_for_end(run_states))
-        assert [line in one for line, one in zip(told, said, strict=True)] == [True] * len(told)
+        jobs = SimpleNamespace(stopping=asked, is_active=lambda _, states=states: next(states, False))
+        said = list(control.wait_for_end(jobs))
+        assert [line in sentence for line, sentence in zip(told, said, strict=True)] == [True] * len(told)
+        assert jobs.stopping == []
 
 
 def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_path):
