@@ -344,11 +344,14 @@ def run(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return output(model(**inputs))
 
 
-def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor], seed: int = 3) -> torch.Tensor:
+def weighted(result: torch.Tensor, seed: int = 3) -> torch.Tensor:
     """A scalar that depends on every output with another weight (the models' own losses compute in float32)."""
-    result = run(model, inputs)
     generator = torch.Generator().manual_seed(seed)
     return (result * torch.randn(result.shape, generator=generator, dtype=torch.float64)).sum()
+
+
+def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor], seed: int = 3) -> torch.Tensor:
+    return weighted(run(model, inputs), seed)
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -359,6 +362,14 @@ def gradients_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str,
     model.zero_grad(set_to_none=True)
     loss_of(model, inputs).backward()
     return gradients(model)
+
+
+def results_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The output of a forward pass, and the gradients of its backward pass."""
+    model.zero_grad(set_to_none=True)
+    result = run(model, inputs)
+    weighted(result).backward()
+    return {"": result.detach(), **gradients(model)}
 
 
 def assert_equal(actual, expected, rtol: float = 1e-9, atol: float = 1e-11) -> None:

@@ -32,7 +32,7 @@ from conftest import (
 from peft import LoraConfig, PeftModel
 from suites import quick
 from torch import nn
-from wired import amended, one_each
+from wired import AMENDED, one_each
 
 import reslora
 from reslora import ResLoraConfig, merging
@@ -45,8 +45,17 @@ PLANS = [
     ("middle", 2, "repeat"),
     ("middle", -1, "none"),
 ]
+ONE_PLAN_EACH = [PLANS[0], PLANS[3]]
+"""One plan of each shortcut that merges approximately: for what `pytest` tries with all plans on another model."""
 plans = pytest.mark.parametrize("shortcut, pre_num, head", PLANS)
-architectures = pytest.mark.parametrize("name", ["llama", "gpt2", "unet"])
+architectures = pytest.mark.parametrize(
+    "name, shortcut, pre_num, head",
+    quick(
+        [(name, *plan) for name in ("llama", "gpt2", "unet") for plan in PLANS],
+        *[("llama", *plan) for plan in PLANS],
+        *[(name, *plan) for name in ("gpt2", "unet") for plan in ONE_PLAN_EACH],
+    ),
+)
 
 
 class Case:
@@ -57,10 +66,20 @@ class Case:
     ):
         self.arch, self.shortcut, self.pre_num, self.head = arch, shortcut, pre_num, head
         self.scale, self.factor = scale, factor
-        self.model = arch.lora(lora_dropout=dropout, **lora)
+        self.lora = {"lora_dropout": dropout, **lora}
+        self.config = ResLoraConfig(shortcut, pre_num, head, window, scale)
+        self.model = arch.lora(**self.lora)
         self.oracle = Oracle(self.model, arch.blocks, shortcut, pre_num, head, scale=scale, factor=factor)
-        reslora.connect(self.model, ResLoraConfig(shortcut, pre_num, head, window, scale))
-        reslora.set_shortcut_scale(self.model, factor)
+        self.connect()
+
+    def connect(self) -> None:
+        reslora.connect(self.model, self.config)
+        reslora.set_shortcut_scale(self.model, self.factor)
+
+    def renew(self) -> None:
+        """Take another model with the same weights, which is not merged yet."""
+        self.model = self.arch.lora(**self.lora)
+        self.connect()
 
     def train(self, steps: int) -> "Case":
         for seed in range(steps):
@@ -210,37 +229,45 @@ def ridge_regression(x: torch.Tensor, target: torch.Tensor, prior: torch.Tensor)
 # --- amended sums -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", quick(["llama", "unet"], "llama"))
-@plans
-@amended
+EACH = [(name, *plan, *amendment) for name in ("llama", "unet") for plan in PLANS for amendment in AMENDED]
+QUICK = [("llama", *plan, "mean", 0.25) for plan in PLANS]  # both amendments at once
+QUICK += [("llama", *plan, *one) for plan in ONE_PLAN_EACH for one in (("mean", 1.0), ("sum", 0.25))]
+
+
+@pytest.mark.parametrize("name, shortcut, pre_num, head, scale, factor", quick(EACH, *QUICK))
 def test_amended_sums_merge_by_the_formulas(name, shortcut, pre_num, head, scale, factor):
-    for method in ("none", "input", "weights", "lstsq"):
-        case = Case(ARCHITECTURES[name], shortcut, pre_num, head, scale=scale, factor=factor)
-        report = reslora.merge(case.model, method=method, calibration=case.calibrate(case.batches(1)))
-        formulas = {
-            "none": own_terms(case),
-            "input": merged_by_input(case, window=100),
-            "weights": lambda chain, case=case: weights_alphas(case, chain)[1],
-            "lstsq": merged_by_lstsq(case),
-        }
-        case.assert_merged_to(formulas[method], tolerance=1e-5 if method == "lstsq" else 1e-9)
+    case = Case(ARCHITECTURES[name], shortcut, pre_num, head, scale=scale, factor=factor)
+    calibration = case.calibrate(case.batches(1))
+    formulas = {
+        "none": own_terms(case),
+        "input": merged_by_input(case, window=100),
+        "weights": lambda chain: weights_alphas(case, chain)[1],
+        "lstsq": merged_by_lstsq(case),
+    }
+    for method, formula in formulas.items():
+        case.renew()
+        report = reslora.merge(case.model, method=method, calibration=calibration)
+        case.assert_merged_to(formula, tolerance=1e-5 if method == "lstsq" else 1e-9)
         case.assert_errors(report)
 
 
-@pytest.mark.parametrize("pre_num", [1, -1])
-@amended
+@pytest.mark.parametrize(
+    "pre_num, scale, factor",
+    quick([(pre_num, *one) for pre_num in (1, -1) for one in AMENDED], (1, "mean", 0.25), (-1, "sum", 0.25)),
+)
 def test_amended_sums_of_block_merge_exactly(llama, pre_num, scale, factor):
-    for method in ("auto", "none"):
-        case = Case(llama, "block", pre_num, scale=scale, factor=factor)
-        report = reslora.merge(case.model, method=method, calibration=case.calibrate(case.batches(1)))
-        if method == "none":
-            case.assert_merged_to(own_terms(case))
-        else:
-            case.assert_errors(report)
-            inputs = llama.inputs(seed=9)
-            assert_equal(run(case.model, inputs), run(case.oracle.model, inputs))
     case = Case(llama, "block", pre_num, scale=scale, factor=factor)
-    case.assert_errors(reslora.merge(case.model, calibration=case.calibrate(case.batches(1)), max_rank=3))
+    calibration = case.calibrate(case.batches(1))
+    report = reslora.merge(case.model, method="auto", calibration=calibration)
+    case.assert_errors(report)
+    inputs = llama.inputs(seed=9)
+    merged = run(case.model, inputs)
+    case.renew()
+    case.assert_errors(reslora.merge(case.model, calibration=calibration, max_rank=3))
+    case.renew()
+    reslora.merge(case.model, method="none", calibration=calibration)
+    case.assert_merged_to(own_terms(case))
+    assert_equal(merged, run(case.oracle.model, inputs))
 
 
 @pytest.mark.parametrize("scale", ["sum", "mean"])
@@ -274,7 +301,6 @@ def test_none_keeps_every_a_and_b(llama, shortcut, pre_num, head):
 
 
 @architectures
-@plans
 def test_input_uses_the_norms_recorded_in_training(name, shortcut, pre_num, head):
     case = Case(ARCHITECTURES[name], shortcut, pre_num, head).train(3)
     report = reslora.merge(case.model, method="input")
@@ -374,7 +400,6 @@ def test_input_without_norms_is_an_error(llama, window):
 
 
 @architectures
-@plans
 def test_weights_walks_the_chain_with_merged_weights(name, shortcut, pre_num, head):
     case = Case(ARCHITECTURES[name], shortcut, pre_num, head)
     report = reslora.merge(case.model, method="weights")
@@ -419,7 +444,6 @@ def test_half_precision_bases_are_measured_in_fp32(llama, shortcut):
 
 
 @architectures
-@plans
 def test_lstsq_solves_the_ridge_regression(name, shortcut, pre_num, head):
     case = Case(ARCHITECTURES[name], shortcut, pre_num, head)
     report = reslora.merge(case.model, method="lstsq", calibration=case.calibrate(case.batches()))

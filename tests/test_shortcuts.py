@@ -21,13 +21,14 @@ from conftest import (
     lora_stack,
     loss_of,
     randomize,
+    results_of,
     run,
     stack_chain,
     tiny_llama,
 )
 from suites import quick
 from torch.func import functional_call, vmap
-from wired import PLAIN, SOME, WIRED, amended, connected, language, one_each, pair, some, wired
+from wired import AMENDED, PLAIN, SOME, WIRED, amended, connected, language, one_each, pair, some, wired
 
 import reslora
 from reslora import ResLoraConfig
@@ -45,19 +46,19 @@ from reslora import ResLoraConfig
 def test_forward_and_gradients_follow_the_equation(name, shortcut, pre_num, head):
     arch = ARCHITECTURES[name]
     model, oracle = pair(arch, shortcut, pre_num, head)
-    inputs = arch.inputs()
-    assert_equal(run(model, inputs), run(oracle, inputs))
-    assert_equal(gradients_of(model, inputs), gradients_of(oracle, inputs))
+    assert_equal(results_of(model, arch.inputs()), results_of(oracle, arch.inputs()))
 
 
-@pytest.mark.parametrize("name", ["llama", "unet"])
-@pytest.mark.parametrize("shortcut, pre_num, head", SOME)
-@amended
+EACH = [(name, *plan, *amendment) for name in ("llama", "unet") for plan in SOME for amendment in AMENDED]
+QUICK = [("llama", *plan, *amendment) for plan in SOME for amendment in AMENDED[:3]]
+QUICK += [("unet", *plan, "mean", 0.25) for plan in SOME]  # both amendments at once
+
+
+@pytest.mark.parametrize("name, shortcut, pre_num, head, scale, factor", quick(EACH, *QUICK))
 def test_amended_sums_follow_the_equation(name, shortcut, pre_num, head, scale, factor):
     arch = ARCHITECTURES[name]
     model, oracle = pair(arch, shortcut, pre_num, head, scale=scale, factor=factor)
-    assert_equal(run(model, arch.inputs()), run(oracle, arch.inputs()))
-    assert_equal(gradients_of(model, arch.inputs()), gradients_of(oracle, arch.inputs()))
+    assert_equal(results_of(model, arch.inputs()), results_of(oracle, arch.inputs()))
 
 
 @pytest.mark.parametrize("shortcut, pre_num", [("block", 2), ("block", -1), ("middle", 2)])
@@ -66,8 +67,7 @@ def test_amended_sums_of_many_rows_follow_the_equation(llama, shortcut, pre_num,
     """More rows than the rank: `block` sums the B A first, and hands the sum on if it starts at the head."""
     model, oracle = pair(llama, shortcut, pre_num, "repeat", scale=scale, factor=factor, r=16)
     inputs = llama.inputs(length=40)
-    assert_equal(run(model, inputs), run(oracle, inputs))
-    assert_equal(gradients_of(model, inputs), gradients_of(oracle, inputs))
+    assert_equal(results_of(model, inputs), results_of(oracle, inputs))
 
 
 @one_each
