@@ -1,14 +1,16 @@
 """Runs to look at: made by hand, and made by the trainer itself."""
 
-import functools
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from filelock import FileLock
 from pipelines import image_folder, stable_diffusion
+from waiting import LIMIT
 
 import train_sd
 from app.generation_request import Drawn, Request
@@ -80,9 +82,18 @@ def write_exports(run: Run, step=4, **record) -> None:
         (run.folder / method / "exports.json").write_text(json.dumps({"step": step, **record}))
 
 
-@functools.cache
-def trained(folder: Path) -> Path:
-    """A run of LoRA and ResLoRA in `folder`, by the trainer; returns the folder of runs."""
+def trained(factory: pytest.TempPathFactory) -> Path:
+    """A run of LoRA and ResLoRA by the trainer, which one process of `pytest -n` makes for all; the folder of runs."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    with FileLock(f"{folder}.lock", timeout=LIMIT):
+        if not (done := folder / "done").exists():
+            train(folder)
+            done.touch()
+    return folder / "runs"
+
+
+def train(folder: Path) -> None:
     flags = ["--pretrained_model_name_or_path", stable_diffusion(folder / "model")]
     flags += ["--train_data_dir", image_folder(folder / "images"), "--output_dir", folder / "runs" / "tiny"]
     flags += ["--method", "lora", "reslora", "--resolution", 32, "--rank", 2, "--learning_rate", 0.05]
@@ -90,13 +101,12 @@ def trained(folder: Path) -> Path:
     flags += ["--validation_prompt", "red disc", "blue box", "--num_inference_steps", 2, "--report_to", "none"]
     flags += ["--merge_calibration_samples", 4]
     assert train_sd.main([str(word) for word in flags]) == 0
-    return folder / "runs"
 
 
 def own_runs(factory: pytest.TempPathFactory) -> Path:
     """A module's copy of what `trained` makes once: what one merges in it is not there for the next."""
     runs = factory.mktemp("own") / "runs"
-    shutil.copytree(trained(factory.getbasetemp() / "trained"), runs)
+    shutil.copytree(trained(factory), runs)
     return runs
 
 

@@ -225,9 +225,9 @@ def test_is_served_where_gradio_gives_up_on_its_own_page(opens, monkeypatch, cap
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    base = tmp_path_factory.getbasetemp()
-    shutil.copytree(trained(base / "trained") / "tiny", base / "shown" / "tiny")
-    return base / "shown"
+    shown = tmp_path_factory.getbasetemp() / "shown"
+    shutil.copytree(trained(tmp_path_factory) / "tiny", shown / "tiny")
+    return shown
 
 
 @pytest.fixture(scope="module")
@@ -633,7 +633,7 @@ def test_images_with_merged_weights_beside_the_base_and_cancelled(page):
 
 def draw_slowly(page) -> None:
     """So that what is drawn cannot end before it is stopped, however slow the browser is."""
-    for name, value in (("Denoising steps", "150"), ("Width", "512"), ("Height", "512")):
+    for name, value in (("Denoising steps", "150"), ("Width", "128"), ("Height", "128")):
         page.get_by_label(f"number input for {name}").fill(value)
 
 

@@ -23,7 +23,7 @@ from reslora.images.model.stored import Stored
 
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory):
-    return Library(trained(tmp_path_factory.getbasetemp() / "trained")).find("tiny")
+    return Library(trained(tmp_path_factory)).find("tiny")
 
 
 @pytest.fixture

@@ -10,15 +10,14 @@ from waiting import LIMIT
 from golden.commands import REFUSALS, RUNS
 
 RECORD = Path(__file__).with_name("record.py")
-QUICK = ["killed"]
-REST = [name for name in (*REFUSALS, *RUNS) if name not in ("refusals", *QUICK)]
+QUICK = ["refusals", "killed"]
+REST = [name for name in (*REFUSALS, *RUNS) if name not in QUICK]
 
 
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(["refusals"], id="refusals"),
-        pytest.param(QUICK, id="runs"),
+        pytest.param(QUICK, id="quick"),
         pytest.param(REST, id="rest", marks=pytest.mark.exhaustive),
     ],
 )

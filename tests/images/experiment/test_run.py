@@ -591,6 +591,7 @@ def test_samples_are_generated_at_the_ends_of_an_arm():
     assert [step for step in range(9) if every.is_sampled(step)] == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.exhaustive
 def test_the_base_model_is_sampled_by_the_first_arm_alone(flags, tmp_path):
     """The gallery shows the merged model of the chosen step in the others' columns."""
     own = [*flags, *SMALL, "--num_validation_images", "1", "--seed", "0", "1", "--max_train_steps", "3"]
@@ -607,9 +608,10 @@ RACE = ("--method", "lora", "--learning_rate", "1e-4", "0.3", "--max_train_steps
 
 
 def test_a_race_stops_a_run_early_and_says_so(flags, tmp_path, capsys):
-    """The same command trains nothing again; the estimate follows six steps."""
-    own = [*flags, *RACE, "--output_dir", tmp_path / "out"]
+    """The same command trains nothing again; the estimate follows six steps; the base model is sampled once."""
+    own = [*flags, *RACE, "--num_validation_images", "1", "--output_dir", tmp_path / "out"]
     lines = printed(*own)
+    assert sorted(min(by_step(folder)) == 0 for folder in tmp_path.rglob("samples")) == [False, True]
     only(lines, "2 runs, 2 to choose learning rates; 8 steps, measured every 2 steps")
     only(lines, "estimate: at most ", " for 2 runs (", " of training, ", " of tests and exports)", "GiB")
     only(lines, "run 2 of 2, about 1 min left: lora/lr-0.0001/seed-0")
@@ -657,9 +659,9 @@ def test_a_plan_times_the_first_steps_and_leaves_no_files(flags, tmp_path, monke
     monkeypatch.setattr("tempfile.tempdir", str(places))
     cache = Path(flags[flags.index("--cache_dir") + 1])
     before = files(cache)
-    lines = printed(*flags, *WHOLE, "--output_dir", tmp_path / "out", "--plan")
-    only(lines, "4 runs; 2 steps each") and only(lines, "planned memory in ")
-    line = only(lines, "estimate: ", " for 4 runs (", " of training, ", " of measurements, ", " of tests and exports)")
+    lines = printed(*flags, *SMALL, "--output_dir", tmp_path / "out", "--plan")
+    only(lines, "2 runs; 2 steps each") and only(lines, "planned memory in ")
+    line = only(lines, "estimate: ", " for 2 runs (", " of training, ", " of measurements, ", " of tests and exports)")
     assert line == lines[-1]
     assert files(cache) == before and list(tmp_path.iterdir()) == [places] and not list(places.iterdir())
 

@@ -143,7 +143,8 @@ def images(tmp_path_factory) -> Path:
     return image_folder(tmp_path_factory.mktemp("images") / "data")
 
 
-@pytest.mark.parametrize("family", ["sd3", pytest.param("z_image", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", ["sd3", "z_image"])
 def test_a_run_from_a_file_is_the_run_from_the_folder_and_goes_on_in_it(family, images, tmp_path):
     """Without the folder's own weights, which are not read."""
     folder = tiny(family)
