@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import Oracle, assert_equal, find_layer, gradients_of, lora_stack, run, stack_chain
+from core_models import Oracle, assert_equal, find_layer, gradients_of, lora_stack, run, stack_chain
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import (
+from core_models import (
     ARCHITECTURES,
     Stack,
     adapter_layers,

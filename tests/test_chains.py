@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import tiny_models
 import torch
-from conftest import (
+from core_models import (
     ARCHITECTURES,
     STACK_INPUTS,
     Architecture,

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import (
+from core_models import (
     ARCHITECTURES,
     RANK,
     STACK_INPUTS,

@@ -3,7 +3,7 @@
 import pytest
 import tiny_models
 import torch
-from conftest import (
+from core_models import (
     ARCHITECTURES,
     STACK_INPUTS,
     Oracle,

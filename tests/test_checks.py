@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import assert_one_line
+from core_models import assert_one_line
 
 from reslora.checks import check_writable, is_number, is_whole, number_in_words, whole_in_words
 from reslora.errors import InvalidArgument

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import assert_equal, gradients, gradients_of, loss_of, run, tiny_llama, tiny_unet
+from core_models import assert_equal, gradients, gradients_of, loss_of, run, tiny_llama, tiny_unet
 from waiting import join, start_thread
 from wired import one_each, pair, stateful
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from conftest import assert_one_line
+from core_models import assert_one_line
 
 from reslora import ResLoraConfig
 

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import (
+from core_models import (
     ARCHITECTURES,
     Oracle,
     adapter_layers,

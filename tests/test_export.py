@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import (
+from core_models import (
     ARCHITECTURES,
     STACK_INPUTS,
     Stack,

@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from conftest import Stack, assert_one_line, tiny_unet
+from core_models import Stack, assert_one_line, tiny_unet
 from peft import LoraConfig, get_peft_model
 
 from reslora.export import DIFFUSERS_FILE, export_diffusers, export_merged, export_peft

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (
+from core_models import (
     ARCHITECTURES,
     STACK_INPUTS,
     Stack,

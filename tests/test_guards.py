@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import (
+from core_models import (
     RANK,
     STACK_INPUTS,
     adapter_layers,

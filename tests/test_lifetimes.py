@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, adapter_layers, find_layer, gradients_of, loss_of, run
+from core_models import ARCHITECTURES, adapter_layers, find_layer, gradients_of, loss_of, run
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

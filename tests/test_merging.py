@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import (
+from core_models import (
     ARCHITECTURES,
     RANK,
     STACK_INPUTS,

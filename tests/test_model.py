@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import (
+from core_models import (
     ARCHITECTURES,
     RANK,
     STACK_INPUTS,

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import RANK, STACK_INPUTS, assert_equal, assert_one_line, find_layer, gradients_of, lora_stack, run
+from core_models import RANK, STACK_INPUTS, assert_equal, assert_one_line, find_layer, gradients_of, lora_stack, run
 from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.nn.utils import prune

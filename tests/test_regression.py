@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_equal
+from core_models import assert_equal
 from live_tensors import LiveTensors
 
 from reslora import regression

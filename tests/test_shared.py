@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from conftest import (
+from core_models import (
     ARCHITECTURES,
     Oracle,
     adapter_layers,

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import (
+from core_models import (
     ARCHITECTURES,
     RANK,
     STACK_INPUTS,

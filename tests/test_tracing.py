@@ -6,7 +6,7 @@ import itertools
 import pytest
 import tiny_models
 import torch
-from conftest import ARCHITECTURES, STACK_INPUTS, Stack, adapter_layers, assert_one_line, lora_stack, tiny_unet
+from core_models import ARCHITECTURES, STACK_INPUTS, Stack, adapter_layers, assert_one_line, lora_stack, tiny_unet
 from peft import LoraConfig, get_peft_model
 from torch import nn
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Oracle
+from core_models import Oracle
 from suites import quick
 
 import reslora

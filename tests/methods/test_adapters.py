@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Stack, assert_one_line, tiny_bert, tiny_gpt2, tiny_llama, tiny_unet, token_inputs, unet_inputs
+from core_models import Stack, assert_one_line, tiny_bert, tiny_gpt2, tiny_llama, tiny_unet, token_inputs, unet_inputs
 from diffusers import UNet2DConditionModel
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file

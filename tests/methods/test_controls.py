@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import STACK_INPUTS, Stack, assert_equal, lora_stack, randomize, run, stack_chain
+from core_models import STACK_INPUTS, Stack, assert_equal, lora_stack, randomize, run, stack_chain
 from safetensors import safe_open
 from safetensors.torch import load_file
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import STACK_INPUTS, lora_stack, run
+from core_models import STACK_INPUTS, lora_stack, run
 
 import reslora
 from reslora.chains import base_model

@@ -1,7 +1,7 @@
 """What is said of chains: of each method by the shortcut that it has, takes after, or is a placebo of."""
 
 import pytest
-from conftest import tiny_llama
+from core_models import tiny_llama
 from peft import LoraConfig, get_peft_model
 
 from reslora import ResLoraConfig, connect

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import STACK_INPUTS, Stack, assert_one_line, tiny_llama, tiny_unet
+from core_models import STACK_INPUTS, Stack, assert_one_line, tiny_llama, tiny_unet
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 

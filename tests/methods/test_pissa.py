@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import (
+from core_models import (
     Stack,
     adapter_layers,
     assert_equal,

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import assert_one_line
+from core_models import assert_one_line
 
 from reslora.errors import InvalidArgument
 from reslora.methods.registry import METHODS, check_steps, refuse_unable

@@ -1,7 +1,7 @@
 """Targets that fit what cannot be adapted: the line names it, and what it says to give is what PEFT takes."""
 
 import pytest
-from conftest import assert_one_line, tiny_llama, tiny_roberta, tiny_unet
+from core_models import assert_one_line, tiny_llama, tiny_roberta, tiny_unet
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 

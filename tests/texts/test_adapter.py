@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_one_line, tiny_bert, tiny_llama
+from core_models import assert_one_line, tiny_bert, tiny_llama
 
 from reslora.chains import base_model
 from reslora.config import ResLoraConfig

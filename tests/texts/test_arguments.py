@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import assert_one_line
+from core_models import assert_one_line
 from transformers import TrainingArguments
 from waiting import LIMIT
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_equal
+from core_models import assert_equal
 from launching import forked
 from peft import PeftModel
 from safetensors.torch import load_file

@@ -441,7 +441,7 @@ def test_rows_from_the_hub_are_read_split_by_split(tiny, tmp_path, monkeypatch):
 
 
 def test_a_model_that_is_no_causal_one_is_refused(tiny, data, tmp_path, capsys):
-    from conftest import tiny_bert
+    from core_models import tiny_bert
 
     tiny_bert().save_pretrained(tmp_path / "bert")
     bytes_tokenizer().save_pretrained(tmp_path / "bert")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_llama
+from core_models import tiny_llama
 from tokenizers import processors
 
 from reslora.options.texts import LlmOptions

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import assert_one_line, tiny_bert, tiny_llama, token_inputs
+from core_models import assert_one_line, tiny_bert, tiny_llama, token_inputs
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_bert, tiny_llama
+from core_models import tiny_bert, tiny_llama
 from suites import quick
 from transformers import get_scheduler
 

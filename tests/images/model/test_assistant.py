@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import tiny_unet
+from core_models import tiny_unet
 from diffusers import UNet2DConditionModel
 from launching import forked, told_by
 from safetensors.torch import load_file

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_equal
+from core_models import assert_equal
 from diffusers import DDPMScheduler
 
 from images.runs import parts

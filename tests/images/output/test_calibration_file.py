@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import assert_one_line
+from core_models import assert_one_line
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 

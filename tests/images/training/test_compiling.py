@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import STACK_INPUTS, lora_stack
+from core_models import STACK_INPUTS, lora_stack
 from diffusers.models.unets.unet_2d_blocks import UpBlock2D
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd

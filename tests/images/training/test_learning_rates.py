@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_one_line, tiny_unet
+from core_models import assert_one_line, tiny_unet
 from launching import forked
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file

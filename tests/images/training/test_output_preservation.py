@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_one_line
+from core_models import assert_one_line
 from launching import forked
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
