@@ -119,6 +119,7 @@ def test_a_run_that_diverges_exports_the_best(flags, monkeypatch, capsys, tmp_pa
     assert (output / "lora" / "kohya.safetensors").is_file() and not (output / "lora" / "exports.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_the_log_has_losses_by_timestep_and_similarities(whole):
     rows = read_log(whole[0] / "lora" / "log.jsonl")
     for row in of_split(rows, "validation"):
@@ -143,6 +144,7 @@ def digests_of(output: Path, pattern: str) -> dict[str, str]:
     return {name: value for file in files for name, value in digests(file.parent, file.name).items()}
 
 
+@pytest.mark.exhaustive
 def test_the_same_command_has_nothing_to_do_and_more_patience_trains_on(flags, whole, capsys):
     output, _ = whole
     only(printed(*flags, "--output_dir", output), "contains this run, which is finished")
