@@ -295,7 +295,7 @@ def test_plain_lora_of_two_ranks_has_its_own_alphas_in_the_peft_config(unet, tmp
     assert layer.r["default"] == 9 and layer.scaling["default"] == pytest.approx(5 / 3)
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", quick(CASES, "equal ranks", "block patterns"))
 @pytest.mark.parametrize("blocks", quick(["all", "some"], "some"))
 def test_all_files_have_the_scale_that_set_adapters_gave(case, blocks, inputs, tmp_path):
     lora, plan, merge = CASES[case]

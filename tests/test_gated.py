@@ -155,8 +155,14 @@ def test_an_eighth_of_the_ranks_is_shared(llama, rank, shared):
 # -- merge -------------------------------------------------------------------------------------------------------------
 
 
-@architectures
-@pytest.mark.parametrize("method", ["auto", "weights", "lstsq"])
+@pytest.mark.parametrize(
+    "name, method",
+    quick(
+        [(name, method) for name in ("llama", "unet", "gpt2", "bert") for method in ("auto", "weights", "lstsq")],
+        *[("llama", method) for method in ("auto", "weights", "lstsq")],
+        ("unet", "auto"),
+    ),
+)
 def test_the_merge_is_exact_whatever_the_method(name, method):
     arch = ARCHITECTURES[name]
     model, plain = connected(arch)
@@ -201,7 +207,7 @@ def test_a_merge_that_is_taken_back_restores_the_same_gates(llama):
 # -- save and load -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "unet"])
+@pytest.mark.parametrize("name", quick(["llama", "unet"], "llama"))
 def test_gates_are_saved_and_loaded(name, tmp_path):
     arch = ARCHITECTURES[name]
     model, _ = connected(arch)

@@ -40,7 +40,9 @@ stateful = pytest.mark.parametrize("shortcut, pre_num, head", STATEFUL)
 some = pytest.mark.parametrize("shortcut, pre_num, head", SOME)
 one_each = pytest.mark.parametrize("shortcut, pre_num, head", ONE_EACH)
 language = pytest.mark.parametrize("name", ["llama", "unet"])
-with_checkpointing = pytest.mark.parametrize("name, checkpointing", [("llama", False), ("llama", True), ("unet", True)])
+with_checkpointing = pytest.mark.parametrize(
+    "name, checkpointing", quick([("llama", False), ("llama", True), ("unet", True)], ("llama", False), ("llama", True))
+)
 
 
 def connected(arch, shortcut, pre_num, head, window=0, **lora):
