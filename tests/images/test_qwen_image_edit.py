@@ -115,6 +115,7 @@ def drawn(place: SimpleNamespace, weights: Path | None, reference: PIL.Image.Ima
     return pipe(reference, "blue box", generator=seed, num_inference_steps=2, output_type="np", **more).images[0]
 
 
+@pytest.mark.exhaustive
 def test_samples_are_those_of_the_stock_pipeline_with_the_exported_lora(place, trained):
     """The stock pipeline's text encoder reads prompt, negative prompt and reference by itself."""
     files = json.loads((trained / "reslora" / "exports.json").read_text())["difference_of_255"]
