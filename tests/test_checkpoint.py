@@ -28,6 +28,7 @@ from core_models import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import dispatch_default
 from safetensors.torch import load_file, save_file
+from suites import quick
 from wired import one_each, pair
 
 import reslora
@@ -86,8 +87,16 @@ def test_scales_that_alpha_does_not_say_come_back(shortcut, into, tmp_path):
     )
 
 
-@plans
-def test_into_a_bare_base_and_into_a_matching_adapter(arch, tmp_path, shortcut, pre_num, head):
+@pytest.mark.parametrize(
+    "name, shortcut, pre_num, head",
+    quick(
+        [(name, *plan) for name in ARCHITECTURES for plan in PLANS],
+        *[("llama", *plan) for plan in PLANS],
+        ("unet", "middle", -1, "repeat"),
+    ),
+)
+def test_into_a_bare_base_and_into_a_matching_adapter(name, tmp_path, shortcut, pre_num, head):
+    arch = ARCHITECTURES[name]
     model = saved(arch, tmp_path, shortcut, pre_num, head)
     expected = results_of(model, arch.inputs())
     output = expected.pop("")

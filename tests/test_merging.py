@@ -270,8 +270,14 @@ def test_amended_sums_of_block_merge_exactly(llama, pre_num, scale, factor):
     assert_equal(merged, run(case.oracle.model, inputs))
 
 
-@pytest.mark.parametrize("scale", ["sum", "mean"])
-@pytest.mark.parametrize("method", ["none", "input", "weights", "lstsq", "auto"])
+@pytest.mark.parametrize(
+    "method, scale",
+    quick(
+        itertools.product(["none", "input", "weights", "lstsq", "auto"], ["sum", "mean"]),
+        *[(method, "mean") for method in ("none", "input", "weights", "lstsq", "auto")],
+        ("auto", "sum"),
+    ),
+)
 @one_each
 def test_with_a_factor_of_zero_every_merge_is_plain_lora_bit_for_bit(llama, shortcut, pre_num, head, method, scale):
     model, plain = llama.lora(), llama.lora()
@@ -526,8 +532,14 @@ def test_lstsq_without_calibration_is_an_error(llama):
 # --- block ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["auto", "input", "weights", "lstsq"])
-@pytest.mark.parametrize("pre_num", [1, 2, -1, 100])
+@pytest.mark.parametrize(
+    "method, pre_num",
+    quick(
+        itertools.product(["auto", "input", "weights", "lstsq"], [1, 2, -1, 100]),
+        *[("auto", pre_num) for pre_num in (1, 2, -1, 100)],
+        *[(method, 2) for method in ("input", "weights", "lstsq")],
+    ),
+)
 def test_block_is_exact_whatever_the_method(llama, method, pre_num):
     case = Case(llama, "block", pre_num).train(1)
     calibration = case.batches() if method == "lstsq" else None
