@@ -19,6 +19,7 @@ from diffusers import StableDiffusionPipeline
 from launching import forked, start
 from pipelines import FAMILIES
 from safetensors.torch import load_file
+from suites import quick
 from torch import nn
 from waiting import ended, ignore_sigint, is_running, wait_until
 
@@ -148,7 +149,7 @@ def steps_of_two(folder: Path, model: Path, batch: int, accumulation: int, *more
     return found
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("batch", "accumulation"), quick([(2, 1), (1, 2)], (1, 2)))
 def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_path, batch, accumulation):
     assert_equal_but_for_rounding(steps_of_two(tmp_path, model, batch, accumulation), one_batch)
 
