@@ -608,10 +608,9 @@ RACE = ("--method", "lora", "--learning_rate", "1e-4", "0.3", "--max_train_steps
 
 
 def test_a_race_stops_a_run_early_and_says_so(flags, tmp_path, capsys):
-    """The same command trains nothing again; the estimate follows six steps; the base model is sampled once."""
-    own = [*flags, *RACE, "--num_validation_images", "1", "--output_dir", tmp_path / "out"]
+    """The same command trains nothing again; the estimate follows six steps."""
+    own = [*flags, *RACE, "--output_dir", tmp_path / "out"]
     lines = printed(*own)
-    assert [min(by_step(folder)) for folder in tmp_path.rglob("samples")] == [0]
     only(lines, "2 runs, 2 to choose learning rates; 8 steps, measured every 2 steps")
     only(lines, "estimate: at most ", " for 2 runs (", " of training, ", " of tests and exports)", "GiB")
     only(lines, "run 2 of 2, about 1 min left: lora/lr-0.0001/seed-0")
