@@ -324,11 +324,12 @@ def all_below(folder: Path) -> Iterator[Path]:
     `lost+found`, which only root can read and which is skipped.
     """
 
-    def fail(error: OSError) -> None:
+    def raise_error(error: OSError) -> None:
+        """Raise the error of a folder that cannot be listed, except for `lost+found`."""
         if Path(error.filename).name != "lost+found":
             raise error
 
-    for place, folders, files in os.walk(folder, onerror=fail):
+    for place, folders, files in os.walk(folder, onerror=raise_error):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(place, name) for name in (*folders, *files))
 

@@ -115,11 +115,12 @@ def p_value(difference: float, spread: Spread) -> float:
     if difference == 0:
         return 1.0
 
-    def beyond(log_level: float) -> float:
+    def excess_width(log_level: float) -> float:
+        """Return how far the half width of the interval at level exp(`log_level`) exceeds the difference."""
         return float(half_width(spread, math.exp(log_level))) - abs(difference)
 
     least = math.log(LEAST_P)
-    return LEAST_P if beyond(least) <= 0 else math.exp(brentq(beyond, least, 0))
+    return LEAST_P if excess_width(least) <= 0 else math.exp(brentq(excess_width, least, 0))
 
 
 def detectable(spread: Spread, level: float) -> float:
@@ -136,10 +137,11 @@ def detectable(spread: Spread, level: float) -> float:
         return 0.0
     needed = half_width(spread._replace(squares=again * true), level)
 
-    def lacking(difference: float) -> float:
+    def missing_power(difference: float) -> float:
+        """Return `POWER` minus the power of the test at a true difference of `difference`."""
         return POWER - float(special.ndtr((difference - needed) / error).mean())
 
-    return brentq(lacking, 0, float((needed + 3 * error).max()))
+    return brentq(missing_power, 0, float((needed + 3 * error).max()))
 
 
 def expected(difference: float, spread: Spread, level: float) -> float:

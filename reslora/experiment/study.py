@@ -141,7 +141,7 @@ class ExperimentStudy(ABC):
             self.schedule.estimated = True
             print_estimate(self.schedule, self.device, steps, step, start, measuring, test)
 
-    def begins(self, phase: str, arm: Arm) -> None:
+    def start_phase(self, phase: str, arm: Arm) -> None:
         """Write the next phase of an arm to the run's status.
 
         Raises `Stopped` if a stop was requested. Only the main process calls this method and the methods below.
@@ -188,11 +188,12 @@ class ExperimentStudy(ABC):
         """
         path = self.schedule.folder_of(arm) / TESTED
 
-        def keep(measured: dict) -> None:
+        def write_tested(measured: dict) -> None:
+            """Write the losses and other metrics on the test split to `test.json`."""
             write_json(path, {"step": step, "images": self.test_ids} | measured)
 
         try:
-            self.test_and_export(arm, step, keep if test else None, export)
+            self.test_and_export(arm, step, write_tested if test else None, export)
         except Diverged as error:
             if test and not self.is_tested(arm, step):
                 raise

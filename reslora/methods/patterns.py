@@ -121,11 +121,12 @@ def nearest(pattern: str, layers: Iterable[str]) -> list[str]:
     Similarity is the number of characters of the pattern that appear in the name in order; ties prefer shorter names.
     """
 
-    def likeness(name: str) -> tuple[int, int]:
+    def similarity(name: str) -> tuple[int, int]:
+        """Return the sort key of a layer's name: matching characters, and the negative length."""
         blocks = SequenceMatcher(None, pattern, name, autojunk=False).get_matching_blocks()
         return sum(block.size for block in blocks), -len(name)
 
-    return heapq.nlargest(3, layers, key=likeness)
+    return heapq.nlargest(3, layers, key=similarity)
 
 
 def _whole(name: str) -> str:

@@ -40,7 +40,8 @@ def take_any_file_name() -> None:
 
 
 def _outliving(stream: TextIO, do: Callable) -> Callable:
-    def done(*what: Any) -> Any:
+    def ignoring(*what: Any) -> Any:
+        """Call `do`; if the reader has gone, redirect the stream to `os.devnull` first."""
         try:
             return do(*what)
         except OSError as error:
@@ -50,4 +51,4 @@ def _outliving(stream: TextIO, do: Callable) -> Callable:
                 os.dup2(nowhere.fileno(), stream.fileno())  # also discards the rest of the buffer when Python exits
             return do(*what)
 
-    return done
+    return ignoring

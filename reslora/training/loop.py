@@ -61,7 +61,8 @@ def put_control_on(learner: Learner, study: Study) -> None:
     """
     options, parts = study.context.options, learner.trained.parts
 
-    def measured() -> list[Settings]:
+    def measure() -> list[Settings]:
+        """Return the settings of the control in each part, measured on the calibration batches."""
         with contextlib.ExitStack() as stack, study.context.accelerator.autocast():
             gauges = [
                 stack.enter_context(gauged(learner.method, part, options.adapter.reslora_config, study.example_inputs))
@@ -71,7 +72,7 @@ def put_control_on(learner: Learner, study: Study) -> None:
                 study.calibrate(learner, batch)
             return [gauge.settings(options.training.seed) for gauge in gauges]
 
-    for part, settings in zip(parts.values(), broadcast_from_main(measured), strict=True):
+    for part, settings in zip(parts.values(), broadcast_from_main(measure), strict=True):
         put_on(part, settings)
 
 

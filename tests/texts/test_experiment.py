@@ -495,10 +495,10 @@ def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
     stop, grid = StopRequest(), read(LlmOptions, "x", [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu"])
     runner = runner_of(grid, stop)
     arm, *_ = runner.schedule.arms()
-    runner.begins("testing (1 of 4)", arm)
+    runner.start_phase("testing (1 of 4)", arm)
     stop.signal = signal.SIGTERM
     with pytest.raises(Stopped, match="run the same command to resume"):
-        runner.begins("testing (2 of 4)", arm)
+        runner.start_phase("testing (2 of 4)", arm)
 
 
 def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monkeypatch):

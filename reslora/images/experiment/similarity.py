@@ -43,7 +43,8 @@ def similarities(
     metric = load_metric(context.options.validation.metric_model, str(context.accelerator.device))
     denoiser = next(iter(parts.values()))
 
-    def draw(prompts: Sequence[str], count: int = 1, sampler: Sampler = setting.sampler) -> torch.Tensor:
+    def sampled_features(prompts: Sequence[str], count: int = 1, sampler: Sampler = setting.sampler) -> torch.Tensor:
+        """Generate `count` images of each prompt, and return their features: images x features."""
         drawn = sampler.draw(denoiser, prompts, count, lambda: context.stop.check(COMPARING))
         return metric.images([as_image(image) for image in drawn])
 
@@ -55,10 +56,10 @@ def similarities(
     captions = [
         sources[source].transform.plain(sources[source].images.captions[number][0]) for source, number in tested
     ]
-    drawn, again = draw(captions, 1, of_tested), draw(captions[:1], DRAWINGS, of_tested)
-    kept = draw(UNRELATED)
+    drawn, again = sampled_features(captions, 1, of_tested), sampled_features(captions[:1], DRAWINGS, of_tested)
+    kept = sampled_features(UNRELATED)
     with without_adapters(*parts.values()):
-        base = draw(UNRELATED)
+        base = sampled_features(UNRELATED)
     apart = 1 - again @ again.T
     found = {"image_similarity": (drawn * metric.of(sources, tested)).sum(1).mean()}
     if metric.reads_captions:

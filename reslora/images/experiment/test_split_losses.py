@@ -97,6 +97,7 @@ def image_losses(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], set
     denoiser = next(iter(parts.values()))
 
     def check_and_measure(batch: Batch) -> torch.Tensor:
+        """Return the loss of each example of the batch; raises `Stopped` if a stop was requested."""
         setting.context.stop.check(COMPARING)
         return exact_loss(loss, denoiser, batch)
 

@@ -284,12 +284,13 @@ def calls_of_encoders(loss: DenoisingLoss) -> Iterator[dict[str, list[dict]]]:
     """Record the keyword arguments (tokenized captions) with which trained text encoders are called in this context."""
     calls: dict[str, list[dict]] = {part.name: [] for part in loss.parts}
 
-    def note(found: list[dict], encoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def record_call(found: list[dict], encoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Record the keyword arguments of a call of a text encoder."""
         found.append({"input_ids": args[0]} | kwargs)
 
     with contextlib.ExitStack() as stack:
         for found, encoder in zip(calls.values(), loss.encoders, strict=True):
-            hook = encoder.register_forward_pre_hook(functools.partial(note, found), with_kwargs=True)
+            hook = encoder.register_forward_pre_hook(functools.partial(record_call, found), with_kwargs=True)
             stack.callback(hook.remove)
         yield calls
 
