@@ -603,10 +603,10 @@ NOT_A_CONFIG = ["", "not json", "[]", "{}", "5", '"reslora"', "null", '{"reslora
 def test_a_config_file_that_is_not_one_is_refused(llama, tmp_path, content, into):
     saved(llama, tmp_path)
     (tmp_path / CONFIG).write_bytes(content.encode("utf-8", "surrogateescape"))
-    refuse_to_load(llama, tmp_path, into)
+    assert_load_refused(llama, tmp_path, into)
 
 
-def refuse_to_load(arch, directory, into, *words: str) -> None:
+def assert_load_refused(arch, directory, into, *words: str) -> None:
     """One line that names the file, and a model as it was."""
     target = base_of(arch) if into == "bare" else arch.lora(seed=6)
     before = snapshot(target)
@@ -633,7 +633,7 @@ def test_a_wrong_lora_configuration_is_refused(llama, tmp_path, wrong, into):
     content = json.loads((tmp_path / CONFIG).read_text())
     content["lora"] = content["lora"] | wrong if isinstance(wrong, dict) else wrong
     (tmp_path / CONFIG).write_text(json.dumps(content))
-    refuse_to_load(llama, tmp_path, into)
+    assert_load_refused(llama, tmp_path, into)
 
 
 def test_norms_of_other_blocks_are_not_taken(llama, tmp_path):

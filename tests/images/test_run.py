@@ -163,8 +163,8 @@ def test_another_merge_needs_the_last_checkpoint(finished, base_flags, capsys):
 def test_what_a_finished_run_shows_no_more_is_said(finished, base_flags, capsys):
     flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", finished, "--validation_prompt", "green star"]
     lines = printed(*flags)
-    only(lines, "/lora is finished", "--validation_prompt has no effect", "red disc")
-    only(lines, "nothing to do")
+    assert only(lines, "/lora is finished", "--validation_prompt has no effect", "red disc")
+    assert only(lines, "nothing to do")
 
 
 @pytest.mark.exhaustive

@@ -106,7 +106,9 @@ GO_ON = ("sdxl", "z_image")
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("krea2", *GO_ON)])
 def test_every_family_trains_in_buckets(family, shapes, tmp_path):
     """Each forward has one size."""
-    only(printed(*flags_for(FAMILIES[family](tmp_path / "model"), shapes, tmp_path / "out", *SIDES)), "6 buckets")
+    assert only(
+        printed(*flags_for(FAMILIES[family](tmp_path / "model"), shapes, tmp_path / "out", *SIDES)), "6 buckets"
+    )
 
 
 @pytest.mark.exhaustive
