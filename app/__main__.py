@@ -1,4 +1,8 @@
-"""Start the application: `python -m app --help` shows the flags."""
+"""Start the application: `python -m app --help` shows the flags.
+
+Functions import the other modules of the application when they are called: `--help` appears at once, torch reads the
+settings of `spin_briefly`, and Gradio reads the working directory.
+"""
 
 import argparse
 import ipaddress
@@ -13,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from reslora.options.argument_parser import Parser
+from reslora.options.images import Options
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,8 +103,6 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
 
     `neutral`: an empty folder. It becomes the working directory, because Gradio serves files from that directory.
     """
-    from reslora.options.images import Options
-
     from .jobs import Jobs
     from .library import Library
     from .runs import EXAMPLE
@@ -108,7 +111,7 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
     library = Library(args.runs.absolute(), (default_output.absolute(), EXAMPLE))
     jobs = Jobs(library, args.data.absolute() if args.data else None)
     move_to(neutral)
-    from . import page  # import Gradio only now: it reads the working directory
+    from . import page
     from .studio import Studio
 
     # Future warnings of libraries address programmers, not the user who starts the page.

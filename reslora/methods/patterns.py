@@ -2,6 +2,8 @@
 
 PEFT uses the first entry that matches a layer, and sorts entries when it writes a file. An entry for a complete name
 does not depend on this order, so entries are expanded to complete names before an adapter is created.
+
+Functions import PEFT when they are called, so that `--help` appears at once.
 """
 
 from __future__ import annotations
