@@ -475,7 +475,7 @@ def test_the_compiler_forgets_earlier_arms(tmp_path, monkeypatch, compiled):
         raise Stopped("enough is seen")
 
     monkeypatch.setattr(torch.compiler, "reset", lambda: heard.append("forgotten"))
-    monkeypatch.setattr(experiment, "train_method", train)
+    monkeypatch.setattr("reslora.experiment.study.train_method", train)
     words = [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu", *["--torch_compile"] * compiled]
     runner = runner_of(read(LlmOptions, "x", words))
     with pytest.raises(Stopped):
