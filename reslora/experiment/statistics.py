@@ -89,7 +89,8 @@ def moderated(spread: Spread, shared: np.ndarray | float, labels: int) -> Spread
     A few seeds give a poor estimate of the variance between seeds, but this variance is similar for all methods. For
     the same reason limma shrinks the variances of genes (Smyth, 2004). The mean over all pairs has (methods - 1) x
     (seeds - 1) degrees of freedom. At most PRIOR degrees of freedom are added: with more, a method whose variation is
-    three times that of the others would have too many false positives.
+    three times that of the others would have too many false positives. `shared` is a number or has the shape (...) of a
+    mean square.
     """
     own = spread.degrees[0]
     more = min(PRIOR, (labels - 2) * own)

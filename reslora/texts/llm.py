@@ -244,11 +244,11 @@ class LlmTexts(Texts):
                 raise InvalidArgument(argument, f"{what} tokens and the model {limit} positions", fix)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return a batch, padded on the right."""
+        """Return tokens, mask and labels of a batch, each batch x tokens, padded on the right."""
         return self.encoder.collate(rows)
 
     def losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the loss of each answer token."""
+        """Return the loss of each answer token in the batch, of shape (answer tokens,)."""
         return token_losses(model, batch)
 
     def count(self, batch: dict[str, torch.Tensor]) -> int:

@@ -104,11 +104,11 @@ class Texts(ABC):
 
     @abstractmethod
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return a batch of training examples."""
+        """Return a batch of training examples: `input_ids` and other tensors whose first dimension is the batch."""
 
     @abstractmethod
     def losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the losses of a batch, with as many entries as `count` returns."""
+        """Return the losses of a batch: a vector with as many entries as `count` returns."""
 
     @abstractmethod
     def count(self, batch: dict[str, torch.Tensor]) -> int:
@@ -240,7 +240,7 @@ class TextStudy(Study):
         return model
 
     def batches(self, steps: range) -> Generator[dict[str, torch.Tensor]]:
-        """Yield this process's batches of these steps."""
+        """Yield this process's batches of these steps; the first dimension of each tensor is the batch."""
         yield from self.plan.loader(steps, pin=self.context.accelerator.device.type == "cuda")
 
     def passes(self, step: int) -> int:

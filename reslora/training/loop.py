@@ -182,7 +182,7 @@ def after_step(learner: Learner, study: Study, reports: Reports, requests: Reque
 def take_step(learner: Learner, batches: Iterator, study: Study) -> torch.Tensor:
     """Update the adapter with the batches of a step, and return the mean loss over all processes.
 
-    The returned tensor is on the device and not synchronized.
+    The loss is a scalar tensor on the device and not synchronized.
     """
     options, accelerator, total = study.context.options, study.context.accelerator, 0.0
     learner.step += 1
@@ -214,7 +214,7 @@ def take_step(learner: Learner, batches: Iterator, study: Study) -> torch.Tensor
 
 
 def scale_of(batches: list, study: Study) -> torch.Tensor | None:
-    """Return the factor of the summed losses of a step's batches; None if the loss is a mean of the batches' means.
+    """Return the factor, a scalar, of a step's summed losses; None if the loss is a mean of the batches' means.
 
     accelerate divides by the passes of a step, and averages over processes. The factor replaces both by the number of
     losses of the step in all processes, so that each of them has the same weight.

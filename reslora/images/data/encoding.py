@@ -296,7 +296,12 @@ def encoded(
     masks: torch.Tensor | None = None,
     references: torch.Tensor | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Encode an image and its reference image, and return the tensors to store for each of its variants."""
+    """Encode an image and its reference image, and return the tensors to store for each of its variants.
+
+    The arguments have the shapes of an item of `Variants`. The tensors of a variant are `moments` (2 x channels x
+    height x width of the latents), `sizes` (6), `reference` (channels x height x width) and `mask` (1 x height x
+    width).
+    """
     with torch.no_grad():
         moments = family.encode_images(vae, pixels.to(vae.device, vae.dtype))
         kept = {"moments": moments, "sizes": sizes}

@@ -289,6 +289,8 @@ def data_of_variant(
 class ImageArmStudy(ArmStudy, ImageStudy):
     """The study of an arm of an image experiment."""
 
+    context: ImageContext
+
 
 def expected_times(
     validation: ValidationOptions,

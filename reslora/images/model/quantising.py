@@ -132,7 +132,7 @@ class PackedLinear(nn.Linear):
         return self.form.unpack(on_device(self.codes, scales.device), scales, shape, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `W x + b`, in the dtype of autocast or, without autocast, of `x`."""
+        """Return `W x + b` (... x q) for `x` (... x p), in the dtype of autocast or, without autocast, of `x`."""
         weight = self.unpacked(autocast_dtype(x))
         x = x.to(weight.dtype)
         if torch.compiler.is_compiling():  # the compiler selects what to save, and checkpointing recomputes

@@ -138,6 +138,8 @@ def compared(
 ) -> tuple[int, str]:
     """Return the difference of an export's image from the merged model's, and a warning if rounding explains it.
 
+    `reference`: the merged model's image, uint8, height x width x 3. The difference is that of `difference`.
+
     Raises `RunFailed` if the difference is too large and rounding does not explain it.
     """
     picture = finite(sampler.draw(exported, [prompt], 1)[0], what)

@@ -143,10 +143,10 @@ def shared(wanted: tuple[Prompt, int]) -> Prompt:
 
 
 def as_bytes(drawn: np.ndarray) -> np.ndarray:
-    """Return an image of finite numbers in [0, 1] as uint8."""
+    """Return an image (height x width x 3) of finite numbers in [0, 1] as uint8, from 0 to 255."""
     return (drawn * 255).round().astype(np.uint8)
 
 
 def as_image(drawn: np.ndarray) -> Image.Image:
-    """Return an image in [0, 1] as a PIL image; NaN becomes black."""
+    """Return an image (height x width x 3) in [0, 1] as a PIL image; NaN becomes black."""
     return Image.fromarray(as_bytes(np.nan_to_num(drawn, nan=0.0, posinf=1.0, neginf=0.0)))
