@@ -1,7 +1,7 @@
 """Start the application: `python -m app --help` shows the flags.
 
 Functions import the other modules of the application when they are called: `--help` appears at once, torch reads the
-settings of `spin_briefly`, and Gradio reads the working directory.
+settings of `limit_spinning`, and Gradio reads the working directory.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 
 from reslora.options.argument_parser import Parser
 from reslora.options.images import Options
+from reslora.runtime.script import limit_spinning
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     # A process that a shell starts in the background ignores SIGINT; restore the handler, so that SIGINT ends it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    spin_briefly()
+    limit_spinning()
     neutral = Path(tempfile.mkdtemp(prefix="reslora-app-"))
     try:
         return serve(args, neutral)
@@ -86,16 +87,6 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         os.chdir("/")
         shutil.rmtree(neutral, ignore_errors=True)
-
-
-def spin_briefly() -> None:
-    """Let idle OpenMP threads sleep at once. Call this function before torch is imported.
-
-    By default, an idle thread of GNU OpenMP spins 300,000 times before it sleeps. This makes computation ten times
-    slower on cores that other processes also use. With 0 spins, a training step of a small U-Net takes 50% longer.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def serve(args: argparse.Namespace, neutral: Path) -> int:
