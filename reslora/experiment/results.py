@@ -140,7 +140,7 @@ class Results:
         self.notes = [*self.beforehand(), *self.afterwards(losses, trained), *diverged]
         self.best = self.export(trained) if trained else None
         self.write()
-        taken = [best_in_words(self.best, self.study.about)] if self.best else []
+        taken = [best_in_words(self.best)] if self.best else []
         ranked = [self.ranking["sentence"]] if self.ranking else []
         answered = [f"claim {self.answer['sentence']}"] if self.answer else []
         sentences = [verdict["sentence"] for verdict in self.verdicts]

@@ -383,7 +383,7 @@ def test_two_processes_end_well(common, tmp_path):
     assert [arm["status"] for arm in record(tmp_path / "out")["arms"]] == ["finished"] * 2
 
 
-def test_an_experiment_goes_on_with_as_many_examples_a_step_as_before(common, whole, tmp_path, capsys, monkeypatch):
+def test_an_experiment_goes_on_with_as_many_examples_a_step_as_before(common, whole, tmp_path, capsys):
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)  # with less than was added to it
     command, found = [*common, *EXPERIMENT, "--merge_and_save", "--output_dir", output], record(output)
     assert run(*command) == 0 and record(output)["identity"] == found["identity"]

@@ -8,7 +8,6 @@ from torch import nn
 
 from ...experiment.study import COMPARING
 from ...methods.adapters import without_adapters
-from ..denoising import DenoisingLoss
 from ..generators import derive
 from ..output.metric import load_metric
 from ..output.sampling import Sampler, as_image
@@ -31,9 +30,7 @@ MEANINGS = {
 MOST_TEST, MOST_TRAINING, DRAWINGS = 16, 512, 4
 
 
-def similarities(
-    parts: Mapping[str, nn.Module], loss: DenoisingLoss, images: Sequence[Image], setting: Setting
-) -> dict[str, float]:
+def similarities(parts: Mapping[str, nn.Module], images: Sequence[Image], setting: Setting) -> dict[str, float]:
     """Return the similarities listed in `MEANINGS`; the similarity to captions needs CLIP.
 
     The samples are generated from UNRELATED prompts and from the captions of the first MOST_TEST test images, with the

@@ -138,7 +138,7 @@ def test_sdxl_is_told_the_size_of_each_bucket(shapes, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_buckets_can_be_named(model, shapes, tmp_path, capsys):
+def test_buckets_can_be_named(model, shapes, tmp_path):
     named = ("--aspect_ratio_buckets", " 32,32; 32,48;", "--method", "lora", "--max_train_steps", 1)
     only(printed(*flags_for(model, shapes, tmp_path / "out", *named)), "2 buckets")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
