@@ -117,7 +117,7 @@ def p_value(difference: float, spread: Spread) -> float:
         return 1.0
 
     def excess_width(log_level: float) -> float:
-        """Return how far the half width of the interval at level exp(`log_level`) exceeds the difference."""
+        """Return how far the half width of the interval at level exp(`log_level`) exceeds |`difference`|."""
         return float(half_width(spread, math.exp(log_level))) - abs(difference)
 
     least = math.log(LEAST_P)

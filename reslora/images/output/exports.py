@@ -138,7 +138,7 @@ def compared(
 ) -> tuple[int, str]:
     """Return the difference of an export's image from the merged model's, and a warning if rounding explains it.
 
-    `reference`: the merged model's image, uint8, height x width x 3. The difference is that of `difference`.
+    `reference`: the merged model's image, uint8, height x width x 3. See `difference` for the difference.
 
     Raises `RunFailed` if the difference is too large and rounding does not explain it.
     """
