@@ -13,19 +13,18 @@ script without a launcher (OMP_NUM_THREADS=1 python train_sd.py), or give it one
 accelerate launch ...).
 """
 
-import os
 import sys
 from collections.abc import Sequence
 
 from reslora.images.settings import parse_args
 from reslora.options.grid import Grid
-from reslora.runtime.script import run_script
+from reslora.runtime.script import limit_spinning, run_script
 from reslora.runtime.signals import StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the options say, and return the exit status; user errors are one line on stderr."""
-    share_cores_politely()
+    limit_spinning()
     return run_script("train_sd.py", start, argv)
 
 
@@ -45,16 +44,6 @@ def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
         from reslora.images.run import run
 
         run(asked, stop)
-
-
-def share_cores_politely() -> None:
-    """Limit how long an idle thread of GNU OpenMP spins before it sleeps (its default is 300,000 iterations).
-
-    Long spinning is ten times slower on cores that other processes use too. Without spinning, a step of a small U-Net
-    takes half as long again.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 if __name__ == "__main__":

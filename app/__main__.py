@@ -1,4 +1,8 @@
-"""Start the application: `python -m app --help` shows the flags."""
+"""Start the application: `python -m app --help` shows the flags.
+
+Functions import the other modules of the application when they are called: `--help` appears at once, torch reads the
+settings of `limit_spinning`, and Gradio reads the working directory.
+"""
 
 import argparse
 import ipaddress
@@ -13,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from reslora.options.argument_parser import Parser
+from reslora.options.images import Options
+from reslora.runtime.script import limit_spinning
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     # A process that a shell starts in the background ignores SIGINT; restore the handler, so that SIGINT ends it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    spin_briefly()
+    limit_spinning()
     neutral = Path(tempfile.mkdtemp(prefix="reslora-app-"))
     try:
         return serve(args, neutral)
@@ -83,23 +89,11 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(neutral, ignore_errors=True)
 
 
-def spin_briefly() -> None:
-    """Let idle OpenMP threads sleep at once. Call this function before torch is imported.
-
-    By default, an idle thread of GNU OpenMP spins 300,000 times before it sleeps. This makes computation ten times
-    slower on cores that other processes also use. With 0 spins, a training step of a small U-Net takes 50% longer.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
-
 def serve(args: argparse.Namespace, neutral: Path) -> int:
     """Serve the page until it is closed, and return the exit status: 1 if the server cannot start, else 0.
 
     `neutral`: an empty folder. It becomes the working directory, because Gradio serves files from that directory.
     """
-    from reslora.options.images import Options
-
     from .jobs import Jobs
     from .library import Library
     from .runs import EXAMPLE
@@ -108,7 +102,7 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
     library = Library(args.runs.absolute(), (default_output.absolute(), EXAMPLE))
     jobs = Jobs(library, args.data.absolute() if args.data else None)
     move_to(neutral)
-    from . import page  # import Gradio only now: it reads the working directory
+    from . import page
     from .studio import Studio
 
     # Future warnings of libraries address programmers, not the user who starts the page.

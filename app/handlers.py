@@ -43,6 +43,7 @@ def server_function(handler: Callable[[dict], dict]) -> Callable[[dict], dict]:
 
     @functools.wraps(handler)
     def wrapped(edit: dict) -> dict:
+        """Call the handler; an error becomes a message in the result."""
         try:
             return handler(edit)
         except Exception as error:

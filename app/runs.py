@@ -86,6 +86,7 @@ def cached_by_stamp(size: int) -> Callable:
     """Cache the results of a function of a path and other arguments for `size` calls, each until its file changes."""
 
     def decorate(function: Callable) -> Callable:
+        """Return `function` with a cache whose keys include the time and size of its file."""
         known = functools.lru_cache(size)(lambda path, stamp, *given: function(path, *given))
         return functools.wraps(function)(lambda path, *given: known(path, stamp_of(path), *given))
 

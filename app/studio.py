@@ -275,6 +275,7 @@ class Studio:
         request = picture.request
 
         def after_step(pipeline, index, timestep, tensors):
+            """Report the progress; raises `RunError` if the latents became infinite or NaN."""
             if not tensors["latents"].isfinite().all():
                 raise RunError(f"{picture.weights.label}: the latents became infinite or NaN at step {index + 1}.")
             visitor.step(picture.title, (number + (index + 1) / request.steps) / visitor.total)
@@ -450,7 +451,8 @@ class Studio:
             visitor.report(f"Writing the model {target.name}")
             files = files_of(weights)
 
-            def check() -> None:
+            def check_request() -> None:
+                """Raise an error if the request was cancelled, or if a file of the run was replaced."""
                 visitor.check()
                 refuse_replaced(run, weights, files)
 
@@ -460,7 +462,7 @@ class Studio:
                 parts = {name: made[name] for name in stacks.put(made, self.family, weights, 1.0)}
             try:
                 base = self.pipeline.components | self.encoders | {self.family.denoiser: self._skeleton()}
-                whole_models.write(target, self.model, base, parts, check)
+                whole_models.write(target, self.model, base, parts, check_request)
             except (OSError, ValueError) as error:  # such as a full disk or a damaged file
                 why = getattr(error, "strerror", None)
                 reason = why or without_folders(error, weights.path, self.model.folder)

@@ -275,13 +275,14 @@ def unless_damaged(view: Callable[[T], str]) -> Callable[[T], str]:
     """Wrap a function that renders the content of a JSON file, so that it returns a notice for invalid content."""
 
     @functools.wraps(view)
-    def shown(content: T) -> str:
+    def guarded(content: T) -> str:
+        """Return the HTML of `view`, or a notice."""
         try:
             return view(content)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
             return notice("This cannot be shown, because the file in the run's folder is damaged.")
 
-    return shown
+    return guarded
 
 
 @unless_damaged

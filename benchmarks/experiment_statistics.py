@@ -81,6 +81,7 @@ def ours(found: np.ndarray, level: float) -> np.ndarray:
 
 
 def satterthwaite(found: np.ndarray, level: float) -> np.ndarray:
+    """Return whether a test with Satterthwaite's degrees of freedom for the sum of mean squares claims a difference."""
     (by_seed, by_image, rest), degrees, _ = spread_of(found)
     total, alone = by_seed + by_image - rest, np.maximum(by_seed, by_image)
     parts = [square**2 / df for square, df in zip((by_seed, by_image, rest), degrees, strict=True)]
@@ -339,6 +340,7 @@ SIMULATIONS = {
 
 
 def main() -> None:
+    """Run the simulations, and write their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to simulate: all, if none is given")
     parser.add_argument("--experiments", type=int, default=2000, help="simulated for each row")

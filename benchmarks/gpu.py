@@ -204,6 +204,7 @@ def random_batch(rehearsal: Rehearsal) -> Batch:
     device, count = rehearsal.stage.device, rehearsal.options.training.train_batch_size
 
     def real(fake: torch.Tensor) -> torch.Tensor:
+        """Return random values on the device, with the shape and dtype of a fake tensor."""
         return torch.randn(fake.shape, device=device).to(fake.dtype)
 
     batch = Batch(**tree_map_only(torch.Tensor, real, vars(rehearsal.batch(count))))
@@ -289,6 +290,7 @@ def steps(setting: Setting, args: argparse.Namespace) -> dict:
     model_args = argparse.Namespace(device=device, dtype="bfloat16")
 
     def model_step(shortcut: str = "", pre_num: int = 0) -> Callable[[], object]:
+        """Return the step of plain PyTorch with this shortcut; without a shortcut, of PEFT's LoRA."""
         denoiser = speed_steps.twin(base)
         denoiser.add_adapter(config)
         cast_training_params(denoiser, dtype=torch.float32)
@@ -297,6 +299,7 @@ def steps(setting: Setting, args: argparse.Namespace) -> dict:
         return speed_steps.Step(denoiser, inputs, model_args)
 
     def trainer_step(method: str) -> Callable[[], object]:
+        """Return the step of this project's training loop with a method."""
         learner = learner_of(method, speed_steps.twin(base), context, rehearsal)
         return lambda: take_step(learner, itertools.repeat(batch), study_of(context, rehearsal))
 

@@ -60,6 +60,7 @@ def rows_of(seed: int, args: argparse.Namespace) -> Iterator[dict]:
 
     @torch.no_grad()
     def loss() -> float:
+        """Return the loss on the validation split."""
         return texts.validation(options, model, lambda: None)["loss"]
 
     yield {"merge": "unmerged", "loss": loss()}
@@ -127,14 +128,17 @@ def seen(model: torch.nn.Module, batches: Sequence[Mapping]) -> dict[str, tuple]
 def watching(model: torch.nn.Module, inputs: dict, outputs: dict) -> Iterator[None]:
     """Record the rows that enter and leave every block, by its name."""
 
-    def watch(name: str):
-        def keep(_module, args, output) -> None:
+    def hook(name: str):
+        """Return a forward hook for a block."""
+
+        def record(_module, args, output) -> None:
+            """Record the rows of the block's input and output: tokens x features."""
             inputs.setdefault(name, []).append(args[0].flatten(0, -2))
             outputs.setdefault(name, []).append(output.flatten(0, -2))
 
-        return keep
+        return record
 
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers_of(model).items()]
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers_of(model).items()]
     yield
     for handle in handles:
         handle.remove()

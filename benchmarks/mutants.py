@@ -98,9 +98,11 @@ class Progress:
         self.file = file
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Write the test that starts."""
         self.file.write_text(nodeid)
 
     def pytest_collectreport(self, report) -> None:
+        """Write the file that cannot be collected."""
         if report.failed:
             self.file.write_text(report.nodeid)
 

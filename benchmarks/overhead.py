@@ -165,6 +165,8 @@ def no_vae() -> SimpleNamespace:
 
 
 class Unmeasured(ImageStudy):
+    """The study of a run that is not validated."""
+
     def validate(self, *_: object) -> None:
         """Skip validation, because there are no images for it."""
 

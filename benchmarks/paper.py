@@ -343,7 +343,7 @@ def scale_of(peft: Path) -> float:
 
 def norms(path: Path, scale: float = 1.0) -> dict[str, float]:
     """Return the Frobenius norm of each layer's merged update s B A; empty for other adapters than LoRA."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file  # imports torch, which `list` and `report` do not need
 
     found, tensors = {}, load_file(path)
     for key, down in tensors.items():

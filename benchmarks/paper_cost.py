@@ -2,6 +2,8 @@
 
 python benchmarks/paper_cost.py MODEL                                       # stock PEFT LoRA, without this library
 python benchmarks/paper_cost.py MODEL --method reslora --shortcut block --pre_num 4
+
+Without options the library is not imported, because its modules would count in the peak memory of stock PEFT.
 """
 
 from __future__ import annotations

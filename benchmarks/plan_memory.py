@@ -118,20 +118,22 @@ def planned(flags: list[str]) -> dict:
 def phases_noted(said: list[tuple[int, str]]) -> Iterator[None]:
     """Record the phases that the run enters, with the time in nanoseconds."""
 
-    def note(owner: object, name: str, phase: str = "") -> None:
+    def watch(owner: object, name: str, phase: str = "") -> None:
+        """Record each call of a function: with `phase`, or with the phase in its first argument."""
         before = getattr(owner, name)
 
-        def noted(*given: object, **named: object) -> object:
+        def recorded(*given: object, **named: object) -> object:
+            """Record the time, and call the function."""
             said.append((time.time_ns(), phase or str(given[1])))
             return before(*given, **named)
 
         stack.callback(setattr, owner, name, before)
-        setattr(owner, name, noted)
+        setattr(owner, name, recorded)
 
     with contextlib.ExitStack() as stack:
-        note(Status, "say")
-        note(loop, "take_step", "step")  # the status counts finished steps
-        note(encoding, "encoded", "encoding image")
+        watch(Status, "say")
+        watch(loop, "take_step", "step")  # the status counts finished steps
+        watch(encoding, "encoded", "encoding image")
         yield
 
 

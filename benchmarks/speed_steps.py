@@ -146,6 +146,7 @@ def saved_storages() -> Iterator[dict[int, int]]:
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        """Record the storage of a tensor that is saved for the backward pass."""
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -162,12 +163,13 @@ def twin(base: nn.Module) -> nn.Module:
 def begin_gradients(model: nn.Module, targets: list[str]) -> None:
     """Let gradients begin after the layers that PEFT would adapt."""
 
-    def begin(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    def require_gradients(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output; gradients begin there, if not before."""
         return output if output.requires_grad else output.detach().requires_grad_()
 
     for name, module in model.named_modules():
         if name.endswith(tuple(targets)):
-            module.register_forward_hook(begin)
+            module.register_forward_hook(require_gradients)
 
 
 def synchronize(device: str) -> None:

@@ -27,7 +27,8 @@ def probe(record: Path, script: str, flags: list[str]) -> None:
     """Run a training script in this process, and record time and memory after each optimizer step."""
     began, marks = time.perf_counter(), []
 
-    def note(*_) -> None:
+    def record_step(*_) -> None:
+        """Record the time since the start, and the memory in use and at its peak, in bytes."""
         import torch
 
         cuda = torch.cuda.is_available()
@@ -36,7 +37,7 @@ def probe(record: Path, script: str, flags: list[str]) -> None:
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         marks.append((time.perf_counter() - began, torch.cuda.memory_allocated() if cuda else resident(), peak))
 
-    after_import("torch.optim.optimizer", lambda module: module.register_optimizer_step_post_hook(note))
+    after_import("torch.optim.optimizer", lambda module: module.register_optimizer_step_post_hook(record_step))
     sys.argv = [script, *flags]
     sys.path[0] = str(Path(script).resolve().parent)
     try:
@@ -50,6 +51,7 @@ def after_import(name: str, action: Callable) -> None:
 
     class Finder(importlib.abc.MetaPathFinder):
         def find_spec(self, wanted, path, target=None):
+            """Return the module's spec, whose loader then calls `action`; None for other modules."""
             if wanted != name:
                 return None
             sys.meta_path.remove(self)
@@ -78,6 +80,7 @@ class PeakAnonymous(threading.Thread):
         self.process, self.seconds, self.peak, self.ended = process, seconds, 0, threading.Event()
 
     def run(self) -> None:
+        """Read the memory until `end` is called."""
         while not self.ended.wait(self.seconds):
             self.peak = max(self.peak, anonymous(self.process))
 
@@ -127,10 +130,12 @@ class Watched:
 
     @property
     def step(self) -> float:
+        """Return the median seconds of a step."""
         return statistics.median(self.durations())
 
     @property
     def until_first_step(self) -> float:
+        """Return the seconds until the first step."""
         return self.ends[0] - self.step
 
     def figures(self) -> dict:

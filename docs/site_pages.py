@@ -30,6 +30,7 @@ def on_page_markdown(markdown, page, config, files):
     """Point each link to a page, to an image, or to the file in the repository."""
 
     def pointed(match):
+        """Return a link with its new target."""
         path = resolved(page.file.src_uri, match[2])
         if path is None:
             return match[0]

@@ -87,11 +87,12 @@ class Calibrator:
     def _watching(self, base: nn.Module, wires: Wires) -> Iterator[None]:
         """Record the inputs of all connected blocks inside this context, in their dtype before PEFT casts it."""
 
-        def enters(module: nn.Module, args: tuple) -> None:
+        def record_input(module: nn.Module, args: tuple) -> None:
+            """Record the block's input, in its dtype before PEFT casts it."""
             self.entered = args[0] if args else None
 
         layers = [base.get_submodule(name) for name in self.blocks]
-        handles = [layer.register_forward_pre_hook(enters) for layer in layers]
+        handles = [layer.register_forward_pre_hook(record_input) for layer in layers]
         wires.observer = self
         try:
             yield

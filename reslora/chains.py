@@ -172,12 +172,13 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
         block = Block(name, role, inputs, outputs, layer.r[adapter_name], shapes[0])
         by_role.setdefault(role, []).append(block)
 
-    def difference(before: Block, block: Block) -> str:
+    def reason_to_cut(before: Block, block: Block) -> str:
+        """Return why `block` cannot be linked to `before`, the previous block of its role; empty if it can."""
         one, other = places[before.name][0], places[block.name][0]
         apart = seen.apart(other, one) if one and other else "one of the two is in no list of modules of one class"
         return apart or _difference(before, block)
 
-    found = tuple(chain for role, blocks in by_role.items() for chain in _cut(role, blocks, difference))
+    found = tuple(chain for role, blocks in by_role.items() for chain in _cut(role, blocks, reason_to_cut))
     holders = {name: place[0] or name.rpartition(".")[0] for name, place in places.items()}
     return Chains(found, tuple(unlinked), tuple(problems), tuple(_readers(seen, holders)))
 
@@ -365,14 +366,14 @@ def _repeats(base: nn.Module, path: list[str], containers: Any) -> bool:
     return len({type(getattr(item, "base_layer", item)) for item in container}) == 1
 
 
-def _cut(role: str, blocks: list[Block], difference: Callable[[Block, Block], str]) -> Iterator[Chain]:
+def _cut(role: str, blocks: list[Block], reason_to_cut: Callable[[Block, Block], str]) -> Iterator[Chain]:
     """Split the blocks of one role, in execution order, into chains.
 
-    A new chain begins wherever `difference(previous_block, block)` returns a reason instead of an empty string.
+    A new chain begins wherever `reason_to_cut(previous_block, block)` returns a reason instead of an empty string.
     """
     run: list[Block] = []
     for block in blocks:
-        reason = difference(run[-1], block) if run else "first of its role"
+        reason = reason_to_cut(run[-1], block) if run else "first of its role"
         if reason and run:
             yield Chain(role, tuple(run))
             run = []

@@ -256,29 +256,32 @@ def watch_peft() -> None:
       functions that they call for LoRA are guarded.
     """
     swaps = peft.utils.hotswap
-    swaps.hotswap_adapter_from_state_dict = _asking(swaps.hotswap_adapter_from_state_dict, "hotswap_adapter", _REPLACES)
-    swaps._convert_scalings_to_tensor = _asking(
+    swaps.hotswap_adapter_from_state_dict = _guarded(
+        swaps.hotswap_adapter_from_state_dict, "hotswap_adapter", _REPLACES
+    )
+    swaps._convert_scalings_to_tensor = _guarded(
         swaps._convert_scalings_to_tensor, "prepare_model_for_compiled_hotswap", _REPLACES
     )
-    LoraModel.add_weighted_adapter = _asking(LoraModel.add_weighted_adapter, "add_weighted_adapter", _COMBINES)
+    LoraModel.add_weighted_adapter = _guarded(LoraModel.add_weighted_adapter, "add_weighted_adapter", _COMBINES)
     for name, verb, does in (
         ("_get_adapter_state_dict", "get_peft_model_state_dict", _HANDS_OUT),
         ("_remap_adapter_state_dict_for_load", "set_peft_model_state_dict (or load_adapter)", _REPLACES),
     ):
-        setattr(LoraModel, name, classmethod(_asking(vars(LoraModel)[name].__func__, verb, does)))
+        setattr(LoraModel, name, classmethod(_guarded(vars(LoraModel)[name].__func__, verb, does)))
 
 
-def _asking(original: Any, verb: str, does: str) -> Any:
+def _guarded(original: Any, verb: str, does: str) -> Any:
     """Wrap `original` so that it raises `RuntimeError` if a call names the model's connected adapter, or no adapter.
 
     `verb` and `does`: name and effect of the call, for the message.
     """
-    if hasattr(original, "asks_reslora"):
+    if hasattr(original, "guarded_by_reslora"):
         return original
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def asking(*args: Any, **kwargs: Any) -> Any:
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        """Raise `RuntimeError` if the connected adapter is used; else call `original`."""
         arguments = signature.bind(*args, **kwargs).arguments
         model = arguments["self"] if "self" in arguments else arguments["model"]
         connection = None if _keeps_shortcuts.get() else live_connection(base_model(model))
@@ -286,5 +289,5 @@ def _asking(original: Any, verb: str, does: str) -> Any:
             _refuse(connection.adapter_name, arguments, verb, does)
         return original(*args, **kwargs)
 
-    asking.asks_reslora = True  # type: ignore[attr-defined]
-    return asking
+    guarded.guarded_by_reslora = True  # type: ignore[attr-defined]
+    return guarded

@@ -1,4 +1,7 @@
-"""Write files and directories atomically: under a temporary name next to the target, then renamed."""
+"""Write files and directories atomically: under a temporary name next to the target, then renamed.
+
+Functions import torch when they are called, because `--help` uses this module and should appear at once.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import safe_open
 
 from .errors import first_line
 
@@ -166,7 +171,7 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], met
 
 def serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> tuple[dict, bytes]:
     """Return the header of a safetensors file, and the bytes of its tensors."""
-    from safetensors.torch import save  # imports torch, which takes seconds
+    from safetensors.torch import save
 
     content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata)
     start = 8 + int.from_bytes(content[:8], "little")
@@ -175,8 +180,6 @@ def serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file; raises `ValueError` if it is damaged."""
-    from safetensors import safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
@@ -324,11 +327,12 @@ def all_below(folder: Path) -> Iterator[Path]:
     `lost+found`, which only root can read and which is skipped.
     """
 
-    def fail(error: OSError) -> None:
+    def raise_error(error: OSError) -> None:
+        """Raise the error of a folder that cannot be listed, except for `lost+found`."""
         if Path(error.filename).name != "lost+found":
             raise error
 
-    for place, folders, files in os.walk(folder, onerror=fail):
+    for place, folders, files in os.walk(folder, onerror=raise_error):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(place, name) for name in (*folders, *files))
 

@@ -1,4 +1,7 @@
-"""Registry of the merge methods, importable without torch; their functions are in `merging.py`."""
+"""Registry of the merge methods; their functions are in `merging.py`.
+
+`Merge` imports them, and thereby torch, when it is called, so that `--help` appears at once.
+"""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class Moments:
         self.inputs, self.gap_x, self.gaps = None, 0.0, ()
 
     def measure(self, output: torch.Tensor, miss: torch.Tensor) -> None:
-        """Add the squared norms of the unmerged output and of the merge error `miss` in one forward pass."""
+        """Add the squared norms of the unmerged output and of the merge error `miss` (tokens x q) in a forward pass."""
         self.output += float(output.double().square().sum())
         self.miss += float(miss.double().square().sum())
 
@@ -165,7 +165,10 @@ def shared_rank(rank: int) -> int:
 
 
 def pooled(own: torch.Tensor, chain: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """Return a block's own ranks without the shared ones, then the shared ranks of all blocks, along `dim`."""
+    """Return a block's own ranks without the shared ones, then the shared ranks of all blocks, along `dim`.
+
+    `own` and each of `chain` are A (r x p) with `dim=0`, or B (q x r) with `dim=1`.
+    """
     shared = shared_rank(own.shape[dim])
     kept = own.shape[dim] - shared
     return torch.cat([own.narrow(dim, 0, kept), *(factor.narrow(dim, kept, shared) for factor in chain)], dim)

@@ -200,15 +200,17 @@ def _with_mask(model: nn.Module, call: Callable) -> Callable:
     """Return the checkpointing function `call`, but with the mask of the forward pass for blocks that get none."""
     current = threading.local()  # one forward pass per thread; a recomputed block has the mask among its arguments
 
-    def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def store_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Store the attention mask of the forward pass that begins."""
         current.mask = kwargs.get("attention_mask")
 
-    def masked(module: nn.Module, *args: object) -> Any:
+    def call_with_mask(module: nn.Module, *args: object) -> Any:
+        """Call the block with the stored mask if its arguments include none."""
         without = len(args) == 3  # hidden states, modulation, positions
         return call(module, *args, *([current.mask] if without else []))
 
-    model.register_forward_pre_hook(remember, with_kwargs=True)
-    return masked
+    model.register_forward_pre_hook(store_mask, with_kwargs=True)
+    return call_with_mask
 
 
 # -- merge -----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ MACHINES = {
     "deepspeed_zero2.yaml": 1,
     "fsdp2.yaml": 1,
 }
-needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or shutil.which("c++") is None,
     reason="needs DeepSpeed and, for the part of it that compiles itself on a CPU, a C++ compiler",

@@ -230,7 +230,7 @@ def test_script_that_fails_ends_the_measurement_with_its_message(tmp_path):
         Watched(script, [], tmp_path)
 
 
-def test_the_peak_of_a_processs_own_memory_is_seen(tmp_path):
+def test_the_peak_of_a_processs_own_memory_is_seen():
     """More than what it has at its end, and no less than what it held."""
     held = 2**26
     script = f"import sys; memory = b'1' * {held}; print('held', flush=True); sys.stdin.read(1)"

@@ -434,9 +434,13 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(llama, tmp_path
     saved(llama, tmp_path, steps=1)
     rewrite(tmp_path, edit)
     target = base_of(llama) if into == "bare" else llama.lora(seed=6)
+    assert_nothing_loaded(target, tmp_path, named)
+
+
+def assert_nothing_loaded(target, folder, named: str) -> None:
     before = snapshot(target)
     with pytest.raises((ValueError, RuntimeError)) as error:
-        reslora.load(target, tmp_path)
+        reslora.load(target, folder)
     assert_one_line(error, named)
     assert_same(target, before)
     assert all(not layer.lora_variant for layer in adapter_layers(target).values())
@@ -456,12 +460,7 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(llama, tmp_path
 def test_an_adapter_that_does_not_match_is_refused(llama, tmp_path, lora, named):
     saved(llama, tmp_path, steps=1)
     target = llama.lora(seed=6, **lora)
-    before = snapshot(target)
-    with pytest.raises((ValueError, RuntimeError)) as error:
-        reslora.load(target, tmp_path)
-    assert_one_line(error, named)
-    assert_same(target, before)
-    assert all(not layer.lora_variant for layer in adapter_layers(target).values())
+    assert_nothing_loaded(target, tmp_path, named)
 
 
 @pytest.mark.exhaustive
@@ -612,10 +611,10 @@ NOT_A_CONFIG = ["", "not json", "[]", "{}", "5", '"reslora"', "null", '{"reslora
 def test_a_config_file_that_is_not_one_is_refused(llama, tmp_path, content, into):
     saved(llama, tmp_path)
     (tmp_path / CONFIG).write_bytes(content.encode("utf-8", "surrogateescape"))
-    refuse_to_load(llama, tmp_path, into)
+    assert_load_refused(llama, tmp_path, into)
 
 
-def refuse_to_load(arch, directory, into, *words: str) -> None:
+def assert_load_refused(arch, directory, into, *words: str) -> None:
     """One line that names the file, and a model as it was."""
     target = base_of(arch) if into == "bare" else arch.lora(seed=6)
     before = snapshot(target)
@@ -642,7 +641,7 @@ def test_a_wrong_lora_configuration_is_refused(llama, tmp_path, wrong, into):
     content = json.loads((tmp_path / CONFIG).read_text())
     content["lora"] = content["lora"] | wrong if isinstance(wrong, dict) else wrong
     (tmp_path / CONFIG).write_text(json.dumps(content))
-    refuse_to_load(llama, tmp_path, into)
+    assert_load_refused(llama, tmp_path, into)
 
 
 def test_norms_of_other_blocks_are_not_taken(llama, tmp_path):

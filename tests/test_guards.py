@@ -63,7 +63,9 @@ def test_a_peft_that_does_not_call_variants_is_refused(monkeypatch, gone):
             changed.setattr(lora.Linear, "forward", lambda self, x: self.base_layer(x))
         else:
             changed.setattr(lora.Linear, "__init__", without_variants(lora.Linear.__init__))
-        refused(lambda: reslora.connect(model, WIRED[0], example_inputs=STACK_INPUTS), "peft", "variants", "install")
+        assert_refused(
+            lambda: reslora.connect(model, WIRED[0], example_inputs=STACK_INPUTS), "peft", "variants", "install"
+        )
     assert torch.equal(run(model, STACK_INPUTS), expected)
     reslora.connect(model, WIRED[0], example_inputs=STACK_INPUTS)
     assert torch.equal(torch.get_rng_state(), before)
@@ -77,7 +79,7 @@ def without_variants(initialize):
     return changed
 
 
-def refused(call, *words: str) -> None:
+def assert_refused(call, *words: str) -> None:
     with pytest.raises(RuntimeError) as error:
         call()
     assert_one_line(error, *words)
@@ -100,8 +102,8 @@ def instance_methods(model: nn.Module) -> list[str]:
 @wired
 def test_saving_a_connected_peft_model_is_refused_until_it_is_plain(llama, tmp_path, config):
     model = connected(llama, config)
-    refused(lambda: model.save_pretrained(tmp_path / "out"), "save_pretrained", "'default'", *NAMES)
-    refused(lambda: model.save_pretrained(tmp_path / "out", selected_adapters=["default"]), *NAMES)
+    assert_refused(lambda: model.save_pretrained(tmp_path / "out"), "save_pretrained", "'default'", *NAMES)
+    assert_refused(lambda: model.save_pretrained(tmp_path / "out", selected_adapters=["default"]), *NAMES)
     assert not (tmp_path / "out").exists()
     reslora.disconnect(model)
     model.save_pretrained(tmp_path / "out")
@@ -120,8 +122,8 @@ def test_a_merged_model_is_saved(llama, tmp_path):
 @wired
 def test_saving_a_connected_transformers_model_is_refused(llama, tmp_path, config):
     model = injected(config)
-    refused(lambda: model.save_pretrained(tmp_path / "out"), "save_pretrained", *NAMES)
-    refused(lambda: model.push_to_hub("nobody/nothing"), "push_to_hub", *NAMES)
+    assert_refused(lambda: model.save_pretrained(tmp_path / "out"), "save_pretrained", *NAMES)
+    assert_refused(lambda: model.push_to_hub("nobody/nothing"), "push_to_hub", *NAMES)
     assert not (tmp_path / "out").exists()
     reslora.disconnect(model)
     model.save_pretrained(tmp_path / "out")
@@ -133,7 +135,7 @@ def test_saving_a_connected_transformers_model_is_refused(llama, tmp_path, confi
 @wired
 def test_saving_a_connected_unet_is_refused(unet, tmp_path, verb, config):
     model = connected(unet, config)
-    refused(lambda: getattr(model, verb)(tmp_path / "out"), verb, *NAMES)
+    assert_refused(lambda: getattr(model, verb)(tmp_path / "out"), verb, *NAMES)
     assert not (tmp_path / "out").exists()
     reslora.merge(model, "none")
     getattr(model, verb)(tmp_path / "out")
@@ -143,7 +145,7 @@ def test_saving_a_connected_unet_is_refused(unet, tmp_path, verb, config):
 def test_a_base_that_was_connected_without_its_wrapper_refuses_too(llama, tmp_path):
     model = llama.lora()
     reslora.connect(model.get_base_model(), WIRED[0])
-    refused(lambda: model.get_base_model().save_pretrained(tmp_path / "out"), *NAMES)
+    assert_refused(lambda: model.get_base_model().save_pretrained(tmp_path / "out"), *NAMES)
 
 
 @pytest.mark.exhaustive
@@ -155,7 +157,7 @@ def test_a_checkpoint_of_the_stock_trainer_is_refused(llama, tmp_path, config):
     arguments = TrainingArguments(
         str(tmp_path), max_steps=1, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
     )
-    refused(Trainer(model, arguments, train_dataset=data).train, "save_pretrained", *NAMES)
+    assert_refused(Trainer(model, arguments, train_dataset=data).train, "save_pretrained", *NAMES)
     assert not list(tmp_path.rglob("adapter_*"))
 
 
@@ -165,7 +167,7 @@ def test_another_adapter_is_saved_as_ever(llama, tmp_path, config):
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path, selected_adapters=["other"])
     assert (tmp_path / "other" / "adapter_model.safetensors").exists()
-    refused(lambda: model.save_pretrained(tmp_path / "all"), *NAMES)
+    assert_refused(lambda: model.save_pretrained(tmp_path / "all"), *NAMES)
 
 
 @pytest.mark.exhaustive
@@ -174,7 +176,7 @@ def test_an_adapter_of_another_name_is_the_refused_one(unet, tmp_path):
     reslora.connect(model, WIRED[0], adapter_name="style")
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="default")
     model.save_lora_adapter(tmp_path / "default")
-    refused(lambda: model.save_lora_adapter(tmp_path / "style", adapter_name="style"), "'style'", *NAMES)
+    assert_refused(lambda: model.save_lora_adapter(tmp_path / "style", adapter_name="style"), "'style'", *NAMES)
 
 
 @pytest.mark.exhaustive
@@ -196,10 +198,12 @@ def test_handing_out_the_connected_weights_is_refused_until_they_are_plain(llama
     model = connected(llama, config)
     base = model.get_base_model()
     for asked in (model, model.base_model, torch.compile(model)):
-        refused(lambda asked=asked: get_peft_model_state_dict(asked), "get_peft_model_state_dict", "'default'", *NAMES)
-    refused(lambda: get_peft_model_state_dict(model, state_dict=model.state_dict()), *NAMES)
+        assert_refused(
+            lambda asked=asked: get_peft_model_state_dict(asked), "get_peft_model_state_dict", "'default'", *NAMES
+        )
+    assert_refused(lambda: get_peft_model_state_dict(model, state_dict=model.state_dict()), *NAMES)
     base.peft_config = model.peft_config
-    refused(lambda: get_peft_model_state_dict(base), *NAMES)
+    assert_refused(lambda: get_peft_model_state_dict(base), *NAMES)
     whole = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(whole)
     reslora.save(model, tmp_path)
@@ -215,10 +219,10 @@ def test_handing_out_the_connected_weights_is_refused_until_they_are_plain(llama
 @wired
 def test_handing_out_the_weights_of_a_unet_is_refused_until_it_is_merged(unet, tmp_path, config):
     model = connected(unet, config)
-    refused(lambda: get_peft_model_state_dict(model), "get_peft_model_state_dict", *NAMES)
-    refused(lambda: get_peft_model_state_dict(copy.deepcopy(model)), *NAMES)
+    assert_refused(lambda: get_peft_model_state_dict(model), "get_peft_model_state_dict", *NAMES)
+    assert_refused(lambda: get_peft_model_state_dict(copy.deepcopy(model)), *NAMES)
     reslora.save(model, tmp_path)
-    refused(lambda: get_peft_model_state_dict(model), *NAMES)
+    assert_refused(lambda: get_peft_model_state_dict(model), *NAMES)
     reslora.merge(model, "none")
     plain = randomize(unet.lora(), seed=8)
     set_peft_model_state_dict(plain, get_peft_model_state_dict(model))
@@ -248,7 +252,7 @@ def test_combining_the_connected_adapter_is_refused(llama, kind, config):
     def combine(*adapters):
         model.add_weighted_adapter([*adapters], [0.5, 0.5], "".join(adapters), combination_type=kind)
 
-    refused(lambda: combine("default", "other"), "add_weighted_adapter", *NAMES)
+    assert_refused(lambda: combine("default", "other"), "add_weighted_adapter", *NAMES)
     combine("other", "third")
     assert torch.equal(run(model, llama.inputs()), expected)
     reslora.disconnect(model)
@@ -261,8 +265,8 @@ def test_loading_over_the_connected_adapter_is_refused(llama, tmp_path, config):
     folder = plain_folder(llama, tmp_path)
     model = connected(llama, config)
     expected = run(model, llama.inputs())
-    refused(lambda: model.load_adapter(folder, "default"), "load_adapter", "'default'", *NAMES, "reslora.load")
-    refused(lambda: model.load_adapter(model_id=folder, adapter_name="default"), *NAMES)
+    assert_refused(lambda: model.load_adapter(folder, "default"), "load_adapter", "'default'", *NAMES, "reslora.load")
+    assert_refused(lambda: model.load_adapter(model_id=folder, adapter_name="default"), *NAMES)
     model.load_adapter(folder, "other", torch_device="cpu")
     assert torch.equal(run(model.train(), llama.inputs()), expected)
 
@@ -277,8 +281,10 @@ def test_wrappers_of_a_base_that_was_connected_without_them_refuse_too(llama, tm
     reslora.connect(base, config)
     expected = run(model, llama.inputs())
     for outer in (model, model.base_model):
-        refused(lambda outer=outer: outer.add_weighted_adapter(["default"], [1.0], "new"), "add_weighted", *NAMES)
-    refused(lambda: model.load_adapter(folder, "default"), "load_adapter", "'default'", *NAMES)
+        assert_refused(
+            lambda outer=outer: outer.add_weighted_adapter(["default"], [1.0], "new"), "add_weighted", *NAMES
+        )
+    assert_refused(lambda: model.load_adapter(folder, "default"), "load_adapter", "'default'", *NAMES)
     model.add_weighted_adapter(["other"], [1.0], "new")
     model.load_adapter(folder, "other", torch_device="cpu")
     reslora.save(base, tmp_path / "saved")
@@ -296,7 +302,9 @@ def test_setting_the_weights_of_the_connected_adapter_is_refused(llama, unet, co
         plain = get_peft_model_state_dict(arch.lora(seed=8))
         model = connected(arch, config)
         expected = run(model, arch.inputs())
-        refused(lambda model=model, plain=plain: set_peft_model_state_dict(model, plain), "set_peft_model", *NAMES)
+        assert_refused(
+            lambda model=model, plain=plain: set_peft_model_state_dict(model, plain), "set_peft_model", *NAMES
+        )
         assert torch.equal(run(model, arch.inputs()), expected)
 
 
@@ -304,8 +312,8 @@ def test_setting_the_weights_of_the_connected_adapter_is_refused(llama, unet, co
 def test_loading_over_the_adapter_of_a_transformers_model_is_refused(llama, tmp_path, config):
     folder = plain_folder(llama, tmp_path)
     model = injected(config)
-    refused(lambda: model.load_adapter(folder, hotswap=True), "load_adapter", *NAMES)
-    refused(lambda: model.load_adapter(folder, "default", hotswap=True), "load_adapter", *NAMES)
+    assert_refused(lambda: model.load_adapter(folder, hotswap=True), "load_adapter", *NAMES)
+    assert_refused(lambda: model.load_adapter(folder, "default", hotswap=True), "load_adapter", *NAMES)
 
 
 @wired
@@ -313,7 +321,7 @@ def test_hot_swapping_the_connected_adapter_is_refused(llama, tmp_path, config):
     folder = plain_folder(llama, tmp_path)
     model = connected(llama, config)
     expected = run(model, llama.inputs())
-    refused(lambda: hotswap_adapter(model, folder, "default", "cpu"), "hotswap_adapter", *NAMES)
+    assert_refused(lambda: hotswap_adapter(model, folder, "default", "cpu"), "hotswap_adapter", *NAMES)
     assert torch.equal(run(model, llama.inputs()), expected)
     reslora.disconnect(model)
     hotswap_adapter(model, folder, "default", "cpu")
@@ -326,7 +334,7 @@ def test_preparing_for_hot_swapping_is_refused_while_connected(llama, config):
     model = connected(llama, config)
     expected = run(model, llama.inputs())
     for ranks in ({"target_rank": 8, "config": model.peft_config}, {}):
-        refused(lambda ranks=ranks: prepare_model_for_compiled_hotswap(model, **ranks), "prepare_model", *NAMES)
+        assert_refused(lambda ranks=ranks: prepare_model_for_compiled_hotswap(model, **ranks), "prepare_model", *NAMES)
     assert torch.equal(run(model, llama.inputs()), expected) and model.peft_config["default"].r == RANK
     reslora.merge(model, "none")
     prepare_model_for_compiled_hotswap(model, target_rank=8)
@@ -353,7 +361,7 @@ def test_hot_swapping_in_a_unet_is_refused(unet, tmp_path, config):
     def swap():
         model.load_lora_adapter(tmp_path, hotswap=True, adapter_name="default", **load)
 
-    refused(swap, "load_lora_adapter", *NAMES)
+    assert_refused(swap, "load_lora_adapter", *NAMES)
     assert torch.equal(run(model, unet.inputs()), expected)
     model.load_lora_adapter(tmp_path, **load)
     model.set_adapter("default")
@@ -373,7 +381,7 @@ def test_eva_after_connect_is_refused_and_works_before(llama, config):
     def initialise():
         initialize_lora_eva_weights(model, batches, show_progress_bar=False)
 
-    refused(initialise, "EVA", "reslora.disconnect", "reslora.connect")
+    assert_refused(initialise, "EVA", "reslora.disconnect", "reslora.connect")
     assert torch.equal(run(model, llama.inputs()), expected)
     reslora.disconnect(model)
     initialise()
@@ -489,7 +497,7 @@ def test_a_copy_is_guarded_by_itself(llama, tmp_path, duplicate, config):
     twin = duplicate(model)
     reslora.disconnect(model)
     model.save_pretrained(tmp_path / "plain")
-    refused(lambda: twin.save_pretrained(tmp_path / "twin"), *NAMES)
+    assert_refused(lambda: twin.save_pretrained(tmp_path / "twin"), *NAMES)
     reslora.disconnect(twin)
     twin.save_pretrained(tmp_path / "twin")
     assert (tmp_path / "twin" / "adapter_model.safetensors").exists()
@@ -507,11 +515,11 @@ def test_an_unpickled_model_is_guarded_where_no_other_was_connected(llama, tmp_p
         fresh = classmethod(method.__func__.__wrapped__) if isinstance(method, classmethod) else method.__wrapped__
         monkeypatch.setattr(LoraModel, name, fresh)
     model = pickle.loads(content)
-    refused(lambda: get_peft_model_state_dict(model), "get_peft_model_state_dict", *NAMES)
-    refused(lambda: set_peft_model_state_dict(model, plain), "set_peft_model_state_dict", *NAMES)
-    refused(lambda: model.add_weighted_adapter(["default"], [1.0], "new"), "add_weighted_adapter", *NAMES)
-    refused(lambda: hotswap_adapter(model, folder, "default", "cpu"), "hotswap_adapter", *NAMES)
-    refused(lambda: prepare_model_for_compiled_hotswap(model), "prepare_model_for_compiled_hotswap", *NAMES)
+    assert_refused(lambda: get_peft_model_state_dict(model), "get_peft_model_state_dict", *NAMES)
+    assert_refused(lambda: set_peft_model_state_dict(model, plain), "set_peft_model_state_dict", *NAMES)
+    assert_refused(lambda: model.add_weighted_adapter(["default"], [1.0], "new"), "add_weighted_adapter", *NAMES)
+    assert_refused(lambda: hotswap_adapter(model, folder, "default", "cpu"), "hotswap_adapter", *NAMES)
+    assert_refused(lambda: prepare_model_for_compiled_hotswap(model), "prepare_model_for_compiled_hotswap", *NAMES)
 
 
 def test_a_wrapper_is_free_when_its_base_was_disconnected(llama, tmp_path):
@@ -530,7 +538,7 @@ def test_a_method_of_the_users_own_is_guarded_and_comes_back(llama, tmp_path):
     model = llama.lora()
     model.save_pretrained = save
     reslora.connect(model, WIRED[0])
-    refused(lambda: model.save_pretrained(tmp_path), *NAMES)
+    assert_refused(lambda: model.save_pretrained(tmp_path), *NAMES)
     model.save_pretrained(tmp_path, ["other"])
     reslora.disconnect(model)
     assert calls == [tmp_path] and model.save_pretrained is save
@@ -541,4 +549,4 @@ def test_reslora_save_and_load_pass(llama, tmp_path):
     reslora.save(model, tmp_path)
     reslora.load(model, tmp_path)
     loaded = reslora.load(tiny_llama(), tmp_path)
-    refused(lambda: loaded.save_pretrained(tmp_path / "out"), *NAMES)
+    assert_refused(lambda: loaded.save_pretrained(tmp_path / "out"), *NAMES)

@@ -101,6 +101,7 @@ def test_nothing_is_forgotten_in_a_folder_without_checksums(tmp_path):
 
 
 def test_a_folder_without_checksums_passes(tmp_path):
+    """`check_checksums` raises an error for a file that differs from its checksum."""
     (tmp_path / "weights.bin").write_bytes(b"old")
     check_checksums(tmp_path)
 

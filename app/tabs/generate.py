@@ -217,6 +217,7 @@ class GenerateTab(Tab):
         `kind`: `images`, `grid` or `model` stops only requests of this kind; None stops all."""
 
         def stop(asked: gr.Request):
+            """Stop the client's requests."""
             found = self.studio.cancel(asked.session_hash or "", kind)
             # A running request reports its cancellation itself, and must be the last to write.
             nothing = "No model is being written." if kind == "model" else "Nothing is being generated."

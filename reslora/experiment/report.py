@@ -80,7 +80,7 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
         ("What to use", what_to_use(experiment, about)),
         (f"Notes as of {pluralize(as_of, 'run')}" if as_of else "Notes", in_lines(experiment["notes"])),
         ("What is missing", missing(experiment)),
-        ("Chosen on the selection split", chosen_table(experiment, unit)),
+        ("Chosen on the selection split", chosen_table(experiment)),
         ("Runs", arm_table(experiment, about)),
         ("Loss on the selection split", select_charts(experiment, about.losses)),
         *about.sections(experiment, folder),
@@ -203,7 +203,7 @@ def verdict_plot(experiment: Experiment) -> str:
     return f'<div class="charts">{forest(title, rows, "percent; left of 0 is better")}</div>' if rows else ""
 
 
-def best_in_words(best: Best, about: About) -> str:
+def best_in_words(best: Best) -> str:
     """Return a line that names the exported files, and the arm from which they were exported."""
     *more, last = map(with_slash, best["files"])
     files = f"{', '.join(more)} and {last} are those" if more else f"{last} is that"
@@ -230,7 +230,7 @@ def what_to_use(experiment: Experiment, about: About) -> str:
     if not best:
         return ""
     folder = Path(experiment["settings"].get("output_dir", ".")).absolute()
-    found = f"<p>{escape(best_in_words(best, about))}:</p>"
+    found = f"<p>{escape(best_in_words(best))}:</p>"
     files = (
         f"<li><b>{escape(with_slash(file))}</b>: {escape(use.format(folder=folder))} {copied(str(folder / file))}</li>"
         for file, use in about.uses.items()
@@ -301,7 +301,7 @@ def between(ends: tuple[float, float] | None, in_words: Callable[[float], str] =
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def chosen_table(experiment: Experiment, unit: str) -> str:
+def chosen_table(experiment: Experiment) -> str:
     """Return the table of each method's chosen learning rate and checkpoint, with their losses; HTML."""
     arms = {arm["label"]: arm for arm in experiment["arms"]}
     tests = {label: losses.mean(1) for label, losses in tested(experiment["arms"], experiment["chosen"]).items()}

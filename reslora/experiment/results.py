@@ -140,7 +140,7 @@ class Results:
         self.notes = [*self.beforehand(), *self.afterwards(losses, trained), *diverged]
         self.best = self.export(trained) if trained else None
         self.write()
-        taken = [best_in_words(self.best, self.study.about)] if self.best else []
+        taken = [best_in_words(self.best)] if self.best else []
         ranked = [self.ranking["sentence"]] if self.ranking else []
         answered = [f"claim {self.answer['sentence']}"] if self.answer else []
         sentences = [verdict["sentence"] for verdict in self.verdicts]
@@ -191,17 +191,18 @@ class Results:
         jobs, notes = [Job("base")] * is_base_new + todo, []
         began: dict[Job, float] = {}
 
-        def begins(job: Job) -> None:
+        def on_start(job: Job) -> None:
+            """Store the job's start time, and report it."""
             began[job] = time.monotonic()
             if job.name == "base":
                 print("base model: testing", flush=True)
                 return
             arm, _, test, export = job.arguments
             phase = " and ".join(["testing"] * test + ["exporting"] * export)
-            self.begins(f"{phase} ({todo.index(job) + 1} of {len(todo)})", arm)
+            self.start_phase(f"{phase} ({todo.index(job) + 1} of {len(todo)})", arm)
 
         try:
-            for job, found in pool.each(jobs, self.schedule.grids, begins) if pool else self.each(jobs, begins):
+            for job, found in pool.each(jobs, self.schedule.grids, on_start) if pool else self.each(jobs, on_start):
                 self.test_seconds += time.monotonic() - began[job]
                 if job.name == "base":
                     self.base = found
@@ -213,15 +214,15 @@ class Results:
             raise Stopped(COMPARING) from None
         return notes
 
-    def each(self, jobs: Sequence[Job], begins: Callable[[Job], object]) -> Iterator[tuple[Job, Any]]:
+    def each(self, jobs: Sequence[Job], on_start: Callable[[Job], object]) -> Iterator[tuple[Job, Any]]:
         """Do the jobs in this process, one after the other, as `WorkerPool.each` does in its workers."""
         for job in jobs:
-            begins(job)
+            on_start(job)
             yield job, getattr(self.study, job.name)(*job.arguments)
 
-    def begins(self, phase: str, arm: Arm) -> None:
+    def start_phase(self, phase: str, arm: Arm) -> None:
         """Report the next phase of an arm, which may take minutes; raises `Stopped` if a stop was requested."""
-        self.study.begins(phase, arm)
+        self.study.start_phase(phase, arm)
         print(f"{self.schedule.name_of(arm)}: {phase}", flush=True)
 
     def is_chosen(self, arm: Arm) -> bool:
@@ -339,7 +340,7 @@ class Results:
         label = min(best_labels or labels, key=lambda name: self.chosen[name]["loss"])
         arms = [arm for arm in trained if arm.label == label]
         best = min(arms, key=lambda arm: self.schedule.select_losses(arm)[self.step_of(arm)])
-        self.begins("exporting", best)
+        self.start_phase("exporting", best)
         self.amend(best=None)  # a stop during the export would leave a record of removed files
         files = self.study.export(best, self.step_of(best))
         options, varied = self.schedule.options_of(best), self.schedule.grid.varied

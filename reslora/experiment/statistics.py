@@ -89,7 +89,8 @@ def moderated(spread: Spread, shared: np.ndarray | float, labels: int) -> Spread
     A few seeds give a poor estimate of the variance between seeds, but this variance is similar for all methods. For
     the same reason limma shrinks the variances of genes (Smyth, 2004). The mean over all pairs has (methods - 1) x
     (seeds - 1) degrees of freedom. At most PRIOR degrees of freedom are added: with more, a method whose variation is
-    three times that of the others would have too many false positives.
+    three times that of the others would have too many false positives. `shared` is a number or has the shape (...) of a
+    mean square.
     """
     own = spread.degrees[0]
     more = min(PRIOR, (labels - 2) * own)
@@ -115,11 +116,12 @@ def p_value(difference: float, spread: Spread) -> float:
     if difference == 0:
         return 1.0
 
-    def beyond(log_level: float) -> float:
+    def excess_width(log_level: float) -> float:
+        """Return how far the half width of the interval at level exp(`log_level`) exceeds |`difference`|."""
         return float(half_width(spread, math.exp(log_level))) - abs(difference)
 
     least = math.log(LEAST_P)
-    return LEAST_P if beyond(least) <= 0 else math.exp(brentq(beyond, least, 0))
+    return LEAST_P if excess_width(least) <= 0 else math.exp(brentq(excess_width, least, 0))
 
 
 def detectable(spread: Spread, level: float) -> float:
@@ -136,10 +138,11 @@ def detectable(spread: Spread, level: float) -> float:
         return 0.0
     needed = half_width(spread._replace(squares=again * true), level)
 
-    def lacking(difference: float) -> float:
+    def missing_power(difference: float) -> float:
+        """Return `POWER` minus the power of the test at a true difference of `difference`."""
         return POWER - float(special.ndtr((difference - needed) / error).mean())
 
-    return brentq(lacking, 0, float((needed + 3 * error).max()))
+    return brentq(missing_power, 0, float((needed + 3 * error).max()))
 
 
 def expected(difference: float, spread: Spread, level: float) -> float:

@@ -5,17 +5,24 @@ import itertools
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import Diverged, StoppedEarly
 from ..formatting import pluralize
 from ..io import read_object, write_json
+from ..options.averages import Average
 from ..runtime.peak_memory import peak_memory
 from ..runtime.processes import broadcast_from_main
 from ..runtime.signals import StopRequest
-from ..training.loop import take_step
+from ..training.averaged_run import average_run
+from ..training.checkpoints import plan_resume
+from ..training.loop import take_step, train_method
+from ..training.schedule import Schedule
 from ..training.state import Learner
 from ..training.study import Study
 from .arms import Arm
@@ -56,6 +63,57 @@ def time_steps(learner: Learner, study: Study) -> float:
             take_step(learner, batches, study).item()
             times.append(time.monotonic() - began)
     return statistics.median(times[1:])
+
+
+@dataclass(frozen=True)
+class ArmStudy(Study):
+    """The study of an arm: training writes no exports; the experiment exports arms when it compares them.
+
+    A subclass also inherits from the study of a single run of images or texts, whose methods are called by `super`.
+    """
+
+    race: Callable[[], None] = lambda: None
+    """Function that raises `StoppedEarly` in every process if another learning rate is better."""
+    timed: Callable[[float], None] = lambda _: None
+    """Function that receives the median time in seconds of a few of the first steps."""
+    took: Callable[[float], None] = lambda _: None
+    """Function that receives the time of a measurement and its samples, in seconds."""
+
+    def batches(self, steps: range) -> Generator:
+        """Yield batches as a single run does, and time the steps after the first one, which may compile."""
+        timed = self.timed if self.context.accelerator.is_main_process else None
+        a_step = self.context.options.training.gradient_accumulation_steps
+        return timing(super().batches(steps), a_step, timed)  # type: ignore[safe-super]
+
+    def validate(self, learner: Learner, reports: Any, parts: Sequence[str] | None = None) -> None:
+        """Measure and sample as a single run does, and end the arm if another learning rate is better."""
+        started = time.monotonic()
+        super().validate(learner, reports, parts)  # type: ignore[safe-super]
+        self.took(time.monotonic() - started)
+        self.race()
+
+    def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
+        """Write nothing, and return no differences."""
+        return {}
+
+
+def train_arm(study: ArmStudy, average: tuple[Average, Path] | None) -> None:
+    """Train an arm from its latest checkpoint, if it has one, in every process.
+
+    `average`: the average that the arm computes from the checkpoints of another arm, and the directory of that arm;
+    None to train. Raises `Diverged` if a loss is not finite, and `StoppedEarly`.
+    """
+    context, (method,) = study.context, study.context.options.adapter.method
+    resume = broadcast_from_main(lambda: plan_resume(context.options, study.identity, context.place))
+    if context.options.training.compile:
+        torch.compiler.reset()  # the compiler falls back to eager mode after a number of recompilations
+    try:
+        if average:
+            average_run(method, *average, study)
+        elif method not in resume.finished:
+            train_method(method, resume, study)
+    finally:
+        context.accelerator.free_memory()
 
 
 def race(arm: Arm, schedule: ArmSchedule) -> None:
@@ -141,7 +199,7 @@ class ExperimentStudy(ABC):
             self.schedule.estimated = True
             print_estimate(self.schedule, self.device, steps, step, start, measuring, test)
 
-    def begins(self, phase: str, arm: Arm) -> None:
+    def start_phase(self, phase: str, arm: Arm) -> None:
         """Write the next phase of an arm to the run's status.
 
         Raises `Stopped` if a stop was requested. Only the main process calls this method and the methods below.
@@ -188,11 +246,12 @@ class ExperimentStudy(ABC):
         """
         path = self.schedule.folder_of(arm) / TESTED
 
-        def keep(measured: dict) -> None:
+        def write_tested(measured: dict) -> None:
+            """Write the losses and other metrics on the test split to `test.json`."""
             write_json(path, {"step": step, "images": self.test_ids} | measured)
 
         try:
-            self.test_and_export(arm, step, keep if test else None, export)
+            self.test_and_export(arm, step, write_tested if test else None, export)
         except Diverged as error:
             if test and not self.is_tested(arm, step):
                 raise

@@ -93,7 +93,8 @@ def serve(number: int, connection: Connection, prog: str, work: Work) -> None:
     if POSIX:
         os.setsid()  # a terminal sends Ctrl-C only to the main process
 
-    def main(_: object, stop: StopRequest) -> None:
+    def run_worker(_: object, stop: StopRequest) -> None:
+        """Do the work of this process, without output, until all jobs are done or a stop is requested."""
         with (
             Path(os.devnull).open("w") as nowhere,
             contextlib.redirect_stdout(nowhere),
@@ -104,7 +105,7 @@ def serve(number: int, connection: Connection, prog: str, work: Work) -> None:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the handler of stop requests is installed by now
             work(stop, Orders(number, connection, stop))
 
-    sys.exit(run_script(prog, main))
+    sys.exit(run_script(prog, run_worker))
 
 
 @dataclass
@@ -195,12 +196,12 @@ class WorkerPool:
         self.end()
         raise Stopped("stopped while runs were trained")
 
-    def each(self, jobs: Iterable[Job], grids: Grids, begins: Callable[[Job], object]) -> Iterator[tuple[Job, Any]]:
-        """Do the jobs, and yield each with its result as it ends; `begins` is called before a job is assigned."""
+    def each(self, jobs: Iterable[Job], grids: Grids, on_start: Callable[[Job], object]) -> Iterator[tuple[Job, Any]]:
+        """Do the jobs, and yield each with its result as it ends; `on_start` is called before a job is assigned."""
         todo = deque(jobs)
         while todo or self.busy:
             while todo and not self.is_full:
-                begins(todo[0])
+                on_start(todo[0])
                 self.give(todo.popleft(), grids)
             yield self.ended()
 

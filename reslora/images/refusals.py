@@ -1,4 +1,7 @@
-"""Validation that needs no model: options that contradict each other, and invalid paths."""
+"""Validation that needs no model: options that contradict each other, and invalid paths.
+
+`huggingface_hub` is imported only for `--push_to_hub`, so that `--help` appears at once.
+"""
 
 import math
 from pathlib import Path

@@ -102,6 +102,7 @@ def begin(
         accelerator = start_accelerator(options)
 
     def lock_folder() -> None:
+        """Lock the output folder until the run ends, and check its content."""
         stop.check(NOT_BEGUN)  # a signal may have come while accelerate started
         stack.enter_context(lock(Path(options.output.output_dir)))
         check()
@@ -206,7 +207,8 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: ImageContext) -
     """Validate everything that needs no weights: methods, optimizers, and whether the memory is enough."""
     options, model, accelerator = context.options, context.model, context.accelerator
 
-    def check() -> None:
+    def check_options() -> None:
+        """Validate the options that affect the model, on all processes."""
         check_held_out(kinds, context)
         check_base_precision(options.model, context.dtype, accelerator)
         check_blocks_to_swap(options.model, model, accelerator)
@@ -215,7 +217,7 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: ImageContext) -
             units_of(model.empty_denoiser(), accelerator)
         check_optimizer(context)
 
-    on_all(check)
+    on_all(check_options)
     broadcast_from_main(lambda: check_memory(kinds, context))
 
 

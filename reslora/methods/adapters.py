@@ -216,7 +216,10 @@ class RankAllocator:
         self.tuner.update_and_allocate(global_step)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return each parameter's running importance and the allocated ranks, as tensors by name."""
+        """Return each parameter's running importance and the allocated ranks, as tensors by name.
+
+        An importance has the shape of its parameter. The ranks of a layer are booleans, of shape (initial rank,).
+        """
         state = {
             f"{kind}/{name}": value
             for kind in _AVERAGES

@@ -2,6 +2,8 @@
 
 PEFT uses the first entry that matches a layer, and sorts entries when it writes a file. An entry for a complete name
 does not depend on this order, so entries are expanded to complete names before an adapter is created.
+
+Functions import PEFT when they are called, so that `--help` appears at once.
 """
 
 from __future__ import annotations
@@ -121,11 +123,12 @@ def nearest(pattern: str, layers: Iterable[str]) -> list[str]:
     Similarity is the number of characters of the pattern that appear in the name in order; ties prefer shorter names.
     """
 
-    def likeness(name: str) -> tuple[int, int]:
+    def similarity(name: str) -> tuple[int, int]:
+        """Return the sort key of a layer's name: matching characters, and the negative length."""
         blocks = SequenceMatcher(None, pattern, name, autojunk=False).get_matching_blocks()
         return sum(block.size for block in blocks), -len(name)
 
-    return heapq.nlargest(3, layers, key=likeness)
+    return heapq.nlargest(3, layers, key=similarity)
 
 
 def _whole(name: str) -> str:

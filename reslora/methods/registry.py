@@ -1,7 +1,8 @@
 """Registry of the trainable methods: a new one needs a function that returns PEFT's configuration, and a row in
 METHODS.
 
-Options, validation, exports and the application use these rows. Importing this module imports no heavy package.
+Options, validation, exports and the application use these rows. Functions import PEFT and torch when they are
+called, so that `--help` appears at once.
 """
 
 from __future__ import annotations

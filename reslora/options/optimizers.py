@@ -1,4 +1,7 @@
-"""Optimizers by short name or by the path of their class."""
+"""Optimizers by short name or by the path of their class.
+
+torch is imported only to check a class, so that `--help` appears at once.
+"""
 
 import ast
 import importlib

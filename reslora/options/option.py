@@ -206,6 +206,7 @@ def whole(minimum: int, most: float = math.inf) -> Callable[[str], int]:
     """Return a parser of a whole number from `minimum` to `most`."""
 
     def parse(text: str) -> int:
+        """Return the whole number that `text` contains."""
         with contextlib.suppress(ValueError):
             if is_whole(int(text), minimum, most):
                 return int(text)
@@ -218,6 +219,7 @@ def number(minimum: float = -math.inf, below: float = math.inf, exclusive: bool 
     """Return a parser of a finite number in [minimum, below); `exclusive` excludes `minimum`."""
 
     def parse(text: str) -> float:
+        """Return the number that `text` contains; an `int` if it is written as one."""
         with contextlib.suppress(ValueError):
             value = float(text)
             if is_number(value, minimum, below, exclusive):

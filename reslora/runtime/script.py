@@ -88,6 +88,16 @@ def warning_line(message: Warning | str, *where: object, **more: object) -> str:
     return f"warning: {' '.join(str(message).split())}\n"
 
 
+def limit_spinning() -> None:
+    """Limit how long an idle thread of GNU OpenMP spins before it sleeps; call this before torch is imported.
+
+    By default it spins 300,000 times, which is ten times slower on cores that other processes use too. Without
+    spinning, a step of a small U-Net takes half as long again.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
 def shares_the_cpu() -> bool:
     """Return whether several processes run on a machine without an accelerator.
 

@@ -75,6 +75,7 @@ class StopRequest:
 
     @signal.setter
     def signal(self, number: int | None) -> None:
+        """Set the signal."""
         self._signal = number
 
     def shared(self, asked: bool) -> bool:

@@ -23,7 +23,7 @@ def ignore_broken_pipes() -> Iterator[None]:
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
     for stream in streams:
         for name in ("write", "flush"):
-            setattr(stream, name, _outliving(stream, getattr(stream, name)))
+            setattr(stream, name, _ignoring_broken_pipe(stream, getattr(stream, name)))
     try:
         yield
     finally:
@@ -39,8 +39,9 @@ def take_any_file_name() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _outliving(stream: TextIO, do: Callable) -> Callable:
-    def done(*what: Any) -> Any:
+def _ignoring_broken_pipe(stream: TextIO, do: Callable) -> Callable:
+    def write_or_discard(*what: Any) -> Any:
+        """Call `do`; if the reader has gone, redirect the stream to `os.devnull` first."""
         try:
             return do(*what)
         except OSError as error:
@@ -50,4 +51,4 @@ def _outliving(stream: TextIO, do: Callable) -> Callable:
                 os.dup2(nowhere.fileno(), stream.fileno())  # also discards the rest of the buffer when Python exits
             return do(*what)
 
-    return done
+    return write_or_discard

@@ -158,7 +158,7 @@ class Shortcut(LoraVariant):
         block.moments.add(x, own, handed, torch.linalg.vector_norm(self.normed(x, own)))
 
     def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Return the tensor whose norm is f_n: the block's input, or its own `A_n x_n`."""
+        """Return the tensor whose norm is f_n: the block's input `x` (tokens x p), or its `A_n x_n` (tokens x r)."""
         return x
 
     @classmethod
@@ -276,7 +276,7 @@ class Shortcut(LoraVariant):
 
 
 def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return `x` in the adapter's dtype, as PEFT casts it.
+    """Return `x`, of any shape, in the dtype of the adapter's `weight`, as PEFT casts it.
 
     Under autocast `x` is returned unchanged, because matrix products cast their inputs.
     """

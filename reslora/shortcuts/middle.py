@@ -96,5 +96,5 @@ class MiddleShortcut(Shortcut):
         return Merged(block.a + total, block.share * block.b, alphas)
 
     def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Return `A_n x_n`, whose norm is f_n (Eq. 12)."""
+        """Return `A_n x_n` (tokens x r), whose norm is f_n (Eq. 12)."""
         return own.to(x)

@@ -76,7 +76,10 @@ class NormWindow:
         self.pushed: torch.Tensor | None = None
 
     def push(self, norms: dict[str, torch.Tensor]) -> None:
-        """Replace the oldest norms by those of one pass; a block that did not run gets NaN, which `means` skips."""
+        """Replace the oldest norms by those of one pass, a scalar for each block by name.
+
+        A block that did not run gets NaN, which `means` skips.
+        """
         first = next(iter(norms.values()))
         missing = torch.full_like(first, torch.nan)
         column = torch.stack([norms.get(name, missing).to(first) for name in self.names])

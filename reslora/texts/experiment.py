@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..experiment.record import Facts, facts_of, read_experiment
 from ..experiment.report import About
 from ..experiment.runner import run_experiment
 from ..experiment.schedule import ArmSchedule, reading_adapter
-from ..experiment.study import COMPARING, TIMED_STEPS, ExperimentStudy, race, timing
+from ..experiment.study import COMPARING, TIMED_STEPS, ArmStudy, ExperimentStudy, race, train_arm
 from ..experiment.worker_pool import Orders
 from ..io import read_object, remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter
@@ -42,12 +42,9 @@ from ..runtime.processes import broadcast_from_main, say
 from ..runtime.signals import StopRequest
 from ..runtime.status import Status
 from ..seeds import derive
-from ..training.averaged_run import average_run
-from ..training.checkpoints import check_past, checkpoints_of, past_of, plan_resume
+from ..training.checkpoints import check_past, checkpoints_of, past_of
 from ..training.context import Context
-from ..training.loop import train_method
 from ..training.schedule import Schedule
-from ..training.state import Learner
 from ..training.study import Identity
 from ..training.trackers import note_settings, start_trackers
 from .arguments import checked
@@ -172,32 +169,8 @@ def prepare_folder(experiment: TextExperiment) -> None:
 
 
 @dataclass(frozen=True)
-class ArmStudy(TextStudy):
-    """The study of an arm: training writes no exports; `TextExperiment` exports arms when it compares them."""
-
-    race: Callable[[], None] = lambda: None
-    """Function that raises `StoppedEarly` in every process if another learning rate is better."""
-    timed: Callable[[float], None] = lambda _: None
-    """Function that receives the median time in seconds of a few of the first steps."""
-    took: Callable[[float], None] = lambda _: None
-    """Function that receives the time of an evaluation, in seconds."""
-
-    def batches(self, steps: range) -> Generator[dict[str, torch.Tensor], None, None]:
-        """Yield batches as a single run does, and time the first steps."""
-        timed = self.timed if self.context.accelerator.is_main_process else None
-        a_step = self.options.training.gradient_accumulation_steps
-        return timing(super().batches(steps), a_step, timed)
-
-    def validate(self, learner: Learner, reports: Any, parts: Sequence[str] | None = None) -> None:
-        """Measure as a single run does, and end the arm if another learning rate is better."""
-        started = time.monotonic()
-        super().validate(learner, reports, parts)
-        self.took(time.monotonic() - started)
-        self.race()
-
-    def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
-        """Write nothing, and return no differences."""
-        return {}
+class TextArmStudy(ArmStudy, TextStudy):
+    """The study of an arm of an experiment with a language model."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +223,7 @@ class TextExperiment(ExperimentStudy):
         """Content hash of each test example."""
         return self.parts.test_ids
 
-    def study_of(self, arm: Arm) -> ArmStudy:
+    def study_of(self, arm: Arm) -> TextArmStudy:
         """Return the study of one arm, as for a single run."""
         options = options_of(arm, self.schedule)
         schedule, options = schedule_of(plan_of(self.texts, options, self.context.accelerator).updates, options)
@@ -261,7 +234,7 @@ class TextExperiment(ExperimentStudy):
         )  # fmt: skip
         timed = functools.partial(self.timed, schedule, options, time.monotonic())
         stop_race = functools.partial(race, arm, self.schedule)
-        return ArmStudy(schedule, self.content, context, self.texts, stop_race, timed, self.schedule.measured)
+        return TextArmStudy(schedule, self.content, context, self.texts, stop_race, timed, self.schedule.measured)
 
     def facts(self) -> Facts:
         """Return versions, split sizes and the identity of the experiment."""
@@ -272,18 +245,7 @@ class TextExperiment(ExperimentStudy):
 
         Raises `Diverged` if a loss is not finite.
         """
-        study = self.study_of(arm)
-        options, (method,) = study.options, study.method.method
-        resume = broadcast_from_main(lambda: plan_resume(options, study.identity))
-        if options.training.compile:
-            torch.compiler.reset()  # torch stops compiling after a limited number of models
-        try:
-            if average := self.schedule.average_of(arm):
-                average_run(method, *average, study)
-            elif method not in resume.finished:
-                train_method(method, resume, study)
-        finally:
-            self.context.accelerator.free_memory()
+        train_arm(self.study_of(arm), self.schedule.average_of(arm))
 
     def timed(self, schedule: Schedule, options: TextOptions, began: float, step: float) -> None:
         """Print the time that the experiment takes, from the median time of an arm's first steps.
@@ -331,7 +293,7 @@ class TextExperiment(ExperimentStudy):
         study = self.study_of(self.schedule.arms()[0])
         return self.losses_of(study.adapted(), study)  # a newly initialized adapter does not change the output
 
-    def losses_of(self, model: PeftModel, study: ArmStudy) -> dict:
+    def losses_of(self, model: PeftModel, study: TextArmStudy) -> dict:
         """Return the loss of each test example (None if it is not finite), and metrics over all of them."""
         with study.evaluating(model):
             losses, figures = self.texts.measured(study.options, model, lambda: self.stop.check(COMPARING))

@@ -265,11 +265,11 @@ class GlueTexts(Texts):
         return model
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return a batch, padded to its longest example."""
+        """Return a batch, padded to its longest example: tokens and mask (batch x tokens), and labels (batch)."""
         return dict(DataCollatorWithPadding(self.tokenizer)(rows))
 
     def losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the loss of each example."""
+        """Return the loss of each example, of shape (batch,)."""
         inputs = to_device(batch, model.device)
         labels = inputs.pop("labels")
         return losses_of(self.task, model(**inputs).logits.float(), labels)
@@ -292,11 +292,11 @@ class GlueTexts(Texts):
         return torch.stack(found) if found else torch.empty(0, len(self.task.labels) or 1)
 
     def all_logits(self, options: GlueOptions, model: PeftModel, rows: list[dict], check: Check) -> torch.Tensor:
-        """Return the logits of examples as `logits` does; every process computes its share."""
+        """Return the logits of all examples (examples x labels) as `logits` does; every process computes its share."""
         return torch.stack(in_order(list(self.logits(options, model, mine(rows), check))))
 
     def compared(self, logits: torch.Tensor, rows: list[dict]) -> tuple[list[float], dict[str, float]]:
-        """Return the loss of each example, and the task's metrics."""
+        """Return the loss of each example, and the task's metrics, given logits (examples x labels)."""
         labels = torch.tensor([row["labels"] for row in rows])
         metrics = scores(self.task, predicted(self.task, logits.numpy()), labels.numpy())
         return losses_of(self.task, logits, labels).tolist(), metrics

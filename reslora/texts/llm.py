@@ -50,7 +50,7 @@ def load_examples(arguments: LlmTaskOptions, seed: int, validates: bool) -> dict
         raise _lacks(arguments, "no test examples and no validation examples")
     order = torch.randperm(len(found["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
     if not found["validation"] or found["validation"] is found["test"]:
-        held_out = _validation_count(arguments, len(order)) if validates else 0
+        held_out = _validation_count(len(order)) if validates else 0
         found["validation"] = [found["train"][i] for i in sorted(order[len(order) - held_out :])]
         order = order[: len(order) - held_out]
     limit = arguments.max_train_samples
@@ -74,7 +74,7 @@ def _lacks(arguments: LlmTaskOptions, problem: str) -> InvalidArgument:
     return InvalidArgument(given, problem, file_form(arguments.task))
 
 
-def _validation_count(arguments: LlmTaskOptions, count: int) -> int:
+def _validation_count(count: int) -> int:
     """Return the number of training examples to hold out for validation: a tenth, but at most HELD_OUT.
 
     Raises `InvalidArgument` for fewer than two training examples.
@@ -244,11 +244,11 @@ class LlmTexts(Texts):
                 raise InvalidArgument(argument, f"{what} tokens and the model {limit} positions", fix)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return a batch, padded on the right."""
+        """Return tokens, mask and labels of a batch, each batch x tokens, padded on the right."""
         return self.encoder.collate(rows)
 
     def losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the loss of each answer token."""
+        """Return the loss of each answer token in the batch, of shape (answer tokens,)."""
         return token_losses(model, batch)
 
     def count(self, batch: dict[str, torch.Tensor]) -> int:

@@ -86,7 +86,7 @@ def encode_training(encoder: Encoder, examples: list[Example], max_length: int) 
 def calibration_batches(rows: list[dict], count: int, size: int) -> list[dict[str, torch.Tensor]] | None:
     """Return batches of the first `count` rows for a merge, without padding; None without rows.
 
-    A batch has `size` rows of similar length, which are truncated to the length of the shortest one.
+    A batch (`size` x tokens) has rows of similar length, which are truncated to the length of the shortest one.
     """
     chosen = sorted((row["input_ids"] for row in rows[:count]), key=len)
     groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
@@ -98,7 +98,7 @@ def calibration_batches(rows: list[dict], count: int, size: int) -> list[dict[st
 
 @torch.no_grad()
 def example_losses(model: PreTrainedModel, encoder: Encoder, rows: list[dict[str, list[int]]]) -> list[torch.Tensor]:
-    """Return the losses of each row's answer tokens, computed in one batch."""
+    """Return the losses of each row's answer tokens, of shape (answer tokens,), in float64, computed in one batch."""
     batch = encoder.collate(rows)
     counts = (batch["labels"] != IGNORED).sum(1).tolist()
     return list(token_losses(model, batch).double().split(counts))

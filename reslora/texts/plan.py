@@ -115,6 +115,7 @@ def saved_bytes(model: PeftModel, batch: Mapping[str, torch.Tensor]) -> int:
     owned = {value.untyped_storage()._cdata for value in (*model.parameters(), *model.buffers())}
 
     def pack(value: torch.Tensor) -> torch.Tensor:
+        """Record the storage of a tensor that is saved for the backward pass, and return the tensor."""
         storage = value.untyped_storage()
         if storage._cdata not in owned and not isinstance(value, nn.Parameter):
             kept[storage._cdata] = storage.nbytes()

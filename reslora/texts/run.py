@@ -77,6 +77,7 @@ def begin(
     folder = Path(options.output.output_dir)
 
     def lock_folder() -> None:
+        """Lock the output folder until the run ends, and check its content."""
         stop.check(NOT_BEGUN)
         stack.enter_context(lock(folder))
         check()

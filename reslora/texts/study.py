@@ -104,11 +104,11 @@ class Texts(ABC):
 
     @abstractmethod
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return a batch of training examples."""
+        """Return a batch of training examples: `input_ids` and other tensors whose first dimension is the batch."""
 
     @abstractmethod
     def losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the losses of a batch, with as many entries as `count` returns."""
+        """Return the losses of a batch: a vector with as many entries as `count` returns."""
 
     @abstractmethod
     def count(self, batch: dict[str, torch.Tensor]) -> int:
@@ -155,14 +155,15 @@ def schedule_of(updates: int, options: TextOptions) -> tuple[Schedule, TextOptio
     steps = training.max_train_steps or math.ceil(training.num_train_epochs * updates)
     check_steps(options.adapter.method, steps, f"--method {options.adapter.name} with {steps} steps")
 
-    def absolute(number: float) -> int:
+    def in_steps(number: float) -> int:
+        """Return a number of steps; a `number` below 1 is a fraction of all steps."""
         return math.ceil(number * steps) if number < 1 else int(number)
 
-    looks = {"no": 0, "epoch": updates, "steps": absolute(validation.eval_steps or output.logging_steps)}
-    saves = {"no": steps, "epoch": updates, "steps": absolute(output.checkpointing_steps)}
-    warmup = absolute(optimizer.warmup_ratio or optimizer.lr_warmup_steps or 0)
+    looks = {"no": 0, "epoch": updates, "steps": in_steps(validation.eval_steps or output.logging_steps)}
+    saves = {"no": steps, "epoch": updates, "steps": in_steps(output.checkpointing_steps)}
+    warmup = in_steps(optimizer.warmup_ratio or optimizer.lr_warmup_steps or 0)
     options = options.replace(
-        checkpointing_steps=saves[output.save_strategy], logging_steps=absolute(output.logging_steps)
+        checkpointing_steps=saves[output.save_strategy], logging_steps=in_steps(output.logging_steps)
     )
     by_epochs = not training.max_train_steps
     return Schedule(steps, looks[validation.eval_strategy], warmup, by_epochs), options
@@ -239,7 +240,7 @@ class TextStudy(Study):
         return model
 
     def batches(self, steps: range) -> Generator[dict[str, torch.Tensor]]:
-        """Yield this process's batches of these steps."""
+        """Yield this process's batches of these steps; the first dimension of each tensor is the batch."""
         yield from self.plan.loader(steps, pin=self.context.accelerator.device.type == "cuda")
 
     def passes(self, step: int) -> int:
@@ -322,12 +323,13 @@ class TextStudy(Study):
         trained = sum(value.numel() for value in learner.parameters)
         self.context.status.say("merging", learner.name)
 
-        def figures() -> Mapping[str, float]:
+        def evaluate() -> Mapping[str, float]:
+            """Return the task's metrics on the validation split."""
             with self.evaluating(model):
                 return texts.figures(options, model, self.check)
 
         batches = texts.calibration(options)
-        table = merge_table(model, figures, batches)
+        table = merge_table(model, evaluate, batches)
         broadcast_from_main(check_held)
         report = export(model, folder, self.method, batches, texts.tokenizer)
         with self.evaluating(model):

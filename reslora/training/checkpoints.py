@@ -276,6 +276,7 @@ def save_checkpoint(learner: Learner, study: Study) -> None:
         record |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
 
     def write() -> None:
+        """Write the checkpoint, and remove those that are no longer needed."""
         write_checkpoint(learner, folder / f"checkpoint-{learner.step}", state, record)
         forget_beaten(folder)
         if options.output.checkpoints_total_limit:
@@ -369,10 +370,11 @@ def restore(learner: Learner, candidates: list[Path], context: Context) -> None:
     on_all(lambda: load_checkpoint(learner, chosen, accelerator))
     place = folder / f"checkpoint-{learner.step}"
 
-    def of_others() -> None:
+    def set_aside() -> None:
+        """Rename the folder's other checkpoints and merged weights."""
         set_others_aside(chosen, [*checkpoints_of(folder), *numbered(folder, MERGED)], place, TOLD)
 
-    broadcast_from_main(of_others)
+    broadcast_from_main(set_aside)
     accelerator.print(f"{learner.name}: resuming from {chosen}")
 
 

@@ -61,7 +61,8 @@ def put_control_on(learner: Learner, study: Study) -> None:
     """
     options, parts = study.context.options, learner.trained.parts
 
-    def measured() -> list[Settings]:
+    def measure() -> list[Settings]:
+        """Return the settings of the control in each part, measured on the calibration batches."""
         with contextlib.ExitStack() as stack, study.context.accelerator.autocast():
             gauges = [
                 stack.enter_context(gauged(learner.method, part, options.adapter.reslora_config, study.example_inputs))
@@ -71,7 +72,7 @@ def put_control_on(learner: Learner, study: Study) -> None:
                 study.calibrate(learner, batch)
             return [gauge.settings(options.training.seed) for gauge in gauges]
 
-    for part, settings in zip(parts.values(), broadcast_from_main(measured), strict=True):
+    for part, settings in zip(parts.values(), broadcast_from_main(measure), strict=True):
         put_on(part, settings)
 
 
@@ -181,7 +182,7 @@ def after_step(learner: Learner, study: Study, reports: Reports, requests: Reque
 def take_step(learner: Learner, batches: Iterator, study: Study) -> torch.Tensor:
     """Update the adapter with the batches of a step, and return the mean loss over all processes.
 
-    The returned tensor is on the device and not synchronized.
+    The loss is a scalar tensor on the device and not synchronized.
     """
     options, accelerator, total = study.context.options, study.context.accelerator, 0.0
     learner.step += 1
@@ -213,7 +214,7 @@ def take_step(learner: Learner, batches: Iterator, study: Study) -> torch.Tensor
 
 
 def scale_of(batches: list, study: Study) -> torch.Tensor | None:
-    """Return the factor of the summed losses of a step's batches; None if the loss is a mean of the batches' means.
+    """Return the factor, a scalar, of a step's summed losses; None if the loss is a mean of the batches' means.
 
     accelerate divides by the passes of a step, and averages over processes. The factor replaces both by the number of
     losses of the step in all processes, so that each of them has the same weight.

@@ -36,7 +36,7 @@ class Reports:
         """Remove files of steps after `step` that are not log rows."""
 
     def note(self, split: str, loss: torch.Tensor | float, **figures: Any) -> None:
-        """Store a row for the log until the next `flush`.
+        """Store a row with the scalar `loss` for the log until the next `flush`.
 
         The loss is converted to a float only then, because the conversion waits for the device. `figures`: other
         columns of the row, such as `by_timestep`, the loss at each timestep; timestep 1 is pure noise.

@@ -2,7 +2,8 @@
 
 accelerate itself would either shard the adapter too, although shortcuts read adapters of other blocks, or not average
 the gradients of the processes. Therefore accelerate's FSDP2 settings are used only to shard the base, and
-DistributedDataParallel trains the adapter.
+DistributedDataParallel trains the adapter. Functions import `fully_shard` when they are called, because torch 2.5 has
+none.
 """
 
 import inspect
@@ -45,7 +46,7 @@ def take_plugin(
 
 def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
     """Raise `InvalidArgument` for FSDP2 settings that are not supported here, and if torch has no suitable FSDP2."""
-    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard  # not in torch 2.5
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         problem = f"torch {torch.__version__} has no FSDP2 that can leave the adapter unsharded"

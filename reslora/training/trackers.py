@@ -23,6 +23,7 @@ def start_trackers(context: Context, project: str, **options: Any) -> None:
     often = {"tensorboard": {"flush_secs": TENSORBOARD_SECONDS}}
 
     def start() -> None:
+        """Start the trackers on this process."""
         with refused_as(
             f"--report_to {as_typed(context.options['report_to'])}", "log in there, or give --report_to none"
         ):

@@ -1,4 +1,7 @@
-"""DeepSpeed's ZeRO-1 and ZeRO-2: configure them, and gather and load the complete state of the sharded optimizer."""
+"""DeepSpeed's ZeRO-1 and ZeRO-2: configure them, and gather and load the complete state of the sharded optimizer.
+
+Functions import DeepSpeed when they are called, because it is an optional package.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -61,7 +64,7 @@ def full_state(optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> dic
     each parameter and, after the first step, its moments and its step. Every process must call this, even if only one
     saves.
     """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # an optional package
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     base, parameters = optimizer.optimizer, {}
     # DeepSpeed has one flat tensor for each parameter group; all groups have taken the same number of steps.

@@ -322,7 +322,7 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
         assert (folder / "0.txt").read_text() == "of set"
 
 
-def test_a_program_puts_a_folder_in_order(address, folder, tmp_path):
+def test_a_program_puts_a_folder_in_order(address, folder):
     client = client_of(address)
     assert client.predict(api_name="/image_folders") == [".", "set", "bundled images"]
     assert client.predict("set", api_name="/check_images") == "30 images checked."

@@ -51,7 +51,7 @@ def test_the_example_is_loaded_from_any_folder():
     assert all(f"from_pretrained({str(BUNDLED)!r}" in one.use and "'assets/" not in one.use for one in found)
 
 
-def test_a_copy_is_handed_out_of_what_is_listed_and_of_nothing_else(library, tmp_path, monkeypatch):
+def test_a_copy_is_handed_out_of_what_is_listed_and_of_nothing_else(library, monkeypatch):
     run, working = library.find("run"), WorkingFiles()
     file = downloads.packed(run, downloads.find(run, "reslora: comfyui.safetensors (ComfyUI)"), working)
     assert file.name == "run-reslora-comfyui.safetensors" and file.read_text() == "comfyui.safetensors"

@@ -151,7 +151,7 @@ def test_the_settings_of_a_run_make_its_command_again(tmp_path):
 
 
 def test_every_schedule_can_be_trained(tmp_path):
-    """Of one whose rates are given step by step the form has these."""
+    """`command` raises an error for a refused schedule. One whose rates are given step by step gets them."""
     for name in form.choices(form.known()["lr_scheduler"]):
         rules = {"lr_step_rules": "1:100,0.1:200,0.01"} if name == "piecewise_constant" else {}
         Jobs(Library(tmp_path)).command("new", {"lr_scheduler": name, **rules})

@@ -490,6 +490,7 @@ def page(browser, address, runs, request):
 
 
 def test_a_run_is_looked_at_and_taken_along(page, runs):
+    """Each of the three functions asserts what the page shows."""
     move_the_slider(page)
     take_along(page, runs)
     enlarge_and_scroll(page)
@@ -728,7 +729,10 @@ window.fetch = async (...request) => {
 
 @pytest.mark.exhaustive
 def test_what_is_asked_as_the_stream_of_answers_ends_is_answered(browser, address):
-    """The server has closed the stream when the second question comes, and the page hears of it after its answer."""
+    """The server has closed the stream when the second question comes, and the page hears of it after its answer.
+
+    Each `wait_for` fails after `LIMIT` seconds.
+    """
     page = browser.new_page()
     page.set_default_timeout(LIMIT * 1000)
     page.add_init_script(LATE_END)
@@ -869,6 +873,7 @@ def test_an_open_page_keeps_its_run_and_tab_while_the_server_is_started_anew(bro
 
 
 def test_runs_come_and_go(page, runs):
+    """Both functions assert what the page shows."""
     show_markup(page, runs)
     press_at_once(page, runs)
 

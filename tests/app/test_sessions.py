@@ -97,7 +97,7 @@ def test_what_nobody_fetches_takes_neither_a_turn_nor_a_place(server, monkeypatc
 
 @pytest.mark.exhaustive
 def test_who_leaves_ends_what_is_drawn_for_him(server, monkeypatch):
-    """By Gradio alone: nothing is given up here."""
+    """By Gradio alone: nothing is given up here. `wait_until` fails at its limit."""
     monkeypatch.setattr(studios, "PATIENCE", 10.0 * LIMIT)
     with server.begin_to_listen(server.ask(LONG)):
         wait_until(lambda: server.studio.turns.waiting, "the drawing")
@@ -107,7 +107,10 @@ def test_who_leaves_ends_what_is_drawn_for_him(server, monkeypatch):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("noticed", ["first by either task", "by the one that marks his event"])
 def test_who_leaves_while_waiting_loses_his_place(server, monkeypatch, noticed):
-    """Gradio closes his handler when it says something, which it would with his turn; he is given up before."""
+    """Gradio closes his handler when it says something, which it would with his turn; he is given up before.
+
+    `wait_until` fails at its limit.
+    """
     monkeypatch.setattr(studios, "PATIENCE", 10.0 * LIMIT)
     with server.studio.turns.turn():
         with server.begin_to_listen(server.ask(LONG)):

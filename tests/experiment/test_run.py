@@ -84,8 +84,8 @@ class Untrained:
     def is_tested(self, arm: Arm, step: int) -> bool:
         return (self.schedule.folder_of(arm) / "tested").exists()
 
-    def begins(self, phase: str, arm: Arm) -> None:
-        if self.stopped == "begins" and self.begun:
+    def start_phase(self, phase: str, arm: Arm) -> None:
+        if self.stopped == "start_phase" and self.begun:
             raise Stopped(COMPARING)
         self.begun.append(f"{self.schedule.name_of(arm)}: {phase}")
 
@@ -344,7 +344,7 @@ def test_an_average_is_exported_with_its_name(tmp_path):
 def test_a_stop_is_heeded_between_two_arms_that_are_tested(tmp_path, capsys):
     """What was tested is not tested again, and every arm that is gets a line."""
     folder = tmp_path / "out"
-    go(folder, stopped="begins")
+    go(folder, stopped="start_phase")
     (tested,) = folder.glob("**/tested")
     first, *_ = (line for line in capsys.readouterr().out.splitlines() if "testing and" in line)
     assert first == f"{tested.parent.relative_to(folder).as_posix()}: testing and exporting (1 of 6)"

@@ -78,7 +78,7 @@ def test_where_another_seed_diverges_all_are_trained_at_the_next_best_rate(sched
     assert one.next_arm() is None and one.rate_of("lora") is None
 
 
-def test_a_killed_start_changes_no_order(schedule, tmp_path):
+def test_a_killed_start_changes_no_order(schedule):
     first = run(schedule("--seed", "0", "1"), most=5)
     rest = run(schedule("--seed", "0", "1"))
     assert len(first) == 5 and len(rest) == 3 and not set(first) & set(rest)
@@ -328,7 +328,7 @@ def test_only_the_other_choosing_seeds_train_rates_that_are_nearly_as_good(sched
     assert done.index(("lora", 2e-4, 4)) < done.index(("lora", 2e-4, 1)) and len(done) == 7 + 8
 
 
-def test_the_race_goes_on_beyond_the_last_rate(schedule, tmp_path, monkeypatch):
+def test_the_race_goes_on_beyond_the_last_rate(schedule, monkeypatch):
     monkeypatch.setitem(BEST, "lora_x2", 3.2e-3)
     flags = (*FIVE, "--extend_rates")
     done = compete(schedule(*flags))

@@ -89,6 +89,7 @@ def test_what_the_model_does_not_read_is_refused(pipeline, config, words):
 
 @pytest.mark.parametrize("pipeline", ["FluxPipeline", "Flux2Pipeline"])
 def test_what_the_model_reads_is_taken(pipeline):
+    """`check_family` raises an error for an option that the model does not use."""
     flags = parse_args(["--max_sequence_length", "64", "--guidance_scale_train", "3.5"])
     check_family(
         flags.adapter,

@@ -17,7 +17,7 @@ from launching import forked
 from pipelines import flux, flux_kontext, image_folder, random_image, same_image
 
 from images.memory.rehearsed import resolved
-from images.memory.test_phases import compare
+from images.memory.test_phases import assert_planned
 from images.runs import RESUME, SCRIPT, assert_same, final_weights, main, refused
 from reslora.images.data.batch import collate
 from reslora.images.data.folders import load_folders
@@ -207,7 +207,9 @@ def test_a_step_takes_what_is_planned(place, tmp_path, more):
     images, context = resolved(place.model, place.folder / "images", tmp_path / "out", *flags)
     plan = plan_of(images, context, None)
     assert plan.unknown == () and plan.peak.total < guess(context)
-    compare(next(phase for phase in plan.phases if phase.name == "training"), Rehearsal(images, context), context)
+    assert_planned(
+        next(phase for phase in plan.phases if phase.name == "training"), Rehearsal(images, context), context
+    )
 
 
 @pytest.mark.exhaustive

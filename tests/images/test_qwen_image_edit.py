@@ -13,7 +13,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from pipelines import qwen_image_edit, random_image, tiny_clip_of_images
 
 from images.memory.rehearsed import resolved
-from images.memory.test_phases import compare
+from images.memory.test_phases import assert_planned
 from images.runs import RESUME, assert_same, final_weights, main, refused
 from images.test_edit_models import packed, pair_folders, stirred, training_data_of, without_pairs
 from reslora.images.data.batch import collate
@@ -151,7 +151,7 @@ def test_a_step_takes_what_is_planned(place, tmp_path, more):
     rehearsal = Rehearsal(images, context)
     batch = rehearsal.batch(2)
     assert (batch.reference_pixels if more else batch.reference).shape == ((2, 3, 64, 64) if more else (2, 4, 16, 16))
-    compare(next(phase for phase in plan.phases if phase.name == "training"), rehearsal, context)
+    assert_planned(next(phase for phase in plan.phases if phase.name == "training"), rehearsal, context)
 
 
 def test_text_states_belong_to_caption_and_reference(place, tmp_path):

@@ -138,7 +138,7 @@ def test_a_run_goes_on_only_with_the_images_that_it_could_use(brief_flags, capsy
 
 
 @pytest.mark.exhaustive
-def test_another_merge_is_made_without_training(finished, run, base_flags, capsys, tmp_path):
+def test_another_merge_is_made_without_training(finished, run, base_flags, tmp_path):
     """As a run that merged so from the start: the same bytes, no step, and the log as it was."""
     flags = [*base_flags, "--method", "lora", "reslora", "--merge", "weights", "--output_dir"]
     log = (finished / "reslora" / "log.jsonl").read_bytes()
@@ -160,11 +160,11 @@ def test_another_merge_needs_the_last_checkpoint(finished, base_flags, capsys):
     assert "checkpoint-4, which holds the adapter, is missing" in refused(capsys, *flags)
 
 
-def test_what_a_finished_run_shows_no_more_is_said(finished, base_flags, capsys):
+def test_what_a_finished_run_shows_no_more_is_said(finished, base_flags):
     flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", finished, "--validation_prompt", "green star"]
     lines = printed(*flags)
-    only(lines, "/lora is finished", "--validation_prompt has no effect", "red disc")
-    only(lines, "nothing to do")
+    assert only(lines, "/lora is finished", "--validation_prompt has no effect", "red disc")
+    assert only(lines, "nothing to do")
 
 
 @pytest.mark.exhaustive

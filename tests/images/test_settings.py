@@ -318,7 +318,7 @@ def test_what_the_other_flags_leave_unread_is_told(words, reads, model, data, ca
 
 
 def test_what_nothing_reads_may_be_given_as_it_is_without(model, data):
-    """As commands have it that were made for diffusers' and kohya's scripts."""
+    """As in commands for diffusers' and kohya's scripts; `parse_args` exits if it refuses an option."""
     words = ["--prior_loss_weight", "1.0", "--num_class_images", "100", "--keep_tokens", "0", "--no-bucket_upscale"]
     parse_args(["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), *words])
     parse_args(["--metric_model", "someone/dino", "--num_validation_images", "0", "--seed", "0", "1"])  # an experiment

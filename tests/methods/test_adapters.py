@@ -190,6 +190,7 @@ def test_what_trains_whole_is_no_target():
 
 
 def test_adalora_is_measured_by_the_rank_that_was_asked_for_and_lokr_by_none():
+    """`check_rank` and `attach` raise an error for a rank that is too high."""
     settings = AdapterSettings(**{**FLAGS, "r": 16}, targets=["v_proj"])
     check_rank(tiny_llama(), adapter_config("adalora", settings))  # begins with 24
     attach(tiny_llama(), adapter_config("lokr", AdapterSettings(**{**FLAGS, "r": 100_000}, targets=["v_proj"])))

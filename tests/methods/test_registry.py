@@ -43,6 +43,7 @@ def test_what_deepspeed_cannot_train_is_refused():
 
 @pytest.mark.parametrize("steps", [None, 0, 3, 100])
 def test_enough_steps_are_taken(steps):
+    """`check_steps` raises an error for too few."""
     check_steps(["lora", "adalora"], steps, f"--max_train_steps {steps}")
 
 

@@ -27,6 +27,7 @@ def adapted(model: nn.Module, targets: list[str] | str) -> set[str]:
 
 
 def test_what_can_be_adapted_is_taken():
+    """`check_layers` raises an error for other targets."""
     unet = tiny_unet()
     for targets in (["to_q", "to_out.0", "conv_in"], r".*attn1\.to_[qk]", "all-linear"):
         check_layers(unet, targets)

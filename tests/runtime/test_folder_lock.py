@@ -29,7 +29,7 @@ with locked(pathlib.Path(sys.argv[1])):
 """
 
 
-def take(folder: Path) -> None:
+def assert_locked(folder: Path) -> None:
     with locked(folder):
         assert (folder / ".lock").read_text().partition("\n")[0] == str(os.getpid())
 
@@ -48,11 +48,11 @@ def test_a_living_owner_is_seen_with_another_temporary_folder(tmp_path, other_te
         wait_until((folder / "held").exists, "the lock", process)
         for _ in range(2):  # who is refused leaves the owner's lock
             with pytest.raises(InvalidArgument, match=f"process {process.pid} is training in it"):
-                take(folder)
+                assert_locked(folder)
     finally:
         process.kill()
     ended(process)
-    take(folder)
+    assert_locked(folder)
     assert not (folder / ".lock").exists()
 
 
@@ -60,7 +60,7 @@ def test_a_lock_leaves_no_file_behind(tmp_path, other_temporary_folder):
     with locked(tmp_path / "out"):
         assert [path.suffix for path in (tmp_path / "temporary").iterdir()] == [".lock"]
         with pytest.raises(InvalidArgument, match="is training in it"):
-            take(tmp_path / "out")
+            assert_locked(tmp_path / "out")
         assert len(list((tmp_path / "temporary").iterdir())) == 1  # who is refused removes nothing
     assert not list((tmp_path / "temporary").iterdir())
 
@@ -91,7 +91,7 @@ def test_a_lock_of_who_is_gone_or_cannot_be_asked_is_taken_over(tmp_path, owner)
     """Of another machine, or of an earlier process that had the id of one that runs; or damaged."""
     host, _, start = this_process().split("-")
     (tmp_path / ".lock").write_text(owner.format(host=host, pid=os.getppid(), start=start))
-    take(tmp_path)
+    assert_locked(tmp_path)
 
 
 @pytest.mark.parametrize("then", ["moved", "removed", "made anew", "another's"])
@@ -114,7 +114,7 @@ def test_a_folder_that_is_not_there_any_more_ends_the_run(tmp_path, then):
     assert (folder / ".lock").exists() == (then == "another's")
     assert folder.exists() == (then in ("made anew", "another's"))  # and nobody else's is removed
     if then == "moved":
-        take(tmp_path / "moved")  # it goes on there
+        assert_locked(tmp_path / "moved")  # it goes on there
 
 
 def test_nothing_is_written_into_a_folder_that_was_moved(tmp_path):
@@ -134,7 +134,7 @@ def test_a_folder_that_is_removed_and_made_anew_at_once_is_another(tmp_path):
     with locked(folder):
         shutil.rmtree(folder)
         with pytest.raises(InvalidArgument, match="is training in it"):
-            take(folder)
+            assert_locked(folder)
         assert not folder.exists()  # nor does who is refused make it
         folder.mkdir()
         with pytest.raises(
@@ -160,6 +160,7 @@ def test_a_lock_that_is_no_text_says_nothing(tmp_path):
 
 
 def test_who_deletes_the_lock_alone_ends_no_run(tmp_path):
+    """`check_held` raises an error if the folder is lost."""
     with locked(tmp_path / "out"):
         (tmp_path / "out" / ".lock").unlink()
         check_held()

@@ -383,7 +383,7 @@ def test_two_processes_end_well(common, tmp_path):
     assert [arm["status"] for arm in record(tmp_path / "out")["arms"]] == ["finished"] * 2
 
 
-def test_an_experiment_goes_on_with_as_many_examples_a_step_as_before(common, whole, tmp_path, capsys, monkeypatch):
+def test_an_experiment_goes_on_with_as_many_examples_a_step_as_before(common, whole, tmp_path, capsys):
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)  # with less than was added to it
     command, found = [*common, *EXPERIMENT, "--merge_and_save", "--output_dir", output], record(output)
     assert run(*command) == 0 and record(output)["identity"] == found["identity"]
@@ -475,7 +475,7 @@ def test_the_compiler_forgets_earlier_arms(tmp_path, monkeypatch, compiled):
         raise Stopped("enough is seen")
 
     monkeypatch.setattr(torch.compiler, "reset", lambda: heard.append("forgotten"))
-    monkeypatch.setattr(experiment, "train_method", train)
+    monkeypatch.setattr("reslora.experiment.study.train_method", train)
     words = [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu", *["--torch_compile"] * compiled]
     runner = runner_of(read(LlmOptions, "x", words))
     with pytest.raises(Stopped):
@@ -495,10 +495,10 @@ def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
     stop, grid = StopRequest(), read(LlmOptions, "x", [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu"])
     runner = runner_of(grid, stop)
     arm, *_ = runner.schedule.arms()
-    runner.begins("testing (1 of 4)", arm)
+    runner.start_phase("testing (1 of 4)", arm)
     stop.signal = signal.SIGTERM
     with pytest.raises(Stopped, match="run the same command to resume"):
-        runner.begins("testing (2 of 4)", arm)
+        runner.start_phase("testing (2 of 4)", arm)
 
 
 def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monkeypatch):

@@ -356,11 +356,13 @@ def test_predictions_are_in_the_order_of_the_examples_numbered_from_zero(roberta
 
 
 def test_predictions_are_wanted_but_there_is_no_test_split(capfd, roberta, rte, tmp_path):
-    refused(capfd, flags(roberta, rte, tmp_path, "rte", "--do_predict"), "no split test; add test.jsonl, or leave")
+    assert_refused(
+        capfd, flags(roberta, rte, tmp_path, "rte", "--do_predict"), "no split test; add test.jsonl, or leave"
+    )
     mnli = write_data(tmp_path / "mnli", "mnli")
     write_rows(mnli / "test_matched.jsonl", make_rows("mnli", 2))
     words = "test_mismatched.jsonl: no split", "add test_matched.jsonl and test_mismatched.jsonl, or leave"
-    refused(capfd, flags(roberta, mnli, tmp_path / "run", "mnli", "--do_predict"), *words)
+    assert_refused(capfd, flags(roberta, mnli, tmp_path / "run", "mnli", "--do_predict"), *words)
 
 
 def test_texts_may_hold_line_separators(roberta, tmp_path):
@@ -473,7 +475,7 @@ def test_two_processes_agree_with_one(roberta, rte, tmp_path):
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
-def refused(capfd, argv: list[str], *words: str) -> None:
+def assert_refused(capfd, argv: list[str], *words: str) -> None:
     """The script's own error: status 2, one line on stderr that has the words."""
     capfd.readouterr()
     try:
@@ -488,38 +490,42 @@ def refused(capfd, argv: list[str], *words: str) -> None:
 
 def test_bad_flags(capfd, roberta, rte, tmp_path):
     out = tmp_path / "run"
-    refused(capfd, flags(roberta, rte, out, "squad"), "--task_name", "squad", "rte")
-    refused(capfd, flags(roberta, rte, out, "rte", "--max_seq_length", "0"), "--max_seq_length 0")
-    refused(capfd, flags(roberta, rte, out, "rte", "--max_train_samples", "0"), "--max_train_samples 0")
-    refused(capfd, flags(roberta, rte, out, "rte", "--frobnicate"), "--frobnicate")
-    refused(capfd, flags(tmp_path / "nowhere", rte, out), "--model_name_or_path", "no such folder")
-    refused(capfd, flags(rte, rte, out), "--model_name_or_path", "check name and files")
+    assert_refused(capfd, flags(roberta, rte, out, "squad"), "--task_name", "squad", "rte")
+    assert_refused(capfd, flags(roberta, rte, out, "rte", "--max_seq_length", "0"), "--max_seq_length 0")
+    assert_refused(capfd, flags(roberta, rte, out, "rte", "--max_train_samples", "0"), "--max_train_samples 0")
+    assert_refused(capfd, flags(roberta, rte, out, "rte", "--frobnicate"), "--frobnicate")
+    assert_refused(capfd, flags(tmp_path / "nowhere", rte, out), "--model_name_or_path", "no such folder")
+    assert_refused(capfd, flags(rte, rte, out), "--model_name_or_path", "check name and files")
     argv = flags(roberta, rte, out)
-    refused(capfd, argv[: argv.index("--task_name")] + argv[argv.index("--task_name") + 2 :], "--task_name", "missing")
-    refused(capfd, flags(roberta, rte, out, "rte", "--target_modules", "q_proj"), "q_proj", "query")
-    refused(capfd, flags(roberta, rte, out, "rte", "--label_smoothing_factor", "0.1"), "--lora_dropout")
+    assert_refused(
+        capfd, argv[: argv.index("--task_name")] + argv[argv.index("--task_name") + 2 :], "--task_name", "missing"
+    )
+    assert_refused(capfd, flags(roberta, rte, out, "rte", "--target_modules", "q_proj"), "q_proj", "query")
+    assert_refused(capfd, flags(roberta, rte, out, "rte", "--label_smoothing_factor", "0.1"), "--lora_dropout")
     assert not (out / "results.json").exists() and not (out / "log.jsonl").exists()
 
 
 def test_bad_data(capfd, roberta, rte, tmp_path):
     out, data = tmp_path / "run", tmp_path / "data"
-    refused(capfd, flags(roberta, data, out), f"--data_dir {data}", "no such folder", "sentence1, sentence2, label")
+    assert_refused(
+        capfd, flags(roberta, data, out), f"--data_dir {data}", "no such folder", "sentence1, sentence2, label"
+    )
     write_data(data, "rte")
-    refused(capfd, flags(roberta, data, out, "qqp"), "question1, question2", "sentence1, sentence2")
+    assert_refused(capfd, flags(roberta, data, out, "qqp"), "question1, question2", "sentence1, sentence2")
     (data / "validation.jsonl").unlink()
-    refused(capfd, flags(roberta, data, out), "validation.jsonl")
+    assert_refused(capfd, flags(roberta, data, out), "validation.jsonl")
     write_rows(data / "validation.jsonl", [])
-    refused(capfd, flags(roberta, data, out), "validation.jsonl", "no rows")
+    assert_refused(capfd, flags(roberta, data, out), "validation.jsonl", "no rows")
     for label in (2, -1, None, 0.5, "entailment", True):
         rows = make_rows("rte", 3)
         rows[1]["label"] = label
         write_rows(data / "validation.jsonl", rows)
-        refused(capfd, flags(roberta, data, out), "validation.jsonl, row 2", repr(label), "1 (not_entailment)")
+        assert_refused(capfd, flags(roberta, data, out), "validation.jsonl, row 2", repr(label), "1 (not_entailment)")
     rows[1] |= {"label": 0, "sentence2": None}
     write_rows(data / "validation.jsonl", rows)
-    refused(capfd, flags(roberta, data, out), "row 2", "sentence2 is None")
+    assert_refused(capfd, flags(roberta, data, out), "row 2", "sentence2 is None")
     (data / "validation.jsonl").write_text('{"sentence1": "a"\n')
-    refused(capfd, flags(roberta, data, out), "validation.jsonl line 1", "JSON")
+    assert_refused(capfd, flags(roberta, data, out), "validation.jsonl line 1", "JSON")
     assert not out.exists()
 
 
@@ -528,7 +534,7 @@ def test_a_score_outside_its_range(capfd, roberta, tmp_path):
     rows = [row | {"label": label} for row, label in zip(make_rows("stsb", 3), (0, 5.0, 5.5), strict=True)]
     write_data(tmp_path / "data", "stsb")
     write_rows(tmp_path / "data" / "train.jsonl", rows)
-    refused(capfd, flags(roberta, tmp_path / "data", tmp_path / "run", "stsb"), "row 3", "5.5", "from 0 to 5")
+    assert_refused(capfd, flags(roberta, tmp_path / "data", tmp_path / "run", "stsb"), "row 3", "5.5", "from 0 to 5")
 
 
 def test_remote_code_is_refused(capfd, roberta, tmp_path, monkeypatch):
@@ -540,7 +546,7 @@ def test_remote_code_is_refused(capfd, roberta, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     argv = flags(roberta, tmp_path, tmp_path / "run", "cola")
     at = argv.index("--data_dir")
-    refused(
+    assert_refused(
         capfd, argv[:at] + argv[at + 2 :], "nyu-mll/glue", "code from the hub", "--data_dir", "train.jsonl", "sentence"
     )
 
@@ -548,17 +554,17 @@ def test_remote_code_is_refused(capfd, roberta, tmp_path, monkeypatch):
 def test_a_data_set_that_is_not_there(capfd, roberta, tmp_path):
     argv = flags(roberta, tmp_path, tmp_path / "run", "cola", "--dataset_name", str(tmp_path / "none"))
     at = argv.index("--data_dir")
-    refused(capfd, argv[:at] + argv[at + 2 :], "--dataset_name", "cannot be loaded", "--data_dir")
+    assert_refused(capfd, argv[:at] + argv[at + 2 :], "--dataset_name", "cannot be loaded", "--data_dir")
 
 
 @pytest.mark.exhaustive
 def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
     with locked(tmp_path):
-        refused(capfd, flags(roberta, rte, tmp_path), "--output_dir", "is training in it")
+        assert_refused(capfd, flags(roberta, rte, tmp_path), "--output_dir", "is training in it")
     run_glue(flags(roberta, rte, tmp_path, "rte", "--max_steps", "1", "--method", "lora"))
-    refused(capfd, flags(roberta, rte, tmp_path, "rte", "--method", "lora"), "--output_dir", "unfinished run")
+    assert_refused(capfd, flags(roberta, rte, tmp_path, "rte", "--method", "lora"), "--output_dir", "unfinished run")
     more = ("--resume_from_checkpoint", "latest", "--method", "loha")
-    refused(capfd, flags(roberta, rte, tmp_path, "rte", *more), "--method loha", "lora")
+    assert_refused(capfd, flags(roberta, rte, tmp_path, "rte", *more), "--method loha", "lora")
 
 
 def test_inputs_are_no_longer_than_the_model_takes(roberta, rte, tmp_path):
@@ -573,11 +579,11 @@ def test_inputs_are_no_longer_than_the_model_takes(roberta, rte, tmp_path):
 
 def test_a_tokenizer_of_another_model(capfd, roberta, rte, tmp_path):
     model = write_model(tmp_path / "model", vocab_size=9)
-    refused(capfd, flags(model, rte, tmp_path / "run"), "--tokenizer_name", "18 tokens", "9")
+    assert_refused(capfd, flags(model, rte, tmp_path / "run"), "--tokenizer_name", "18 tokens", "9")
 
 
 def test_a_head_of_another_size_needs_a_flag(capfd, rte, tmp_path):
     model = write_model(tmp_path / "model", num_labels=3)
-    refused(capfd, flags(model, rte, tmp_path / "run"), "--ignore_mismatched_sizes")
+    assert_refused(capfd, flags(model, rte, tmp_path / "run"), "--ignore_mismatched_sizes")
     run_glue(flags(model, rte, tmp_path / "run", "rte", "--ignore_mismatched_sizes", "--max_steps", "1"))
     assert "unmerged" in results_of(tmp_path / "run")["table"]

@@ -184,7 +184,7 @@ def test_hellaswags_test_file_without_labels_counts_as_none(tiny, tmp_path, caps
 
 def test_a_single_training_example_cannot_be_held_out(tiny, tmp_path, capsys):
     data = write_rows(tmp_path / "data", train=[row(0)], test=[row(1)])
-    one_line(
+    assert_refused(
         flags(tiny, data, tmp_path / "run", "--eval_strategy", "steps"),
         capsys,
         ["--eval_strategy", "validate", "add validation.jsonl"],
@@ -272,11 +272,11 @@ def test_a_bad_flag_is_one_line_and_status_2(tiny, data, tmp_path, capsys, monke
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *more: None if name in missing else find_spec(name, *more)
     )
-    one_line(flags(tiny, data, tmp_path / "run", *given.split()), capsys, words)
+    assert_refused(flags(tiny, data, tmp_path / "run", *given.split()), capsys, words)
     assert not (tmp_path / "run" / "config.json").exists() or given.split()[0] in FOUND_OUT_LATE
 
 
-def one_line(argv: list[str], capsys, words) -> None:
+def assert_refused(argv: list[str], capsys, words) -> None:
     capsys.readouterr()
     try:
         status = run(argv)
@@ -336,13 +336,13 @@ BAD_DATA = {
 def test_bad_data_is_one_line_and_status_2(tiny, tmp_path, capsys, name):
     task, splits, words = BAD_DATA[name]
     data = write_rows(tmp_path / "data", **splits)
-    one_line(flags(tiny, data, tmp_path / "run", "--task", task), capsys, words)
+    assert_refused(flags(tiny, data, tmp_path / "run", "--task", task), capsys, words)
 
 
 def test_another_task_is_not_read_from_the_bundled_examples(tiny, tmp_path, capsys):
     command = ["--task", "gsm8k", "--output_dir", str(tmp_path / "run"), "--use_cpu"]
     words = ["--task gsm8k: the bundled examples are svamp's", "--data_dir DIR", "--model_name_or_path MODEL"]
-    one_line(command, capsys, words)
+    assert_refused(command, capsys, words)
     for named in (["--data_dir", str(tmp_path)], ["--model_name_or_path", str(tiny)]):
         assert parsed([*command, *named]).task.task == "gsm8k"
 
@@ -357,7 +357,7 @@ def test_another_task_is_not_read_from_the_bundled_examples(tiny, tmp_path, caps
 def test_no_example_is_longer_than_the_models_positions(tiny, tmp_path, capsys, split, words):
     long = {**row(0), "Equation": "1 + " * 70 + "1"}
     data = write_rows(tmp_path / "data", **{"train": [row(1)] * 4, "test": [row(2)], split: [row(1), long]})
-    one_line(flags(tiny, data, tmp_path / "run"), capsys, words)
+    assert_refused(flags(tiny, data, tmp_path / "run"), capsys, words)
 
 
 @pytest.mark.exhaustive
@@ -370,12 +370,14 @@ def test_a_validation_example_that_is_too_long_is_left_out_as_a_training_example
     assert f"{line}validation.jsonl row 2)" in capsys.readouterr().out
     assert '"validation"' in (tmp_path / "run" / "log.jsonl").read_text()
     write_rows(data, train=[row(1)] * 4, test=[row(2)], validation=[long])
-    one_line(flags(tiny, data, tmp_path / "none"), capsys, ["every validation example has more tokens than the model"])
+    assert_refused(
+        flags(tiny, data, tmp_path / "none"), capsys, ["every validation example has more tokens than the model"]
+    )
 
 
 def test_two_runs_do_not_share_a_folder(tiny, data, tmp_path, capsys):
     with locked(tmp_path / "run"):
-        one_line(flags(tiny, data, tmp_path / "run"), capsys, [f"process {os.getpid()} is training in it"])
+        assert_refused(flags(tiny, data, tmp_path / "run"), capsys, [f"process {os.getpid()} is training in it"])
     assert not (tmp_path / "run").exists()
 
 
@@ -397,7 +399,7 @@ def test_a_line_that_is_not_json_is_named(tiny, tmp_path, capsys):
     data = write_rows(tmp_path / "data", train=[row(0)], test=[row(0)])
     with (data / "train.jsonl").open("a") as file:
         file.write("{broken\n")
-    one_line(flags(tiny, data, tmp_path / "run"), capsys, ["train.jsonl line 2", "not JSON"])
+    assert_refused(flags(tiny, data, tmp_path / "run"), capsys, ["train.jsonl line 2", "not JSON"])
 
 
 def test_separators_inside_a_row_do_not_end_its_line(tiny, tmp_path):
@@ -418,9 +420,11 @@ def test_a_data_set_that_needs_code_or_cannot_be_reached_is_refused_with_the_fil
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     argv = flags(tiny, tmp_path, tmp_path / "run", "--task", "mathqa")
     at = argv.index("--data_dir")
-    one_line(argv[:at] + argv[at + 2 :], capsys, ["needs code from the hub", "Problem, Rationale, options, correct"])
+    assert_refused(
+        argv[:at] + argv[at + 2 :], capsys, ["needs code from the hub", "Problem, Rationale, options, correct"]
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no network")))
-    one_line(argv[:at] + argv[at + 2 :], capsys, ["allenai/math_qa", "no network", "--data_dir DIR"])
+    assert_refused(argv[:at] + argv[at + 2 :], capsys, ["allenai/math_qa", "no network", "--data_dir DIR"])
 
 
 def test_rows_from_the_hub_are_read_split_by_split(tiny, tmp_path, monkeypatch):
@@ -445,7 +449,7 @@ def test_a_model_that_is_no_causal_one_is_refused(tiny, data, tmp_path, capsys):
 
     tiny_bert().save_pretrained(tmp_path / "bert")
     bytes_tokenizer().save_pretrained(tmp_path / "bert")
-    one_line(
+    assert_refused(
         flags(tmp_path / "bert", data, tmp_path / "run"), capsys, ["--model_name_or_path", "no causal language model"]
     )
 
@@ -505,9 +509,15 @@ def test_a_run_may_start_from_a_lora_of_peft(tiny, data, tmp_path, capsys):
     (tmp_path / "then" / "exports.json").unlink()
     at = argv.index("--init_lora")
     rest = [*argv[:at], *argv[at + 2 :], "--lora_r", "2", "--target_modules", "q_proj", "v_proj"]
-    one_line([*rest, "--resume_from_checkpoint", "latest"], capsys, ["--init_lora", "was started from another LoRA"])
-    one_line(flags(tiny, data, tmp_path / "other", "--init_lora", data), capsys, ["--init_lora", "no LoRA in PEFT's"])
-    one_line(flags(tiny, data, tmp_path / "other", "--method", "loha", *start), capsys, ["--method loha trains no"])
+    assert_refused(
+        [*rest, "--resume_from_checkpoint", "latest"], capsys, ["--init_lora", "was started from another LoRA"]
+    )
+    assert_refused(
+        flags(tiny, data, tmp_path / "other", "--init_lora", data), capsys, ["--init_lora", "no LoRA in PEFT's"]
+    )
+    assert_refused(
+        flags(tiny, data, tmp_path / "other", "--method", "loha", *start), capsys, ["--method loha trains no"]
+    )
 
 
 @pytest.mark.exhaustive
@@ -520,7 +530,7 @@ def test_a_model_may_move_but_not_change_before_a_run_resumes(tiny, data, tmp_pa
     with torch.no_grad():
         model.model.norm.weight.mul_(2)
     model.save_pretrained(moved)
-    one_line(
+    assert_refused(
         flags(moved, data, tmp_path / "run", *again, "--max_steps", "6"),
         capsys,
         [f"--model_name_or_path {moved}: ", "from a model with other content"],

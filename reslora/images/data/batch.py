@@ -20,6 +20,7 @@ class Batch:
     """
 
     timesteps: torch.Tensor
+    """One per sample, of shape (batch,)."""
     noise: torch.Tensor
     """Batch x channels x height x width of the latents; `posterior_noise` has the same shape."""
     posterior_noise: torch.Tensor
@@ -27,13 +28,17 @@ class Batch:
     sizes: torch.Tensor
     """6 integers per sample: SDXL's size conditioning, see `images.crop_sizes`."""
     weight: torch.Tensor
-    """Factor of each sample's loss."""
+    """Factor of each sample's loss, of shape (batch,)."""
     caption: str | list[str]
     text: Text | None = None
     """Text states; None if the forward pass encodes the caption."""
     moments: torch.Tensor | None = None
-    """Mean and standard deviation of the latents; None if the forward pass encodes the pixels."""
+    """Mean and standard deviation of the latents, batch x 2 x channels x height x width.
+
+    None if the forward pass encodes the pixels.
+    """
     pixels: torch.Tensor | None = None
+    """Batch x 3 x height x width, in [-1, 1]; `reference_pixels` likewise."""
     reference: torch.Tensor | None = None
     """Mean of the latents of the reference images that an edit model reads; None as long as they are not encoded."""
     reference_pixels: torch.Tensor | None = None
@@ -66,7 +71,10 @@ def collate(samples: Sequence[Batch]) -> Batch:
 
 
 def stack_texts(texts: Sequence[Mapping[str, torch.Tensor]]) -> Text:
-    """Return the text states of several captions, by name: a stacked tensor, or a list of tensors if lengths differ."""
+    """Return the text states of several captions, by name: a stacked tensor, or a list of tensors if lengths differ.
+
+    `texts`: text states of single captions, without a batch dimension.
+    """
     columns = {name: [text[name] for text in texts] for name in texts[0]}
     alike = {name: len({value.shape for value in values}) == 1 for name, values in columns.items()}
     return {name: torch.stack(values) if alike[name] else values for name, values in columns.items()}

@@ -79,13 +79,14 @@ class CaptionTransform:
     def _resolved(self, caption: str, draws: torch.Generator | None) -> str:
         """Replace `{red|blue}` by a random option (the first if `draws` is None), and doubled braces by single ones."""
 
-        def one(found: re.Match) -> str:
+        def replacement(found: re.Match) -> str:
+            """Return what replaces a match of `WILDCARD`."""
             if found[1] is None:
                 return found[0][0]
             options = found[1].split("|")
             return options[0 if draws is None else choose(len(options), draws)]
 
-        return WILDCARD.sub(one, caption) if self.wildcards else caption
+        return WILDCARD.sub(replacement, caption) if self.wildcards else caption
 
 
 VERBATIM = CaptionTransform()

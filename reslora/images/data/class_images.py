@@ -160,6 +160,7 @@ def balanced(training: Sequence[Source], of_class: Sequence[Source], per_forward
     fewer, others = reversed(kinds) if swapped else kinds
 
     def excess(times: int) -> float:
+        """Return `share_of` minus 1 if the rarer kind of images is repeated `times` times."""
         return round(share_of(fewer, others, times, per_forward) - 1, 9)
 
     # The lowest number of repeats with a ratio of at least 1, or the number below it if its ratio is nearer to 1. On a

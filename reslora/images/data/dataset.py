@@ -87,12 +87,13 @@ class ImageDataset:
     def select(self, indices: Sequence[int], left_out: Sequence[str] = ()) -> ImageDataset:
         """Return the images at `indices`; `left_out` adds reasons why the other images are left out."""
 
-        def some(values: Sequence) -> Sequence:
+        def selected(values: Sequence) -> Sequence:
+            """Return the values at `indices`; empty if no image has a value."""
             return [values[i] for i in indices] if values else ()
 
         return dataclasses.replace(
-            self, rows=self.rows.select(indices), captions=some(self.captions), sizes=some(self.sizes),
-            marks=some(self.marks), masked=some(self.masked), left_out=(*self.left_out, *left_out),
+            self, rows=self.rows.select(indices), captions=selected(self.captions), sizes=selected(self.sizes),
+            marks=selected(self.marks), masked=selected(self.masked), left_out=(*self.left_out, *left_out),
         )  # fmt: skip
 
     def open(self, index: int) -> PIL.Image.Image:
@@ -414,12 +415,13 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
     others = {ours: name for ours, name in others_of(data, training).items() if name in rows.column_names}
     if folder.is_dir() and (layout == "json" or names_files(rows, image)):
 
-        def file(number: int, column: str) -> Path:
+        def file_of_row(number: int, column: str) -> Path:
+            """Return the file that a row names in `column`."""
             return file_inside(folder, rows[number][column], f"{data_flag(data)} row {number}", column)
 
-        files = [file(number, image) for number in range(len(rows))]
+        files = [file_of_row(number, image) for number in range(len(rows))]
         named = {
-            ours: [file(number, column) if name else None for number, name in enumerate(rows[column])]
+            ours: [file_of_row(number, column) if name else None for number, name in enumerate(rows[column])]
             for ours, column in others.items()
         }
         return dataclasses.replace(_as_found(files, texts, named), notes=notes)

@@ -115,6 +115,7 @@ def encode_texts(
     loaded = functools.cache(load_encoders)
 
     def encode(numbers: Sequence[int]) -> Generator[Item]:
+        """Yield the text states of each of these texts."""
         context.status.say("encoding captions")
         pipeline = loaded()
         at_once = CAPTIONS_AT_ONCE if references is None else 1  # an image has more than a thousand tokens
@@ -263,7 +264,8 @@ def _fill(
     bar = tqdm(desc=f"{phase}s", total=total, disable=silent, dynamic_ncols=True)
     number = itertools.count(1)
 
-    def items(numbers: Sequence[int]) -> Generator[Item]:
+    def encode_images(numbers: Sequence[int]) -> Generator[Item]:
+        """Yield the encoded data of each of these images, or why one cannot be read."""
         arguments = worker_options(context.options.data.dataloader_num_workers)
         loader = DataLoader(images, batch_size=None, sampler=numbers, **arguments)
         with contextlib.closing(stream(loader)) as loaded:
@@ -274,7 +276,7 @@ def _fill(
                 context.status.count(phase, next(number), total)
 
     with bar:
-        _filled(found, PART_OF_IMAGES, items, context)
+        _filled(found, PART_OF_IMAGES, encode_images, context)
 
 
 def _filled(found: Encoded, part: int, make: Callable[[Sequence[int]], Generator[Item]], context: ImageContext) -> None:
@@ -294,7 +296,12 @@ def encoded(
     masks: torch.Tensor | None = None,
     references: torch.Tensor | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Encode an image and its reference image, and return the tensors to store for each of its variants."""
+    """Encode an image and its reference image, and return the tensors to store for each of its variants.
+
+    The arguments have the shapes of an item of `Variants`. The tensors of a variant are `moments` (2 x channels x
+    height x width of the latents), `sizes` (6), `reference` (channels x height x width) and `mask` (1 x height x
+    width).
+    """
     with torch.no_grad():
         moments = family.encode_images(vae, pixels.to(vae.device, vae.dtype))
         kept = {"moments": moments, "sizes": sizes}

@@ -53,7 +53,7 @@ class TrainingData:
 
     @property
     def class_text(self) -> Mapping[str, torch.Tensor] | None:
-        """The frozen text states of --output_preservation_prompt; None without output preservation."""
+        """The frozen text states of --output_preservation_prompt, without a batch dimension; None without it."""
         return next((self.texts[prompt] for prompt in self.training.preserved_prompts), None)
 
     def plan(self, processes: int) -> Plan:
@@ -253,7 +253,7 @@ class FixedSamples(TrainingSamples):
         return generator("experiment", self.training_data.sources[draw.source].images.marks[draw.image], draw.position)
 
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
-        """Return the timestep in the middle of the stratum that the sample's position determines."""
+        """Return the timestep, a scalar, in the middle of the stratum that the sample's position determines."""
         return self.timesteps[position // self.noises]
 
     def size(self, image: tuple[int, int]) -> Size:

@@ -82,7 +82,8 @@ def note_images(training_data: TrainingData, context: ImageContext, resuming: bo
     if len(set(all_gather(used))) > 1:
         raise InvalidArgument(data_flag(options.data), "the processes found different damaged images", "repair them")
 
-    def note() -> None:
+    def write_used() -> None:
+        """Write which images are used. Raises `InvalidArgument` if a resumed run was trained on others."""
         there = read_object(path).get("images", used)
         if resuming and there != used:
             example = f" (left out: {left_out[0]})" if left_out else ""
@@ -90,7 +91,7 @@ def note_images(training_data: TrainingData, context: ImageContext, resuming: bo
             raise InvalidArgument(data_flag(options.data), problem, "restore it, or choose another --output_dir")
         write_json(path, {"images": used, "left_out": left_out})
 
-    broadcast_from_main(note)
+    broadcast_from_main(write_used)
 
 
 def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context: ImageContext) -> TrainingData:
@@ -112,6 +113,7 @@ def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context
         wanted, references = with_references(prompts, training_data)
 
     def load_encoders() -> DiffusionPipeline:
+        """Return a pipeline with the text encoders."""
         if not data.cache_text_embeddings:
             return pipeline
         return model.load_pipeline(context.dtype, context.accelerator.device, encoders=True, vae=False)

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ...experiment.arms import Arm, check_evaluations
 from ...experiment.record import EXPERIMENT, Facts, facts_of, read_experiment
 from ...experiment.report import About
 from ...experiment.schedule import ArmSchedule
-from ...experiment.study import TIMED_STEPS, ExperimentStudy, race, timing
+from ...experiment.study import TIMED_STEPS, ArmStudy, ExperimentStudy, race, train_arm
 from ...experiment.worker_pool import Orders
 from ...formatting import pluralize
 from ...io import read_object, remove_leftovers
@@ -39,20 +39,15 @@ from ...runtime.processes import broadcast_from_main, on_all
 from ...runtime.sample_folders import by_step
 from ...runtime.signals import StopRequest
 from ...runtime.status import Status
-from ...training.averaged_run import average_run
 from ...training.checkpoints import Identity, check_past, checkpoints_of, named_by, past_of, plan_resume
-from ...training.loop import train_method
 from ...training.schedule import Schedule
-from ...training.state import Learner
 from ...training.trackers import note_settings
 from ..cache_folder import cache_folder
 from ..context import ImageContext
-from ..data.batch import Batch
 from ..data.samples import TIMESTEPS, TrainingData, measured_at
 from ..data.training_data import latents_of, print_folder_counts, with_texts
 from ..model.objective import check_objective, objective_of
 from ..model_checks import check_family, check_methods
-from ..output.reports import ImageReports
 from ..run import begin, check_before_loading, encode, free_encoder
 from ..schedule import schedule_of, steps_of
 from ..study import ImageStudy
@@ -128,7 +123,8 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         broadcast_from_main(lambda: check_same(asked, identity, content))
         note_settings(asked, steps_of(schedule), context.accelerator, write=not orders)
-        arm_schedule, study = ArmSchedule(asked, began), ArmStudy(schedule, identity, context, pipeline, training_data)
+        arm_schedule = ArmSchedule(asked, began)
+        study = ImageArmStudy(schedule, identity, context, pipeline, training_data)
         arm_schedule.estimated = bool(orders and orders.number)  # one process prints the estimate
         measured = f"every {pluralize(schedule.validation_steps, 'step')}"
         context.accelerator.print(
@@ -290,32 +286,10 @@ def data_of_variant(
 
 
 @dataclass(frozen=True)
-class ArmStudy(ImageStudy):
-    """The study of an arm: training writes no exports; `ImageExperiment` exports arms when it compares them."""
+class ImageArmStudy(ArmStudy, ImageStudy):
+    """The study of an arm of an image experiment."""
 
-    race: Callable[[], None] = lambda: None
-    """Function that raises `StoppedEarly` in every process if another learning rate is better."""
-    timed: Callable[[float], None] = lambda _: None
-    """Function that receives the median time in seconds of a few of the first steps."""
-    took: Callable[[float], None] = lambda _: None
-    """Function that receives the time of a measurement and its samples, in seconds."""
-
-    def batches(self, steps: range) -> Generator[Batch, None, None]:
-        """Yield batches as a single run does, and time the steps after the first one, which may compile."""
-        timed = self.timed if self.context.accelerator.is_main_process else None
-        a_step = self.context.options.training.gradient_accumulation_steps
-        return timing(super().batches(steps), a_step, timed)
-
-    def validate(self, learner: Learner, reports: ImageReports, parts: Sequence[str] | None = None) -> None:
-        """Measure and sample as a single run does, and end the arm if another learning rate is better."""
-        started = time.monotonic()
-        super().validate(learner, reports, parts)
-        self.took(time.monotonic() - started)
-        self.race()
-
-    def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
-        """Write nothing, and return no differences."""
-        return {}
+    context: ImageContext
 
 
 def expected_times(
@@ -348,7 +322,7 @@ class ImageExperiment(ExperimentStudy):
     """The image experiment: data, model and split, which all arms share; trains, evaluates and exports single arms."""
 
     schedule: ArmSchedule
-    study: ArmStudy
+    study: ImageArmStudy
     data_of: Mapping[tuple, TrainingData]
     """Training data by `data_key`."""
     parts: Parts
@@ -367,7 +341,7 @@ class ImageExperiment(ExperimentStudy):
         """Write the current phase to the run's status."""
         self.study.context.status.say(phase, name)
 
-    def study_of(self, arm: Arm) -> ArmStudy:
+    def study_of(self, arm: Arm) -> ImageArmStudy:
         """Return the study of one arm, as for a single run.
 
         The arm keeps only its latest checkpoint, unless --checkpoints_total_limit is given.
@@ -403,17 +377,7 @@ class ImageExperiment(ExperimentStudy):
             study = dataclasses.replace(
                 study, schedule=dataclasses.replace(study.schedule, sampled=(study.schedule.steps,))
             )
-        context, (method,) = study.context, study.context.options.adapter.method
-        resume = broadcast_from_main(lambda: plan_resume(context.options, study.identity, context.place))
-        if context.options.training.compile:
-            torch.compiler.reset()  # the compiler falls back to eager mode after a number of recompilations
-        try:
-            if average := self.schedule.average_of(arm):
-                average_run(method, *average, study)
-            elif method not in resume.finished:
-                train_method(method, resume, study)
-        finally:
-            context.accelerator.free_memory()
+        train_arm(study, self.schedule.average_of(arm))
 
     def has_base_samples(self, arm: Arm) -> bool:
         """Return whether another arm has samples of the base model: those from before its first step."""

@@ -8,7 +8,6 @@ from torch import nn
 
 from ...experiment.study import COMPARING
 from ...methods.adapters import without_adapters
-from ..denoising import DenoisingLoss
 from ..generators import derive
 from ..output.metric import load_metric
 from ..output.sampling import Sampler, as_image
@@ -31,9 +30,7 @@ MEANINGS = {
 MOST_TEST, MOST_TRAINING, DRAWINGS = 16, 512, 4
 
 
-def similarities(
-    parts: Mapping[str, nn.Module], loss: DenoisingLoss, images: Sequence[Image], setting: Setting
-) -> dict[str, float]:
+def similarities(parts: Mapping[str, nn.Module], images: Sequence[Image], setting: Setting) -> dict[str, float]:
     """Return the similarities listed in `MEANINGS`; the similarity to captions needs CLIP.
 
     The samples are generated from UNRELATED prompts and from the captions of the first MOST_TEST test images, with the
@@ -43,7 +40,8 @@ def similarities(
     metric = load_metric(context.options.validation.metric_model, str(context.accelerator.device))
     denoiser = next(iter(parts.values()))
 
-    def draw(prompts: Sequence[str], count: int = 1, sampler: Sampler = setting.sampler) -> torch.Tensor:
+    def sampled_features(prompts: Sequence[str], count: int = 1, sampler: Sampler = setting.sampler) -> torch.Tensor:
+        """Generate `count` images of each prompt, and return their features: images x features."""
         drawn = sampler.draw(denoiser, prompts, count, lambda: context.stop.check(COMPARING))
         return metric.images([as_image(image) for image in drawn])
 
@@ -55,10 +53,10 @@ def similarities(
     captions = [
         sources[source].transform.plain(sources[source].images.captions[number][0]) for source, number in tested
     ]
-    drawn, again = draw(captions, 1, of_tested), draw(captions[:1], DRAWINGS, of_tested)
-    kept = draw(UNRELATED)
+    drawn, again = sampled_features(captions, 1, of_tested), sampled_features(captions[:1], DRAWINGS, of_tested)
+    kept = sampled_features(UNRELATED)
     with without_adapters(*parts.values()):
-        base = draw(UNRELATED)
+        base = sampled_features(UNRELATED)
     apart = 1 - again @ again.T
     found = {"image_similarity": (drawn * metric.of(sources, tested)).sum(1).mean()}
     if metric.reads_captions:

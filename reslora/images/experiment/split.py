@@ -157,13 +157,14 @@ def features_of_all(images: Mapping[int, ImageDataset], flat: Sequence[Image], f
     Raises `InvalidArgument` if an image cannot be opened.
     """
 
-    def one(image: Image) -> np.ndarray:
+    def features(image: Image) -> np.ndarray:
+        """Return the features of one image."""
         found, number = images[image[0]], image[1]
         with refused_as(f"{flag}, {found.name(number)}", "repair or remove it"):
             return features_of(found.open(number))
 
     with ThreadPoolExecutor() as pool:  # PIL decodes without the GIL
-        return np.stack(list(pool.map(one, flat)))
+        return np.stack(list(pool.map(features, flat)))
 
 
 def features_of(image: PIL.Image.Image) -> np.ndarray:

@@ -78,7 +78,7 @@ def is_exported(folder: Path, step: int) -> bool:
 def measured(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], setting: Setting, noises: int) -> dict:
     """Return the losses of an arm's merged modules on the test images and, with --metric_model, their similarities."""
     losses = image_losses(parts, loss, images, setting, noises)
-    found = similarities(parts, loss, images, setting) if setting.context.options.validation.metric_model else {}
+    found = similarities(parts, images, setting) if setting.context.options.validation.metric_model else {}
     return losses | {"similarities": found}
 
 
@@ -97,6 +97,7 @@ def image_losses(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], set
     denoiser = next(iter(parts.values()))
 
     def check_and_measure(batch: Batch) -> torch.Tensor:
+        """Return the loss of each example of the batch; raises `Stopped` if a stop was requested."""
         setting.context.stop.check(COMPARING)
         return exact_loss(loss, denoiser, batch)
 

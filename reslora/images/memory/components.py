@@ -80,14 +80,15 @@ class Reader:
     def _watch(self, encoder: nn.Module) -> None:
         forward = encoder.forward
 
-        def read(*args: object, **kwargs: object) -> object:
+        def measured(*args: object, **kwargs: object) -> object:
+            """Call the encoder with fake tensors for `at_once` captions, and record the peak of its memory."""
             with torch.no_grad(), self.stage.mode, Live(tensors_of(encoder)) as live:
                 many, named = tree_map(self._repeated, (args, kwargs))
                 result = forward(*many, **named)
                 self.peak = max(self.peak, live.peak)
             return tree_map(self._first, result)
 
-        encoder.forward = read
+        encoder.forward = measured
 
     def _repeated(self, value: Any) -> Any:
         """Return a fake tensor for `at_once` captions, given a tensor for one; other values are unchanged."""

@@ -35,7 +35,8 @@ def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
     count, side = min(options.training.train_batch_size, missing), max(options.data.resolution)
     guided = count * passes(rehearsal.family, options.validation.guidance_scale)
 
-    def draw() -> int:
+    def peak() -> int:
+        """Return the highest number of bytes of activations while images are generated."""
         size, dtype = Size(side, side), rehearsal.dtype
         drawn = denoising(rehearsal, denoiser, guided, size, dtype), decoding(rehearsal, count, size, dtype)
         return max(*drawn, rehearsal.peak_of_encoders)
@@ -44,7 +45,7 @@ def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
         BASE: tensor_bytes(denoiser),
         ENCODERS: tensor_bytes(*rehearsal.encoders),
         AUTOENCODER: tensor_bytes(rehearsal.pipeline.vae),
-        ACTIVATIONS: rehearsal.known("activations of class images", draw),
+        ACTIVATIONS: rehearsal.known("activations of class images", peak),
     }
     return Phase("generating class images", held)
 

@@ -112,7 +112,8 @@ class Stage:
         """Replace a module's parameters, buffers and other tensor attributes by fake tensors, and return the module."""
 
         @functools.cache  # a tensor in several places stays one
-        def placed(value: torch.Tensor) -> torch.Tensor:
+        def fake(value: torch.Tensor) -> torch.Tensor:
+            """Return a fake tensor, or a parameter, with the shape and dtype of `value`."""
             empty = self.empty(*value.shape, dtype=value.dtype)
             parameter = isinstance(value, nn.Parameter)
             return nn.Parameter(empty, requires_grad=value.requires_grad) if parameter else empty
@@ -121,7 +122,7 @@ class Stage:
             for named in (owner._parameters, owner._buffers, vars(owner)):
                 for name, value in named.items():
                     if isinstance(value, torch.Tensor):
-                        named[name] = placed(value)
+                        named[name] = fake(value)
         return module
 
 

@@ -141,7 +141,8 @@ def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: ImageContext) -> 
 def advice(kinds: Sequence[ImageDataset], context: ImageContext, plan: Plan) -> str:
     """Return the first option that makes the run fit, or else the first few options that do so together."""
 
-    def planned(change: Change) -> Plan | None:
+    def plan_with(change: Change) -> Plan | None:
+        """Return the memory estimate with changed options; None if the pipeline does not accept them."""
         options = context.options.replace(**change)
         try:
             return plan_of(kinds, dataclasses.replace(context, options=options), plan.free)
@@ -150,7 +151,7 @@ def advice(kinds: Sequence[ImageDataset], context: ImageContext, plan: Plan) -> 
 
     helpful: list[Change] = []
     for change in changes(context):
-        found = planned(change)
+        found = plan_with(change)
         if found and found.fits:
             return in_words(change, found)
         if found and found.peak.total < 0.99 * plan.peak.total:
@@ -158,7 +159,7 @@ def advice(kinds: Sequence[ImageDataset], context: ImageContext, plan: Plan) -> 
     together: dict[str, object] = {}
     for change in helpful:
         together |= change
-        if len(together) > len(change) and (found := planned(together)) and found.fits:
+        if len(together) > len(change) and (found := plan_with(together)) and found.fits:
             return in_words(together, found)
     return "choose a smaller model, or a device with more memory; --no-plan starts the run anyway"
 

@@ -51,6 +51,7 @@ def by_rows(code: torch.dtype, largest: float) -> Format:
     """Return the format for weights (q x p) with codes of dtype `code`, at most `largest`, and one scale per row."""
 
     def pack(weight: torch.Tensor) -> Packed:
+        """Return the codes (q x p) of a weight (q x p), and the scale of each row (q x 1)."""
         weight = weight.float()
         scales = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * largest) / largest
         scaled = weight / scales
@@ -131,7 +132,7 @@ class PackedLinear(nn.Linear):
         return self.form.unpack(on_device(self.codes, scales.device), scales, shape, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `W x + b`, in the dtype of autocast or, without autocast, of `x`."""
+        """Return `W x + b` (... x q) for `x` (... x p), in the dtype of autocast or, without autocast, of `x`."""
         weight = self.unpacked(autocast_dtype(x))
         x = x.to(weight.dtype)
         if torch.compiler.is_compiling():  # the compiler selects what to save, and checkpointing recomputes
@@ -149,14 +150,16 @@ def weight_let_go(
     """
     storage, dtype = weight.untyped_storage()._cdata, weight.dtype
 
-    def kept(value: torch.Tensor) -> torch.Tensor | tuple:
+    def replace_weight(value: torch.Tensor) -> torch.Tensor | tuple:
+        """Return the shape, strides and offset of a view of the weight; other tensors unchanged."""
         is_weight = value.untyped_storage()._cdata == storage
         return (value.shape, value.stride(), value.storage_offset()) if is_weight else value
 
-    def again(value: torch.Tensor | tuple) -> torch.Tensor:
+    def restore_weight(value: torch.Tensor | tuple) -> torch.Tensor:
+        """Return the tensor that `replace_weight` was called with."""
         return unpacked(dtype).as_strided(*value) if isinstance(value, tuple) else value
 
-    return torch.autograd.graph.saved_tensors_hooks(kept, again)
+    return torch.autograd.graph.saved_tensors_hooks(replace_weight, restore_weight)
 
 
 def on_device(codes: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -62,7 +62,7 @@ class StoredLinear(nn.Linear):
         return self.stored.read(self.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `W x + b`."""
+        """Return `W x + b` (... x q) for `x` (... x p)."""
         weight = x.new_empty(self.out_features, self.in_features) if x.is_meta else self.weight
         return F.linear(x, weight, self.bias)
 

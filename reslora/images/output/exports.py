@@ -138,6 +138,8 @@ def compared(
 ) -> tuple[int, str]:
     """Return the difference of an export's image from the merged model's, and a warning if rounding explains it.
 
+    `reference`: the merged model's image, uint8, height x width x 3. See `difference` for the difference.
+
     Raises `RunFailed` if the difference is too large and rounding does not explain it.
     """
     picture = finite(sampler.draw(exported, [prompt], 1)[0], what)
@@ -284,12 +286,13 @@ def calls_of_encoders(loss: DenoisingLoss) -> Iterator[dict[str, list[dict]]]:
     """Record the keyword arguments (tokenized captions) with which trained text encoders are called in this context."""
     calls: dict[str, list[dict]] = {part.name: [] for part in loss.parts}
 
-    def note(found: list[dict], encoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def record_call(found: list[dict], encoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Record the keyword arguments of a call of a text encoder."""
         found.append({"input_ids": args[0]} | kwargs)
 
     with contextlib.ExitStack() as stack:
         for found, encoder in zip(calls.values(), loss.encoders, strict=True):
-            hook = encoder.register_forward_pre_hook(functools.partial(note, found), with_kwargs=True)
+            hook = encoder.register_forward_pre_hook(functools.partial(record_call, found), with_kwargs=True)
             stack.callback(hook.remove)
         yield calls
 

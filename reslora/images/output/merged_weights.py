@@ -30,7 +30,8 @@ def write_merged(denoiser: nn.Module, directory: str | os.PathLike, stored: Mapp
         export.export_merged(denoiser, directory)
         return
 
-    def merged(name: str) -> torch.Tensor:
+    def merged_tensor(name: str) -> torch.Tensor:
+        """Return a tensor of the denoiser's file, with the LoRA's change if it belongs to an adapted layer."""
         owner, _, parameter = name.rpartition(".")
         if owner not in layers or parameter not in ("weight", "bias"):
             return stored[name].read()
@@ -42,7 +43,7 @@ def write_merged(denoiser: nn.Module, directory: str | os.PathLike, stored: Mapp
         pattern = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
         split = split_torch_state_dict_into_shards(state, max_shard_size=LARGEST_FILE, filename_pattern=pattern)
         for file, names in split.filename_to_tensors.items():
-            write_one_by_one(temporary / file, {name: state[name] for name in names}, merged)
+            write_one_by_one(temporary / file, {name: state[name] for name in names}, merged_tensor)
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(temporary / SAFE_WEIGHTS_INDEX_NAME, index)

@@ -139,18 +139,20 @@ class Validation:
         If a stop request interrupts `compute`, `keep` is not called, and the result is None.
         """
 
-        def computed() -> T | None:
+        def compute_unless_stopped() -> T | None:
+            """Return the result of `compute`; None if it was stopped."""
             with contextlib.suppress(Stopped):
                 return compute()
             return None
 
-        together = computed() if cuts_base(self.accelerator) else None
+        together = compute_unless_stopped() if cuts_base(self.accelerator) else None
 
-        def kept() -> U | None:
-            found = together if cuts_base(self.accelerator) else computed()
+        def keep_on_main() -> U | None:
+            """Return the result of `keep`; None if `compute` was stopped."""
+            found = together if cuts_base(self.accelerator) else compute_unless_stopped()
             return None if found is None else keep(found)
 
-        return broadcast_from_main(kept)
+        return broadcast_from_main(keep_on_main)
 
     def _keep_losses(self, learner: Learner, reports: ImageReports, losses: torch.Tensor) -> None:
         mean = losses.mean().item()

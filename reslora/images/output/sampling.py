@@ -81,6 +81,7 @@ class Sampler:
 
     def _batch(self, wanted: Sequence[tuple[Prompt, int]], between_steps: Callable[[], None]) -> list[np.ndarray]:
         def callback(pipeline: DiffusionPipeline, index: int, timestep: int, tensors: dict) -> dict:
+            """Call `between_steps` after each denoising step."""
             between_steps()
             return tensors
 
@@ -111,17 +112,20 @@ class Sampler:
         # The pipeline's dtype, because some pipelines create latents in the dtype of the text states.
         vae = self.pipeline.vae
 
-        def ready(text: Text) -> Text:
+        def to_pipeline(text: Text) -> Text:
+            """Return the text states on the pipeline's device, in its dtype."""
             return tree_map(lambda value: value.to(vae.device, vae.dtype, non_blocking=True), text)
 
         if self.references and self.family.reads_references:
-            return ready(stack_texts([self.texts[text, self.references[number or 0][0]] for text, number in prompts]))
+            return to_pipeline(
+                stack_texts([self.texts[text, self.references[number or 0][0]] for text, number in prompts])
+            )
         captions = [caption for caption, _ in prompts]
-        states = ready(stack_texts([self._states(caption) for caption in captions]))
+        states = to_pipeline(stack_texts([self._states(caption) for caption in captions]))
         if not self.encoders:
             return states
         with torch.no_grad():
-            return ready(self.family.encode_trained(self.pipeline, captions, states))
+            return to_pipeline(self.family.encode_trained(self.pipeline, captions, states))
 
     def _states(self, caption: str) -> Mapping[str, torch.Tensor]:
         with contextlib.suppress(KeyError):
@@ -139,10 +143,10 @@ def shared(wanted: tuple[Prompt, int]) -> Prompt:
 
 
 def as_bytes(drawn: np.ndarray) -> np.ndarray:
-    """Return an image of finite numbers in [0, 1] as uint8."""
+    """Return an image (height x width x 3) of finite numbers in [0, 1] as uint8, from 0 to 255."""
     return (drawn * 255).round().astype(np.uint8)
 
 
 def as_image(drawn: np.ndarray) -> Image.Image:
-    """Return an image in [0, 1] as a PIL image; NaN becomes black."""
+    """Return an image (height x width x 3) in [0, 1] as a PIL image; NaN becomes black."""
     return Image.fromarray(as_bytes(np.nan_to_num(drawn, nan=0.0, posinf=1.0, neginf=0.0)))

@@ -106,7 +106,9 @@ GO_ON = ("sdxl", "z_image")
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("krea2", *GO_ON)])
 def test_every_family_trains_in_buckets(family, shapes, tmp_path):
     """Each forward has one size."""
-    only(printed(*flags_for(FAMILIES[family](tmp_path / "model"), shapes, tmp_path / "out", *SIDES)), "6 buckets")
+    assert only(
+        printed(*flags_for(FAMILIES[family](tmp_path / "model"), shapes, tmp_path / "out", *SIDES)), "6 buckets"
+    )
 
 
 @pytest.mark.exhaustive
@@ -136,7 +138,7 @@ def test_sdxl_is_told_the_size_of_each_bucket(shapes, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_buckets_can_be_named(model, shapes, tmp_path, capsys):
+def test_buckets_can_be_named(model, shapes, tmp_path):
     named = ("--aspect_ratio_buckets", " 32,32; 32,48;", "--method", "lora", "--max_train_steps", 1)
     only(printed(*flags_for(model, shapes, tmp_path / "out", *named)), "2 buckets")
     config = json.loads((tmp_path / "out" / "config.json").read_text())

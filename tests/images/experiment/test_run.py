@@ -433,11 +433,11 @@ def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):
     experiment = run.ImageExperiment(
         schedule, SimpleNamespace(context=context), {}, SimpleNamespace(), "", 1, 2, context.stop, None
     )
-    experiment.begins("testing (1 of 2)", schedule.arms()[0])
+    experiment.start_phase("testing (1 of 2)", schedule.arms()[0])
     assert activity(read_object(tmp_path / STATUS)) == "lora/lr-0.01/seed-0, testing (1 of 2)"
     context.stop.signal = signal.SIGTERM
     with pytest.raises(Stopped, match="run the same command to resume"):
-        experiment.begins("testing (2 of 2)", schedule.arms()[1])
+        experiment.start_phase("testing (2 of 2)", schedule.arms()[1])
 
 
 @pytest.mark.exhaustive

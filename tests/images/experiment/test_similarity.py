@@ -72,7 +72,7 @@ def cos(*degrees: float) -> float:
 def test_by_hand(monkeypatch):
     monkeypatch.setattr(drawn, "load_metric", lambda *_: Metric())
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(r=1, target_modules=["0"]))
-    found = drawn.similarities({"unet": model}, SimpleNamespace(pipeline=None), [(0, 0), (0, 1)], setting())
+    found = drawn.similarities({"unet": model}, [(0, 0), (0, 1)], setting())
     assert list(found) == list(MEANINGS)
     assert found["image_similarity"] == pytest.approx(cos(20 - 15, 110 - 80))
     assert found["caption_similarity"] == pytest.approx(cos(20, 20))
@@ -108,6 +108,6 @@ def test_samples_of_test_images_have_their_reference_images(monkeypatch):
     one, found = setting(), []
     one.sampler, images = ReferenceSampler(found), one.training_data.sources[0].images
     images.paired, images.open_reference = True, lambda number: number
-    drawn.similarities({"unet": model}, SimpleNamespace(pipeline=None), [(0, 0), (0, 1)], one)
+    drawn.similarities({"unet": model}, [(0, 0), (0, 1)], one)
     assert [marks for _, marks in found] == [["a", "b"], ["a", "b"], ["own"], ["own"]]
     assert [len(prompts) for prompts, _ in found] == [2, 1, len(UNRELATED), len(UNRELATED)]

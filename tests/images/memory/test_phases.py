@@ -35,14 +35,14 @@ def test_a_step_takes_what_is_planned(family, data, tmp_path):
     assert [phase.name for phase in plan.phases] == NAMES
     assert all(phase.held[ACTIVATIONS] > 0 for phase in plan.phases)
     assert plan.peak.total < guess(context)
-    compare(plan.phases[2], Rehearsal(images, context), context)
+    assert_planned(plan.phases[2], Rehearsal(images, context), context)
 
 
 @pytest.mark.exhaustive
 def test_text_encoders_that_train_and_images_that_are_encoded_in_the_step_count(model, data, tmp_path):
     images, context = resolved(model, data, tmp_path / "out", "--train_text_encoder", "--no-cache_latents")
     rehearsal = Rehearsal(images, context)
-    compare(rehearsal.training("lora"), rehearsal, context)
+    assert_planned(rehearsal.training("lora"), rehearsal, context)
 
 
 @pytest.mark.exhaustive
@@ -65,8 +65,8 @@ def test_class_images_are_drawn_by_the_whole_pipeline_with_the_base_that_is_trai
     assert drawing_class_images(rehearsal) is None
 
 
-def compare(planned: Phase, rehearsal: Rehearsal, context: ImageContext) -> None:
-    """A planned step with a real one."""
+def assert_planned(planned: Phase, rehearsal: Rehearsal, context: ImageContext) -> None:
+    """Compare a planned step with a real one."""
     real = consume_request(rehearsal, context)
     assert [planned.held[name] for name in (BASE, ADAPTER, OPTIMIZER)] == [real.base, real.adapter, real.optimizer]
     both = planned.held[ACTIVATIONS] + planned.held[GRADIENTS]

@@ -90,7 +90,7 @@ def test_where_one_flag_is_not_enough_several_are_named(prepared, monkeypatch):
 
 
 @pytest.mark.exhaustive
-def test_arms_at_once_share_what_is_free(prepared, capsys, monkeypatch):
+def test_arms_at_once_share_what_is_free(prepared, monkeypatch):
     images, context = prepared
     context = with_flags(context, arms_at_once=3)
     total = plan_of(images, context, None).peak.total

@@ -35,7 +35,7 @@ def header(folder: Path) -> dict:
 
 
 @pytest.mark.exhaustive
-def test_a_resumed_control_is_the_one_that_was_begun(flags, controls, monkeypatch, tmp_path):
+def test_a_resumed_control_is_the_one_that_was_begun(flags, controls, tmp_path):
     """It is not measured again: fewer samples, which would say something else, change nothing."""
     for method in METHODS:
         shutil.copytree(controls / method / "checkpoint-1", tmp_path / "out" / method / "checkpoint-1")

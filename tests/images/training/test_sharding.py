@@ -120,7 +120,7 @@ def test_what_fsdp_cannot_do_here_is_refused(fsdp, monkeypatch, said, flags, wor
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
-def test_a_block_that_the_denoiser_has_not_is_refused(fsdp, monkeypatch, model):
+def test_a_block_that_the_denoiser_has_not_is_refused(fsdp, model):
     denoiser = UNet2DConditionModel.from_pretrained(model / "unet")
     accelerator = SimpleNamespace(num_processes=2, state=SimpleNamespace())
     share(

@@ -123,7 +123,7 @@ def test_a_package_that_is_missing_is_told_by_the_flag_that_was_given(base_flags
     )
 
 
-def test_prodigy_has_a_rate_of_its_own(base_flags, tmp_path):
+def test_prodigy_has_a_rate_of_its_own(base_flags):
     without = list(map(str, base_flags))
     if "--learning_rate" in without:
         place = without.index("--learning_rate")

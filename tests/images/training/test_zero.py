@@ -73,7 +73,7 @@ def test_steps_are_those_of_the_flags_whatever_the_configuration_says(run, flags
     torch.testing.assert_close(final_weights(run), final_weights(tmp_path / "out"), rtol=0, atol=1e-5, equal_nan=True)
 
 
-def test_a_run_goes_on_with_deepspeed_only_where_it_began_with_it(run, flags, tmp_path, capsys, monkeypatch):
+def test_a_run_goes_on_with_deepspeed_only_where_it_began_with_it(run, flags, capsys, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
     line = refused(capsys, *flags, "--mixed_precision", "no", *RESUME, "--output_dir", run)
     assert "DeepSpeed: False" in line and "was trained with True" in line

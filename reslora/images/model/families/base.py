@@ -220,7 +220,10 @@ class Family:
         return output[0]
 
     def own_tokens(self, output: tuple, noisy: torch.Tensor) -> torch.Tensor:
-        """Return the output for the tokens of the noisy latents, without those of a reference image, which follow."""
+        """Return the output for the tokens of the noisy latents (batch x tokens x width).
+
+        Tokens of a reference image follow in the output, and are left out. `noisy`: batch x channels x height x width.
+        """
         return output[0][:, : math.prod(noisy.shape[2:]) // self.latents_per_token]
 
     def original_name(self, config: Mapping, name: str) -> str | None:

@@ -67,7 +67,10 @@ def prompt_inputs(text: Text, negative: Text, mask: str = "prompt_embeds_mask") 
 
 
 def padded_inputs(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the result of `side_by_side`, without mask if nothing is padded: attention is then faster."""
+    """Return the padded states (batch x tokens x width) and the mask of `side_by_side`, given states (tokens x width).
+
+    The mask is None if nothing is padded: attention is then faster.
+    """
     alike = len({len(own) for own in states}) == 1
     padded, mask = side_by_side(states)
     return padded, None if alike else mask

@@ -53,7 +53,7 @@ class Weights:
         return cls(flag, files)
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
-        """Return some rows of a tensor, in float32 or wider."""
+        """Return the rows `rows` of a tensor, of shape (rows, ...), in float32 or wider."""
         with safe_open(self.files[name], "pt") as opened:
             return wide(opened.get_tensor(name) if rows == slice(None) else opened.get_slice(name)[rows])
 

@@ -169,7 +169,8 @@ def _names_in(family: Family, config: Mapping, exact: bool) -> Names:
     order = {template: number for number, template in enumerate(family.original)}
     swapped = {name for name in layers if isinstance(modules[name.rpartition(".")[0]], AdaLayerNormContinuous)}
 
-    def grouped(call: Callable[[FrozenDict, str], str | None]) -> dict[str, Fused]:
+    def fused_by_name(call: Callable[[FrozenDict, str], str | None]) -> dict[str, Fused]:
+        """Return the layers that get the same name from `call`, by this name."""
         groups: dict[str, list[str]] = {}
         for name in layers:
             if (given := call(denoiser.config, name)) is not None:
@@ -177,13 +178,14 @@ def _names_in(family: Family, config: Mapping, exact: bool) -> Names:
         return {given: fused(given, members) for given, members in groups.items()}
 
     def fused(given: str, members: list[str]) -> Fused:
+        """Return the `Fused` layer of the layers `members`, which share the name `given`."""
         members = sorted(members, key=lambda name: order.get(numbered(name)[0], 0))
         outputs = tuple(layers[name].weight.shape[0] for name in members)
         turned = given != members[0] and members[0] in swapped
         return Fused(tuple((family.denoiser, name) for name in members), outputs, turned)
 
     shapes = {name: layer.weight.shape for name, layer in layers.items()}
-    original, kohya = grouped(family.original_name), grouped(family.kohya_name)
+    original, kohya = fused_by_name(family.original_name), fused_by_name(family.kohya_name)
     return Names(family, denoiser.config, shapes, original, kohya, frozenset(modules), exact)
 
 
