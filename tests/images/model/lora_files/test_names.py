@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from pipelines import FAMILIES
 
@@ -133,6 +134,56 @@ def test_scale_and_shift_of_the_last_norms_change_places(family, layer, name):
     written = names(family).to_kohya({"transformer": {layer: factors}})
     shift, scale = update(written[name]).chunk(2)
     assert torch.equal(torch.cat([scale, shift]), update(factors))
+
+
+# Of each family: a layer, its name in ComfyUI's models, and its name in the models of kohya's scripts.
+SINGLE, UP = "single_transformer_blocks.3", "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_k"
+READ = {
+    "stable_diffusion": [
+        ("down_blocks.1.attentions.0.proj_in", "input_blocks.4.1.proj_in", "down_blocks.1.attentions.0.proj_in"),
+        (UP, "output_blocks.5.1.transformer_blocks.0.attn2.to_k", UP),
+    ],
+    "sdxl": [(UP, *["output_blocks.5.1.transformer_blocks.0.attn2.to_k"] * 2)],
+    "sd3": [
+        ("transformer_blocks.1.attn.add_v_proj", *["joint_blocks.1.context_block.attn.qkv"] * 2),
+        ("transformer_blocks.1.attn2.to_out.0", *["joint_blocks.1.x_block.attn2.proj"] * 2),
+    ],
+    "flux": [
+        ("transformer_blocks.1.ff_context.net.2", *["double_blocks.1.txt_mlp.2"] * 2),
+        (f"{SINGLE}.proj_mlp", *["single_blocks.3.linear1"] * 2),
+        (f"{SINGLE}.norm.linear", *["single_blocks.3.modulation.lin"] * 2),
+    ],
+    "flux2": [
+        (f"{SINGLE}.attn.to_qkv_mlp_proj", *["single_blocks.3.linear1"] * 2),
+        (f"{SINGLE}.attn.to_out", *["single_blocks.3.linear2"] * 2),
+        ("double_stream_modulation_img.linear", *["double_stream_modulation_img.lin"] * 2),
+        ("time_guidance_embed.guidance_embedder.linear_1", *["guidance_in.in_layer"] * 2),
+    ],
+    "flux2_klein": [("transformer_blocks.1.ff.linear_in", *["double_blocks.1.img_mlp.0"] * 2)],
+    "chroma": [
+        ("distilled_guidance_layer.layers.2.linear_2", *["distilled_guidance_layer.layers.2.out_layer"] * 2),
+        ("distilled_guidance_layer.in_proj", *["distilled_guidance_layer.in_proj"] * 2),
+    ],
+    # ComfyUI fuses q, k and v of Z-Image, and reads the three names of diffusers. musubi-tuner has three layers.
+    "z_image": [("layers.2.attention.to_out.0", *["layers.2.attention.to_out.0"] * 2)],
+    "qwen_image": [("transformer_blocks.2.attn.add_k_proj", *["transformer_blocks.2.attn.add_k_proj"] * 2)],
+    "krea2": [
+        ("transformer_blocks.2.attn.to_gate", *["blocks.2.attn.gate"] * 2),
+        ("text_fusion.refiner_blocks.1.ff.down", *["txtfusion.refiner_blocks.1.mlp.down"] * 2),
+        ("time_mod_proj", *["tproj.1"] * 2),
+        ("txt_in.linear_2", *["txtmlp.3"] * 2),
+    ],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_names_are_those_that_comfyui_and_kohyas_scripts_have_read(family):
+    """Read by the code of ComfyUI 0.33.0, sd-scripts and musubi-tuner; see docs/convert.md."""
+    up = ["CrossAttnUpBlock2D"] * 4
+    config = FrozenDict({"layers_per_block": 2, "up_block_types": up, "block_out_channels": (1, 1, 1)})
+    own = load_family(PIPELINE_OF[family])
+    for layer, comfyui, kohya in READ[family]:
+        assert (own.original_name(config, layer), own.kohya_name(config, layer)) == (comfyui, kohya)
 
 
 def test_other_norms_keep_their_order():
