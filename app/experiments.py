@@ -47,7 +47,7 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
         advice = [] if begun else too_few(jobs, found.base.experiment.test_split or 0, folder, uploads)
     except OSError as error:
         raise RunError(f"The folder of images cannot be read ({error.strerror}).") from None
-    what = "combination" if any(label.values for label in schedule.labels.values()) else "method"
+    what = "variant" if any(label.values for label in schedule.labels.values()) else "method"
     facts = [pluralize(len(schedule.labels), what), pluralize(len(schedule.given), "learning rate")]
     facts.append(pluralize(len(schedule.seeds), "seed"))
     if len(schedule.seeds) < 3:

@@ -189,7 +189,7 @@ class Answer(TypedDict):
 class Best(TypedDict):
     """The arm from which the files in the experiment's directory were exported.
 
-    Of the arms of the best label, it has the lowest loss on the selection split.
+    Of the arms of the best method, it has the lowest loss on the selection split.
     """
 
     label: str

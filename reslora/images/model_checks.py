@@ -69,7 +69,7 @@ def check_base_precision(options: ModelOptions, dtype: torch.dtype, accelerator:
         try_format(options.base_precision, dtype, accelerator.device)
     except Exception as error:  # every device back end has its own exceptions
         problem = f"does not work on {accelerator.device.type} here ({first_line(error)})"
-        raise InvalidArgument(argument, problem, "give another precision, or no") from None
+        raise InvalidArgument(argument, problem, "give another precision, or leave it out") from None
 
 
 def check_blocks_to_swap(options: ModelOptions, model: Model, accelerator: Accelerator) -> None:
@@ -211,10 +211,10 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
 def check_reads_references(
     data: DataOptions, training: TrainingOptions, validation: ValidationOptions, model: Model
 ) -> None:
-    """Raise `InvalidArgument` for an edit model without reference images, and for these with another model.
+    """Raise `InvalidArgument` unless reference images are given for an edit model, and only for an edit model.
 
-    Raise it also for a file of --validation_image that is no image, and for options that need text states of captions
-    that are not encoded beforehand, if the text encoder reads reference images.
+    Two other cases also raise it: a file of --validation_image that is no image, and, for a text encoder that reads
+    reference images, options that need captions or flipped images that were not encoded before training.
     """
     family, argument = model.family, data.reference_flag
     if family.edits and not argument:

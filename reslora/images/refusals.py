@@ -88,7 +88,11 @@ def check_folders(data: DataOptions) -> None:
 
 
 def check_references(data: DataOptions) -> None:
-    """Raise `InvalidArgument` for reference images that are named twice, in another number of folders, or in none."""
+    """Raise `InvalidArgument` if the options that name the reference images do not fit the other data options.
+
+    Only one option may name them, and --conditioning_data_dir needs one folder for each of --train_data_dir. Class
+    images cannot have reference images.
+    """
     partners, folders, argument = data.conditioning_data_dir, data.train_data_dir, data.reference_flag
     if partners and (data.conditioning_image_column or data.dataset_name):
         other = "--dataset_name" if data.dataset_name else "--conditioning_image_column"

@@ -99,7 +99,7 @@ class MethodOptions(SharedMethodOptions):
         "placebos are computed from them; 0: none")
     init_lora: str | None = by_content(None,
         "start from this LoRA, a folder that PEFT has written, instead of from zero; its rank, alpha and target "
-        "modules are taken", metavar="FOLDER", path="absolute",
+        "modules are used", metavar="FOLDER", path="absolute",
         in_experiments="leave it out: the compared methods start from zero")
     merge_and_save: bool = free(False, "write the model with the adapter added, for stock transformers")
 
@@ -115,10 +115,10 @@ class ExperimentOptions(SharedExperimentOptions):
 
     select_split: float | None = again(
         help="fraction of the training examples that is held out to choose learning rates and checkpoints; for tasks "
-        "without both a validation file and a test file")
+        "that lack a validation file or a test file")
     test_split: float | None = again(
-        help="fraction of the training examples that is held out to compare methods; for tasks without a test file and "
-        "without a validation file")
+        help="fraction of the training examples that is held out to compare methods; for tasks with neither a "
+        "validation file nor a test file")
 
 
 @group

@@ -214,7 +214,7 @@ def _named_checkpoint(options: TrainOptions, named: str, todo: list[str], place:
     if method is None:
         raise InvalidArgument(flag, f"damaged ({RECORD})", "use latest")
     if method not in methods:
-        raise InvalidArgument(flag, f"it belongs to --method {method}", "add that")
+        raise InvalidArgument(flag, f"it belongs to --method {method}", f"add {method} to --method")
     return method, path
 
 
@@ -334,7 +334,7 @@ def write_exports(
 ) -> None:
     """Write `exports.json`, which marks a method as finished.
 
-    It contains the settings and, for each file, the largest pixel difference from the merged model's image, of 255.
+    It contains the settings and, for each file, the largest pixel difference (0 to 255) from the merged model's image.
     """
     record: dict[str, Any] = {
         "step": schedule.steps,

@@ -311,7 +311,7 @@ def with_partners(found: Found, folder: Path, partners: Path) -> Found:
 
 
 def above_repeated(files: Sequence[Path]) -> list[Path]:
-    """Return, for each image in one of kohya's folders (10_name), the folder that contains this folder."""
+    """Return `folder` for each image `folder/10_name/1.png`, that is, for each image in one of kohya's folders."""
     named = [(path, REPEATED.fullmatch(path.parent.name)) for path in files]
     return [path.parent.parent for path, match in named if match and 0 < int(match[1]) <= MOST_REPEATS]
 
@@ -467,7 +467,7 @@ def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: Da
     missing = unlisted(rows, list(filter(is_image, everything)))
     if captioned := [path for path in missing if caption_files(path)]:
         problem = (
-            f"{pluralize(len(captioned), 'image')} with captions beside, such as {captioned[0]}, but in no metadata"
+            f"{pluralize(len(captioned), 'image')} with caption files, such as {captioned[0]}, but not in the metadata"
         )
         raise InvalidArgument(data_flag(options), problem, f"put them into a folder of their own, and {ONE_BY_ONE}")
     return [f"{pluralize(len(missing), 'image')} not read: not in the metadata, or of another split"] if missing else []

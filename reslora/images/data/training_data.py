@@ -254,7 +254,7 @@ def print_bucket_sizes(sources: Sequence[Source], context: ImageContext) -> None
 def print_folder_counts(training_data: TrainingData, context: ImageContext) -> None:
     """Print repeats, weight of the loss and number of masks of each source (a folder of images) that has a label.
 
-    The label names the source in the printed line; a source that is alone may have none.
+    The printed line begins with the label. If there is only one source, it may have none.
     """
     plan = training_data.plan(context.accelerator.num_processes)
     print_uneven_buckets(plan, context)

@@ -132,7 +132,7 @@ def test_a_run_exports_its_best_average(whole):
         for key in [key for key in kept if "lora_" in key]:
             by_hand = sum(weight * step[key].double() for weight, step in zip(weights, steps, strict=True))
             assert torch.equal(kept[key], by_hand.float())
-        only(lines, f"reslora: {found[name]}: validation loss {found[name].loss:.5f}")
+        only(lines, f"reslora: validation loss {found[name].loss:.5f} with {found[name]}")
     lowest = min(found.values(), key=lambda best: best.loss)
     best = best_of(output / "reslora")
     assert lowest.loss < best.loss and best.step == 5
