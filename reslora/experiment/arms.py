@@ -46,7 +46,7 @@ NEAR = 3  # number of learning rates around the best one at which further seeds 
 SEVERAL_BLOCKS = tuple(name for name in NAMES if name not in (PLAIN, "input", "gated"))
 MOST_EXTENSIONS = 3  # maximum number of extensions of the learning rates by --extend_rates
 LEAST_RATIO = 1.02  # minimum ratio of two learning rates to extend them
-PLACED = ("learning_rate", "seed", "shortcut", "pre_num", "rank")  # options that labels and directories name otherwise
+PLACED = ("learning_rate", "seed", "shortcut", "pre_num", "rank")  # not written as `name=value` in labels
 LONGEST_VALUE = 40  # characters of a list in names of directories
 EVERY = 4  # one of this many seeds chooses learning rates, starting with the first
 
@@ -225,8 +225,8 @@ def check_values(grid: Grid) -> None:
     used |= {name for name in ("shortcut", "pre_num") for label in labels if getattr(label, name) is not None}
     for name in grid.varied:
         if name not in used:
-            problem = f"nothing of --method {' '.join(grid.methods)} reads several"
-            fix = "add reslora with --shortcut block or middle, or give one"
+            problem = f"no method of --method {' '.join(grid.methods)} uses several values"
+            fix = "add reslora with --shortcut block or middle, or give one value"
             raise InvalidArgument(f"{grid.flag(name)} {as_typed(grid.varied[name])}", problem, fix)
     experiment, compared = grid.base.experiment, [*labels, *averages_of_labels(grid, labels)]
     names = [label.name for label in compared]
@@ -259,7 +259,7 @@ def check_values(grid: Grid) -> None:
         rates = sorted(grid.rates)
         for low, high in (rates[:2], rates[-2:]):
             if high < LEAST_RATIO * low:  # the extended values, rounded, would be equal
-                problem = "too near each other for --extend_rates, which goes on by their ratio"
+                problem = "too near each other for --extend_rates, which continues the series by their ratio"
                 raise InvalidArgument(f"--learning_rate {low:g} {high:g}", problem, "give rates further apart")
 
 

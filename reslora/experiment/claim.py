@@ -104,7 +104,7 @@ def sentence_of(
         return f"{conclusion}: {claimed} {found}"
     advice = f"about {more} more seed{'s' * (more != 1)}"
     if more is None:
-        advice = f"even {MOST_SEEDS} more seeds would hardly do; take more test images, or state another margin"
+        advice = f"even {MOST_SEEDS} more seeds would hardly be enough; use more test images, or state another margin"
     return f"not enough data: {advice}, for: {claimed} {found}"
 
 

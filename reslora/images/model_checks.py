@@ -226,7 +226,7 @@ def check_reads_references(
         names = ", ".join(other.name for other in map(load_family, FAMILIES) if other.edits)
         raise InvalidArgument(argument, f"{family.name} edits no images", f"leave it out, or give a model of {names}")
     if family.reads_references:
-        problem = f"the text encoder of {family.name} reads each caption once, with its reference image as it is"
+        problem = f"the text encoder of {family.name} reads each caption once, with its unchanged reference image"
         unable = ("random_flip", "enable_wildcard", "shuffle_caption", "caption_tag_dropout_rate")
         given = [f"--{name}" for name in unable if getattr(data, name)]
         given += [] if data.cache_text_embeddings else ["--no-cache_text_embeddings"]

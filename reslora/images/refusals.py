@@ -166,7 +166,7 @@ def check_start(adapter: MethodOptions) -> None:
         raise InvalidArgument(flag, "no such file or folder", "give a LoRA file, or a folder with one")
     for method in (METHODS[name] for name in adapter.method):
         if method.measured or not method.trains_lora:
-            measured, without = "is measured at a start from zero", "has no plain LoRA weights that could start from it"
+            measured, without = "can only start from zero", "has no plain LoRA weights that could start from it"
             problem = f"--method {method.name} {measured if method.trains_lora else without}"
             raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
         if method.shortcuts and adapter.shortcut != PLAIN and adapter.pre_num != 0:

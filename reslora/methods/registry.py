@@ -200,7 +200,7 @@ METHODS = {
     for row in (
         Method("lora", "LoRA", "plain LoRA", "#8a8f98", lora),
         Method(
-            "lora_x2", "LoRA, doubled alpha", "LoRA with doubled alpha, the control", "#1971c2",
+            "lora_x2", "LoRA, doubled alpha", "LoRA with doubled alpha, a control", "#1971c2",
             partial(lora, times=2),
         ),
         Method("lora_x4", "LoRA, fourfold alpha", "LoRA with alpha times four", "#74a9d8", partial(lora, times=4)),

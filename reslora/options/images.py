@@ -55,7 +55,7 @@ PRESERVATION = Need(
 HUBER = Need(
     lambda options: options.training.loss_type != "l2",
     "leave it out, or change --huber_schedule",
-    "--loss_type l2 does not read it",
+    "--loss_type l2 does not use it",
 )
 
 
@@ -271,7 +271,7 @@ class TrainingOptions(SharedTrainingOptions):
     huber_scale: float = option(1.0,
         "huber and smooth_l1: factor by which the threshold is multiplied; not with --huber_schedule snr",
         POSITIVE, variable=True, needs=(HUBER, Need(lambda options: options.training.huber_schedule != "snr",
-        "leave it out, or change --huber_schedule", "--huber_schedule snr does not read it")))
+        "leave it out, or change --huber_schedule", "--huber_schedule snr does not use it")))
     output_preservation_weight: float = option(0.0,
         "weight of a second loss, which keeps the model's predictions for --output_preservation_prompt as they are "
         "without the adapter; a step takes more than twice as long", NOT_NEGATIVE,

@@ -41,7 +41,7 @@ HELD_OUT = Need(
 )  # fmt: skip
 ADAM = Need(
     lambda options: options.optimizer.optimizer in ADAMS,
-    "--optimizer_args sets its own", "it has no effect with --optimizer {optimizer}", refuse=False,
+    "use --optimizer_args", "it has no effect with --optimizer {optimizer}", refuse=False,
 )  # fmt: skip
 
 
@@ -176,7 +176,7 @@ class SharedOptimizerOptions:
         "1:100,0.1:200,0.01",
         metavar="RULES", needs=Need(lambda options: options.optimizer.lr_scheduler == "piecewise_constant",
         "add --lr_scheduler piecewise_constant",
-        "--lr_scheduler {lr_scheduler} does not read it"))
+        "--lr_scheduler {lr_scheduler} does not use it"))
     optimizer: str = option("adamw",
         f"one of {', '.join(OPTIMIZERS)}, or the path of a class as package.Class. Except for the two AdamW, the "
         "settings are those of the authors; --optimizer_args changes them", metavar="NAME", counts_if_given=True,

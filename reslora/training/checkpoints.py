@@ -200,7 +200,7 @@ def notes_of(options: TrainOptions, folder: Path, record: dict) -> list[str]:
     """Return a note for each changed option that has no effect on a finished method."""
     shown = record.get("shown", {})
     names = [name for name in named_by("shown", options) if name in shown and options[name] not in (None, shown[name])]
-    return [f"{folder} is finished, --{name} has no effect any more: it was {in_words(shown[name])}" for name in names]
+    return [f"{folder} is finished, so --{name} has no effect: it was {in_words(shown[name])}" for name in names]
 
 
 def _named_checkpoint(options: TrainOptions, named: str, todo: list[str], place: str) -> tuple[str, Path]:

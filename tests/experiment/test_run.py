@@ -274,8 +274,8 @@ def test_while_arms_are_missing_the_test_images_are_read_for_verdicts_alone(tmp_
     record, _ = go(tmp_path / "out", "--seed", "0", "1", "2", methods=methods)
     assert record["readings"] == 1 + verdicts and read_of(record)
     read = [
-        "the test split was evaluated 2 times, as runs were added: this time at a significance level of 0.76%, so that "
-        "all times together are at most at 5%"
+        "the test split was evaluated 2 times, as runs were added: this time at a significance level of 0.76%; the "
+        "levels of all evaluations add up to at most 5%"
     ]
     assert [note for note in record["notes"] if "was evaluated" in note] == read * verdicts
 
@@ -410,7 +410,7 @@ def test_what_no_arm_can_mend_is_said_before_the_first_one_and_in_the_report(tmp
 
 def test_a_method_of_which_nothing_is_chosen_is_told_with_the_reason(tmp_path):
     """One seed that diverges takes a rate out."""
-    reason = "at no learning rate did all seeds end well, so none is chosen; add a lower --learning_rate"
+    reason = "at each learning rate, a seed failed or was stopped, so none is chosen; add a lower --learning_rate"
     record, _ = go(tmp_path / "lora", diverging=[("lora", 1)])
     assert f"lora: {reason}" in record["notes"] and "lora" not in record["chosen"]
     assert "lora diverged" in record["notes"]  # without what only a plain run can do

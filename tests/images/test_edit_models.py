@@ -330,7 +330,7 @@ def test_what_has_no_partner_is_named_with_the_fix(place, tmp_path, capsys):
         f"warning: 1 reference image without an image of the same name in {tmp_path}/images: remove "
         f"{before}/nine.png, or add its image"
     )
-    assert other.startswith("warning: 1 reference image with another aspect ratio") and "images/2.png" in other
+    assert other.startswith("warning: 1 reference image cropped to the aspect ratio") and "images/2.png" in other
     flags = [*without_pairs(place.flags), *pairs, "--strict", "--output_dir", tmp_path / "out"]
     assert f"no reference image {before}/0" in refused(capsys, *flags)
 

@@ -228,7 +228,7 @@ def test_a_lora_of_text_encoders_or_another_family_is_refused(flags, capsys, tmp
     write_diffusers(tmp_path / "text.safetensors", parts)
     write_diffusers(tmp_path / "flux.safetensors", random_lora("flux", lambda name: "attn" in name))
     for name, words in (
-        ("text", "layers of text_encoder, and only the denoiser goes on from a LoRA"),
+        ("text", "layers of text_encoder, and only the denoiser can start from a LoRA"),
         ("flux", "is not a layer of"),
     ):
         given = ["--init_lora", tmp_path / f"{name}.safetensors", "--output_dir", tmp_path / "out"]

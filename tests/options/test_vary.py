@@ -101,7 +101,7 @@ def test_what_cannot_vary_is_named(capsys, word, why):
 
 def test_other_refusals(capsys):
     assert "--lora_dropout 0 0: one value is given twice" in refused(capsys, "--vary", "lora_dropout=0,0.0")
-    assert "--head none repeat: nothing of --method lora" in refused(
+    assert "--head none repeat: no method of --method lora" in refused(
         capsys, "--vary", "head=none,repeat", "--method", "lora"
     )
     assert "did you mean reslora?" in refused(capsys, "--reference", "relora", "--seed", "0", "1")

@@ -303,7 +303,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
         ("--seed 3 3", "one value is given twice"),
         (
             "--method lora --shortcut input block",
-            "input block: nothing of --method lora reads",
+            "input block: no method of --method lora uses",
         ),
         ("--lora_r 2 999", "999"),
     ):

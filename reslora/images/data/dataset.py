@@ -188,8 +188,8 @@ def usable(
         raise InvalidArgument(data_flag(data), f"no image with a caption in it{example}", fix)
     if others:
         example = others[0] if isinstance(others[0], str) else "the first of them"
-        what = f"{pluralize(len(others), 'reference image')} with another aspect ratio than the image"
-        found.notes.append(f"warning: {what}, such as that of {example}: it is cropped to that of the image")
+        what = f"{pluralize(len(others), 'reference image')} cropped to the aspect ratio of the image"
+        found.notes.append(f"warning: {what}, such as that of {example}")
     rows = found.rows.select(keep)
     return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked)
 
@@ -252,9 +252,9 @@ def read_folder(
     if not any(texts) and (caption is None or not files):
         if layout:
             return None
-        without = "without captions (names of folders are none)"
+        without = "without captions (folder names are not captions)"
         what = f"{pluralize(len(files), 'image')} {without}" if files else "no images"
-        fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions beside the images"
+        fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions next to the images"
         if above := above_repeated(files):
             fix = f"give {above[0]}, in which kohya's folders (10_name) set repeats and captions, or {fix}"
         raise InvalidArgument(data_flag(data), what, f"{fix}; --dataset_name reads other layouts")
@@ -269,7 +269,7 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
     found.notes += hidden_images_line(unlisted(found.rows, hidden_images(folder)))
     if not deep:
         folders = sum(path.is_dir() for path in everything)
-        found.notes += [f"{folder}: {pluralize(folders, 'folder')} in it not read"] if folders else []
+        found.notes += [f"{folder}: {pluralize(folders, 'subfolder')} not read"] if folders else []
         return found
     links = sum(path.is_symlink() and path.is_dir() for path in everything)
     repeated = above_repeated(list(filter(is_image, everything)))
@@ -277,8 +277,8 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
     of_class = options.class_data_dir is not None and folder == Path(options.class_data_dir)  # computed repeats
     if repeated and not of_class:
         found.notes.append(
-            f"{pluralize(len(repeated), 'image')} in kohya's folders (10_name), whose repeats do not count: "
-            f"they do if {repeated[0]} is named, as a folder of images without a metadata file"
+            f"{pluralize(len(repeated), 'image')} in kohya's folders (10_name), whose repeats are not used: to use "
+            f"them, give {repeated[0]} as the folder of images, without a metadata file"
         )
     return found
 

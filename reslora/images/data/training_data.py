@@ -86,7 +86,7 @@ def note_images(training_data: TrainingData, context: ImageContext, resuming: bo
         there = read_object(path).get("images", used)
         if resuming and there != used:
             example = f" (left out: {left_out[0]})" if left_out else ""
-            problem = f"{context.folder} was trained on {there}, what can be used now is {used}{example}"
+            problem = f"{context.folder} was trained on {there}; now it would be {used}{example}"
             raise InvalidArgument(data_flag(options.data), problem, "restore it, or choose another --output_dir")
         write_json(path, {"images": used, "left_out": left_out})
 

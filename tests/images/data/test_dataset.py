@@ -537,7 +537,7 @@ def test_folder_without_captions_is_refused(tmp_path, capsys):
 def test_the_folder_above_kohyas_folders_is_named(tmp_path, capsys, named):
     image_folder(tmp_path / "p" / "img" / "10_sks cat", 2, layout="none")
     line = refused(capsys, "--train_data_dir", tmp_path / "p" / named)
-    assert f"2 images without captions (names of folders are none); give {tmp_path / 'p' / 'img'}, in which" in line
+    assert f"2 images without captions (folder names are not captions); give {tmp_path / 'p' / 'img'}, in which" in line
     for number, other in enumerate(("0_none", "2024_summer")):  # which are not kohya's
         image_folder(tmp_path / f"q{number}" / other, 1, layout="none")
         assert "in which kohya's" not in refused(capsys, "--train_data_dir", tmp_path / f"q{number}")

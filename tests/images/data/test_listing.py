@@ -75,7 +75,7 @@ def test_hidden_folders_in_kohyas_are_told_of_as_others_are(tmp_path):
     with_hidden(tmp_path / "p" / "2_sks")
     (found,) = gather(tmp_path / "p")
     assert len(found) == 2 and only(found.notes, *HIDDEN).startswith("2 ")
-    assert not [note for note in found.notes if "in it not read" in note]
+    assert not [note for note in found.notes if "subfolder" in note]
     image_folder(tmp_path / "p" / ".old", 1)
     (found,) = gather(tmp_path / "p")
     lines = [note for note in found.notes if HIDDEN[0] in note]

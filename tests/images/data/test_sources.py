@@ -99,7 +99,7 @@ def test_kohyas_folders_say_repeats_and_captions(tmp_path):
     assert (cat.repeats, cat.captions) == (20, [["sks cat"], ["blue box"]])
     assert (letters.repeats, letters.captions) == (4, [["a_b"]])
     assert "not 0_none, 3_empty, loose.png, plain" in only(cat.notes, "only kohya's folders")
-    only(cat.notes, "10_sks cat: 1 folder in it not read")
+    only(cat.notes, "10_sks cat: 1 subfolder not read")
     assert cat.label == f"{tmp_path}/p/10_sks cat (1 of 2 images with its name as caption: sks cat)"
     assert letters.label == f"{tmp_path}/p/2_a_b (1 of 1 image with its name as caption: a_b)"
 
@@ -140,7 +140,7 @@ def test_metadata_says_more_than_kohyas_names(tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "2_a_b/0.png", "text": "red disc"}))
     (found,) = gather("--train_data_dir", folder)
     assert (found.captions, found.repeats) == ([["red disc"]], 1)
-    only(found.notes, f"whose repeats do not count: they do if {folder} is named")
+    only(found.notes, f"whose repeats are not used: to use them, give {folder} as")
 
 
 def test_a_year_is_no_number_of_repeats(tmp_path, brief_flags, capsys):

@@ -699,7 +699,7 @@ def test_arms_that_vary_are_trained_with_their_own_values(flags, tmp_path):
     words = ("--vary", "train_batch_size=2,1", "snr_gamma=0,5")
     lines = printed(*own, *words, "--seed", "0", "1", "--output_dir", tmp_path / "varied")
     found = experiment(tmp_path / "varied")
-    note = "train_batch_size varies: runs of a seed do not share the images of a step and their noise"
+    note = "train_batch_size varies: runs with the same seed do not share the images of a step and their noise"
     assert sum(note in line for line in found["notes"]) == 1 and any(note in line for line in lines)
     names = [f"lora train_batch_size={size} snr_gamma={gamma}" for size in (2, 1) for gamma in (0, 5)]
     assert list(found["chosen"]) == names and found["references"] == names

@@ -234,5 +234,5 @@ def test_refusals(flags, file, capsys, tmp_path):
     parts = some_lora() | {"text_encoder": {"text_model.encoder.layers.0.mlp.fc1": random_factors((32, 16), 2, 1.0, 0)}}
     write_diffusers(tmp_path / "text.safetensors", parts)
     line = refused(capsys, *words, "--assistant_lora", tmp_path / "text.safetensors")
-    assert "layers of text_encoder, and only the denoiser has an assistant" in line
+    assert "layers of text_encoder, and only the denoiser can have an assistant" in line
     assert "and give --assistant_lora FOLDER" in line

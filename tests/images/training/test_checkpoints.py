@@ -594,7 +594,7 @@ def test_other_content_is_named_by_its_own_option(there, flag):
 def test_changed_options_without_effect_on_a_finished_method_are_noted(keep):
     finished = {"shown": {"num_validation_images": 4, "rank": 99}}
     (note,) = notes_of(keep.options.replace(num_validation_images=2), Path("out"), finished)
-    assert note == "out is finished, --num_validation_images has no effect any more: it was 4"
+    assert note == "out is finished, so --num_validation_images has no effect: it was 4"
 
 
 def test_a_checkpoint_that_loads_but_differs_from_its_checksums_is_passed_over(keep, capsys):

@@ -77,4 +77,4 @@ def test_a_control_needs_samples_and_a_start_from_zero(capsys):
     line = refused(capsys, "--method", "lora", "ms_placebo", "--merge_calibration_samples", "0")
     assert "--method ms_placebo" in line and "--merge_calibration_samples 64" in line
     line = refused(capsys, "--method", "lora_matched", "--init_lora", __file__)
-    assert f"--init_lora {__file__}" in line and "measured at a start from zero" in line
+    assert f"--init_lora {__file__}" in line and "can only start from zero" in line
