@@ -51,7 +51,7 @@ def share_cores_politely() -> None:
     """Limit how long an idle thread of GNU OpenMP spins before it sleeps (its default is 300,000 iterations).
 
     Long spinning is ten times slower on cores that other processes use too. Without spinning, a step of a small U-Net
-    takes half as long again.
+    takes 50% longer.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -165,7 +165,10 @@ def shared_rank(rank: int) -> int:
 
 
 def pooled(own: torch.Tensor, chain: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """Return a block's own ranks without the shared ones, then the shared ranks of all blocks, along `dim`."""
+    """Return the unshared ranks of a block's A or B (`own`), then the shared ranks of all blocks, along `dim`.
+
+    `chain`: the A or B of all blocks of the chain. `dim`: the dimension of the ranks.
+    """
     shared = shared_rank(own.shape[dim])
     kept = own.shape[dim] - shared
     return torch.cat([own.narrow(dim, 0, kept), *(factor.narrow(dim, kept, shared) for factor in chain)], dim)

@@ -141,7 +141,7 @@ def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
     """Return a sentence about several verdicts without a ranking: with one seed, or in an older file."""
     references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in verdicts))
     if all(verdict["conclusion"] == "cannot tell" for verdict in verdicts):
-        return f"with one seed or one test {unit} no method can be told from {references}"
+        return f"with one seed or one test {unit}, no method can be distinguished from {references}"
     better = [verdict["label"] for verdict in verdicts if verdict["conclusion"] == "better"]
     return f"better than {references}: {', '.join(better) or 'no method'}"
 

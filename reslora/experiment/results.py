@@ -332,8 +332,8 @@ class Results:
     def export(self, trained: Sequence[Arm]) -> record.Best:
         """Export the best arm and return its record.
 
-        Its method has the lowest mean loss on the selection split of the ranking's best methods, or of all methods if
-        there is no ranking. Of that method's arms, the best arm has the lowest loss on the selection split.
+        Of the best methods in the ranking (without a ranking, of all methods), the one with the lowest mean loss on the
+        selection split is exported: its arm with the lowest loss on the selection split.
         """
         labels = {arm.label for arm in trained}
         best_labels = labels.intersection(self.ranking["best"]) if self.ranking else set()

@@ -278,7 +278,7 @@ class TrainingOptions(SharedTrainingOptions):
         needs=Need(lambda options: options.training.output_preservation_prompt is not None,
         "add --output_preservation_prompt", "there is no prompt whose predictions to preserve"))
     output_preservation_prompt: str | None = option(None,
-        "prompt of what to preserve: usually the class of what is trained, such as a photo of a cat",
+        "prompt whose images are preserved: usually the class of the trained subject, such as a photo of a cat",
         metavar="PROMPT", needs=PRESERVATION)
     masked_loss: bool = option(False,
         "multiply the loss of each pixel by the image's mask (1 where it is white and opaque). The mask is the file "

@@ -261,8 +261,8 @@ class OutputOptions(SharedOutputOptions):
         help="steps between checkpoints; a value below 1 is a fraction of all steps")
     checkpoints_total_limit: int | None = again(name="save_total_limit", help="checkpoints to retain")
     plan: bool | None = again(
-        help="print the length of the run and the memory that weights and optimizer take, and exit",
-        essential="print the length of the run and its memory, and end")
+        help="print the number of steps and an estimate of the memory, and exit",
+        essential="print the number of steps and the memory, and end")
     save_strategy: str = free("steps", "when to write a checkpoint, in addition to the last step",
         choices=("no", "steps", "epoch"))
     logging_steps: float = free(1,

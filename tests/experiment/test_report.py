@@ -242,7 +242,7 @@ def test_a_damaged_image_and_a_missing_one(experiment, tmp_path):
     [
         (("better",), "a: sentence"),
         (("cannot tell",), "a: sentence"),
-        (("cannot tell", "cannot tell"), "with one seed or one test image no method can be told from lora"),
+        (("cannot tell", "cannot tell"), "with one seed or one test image, no method can be distinguished from lora"),
         (("better", "worse", "better"), "better than lora: a, c"),
         (("worse", "not shown"), "better than lora: no method"),
         ((), "There is nothing to compare"),

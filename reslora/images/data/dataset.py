@@ -184,7 +184,7 @@ def usable(
         others += [source] if isinstance(other, tuple) and kept(other, Size(size[1], size[0])) < ALIKE else []
     if not keep:
         example = f" (for example {left_out[0]})" if left_out else ""
-        fix = "add a metadata.jsonl, or .txt captions beside the images"
+        fix = "add a metadata.jsonl, or .txt captions next to the images"
         raise InvalidArgument(data_flag(data), f"no image with a caption in it{example}", fix)
     if others:
         example = others[0] if isinstance(others[0], str) else "the first of them"
@@ -284,7 +284,7 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
 
 
 def with_partners(found: Found, folder: Path, partners: Path) -> Found:
-    """Return the rows with the images of the same names in the folder `partners` as reference images.
+    """Add a reference image to each row: the file in the folder `partners` with the name of the row's image.
 
     Suffixes may differ. Raises `InvalidArgument` if the rows were not read from files.
     """
