@@ -1,4 +1,4 @@
-"""Tiny real models, random LoRA weights, and the paper's equations written out by hand: the oracle of the suite."""
+"""Tiny real models, random LoRA weights, and the paper's equations written out by hand (the oracle)."""
 
 import copy
 import gc
@@ -39,13 +39,13 @@ RANK = 3
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Give models with random weights the same weights in every run, those of fixtures too."""
+    """Seed models with random weights, so that they have the same weights in every run, also in fixtures."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
-    """Forget what earlier tests compiled: functions are compiled anew only so often."""
+    """Discard what earlier tests compiled, because torch recompiles a function only a limited number of times."""
     if torch._dynamo.utils.counters:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -53,7 +53,7 @@ def fresh_compiler() -> None:
 
 @pytest.fixture
 def sharded() -> Iterator[Callable]:
-    """A weight as FSDP2 keeps it; one process as a mesh is enough for that."""
+    """Return a weight sharded as by FSDP2, over a mesh of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cpu", (1,))
     yield lambda weight: nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)]))
@@ -69,13 +69,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the imports left lives to the end: the collector, which every run calls, need not go through it again."""
+    """Exclude objects that the imports created from garbage collection, which every run calls."""
     gc.collect()
     gc.freeze()
 
 
 def tiny_llama(layers: int = LAYERS, width: int = 32, **overrides) -> LlamaForCausalLM:
-    """A LLaMA with grouped-query attention, in float64 throughout (stock RMSNorm computes in float32)."""
+    """Return a LLaMA with grouped-query attention, in float64 (stock RMSNorm computes in float32)."""
     config = LlamaConfig(
         **{
             "vocab_size": 64,
@@ -140,8 +140,10 @@ def tiny_gpt2(layers: int = LAYERS) -> GPT2LMHeadModel:
 
 
 def tiny_unet(**overrides) -> UNet2DConditionModel:
-    """A U-Net in the layout of Stable Diffusion 2 (the middle block last in registration order), two transformer
-    layers in every block."""
+    """Return a U-Net in the layout of Stable Diffusion 2, with two transformer layers in every block.
+
+    The middle block is last in registration order.
+    """
     config = {
         "sample_size": 8,
         "in_channels": 4,
@@ -188,7 +190,7 @@ TEXT_STAGES = [["down", "middle", "up"]]
 
 
 def _unet_chains() -> dict[str, list[list[str]]]:
-    """Execution order by hand: image tokens are cut at every change of resolution, text tokens nowhere."""
+    """Return the chains of the U-Net by hand: those of image tokens end where the resolution changes."""
     chains = {}
     for role in ("to_q", "to_k", "to_v", "to_out.0"):
         for attention in ("attn1", "attn2"):
@@ -221,7 +223,7 @@ class Architecture:
     config: dict = field(default_factory=dict)
 
     def lora(self, seed: int = 0, adapter: str = "default", base: nn.Module | None = None, **overrides) -> nn.Module:
-        """A plain LoRA model with random A and B, float64, in train mode."""
+        """Return a plain LoRA model with random A and B, in float64 and in train mode."""
         if base is not None:
             return self._made(seed, adapter, base, overrides)
         key = self.build, repr((self.targets, self.config, self.peft, seed, adapter, overrides))
@@ -327,7 +329,7 @@ def randomize(model: nn.Module, seed: int = 1, adapter: str = "default", scale: 
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """The module of the base model named `name`, whether PEFT wraps it or not."""
+    """Return the module `name` of the base model, whether or not PEFT wraps the model."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return base.get_submodule(name.removeprefix("base_model.model."))
 
@@ -345,7 +347,7 @@ def run(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor], seed: int = 3) -> torch.Tensor:
-    """A scalar that depends on every output with another weight (the models' own losses compute in float32)."""
+    """Return a scalar that weights every output differently (the models' own losses compute in float32)."""
     result = run(model, inputs)
     generator = torch.Generator().manual_seed(seed)
     return (result * torch.randn(result.shape, generator=generator, dtype=torch.float64)).sum()
@@ -362,12 +364,12 @@ def gradients_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str,
 
 
 def assert_equal(actual, expected, rtol: float = 1e-9, atol: float = 1e-11) -> None:
-    """Equality of float64 computations that differ in the order of their sums."""
+    """Assert that float64 results are equal up to the order of summation."""
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
 def assert_one_line(error: pytest.ExceptionInfo, *words: str) -> None:
-    """The error is one of ours, on one line, and names what it must."""
+    """Assert that the error is one of this package, has one line, and contains the given texts."""
     assert isinstance(error.value, (ValueError, RuntimeError))
     message = str(error.value)
     assert message.strip() and "\n" not in message
@@ -376,13 +378,13 @@ def assert_one_line(error: pytest.ExceptionInfo, *words: str) -> None:
 
 
 def base_weight(layer: nn.Module) -> torch.Tensor:
-    """W of a LoRA layer as (out, in)."""
+    """Return the frozen weight W of a LoRA layer as (out, in)."""
     weight = layer.get_base_layer().weight.detach()
     return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
 
 
 def delta(layer: nn.Module, adapter: str = "default") -> torch.Tensor:
-    """s B A of a LoRA layer as (out, in)."""
+    """Return s B A of a LoRA layer as (out, in)."""
     return layer.scaling[adapter] * (layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight).detach()
 
 
@@ -391,12 +393,12 @@ def deltas(model: nn.Module, names, adapter: str = "default") -> list[torch.Tens
 
 
 def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every LoRA layer of a model by its name in that model."""
+    """Return every LoRA layer of a model by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 class FixedDropout(nn.Module):
-    """Inverted dropout whose masks are a function of (seed, number of the draw) alone."""
+    """Inverted dropout whose masks depend only on the seed and the number of the call."""
 
     def __init__(self, seed: int, p: float = 0.4) -> None:
         super().__init__()
@@ -410,7 +412,7 @@ class FixedDropout(nn.Module):
 
 
 def fix_dropout(model: nn.Module, adapter: str = "default") -> list[FixedDropout]:
-    """Give every LoRA layer reproducible masks; two models with the same layers get the same masks."""
+    """Give every LoRA layer reproducible dropout masks; two models with the same layers get the same masks."""
     masks = []
     for seed, (_, layer) in enumerate(sorted(adapter_layers(model).items())):
         layer.lora_dropout[adapter] = FixedDropout(seed)
@@ -419,16 +421,16 @@ def fix_dropout(model: nn.Module, adapter: str = "default") -> list[FixedDropout
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, soon made: most of the time goes to the dicts of hooks, eleven a module and nearly all empty."""
+    """Return a deep copy quickly: most of the time of a deep copy goes to the empty dicts of hooks."""
     hooks = [value for module in model.modules() for value in vars(module).values() if isinstance(value, OrderedDict)]
     return copy.deepcopy(model, {id(value): OrderedDict() for value in hooks if not value})
 
 
 class Oracle:
-    """A copy of a plain LoRA model whose LoRA layers compute Eqs. 1-4 as they are printed.
+    """A copy of a plain LoRA model whose LoRA layers compute Eqs. 1-4 as printed in the paper.
 
-    `inputs[name]` collects what entered each layer (before dropout), one tensor per forward; `outputs[name]` the
-    LoRA path's contribution. `factor` multiplies the neighbors' terms; `scale="mean"` divides by the sum of weights.
+    `inputs[name]` collects the input of each layer before dropout, one tensor per forward pass, and `outputs[name]` the
+    output of its LoRA path. `factor` multiplies the neighbors' terms; `scale="mean"` divides by the sum of the weights.
     """
 
     def __init__(
@@ -480,7 +482,7 @@ class Oracle:
 
 
 class Stack(nn.Module):
-    """A residual stack of equal blocks, `proj` then tanh: the smallest model that has a chain."""
+    """A residual stack of equal blocks, each `proj` and then tanh: the smallest model that has a chain."""
 
     class Block(nn.Module):
         def __init__(self, width: int, out: int | None = None) -> None:
@@ -506,7 +508,7 @@ STACK_INPUTS = {"x": torch.randn(2, 4, 6, generator=torch.Generator().manual_see
 
 
 def lora_stack(model: nn.Module | None = None, **overrides) -> nn.Module:
-    """A plain LoRA `Stack` (or another custom module) with random weights."""
+    """Return a plain LoRA `Stack`, or another given module, with random weights."""
     torch.manual_seed(0)
     config = LoraConfig(**{"r": RANK, "lora_alpha": 5, "target_modules": ["proj"], **overrides})
     return randomize(get_peft_model((model or Stack()).double(), config)).train()
