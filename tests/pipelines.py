@@ -210,7 +210,7 @@ def z_image(folder: Path, text_encoder=None, transformer=None, vae=None, schedul
 
 
 def flux(folder: Path, text_encoder=None, text_encoder_2=None, transformer=None, vae=None, scheduler=None) -> Path:
-    """Write FLUX.1: CLIP's pooled state and T5's states, packed latents, double and single blocks, guidance embedding."""
+    """Write FLUX.1: CLIP's pooled state and T5's states, packed latents, double and single blocks, and guidance."""
     torch.manual_seed(0)
     FluxPipeline(
         text_encoder=tiny_clip(text_encoder),

@@ -67,7 +67,7 @@ def test_a_search_knows_each_option_by_name_label_help_and_group():
 
 
 def test_other_options_vary_by_a_line_that_a_list_adds():
-    """Options with several values in their own box are not in the list; a chosen option becomes a line of the command."""
+    """Options with several values in their own box are not listed; a chosen option becomes a line of the command."""
     listed = form.variable()
     assert {"optimizer", "lora_dropout", "random_flip", "target_modules"} <= set(listed)
     assert not {"method", "learning_rate", "seed", "rank", "shortcut", "pre_num", "max_train_steps"} & set(listed)

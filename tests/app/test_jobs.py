@@ -250,7 +250,7 @@ def test_a_run_that_was_asked_to_stop_is_said_to_have_ended(monkeypatch):
 
 
 def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_path):
-    """SIGKILL ends it while one entry trains and two wait; then two applications continue the queue at the same time."""
+    """SIGKILL ends it while one entry trains and two wait; then two applications continue the queue."""
     server = multiprocessing.get_context("fork").Process(
         target=lambda: [*map(partial(add, lined), "abc"), sleep(LIMIT)]
     )

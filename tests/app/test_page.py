@@ -386,7 +386,7 @@ def test_a_program_can_use_and_merge_adapters(client, runs):
 
 @pytest.mark.exhaustive
 def test_a_program_can_draw_grids_and_stack_and_write_models(client, runs):
-    """Each cell is a file that equals an image generated alone, with its settings; three lines load the written folder."""
+    """Each cell is a file that equals an image generated alone; three lines load the written folder."""
     asked = GRID | {"y": "seed", "y_values": "3 4"}
     table, status, sheet, cells = client.predict(*asked.values(), api_name="/grid")
     assert table.count("<img") == 4 and "4 of 4 cells" in status and len(cells) == 4
@@ -518,7 +518,7 @@ def move_the_slider(page) -> None:
 
 
 def take_along(page, runs: Path) -> None:
-    """The first file of the last method is offered; another file has another path and other lines, and is downloaded."""
+    """The first file of the last method is offered; another file has other lines, and is downloaded."""
     told = "document.querySelector('#use textarea').value.includes('{}')"
     page.wait_for_function(told.format("DiffusionPipeline"))
     page.locator("#file input").fill("reslora: kohya.safetensors (kohya, ComfyUI, A1111)")
@@ -1048,7 +1048,7 @@ def write_experiment(folder: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_a_training_is_started_watched_and_stopped(page, browser, address, runs, tmp_path):
-    """The first samples appear without a click; another visitor finds the run; stopping saves, and it can be resumed."""
+    """The first samples appear without a click; another visitor finds the run; it is stopped, saved and resumed."""
     uploads = []
     for name, colour in (("red disc", "red"), ("blue box", "blue"), ("green leaf", "green")):
         PIL.Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")

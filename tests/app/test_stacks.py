@@ -41,7 +41,10 @@ def studio():
 
 
 def summed_by_hand(run, model, strengths):
-    """The U-Net's weights in float64: `W + sum_i strength_i B_i A_i`, of diffusers' files, in which B has the scale."""
+    """The U-Net's weights in float64: `W + sum_i strength_i B_i A_i`.
+
+    The factors are those of diffusers' files, in which B includes the scale.
+    """
     state = {name: value.double() for name, value in model.state_dict().items()}
     for method, strength in strengths.items():
         tensors = load_file(run.folder / method / DIFFUSERS_FILE)

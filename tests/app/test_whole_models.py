@@ -1,4 +1,4 @@
-"""app/whole_models.py: a folder that stock diffusers loads and that draws what Generate draws, or nothing at all."""
+"""app/whole_models.py: the written folder loads in stock diffusers and generates the same images."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Train plain LoRA of PEFT with transformers' `Trainer`, on the examples of train_llm.py, without this package's loop."""
+"""Train PEFT's plain LoRA by transformers' `Trainer` on the examples of train_llm.py, without this package's loop."""
 
 import json
 import sys

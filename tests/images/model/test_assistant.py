@@ -34,7 +34,7 @@ def small(lora: dict[str, Factors]) -> dict[str, Factors]:
 
 
 def assistant() -> dict[str, Factors]:
-    """Of attention, feed-forward and time layers and of convolutions, one of them with a stride."""
+    """A LoRA of attention, feed-forward and time layers and of convolutions, one of them with a stride."""
     parts = ("attn", "ff.", "conv_in", "downsamplers", "time_emb")
     return small(random_lora("stable_diffusion", lambda name: any(part in name for part in parts))["unet"])
 
@@ -45,7 +45,7 @@ def base() -> torch.nn.Module:
 
 @torch.no_grad()
 def fuse(unet: torch.nn.Module, layers: dict[str, Factors]) -> torch.nn.Module:
-    """The base with `W + s B A` in the place of W, by the formula."""
+    """Replace W by `W + s B A` in the base, by the formula."""
     for name, factors in layers.items():
         weight = unet.get_submodule(name).weight
         weight += update(factors).reshape(weight.shape).to(weight)
