@@ -17,7 +17,7 @@ def parser() -> Parser:
 
 
 def refusal(capsys, parse, *words: str) -> str:
-    """The one line on stderr."""
+    """Return the one line on stderr."""
     with pytest.raises(SystemExit) as end:
         parse(list(words))
     line = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""--vary: which options it takes, and what the labels, folders and values of the arms are."""
+"""--vary: which options it accepts, and labels, folders and values of the arms."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_a_config_may_hold_several_values_and_a_method_without_an_option_has_one
 
 
 def test_switches_and_lists_vary(tmp_path):
-    """Folders of long lists, and of regular expressions, are short and stable."""
+    """Folders of long lists and of regular expressions are short, and stay the same."""
     long = "+".join(f"down_blocks.{number}.attn" for number in range(9))
     words = ["random_flip=true,no", f"target_modules=to_q,to_q+to_k,{long},.*attn1"]
     grid = parse_args(["--method", "lora", "--vary", *words, "--seed", "0", "1"])

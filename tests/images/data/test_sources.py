@@ -240,7 +240,7 @@ def test_the_share_that_is_held_out_is_rounded_and_leaves_one_to_train_on(count,
 
 
 def test_each_folder_holds_out_its_share_and_class_images_nothing():
-    """Twenty images and half of a fifth, as folders of 20, 2 and 1: a small folder need not hold out any."""
+    """Half of a fifth of folders with 20, 2 and 1 images: a small folder need not hold out any."""
     counts = [(20, 1), (2, 0), (1, 0)]
     held = [len(made([(64, 64)] * n, "--validation_split", 0.1, least=least)[0].held_out) for n, least in counts]
     assert held == [2, 0, 0]

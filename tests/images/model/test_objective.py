@@ -28,7 +28,7 @@ def scheduler(**config) -> DDPMScheduler:
 
 
 def remaining(schedule: str = "scaled_linear") -> torch.Tensor:
-    """The share of the signal's variance that is left at each timestep, the product of (1 - beta), in float64."""
+    """Return the product of (1 - beta) at each timestep, the fraction of the signal's variance that remains."""
     return torch.from_numpy(np.cumprod(1 - BETAS[schedule]))[TIMESTEPS]
 
 

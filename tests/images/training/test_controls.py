@@ -1,4 +1,4 @@
-"""Controls as runs: measured before the first step, resumed as they were, exported as plain LoRA."""
+"""Control methods in runs: calibrated before the first step, resumed unchanged, exported as plain LoRA."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def header(folder: Path) -> dict:
 
 @pytest.mark.exhaustive
 def test_a_resumed_control_is_the_one_that_was_begun(flags, controls, monkeypatch, tmp_path):
-    """It is not measured again: fewer samples, which would say something else, change nothing."""
+    """It is not calibrated again: another number of samples changes nothing."""
     for method in METHODS:
         shutil.copytree(controls / method / "checkpoint-1", tmp_path / "out" / method / "checkpoint-1")
     more = ("--max_train_steps", 2, "--merge_calibration_samples", 1, "--output_dir", tmp_path / "out")
