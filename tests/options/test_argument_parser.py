@@ -1,4 +1,4 @@
-"""The parser of all scripts: whole names, numbers in any notation, and the nearest option for one that is unknown."""
+"""The parser of all scripts: complete names, numbers in any notation, and the most similar known option."""
 
 import pytest
 

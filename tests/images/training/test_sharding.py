@@ -1,4 +1,4 @@
-"""FSDP2 on the CPU: the base cut between two processes, the adapter whole, and all as one process has it."""
+"""FSDP2 on the CPU: a base sharded over two processes, with the results of one process."""
 
 import shutil
 from pathlib import Path
