@@ -148,7 +148,7 @@ def test_under_autocast_the_product_is_added_in_place_too():
 
 
 def test_a_longer_chain_costs_each_block_the_same():
-    """With all blocks before it; without the sum a block would multiply by three columns more than the one before."""
+    """With all earlier blocks: without the running sum, each block would multiply three more columns."""
     by_depth = [flops(layers) for layers in (9, 10, 11)]
     assert by_depth[2] - by_depth[1] == by_depth[1] - by_depth[0]
 

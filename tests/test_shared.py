@@ -349,7 +349,7 @@ def test_a_checkpoint_takes_no_product_from_before(shortcut):
 
 
 def test_a_foreign_checkpoint_shares_within_itself_alone():
-    """Block-shortcuts may run in one that knows of no state: forward and recomputation multiply as often."""
+    """Block-shortcuts may run in a checkpoint without a state: the recomputation computes the same products."""
     model, oracle = pair("block")
     for layer in model.base_model.model.layers[:1]:
         layer.k = Checkpointed(layer.k, noop_context_fn)

@@ -432,7 +432,7 @@ def test_a_stop_in_a_validation_saves_and_the_rest_follows(run, base_flags, tmp_
 def test_a_stop_in_the_last_step_or_its_samples_leaves_them_to_the_next_start(
     run, base_flags, tmp_path, monkeypatch, moment
 ):
-    """Nothing is exported before the last validation: what is exported is finished, and validated no more."""
+    """An exported method is not validated again, so nothing is exported before the last validation."""
     output, take, draw = tmp_path / "out", loop.take_step, StableDiffusionPipeline.__call__
     flags, asked = [*base_flags, "--method", "lora", "--output_dir", output], []
 

@@ -38,7 +38,7 @@ def main(stage: int, file: Path) -> None:
 
 
 def started(stage: int) -> deepspeed.DeepSpeedEngine:
-    """The model at its start, in two groups: the second's odd number of weights is cut in two, and its end padded."""
+    """Return the untrained model with two groups; the second has an odd number of weights, so shards are padded."""
     torch.manual_seed(0)
     down, up = nn.Linear(5, 3, bias=False), nn.Linear(3, 11, bias=False)
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), down, nn.Tanh(), up)
