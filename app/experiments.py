@@ -60,7 +60,7 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
 
 
 def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) -> list[str]:
-    """Return a list with a warning if the test split, a fraction `share` of the images, would be small; else no items.
+    """Return a warning, as a list, if the test split (the fraction `share` of the images) would be small; else [].
 
     The warning gives a range of sizes, because each image is assigned to the split by a hash of its content. The split
     counts near-duplicates as one image, but this estimate counts each of them.

@@ -62,7 +62,7 @@ class Results:
             self.keep(there, judged)
 
     def keep(self, there: dict, judged: set[Arm]) -> None:
-        """Load the conclusions of an earlier start about the arms `judged`; they remain until this start draws its own.
+        """Load an earlier start's conclusions about the arms `judged`, which remain until this start concludes.
 
         `there`: content of `experiment.json`.
         """

@@ -307,7 +307,7 @@ def arrays_of(losses: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
     shape = next(iter(arrays.values())).shape if arrays else ()
     for label, values in arrays.items():
         if values.shape != shape or values.ndim != 2 or 0 in shape:
-            raise ValueError(f"{label} has losses of shape {values.shape}, not seeds x images alike for all: {shape}")
+            raise ValueError(f"{label} has losses of shape {values.shape}, not seeds x images as all others: {shape}")
         if (values <= 0).any():
             raise ValueError(f"{label} has a test loss of {np.nanmin(values):g}, but losses must be above zero")
     return arrays

@@ -279,8 +279,8 @@ def refuse_unable(names: Iterable[str], ability: str) -> None:
 def refuse_settings(names: Iterable[str], dropout: float, patterns: Mapping[str, Sequence[str] | None]) -> None:
     """Raise `InvalidArgument` for the first method that does not support a given option.
 
-    The options are `dropout`, unless it is zero, and `patterns`: option name (`rank_pattern` or `alpha_pattern`) ->
-    values that the user gave.
+    `dropout`: the given dropout; zero is supported by all. `patterns`: the given values by option name, `rank_pattern`
+    or `alpha_pattern`.
     """
     for method in (METHODS[name] for name in names):
         if dropout and not method.dropout:

@@ -2,7 +2,7 @@
 
 python tests/golden/record.py check --against COMMIT    # bit by bit, with both run on this machine
 python tests/golden/record.py check                     # with record.json, in what no processor changes
-python tests/golden/record.py write                     # makes record.json anew: in a commit of its own
+python tests/golden/record.py write                     # write record.json again: in a separate commit
 
 The commands are in `commands.py`. They run in processes forked from this one, which has imported the libraries and
 nothing of the project, so that any checkout can be recorded.
