@@ -208,7 +208,7 @@ REFINER = {"projection_class_embeddings_input_dim": 16 + 5 * 8, "cross_attention
     [
         (REFINER, "refiner"),
         ({"cross_attention_dim": 24}, "24 wide, its text encoders give 40"),
-        ({"projection_class_embeddings_input_dim": 16 + 7 * 8}, "not six sizes"),
+        ({"projection_class_embeddings_input_dim": 16 + 7 * 8}, "not the six sizes"),
     ],
 )
 def test_a_refiners_unet_among_sdxls_parts_is_refused(data, capsys, tmp_path, unet, words):
