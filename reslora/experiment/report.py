@@ -323,7 +323,7 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
         selected = number(experiment.get("base_select"))
         rows.append([BASE, NOTHING, "0", selected, number(base), *[NOTHING] * 6, ""])
     names = ["Method", "Learning rate", "Step", "Selection loss", "Test loss", "One more seed", "Rank", "Shortcut"]
-    names += ["Time", "Memory", "File", "Lowest or highest rate"]
+    names += ["Time", "Memory", "File", "Rate at the end of the range"]
     note = (
         "<p>For each method, the learning rate and step with the lowest mean loss, over seeds, on the selection split, "
         "on which no method was trained. Time: until that step, mean over seeds. Memory: the most of any seed. File: "
