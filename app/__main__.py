@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder whose folders of images may be looked at, edited and trained on",
+        help="folder whose folders of images may be viewed, edited and trained on",
     )
     add("--host", default="127.0.0.1", help="address to listen on; others than this machine's need --auth")
     add("--port", type=int, help="port (default: the first free one from 7860)")

@@ -90,7 +90,7 @@ def base_columns(run: Run) -> list[Column]:
 
 
 def cells(run: Run, images: dict[tuple[int, int], Path]) -> dict[Cell, Path]:
-    """Return `images`, whose keys are (prompt index, image index), with cells as keys."""
+    """Return the same images by `Cell` instead of by (prompt index, image index)."""
     return {(prompt, image, prompt_of(run, prompt)): path for (prompt, image), path in images.items()}
 
 

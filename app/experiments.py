@@ -47,7 +47,7 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
         advice = [] if begun else too_few(jobs, found.base.experiment.test_split or 0, folder, uploads)
     except OSError as error:
         raise RunError(f"The folder of images cannot be read ({error.strerror}).") from None
-    what = "combination" if any(label.values for label in schedule.labels.values()) else "method"
+    what = "variant" if any(label.values for label in schedule.labels.values()) else "method"
     facts = [pluralize(len(schedule.labels), what), pluralize(len(schedule.given), "learning rate")]
     facts.append(pluralize(len(schedule.seeds), "seed"))
     if len(schedule.seeds) < 3:
@@ -60,7 +60,7 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
 
 
 def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) -> list[str]:
-    """Return a list with a warning if the test split, a fraction `share` of the images, would be small; else no items.
+    """Return a warning, as a list, if the test split (the fraction `share` of the images) would be small; else [].
 
     The warning gives a range of sizes, because each image is assigned to the split by a hash of its content. The split
     counts near-duplicates as one image, but this estimate counts each of them.

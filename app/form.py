@@ -113,7 +113,10 @@ def groups(without: Sequence[str] = ()) -> dict[str, list[Option]]:
 
 
 def index(without: Sequence[str]) -> list[dict[str, str]]:
-    """Return what a search of the options compares: name, label, help and group of each; `without`: not in a group."""
+    """Return the texts that the search of options compares: name, label, help and group of each option.
+
+    `without`: options that are in no group.
+    """
     found = [("", known()[name]) for name in without]
     found += [(GROUP % number, one) for number, group in enumerate(groups(without).values()) for one in group]
     vary = {"name": VARY, "label": VARY_LABEL, "group": GROUP % list(groups(without)).index(EXPERIMENTS)}
@@ -146,7 +149,7 @@ def with_line(name: object, text: object) -> str:
 
 
 def without_varied(settings: Mapping[str, object]) -> tuple[dict[str, object], dict[str, str]]:
-    """Return the settings without the options of `variable` that have several values, and the line of each of these.
+    """Return the settings without the options of `variable` that have several values, and the `VARY` line of each.
 
     Raises `RunError` for values that `--vary` cannot express, or that are invalid.
     """

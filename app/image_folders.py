@@ -196,7 +196,7 @@ def read(folder: Folder, options: Options) -> Images:
 
 
 def with_other_images(folder: Path, options: Options, caption: str | None, deep: bool) -> Found | None:
-    """Read a folder with its masks and reference images; without those that are missing or invalid.
+    """Read a folder with its masks and reference images; leave out missing and invalid ones.
 
     Returns None for a folder that only the datasets library can read. `caption`: caption of images without a caption
     file. `deep`: whether to read subfolders.

@@ -202,9 +202,9 @@ class Studio:
         return self._progress(Visitor(session, "model", listening), self._write_whole, run, weights, target)
 
     def _progress(self, visitor: Visitor, *work) -> Iterator:
-        """Run `work`, a method and its arguments, in a thread, and yield its messages; raise the exception of its end.
+        """Run `work`, a method and its arguments, in a thread, and yield its messages; reraise its exception.
 
-        The visitor is the method's first argument."""
+        `visitor` is passed to the method as its first argument."""
         self.running.add(visitor)
         threading.Thread(target=self._work, args=(visitor, *work), daemon=True).start()
         try:

@@ -16,7 +16,7 @@ RESUMES = {
     "content": "the same content",
     "free": "yes",
     "shown": "yes, but not of a finished method",
-    "merged": "yes, merges anew",
+    "merged": "yes; it is merged again",
 }
 
 
@@ -25,7 +25,8 @@ def reference() -> str:
     lines = [
         "# All options", "",
         "`python docs/options_page.py > docs/options.md` writes this page. *Resume*: whether a resumed run may "
-        "have another value. *Varies*: several values make an experiment; *`--vary`*: the same with that option.",
+        "have another value. *Varies*: several values of the option make an experiment. *`--vary`*: `--vary` gives the "
+        "option several values, which make an experiment.",
     ]  # fmt: skip
     for script, kind in SCRIPTS.items():
         lines += ["", f"## {script}"]

@@ -27,8 +27,8 @@ from .shortcuts.base import merge_refused
 
 _COMBINES = "combine the plain LoRA weights without the shortcuts"
 _SAVES = "save the plain LoRA weights without the shortcuts"
-_HANDS_OUT = "hand out the plain LoRA weights without the shortcuts"
-_REPLACES = "put plain LoRA weights under the shortcuts"
+_HANDS_OUT = "return the plain LoRA weights without the shortcuts"
+_REPLACES = "replace the LoRA weights, but not the shortcuts,"
 
 # Method -> (what the method would do, the adapter that it uses if the call names none; None: the connected adapter).
 _REFUSED = {

@@ -207,11 +207,11 @@ def merge_input(chain: list[Factors]) -> list[Merged]:
 def merge_weights(chain: list[Factors]) -> list[Merged]:
     """Merge a chain from its first block to its last, with alphas from the norms of merged weights (merge_bw).
 
-    f*_j is the Frobenius norm of the *merged* weight of block j, and `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}` estimates
-    `x_{n-k} ~ alpha_{n-k} x_n` (Eqs. 10-11, for `input`). If the chain has no block n-k-1, alpha_{n-k} is 1.
+    Let f*_j be the Frobenius norm of the *merged* weight of block j. The approximation `x_{n-k} ~ alpha_{n-k} x_n`
+    uses `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}` (Eqs. 10-11). If the chain has no block n-k-1, alpha_{n-k} is 1.
 
-    `middle` also uses this ratio for each earlier block. The formula under Eq. 13 would need f*_n, which is known only
-    after block n is merged.
+    The paper defines this ratio for the shortcut `input`. It is used for `middle` too, because the paper's formula for
+    `middle` (under Eq. 13) needs f*_n, which is known only after block n is merged.
 
     Raises `ValueError` for a frozen weight with NaN or infinity.
     """

@@ -1,4 +1,4 @@
-"""A browser for the tests of the page: one that is there, else one that is installed now."""
+"""A browser for the tests of the page: an installed one, or else one that is installed now."""
 
 import os
 import shutil
@@ -24,12 +24,12 @@ ADVICE = "the page's tests drive a real browser, which could not be installed he
 
 
 class NoBrowser(Exception):
-    """There is none, and no way to install one; the message says what to do."""
+    """No browser is installed, and none can be installed; the message says what to do."""
 
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Browser]:
-    """A browser that runs; `folder` is one that all processes of `pytest -n` have."""
+    """Yield a running browser; `folder` is shared by all processes of `pytest -n`."""
     with sync_playwright() as playwright:
         found = problem = None
         try:
@@ -46,7 +46,7 @@ def opened(folder: Path) -> Iterator[Browser]:
 def find_browser(playwrights: Path, lock: Path) -> Path:
     """Return a Chromium or Chrome that starts: an installed one, Playwright's own (at `playwrights`), or Debian's.
 
-    One process at a time downloads what is missing, and writes beside `lock` what it found, for the others. Raise
+    One process at a time downloads a missing browser, and writes the path next to `lock` for the others. Raise
     `NoBrowser` if there is none.
     """
     record = lock.with_suffix(".txt")
@@ -70,12 +70,12 @@ def _install(playwrights: Path) -> Path | None:
 
 
 def download_playwrights() -> bool:
-    """Whether Playwright could download its own; a bare system may lack libraries that it needs."""
+    """Return whether Playwright could download its browser; a minimal system may lack libraries that it needs."""
     return succeeds(sys.executable, "-m", "playwright", "install", "chromium")
 
 
 def install_debians() -> bool:
-    """Whether apt is there and may install, and did."""
+    """Return whether apt has installed a browser."""
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         return False
     words = ["install", "--yes", "--quiet", "--no-install-recommends", "chromium", "fonts-dejavu-core"]
@@ -83,7 +83,7 @@ def install_debians() -> bool:
 
 
 def succeeds(*command: str) -> bool:
-    """Whether a command ends well; one that hangs does not."""
+    """Return whether a command succeeds; a command that hangs does not."""
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     try:
         return subprocess.run(command, env=environment, capture_output=True, timeout=LIMIT).returncode == 0

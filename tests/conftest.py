@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the imports left lives to the end: the collector, which every run calls, need not go through it again."""
+    """Exclude objects that the imports created from garbage collection, which every run calls."""
     gc.collect()
     gc.freeze()
 

@@ -1,6 +1,6 @@
-"""Starts a script by the bundled configurations of `accelerate launch`: two processes on the CPU, whatever they say.
+"""Start a script by the bundled configurations of `accelerate launch`, always with two processes on the CPU.
 
-Most tests of two processes are not about the launcher: `forked` gives them the processes without its start.
+Most tests of two processes are not about the launcher: `forked` starts the processes without it, which is faster.
 """
 
 import gc
@@ -38,16 +38,16 @@ needs_deepspeed = pytest.mark.skipif(
 
 
 def configurations(*without: str) -> list:
-    """Return pytest's parameters for the bundled configurations, except some."""
+    """Return pytest's parameters for the bundled configurations, except those in `without`."""
     marks = {"deepspeed_zero2.yaml": [needs_deepspeed]}
     return [pytest.param(name, marks=marks.get(name, [])) for name in MACHINES if name not in without]
 
 
 def launch(name: str, script: Path | str, *flags: str, folder: Path, launcher: tuple[str, ...] = ()) -> str:
-    """Runs `script` by the configuration `name` to its end; returns all that it printed.
+    """Run `script` by the configuration `name` to its end; return its output.
 
-    Two processes, on two "machines" where the configuration is for several. `launcher`: further words for `accelerate
-    launch`; `folder`: for what is printed. Fails with the end of it if a launcher does.
+    There are two processes, on two "machines" if the configuration is for several. `launcher`: further arguments of
+    `accelerate launch`; `folder`: for the output. If a launcher fails, the test fails with the end of the output.
     """
     machines = MACHINES[name]
     port = free_port() if machines > 1 else "0"  # 0: the launcher chooses
@@ -69,7 +69,7 @@ def launch(name: str, script: Path | str, *flags: str, folder: Path, launcher: t
 
 
 def start(words: list[str], printed: Path, background: bool = False, **options) -> subprocess.Popen:
-    """`accelerate launch` with these words as a user starts it who has no GPU, its output in a file.
+    """Start `accelerate launch` with these arguments as a user without a GPU would; its output goes to a file.
 
     `background`: as by `nohup accelerate launch ... &`, which leaves SIGHUP and SIGINT ignored.
     """
@@ -88,12 +88,12 @@ def start(words: list[str], printed: Path, background: bool = False, **options) 
 
 
 def path_with_ninja() -> str:
-    """Where programs are looked for, with the one that DeepSpeed calls."""
+    """Return PATH with the directory of ninja, which DeepSpeed calls."""
     return os.environ["PATH"] + os.pathsep + str(Path(sys.executable).parent)
 
 
 def free_port() -> str:
-    """A port that nobody listens at."""
+    """Return a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
@@ -107,14 +107,14 @@ LIBRARIES += ["diffusers.optimization", "diffusers.pipelines.stable_diffusion.pi
 
 
 def fork_server() -> multiprocessing.context.BaseContext:
-    """Starts processes that have the libraries loaded, from one that never trains itself."""
+    """Return a server that forks processes with imported libraries, and that never trains itself."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     return context
 
 
 def told_by(name: str) -> dict[str, str]:
-    """What accelerate's launcher tells a script by the configuration `name`, beside the precision."""
+    """Return the environment variables that accelerate's launcher sets by the configuration `name`."""
     words = ["--config_file", str(FOLDER / name), "script.py"]
     with ExitStack() as stack:
         kinds = ("multi_gpu_launcher", "deepspeed_launcher")
@@ -133,10 +133,10 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 def start_forked(
     script: Path | str, *flags: str, printed: Path, environment: Mapping[str, str] = NOTHING, processes: int = 2
 ) -> list[multiprocessing.process.BaseProcess]:
-    """Processes of a script, by rank, in the environment that `accelerate launch` gives them on a CPU.
+    """Start the processes of a script, by rank, in the environment that `accelerate launch` sets on a CPU.
 
-    All that they print is in one file. None ends the other, as a launcher would. `environment`: more of it, as of
-    `told_by`.
+    All their output is in one file. Unlike with a launcher, no process ends the others. `environment`: additional
+    variables, such as those of `told_by`.
     """
     count = str(processes)
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
@@ -149,7 +149,7 @@ def start_forked(
 def start_alone(
     script: Path | str, *flags: str, printed: Path, environment: Mapping[str, str] = NOTHING
 ) -> multiprocessing.process.BaseProcess:
-    """A process of a script as a shell starts it, on a CPU, with `environment` beside."""
+    """Start a process of a script as a shell would, on a CPU, with the additional variables `environment`."""
     printed.touch()
     own = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": path_with_ninja(), **environment}
     process = fork_server().Process(target=_run_script, args=(own, [str(script), *flags], str(printed)))
@@ -160,7 +160,7 @@ def start_alone(
 def forked(
     script: Path | str, *flags: str, folder: Path, environment: Mapping[str, str] = NOTHING, processes: int = 2
 ) -> str:
-    """As `launch`, by the configuration that `environment` is of (see `told_by`) or `cpu_two_processes.yaml`."""
+    """Do the same as `launch`, by the configuration of `environment` (see `told_by`) or `cpu_two_processes.yaml`."""
     printed = folder / "printed.txt"
     started = start_forked(script, *flags, printed=printed, environment=environment, processes=processes)
     statuses = [ended(process) for process in started]
@@ -170,7 +170,7 @@ def forked(
 
 
 def _run_script(environment: dict[str, str], words: list[str], printed: str) -> None:
-    """What a forked process does."""
+    """Run the script in a forked process."""
     gc.freeze()
     default_sigint()
     multiprocessing.set_start_method("fork", force=True)  # what the data loader's workers are used to

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive at a time: exact, and alike on every machine, unlike the size of a process."""
+"""Count the bytes of tensors that are alive at a time: exact and, unlike process memory, equal on every machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reslora.images.model.stored import Stored
 
 
 def reads_at_a_time(monkeypatch) -> list[int]:
-    """The list to which each `Stored.read` adds how many of the tensors that were read are alive."""
+    """Return the list to which each `Stored.read` appends how many of the tensors that it has read are alive."""
     alive, most, read = weakref.WeakSet(), [], Stored.read
 
     def counted(where: Stored, *args) -> torch.Tensor:
@@ -25,7 +25,7 @@ def reads_at_a_time(monkeypatch) -> list[int]:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made in its body and still alive: `peak` is the most at a time."""
+    """Count the bytes of the tensors that were made in this context and are alive; `peak` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class LiveTensors(TorchDispatchMode):
         self.views: dict[int, int] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Runs one operation, and counts what it returns."""
+        """Run one operation, and count the tensors that it returns."""
         result = function(*args, **(kwargs or {}))
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         older = {value.untyped_storage().data_ptr() for value in given} - self.views.keys()

@@ -1,8 +1,8 @@
-"""Tiny text-to-image pipelines with random weights, one builder a family, and folders of images to train them on.
+"""Tiny text-to-image pipelines with random weights, one builder per family, and folders of images to train them on.
 
 Each builder writes the folder that `DiffusionPipeline.from_pretrained` reads, and returns it. Keyword arguments are
 named after the pipeline's parts (`unet={"sample_size": 16}`, `scheduler={"prediction_type": "epsilon"}`) and override
-that part's configuration. All pipelines draw 32x32 images from 8x8 latents, and read captions made of `WORDS`.
+that part's configuration. All pipelines generate 32x32 images from 8x8 latents, and read captions made of `WORDS`.
 """
 
 import csv
@@ -75,7 +75,7 @@ IMAGE_SIDE, LATENT_SIDE = 32, 8
 
 
 def tiny_tokenizer(length: int = 8, chat: bool = False) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of `WORDS`, up to `length` tokens; with `chat`, one that knows a chat template."""
+    """Return a word-level tokenizer of `WORDS`, up to `length` tokens; with `chat`, with a chat template."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(
@@ -89,7 +89,7 @@ def tiny_tokenizer(length: int = 8, chat: bool = False) -> PreTrainedTokenizerFa
 
 
 def tiny_clip(config: dict | None = None, projected: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """CLIP's text tower, 16 wide; the projected one also gives a pooled state."""
+    """Return CLIP's text tower, of width 16; with a projection, it also returns a pooled state."""
     model_class = CLIPTextModelWithProjection if projected else CLIPTextModel
     return model_class(
         CLIPTextConfig(
@@ -103,7 +103,7 @@ def tiny_clip(config: dict | None = None, projected: bool = False) -> CLIPTextMo
 
 
 def tiny_t5(config: dict | None = None) -> T5EncoderModel:
-    """T5's encoder, 32 wide."""
+    """Return T5's encoder, of width 32."""
     return T5EncoderModel(
         T5Config(
             **{
@@ -115,7 +115,7 @@ def tiny_t5(config: dict | None = None) -> T5EncoderModel:
 
 
 def tiny_vae(config: dict | None = None) -> AutoencoderKL:
-    """A VAE that makes latents of 4 channels, a quarter as wide and high as the image."""
+    """Return a VAE with latents of 4 channels and a quarter of the image's width and height."""
     return AutoencoderKL(
         **{
             "block_out_channels": (8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4,
@@ -129,7 +129,7 @@ FLOW_VAE = {"scaling_factor": 0.36, "shift_factor": 0.12}
 
 
 def stable_diffusion(folder: Path, text_encoder=None, unet=None, vae=None, scheduler=None) -> Path:
-    """Stable Diffusion 1.x or 2.x at the smallest size that still has chains; predicts v unless told otherwise."""
+    """Write Stable Diffusion 1.x or 2.x at the smallest size that still has chains; by default it predicts v."""
     torch.manual_seed(0)
     StableDiffusionPipeline(
         text_encoder=tiny_clip({"num_hidden_layers": 1, **(text_encoder or {})}),
@@ -154,9 +154,9 @@ def stable_diffusion(folder: Path, text_encoder=None, unet=None, vae=None, sched
 
 
 def sdxl(folder: Path, text_encoder=None, text_encoder_2=None, unet=None, vae=None, scheduler=None) -> Path:
-    """Stable Diffusion XL: two text encoders, pooled states, `time_ids`, and a VAE that asks for float32.
+    """Write Stable Diffusion XL: two text encoders, pooled states, `time_ids`, and a VAE that requires float32.
 
-    As in the real one, the widest images have no attention and the deepest blocks the most layers of it.
+    As in the real model, the highest resolution has no attention, and the deepest blocks have the most layers of it.
     """
     torch.manual_seed(0)
     StableDiffusionXLPipeline(
@@ -187,7 +187,7 @@ def sdxl(folder: Path, text_encoder=None, text_encoder_2=None, unet=None, vae=No
 
 
 def z_image(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
-    """Z-Image: states of a causal language model, one stream of image and caption tokens, refiners of each before."""
+    """Write Z-Image: states of a causal language model, refiners, and one stream of image and caption tokens."""
     torch.manual_seed(0)
     text = {
         "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -210,7 +210,7 @@ def z_image(folder: Path, text_encoder=None, transformer=None, vae=None, schedul
 
 
 def flux(folder: Path, text_encoder=None, text_encoder_2=None, transformer=None, vae=None, scheduler=None) -> Path:
-    """FLUX.1: CLIP's pooled state and T5's states, packed latents, double and single blocks; guidance is embedded."""
+    """Write FLUX.1: CLIP's pooled state and T5's states, packed latents, double and single blocks, and guidance."""
     torch.manual_seed(0)
     FluxPipeline(
         text_encoder=tiny_clip(text_encoder),
@@ -233,7 +233,7 @@ def flux(folder: Path, text_encoder=None, text_encoder_2=None, transformer=None,
 
 
 def flux_kontext(folder: Path, **parts) -> Path:
-    """FLUX.1 Kontext: the parts of Flux.1 in the pipeline that reads a reference image."""
+    """Write FLUX.1 Kontext: the parts of Flux.1 in the pipeline that reads a reference image."""
     index = flux(folder, **parts) / "model_index.json"
     index.write_text(index.read_text().replace('"FluxPipeline"', '"FluxKontextPipeline"'))
     return folder
@@ -243,7 +243,7 @@ def sd3(
     folder: Path, with_t5: bool = True, text_encoder=None, text_encoder_2=None, text_encoder_3=None,
     transformer=None, vae=None, scheduler=None,
 ) -> Path:  # fmt: skip
-    """Stable Diffusion 3: two CLIP towers with projections, T5 or nothing in its place, joint attention."""
+    """Write Stable Diffusion 3: two CLIP towers with projections, T5 or none, joint attention."""
     torch.manual_seed(0)
     StableDiffusion3Pipeline(
         text_encoder=tiny_clip(text_encoder, projected=True),
@@ -267,7 +267,7 @@ def sd3(
 
 
 def chroma(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
-    """Chroma: T5's states alone, packed latents, double and single blocks that an approximator modulates."""
+    """Write Chroma: only T5's states, packed latents, double and single blocks that an approximator modulates."""
     torch.manual_seed(0)
     ChromaPipeline(
         text_encoder=tiny_t5(text_encoder),
@@ -287,7 +287,7 @@ def chroma(folder: Path, text_encoder=None, transformer=None, vae=None, schedule
 
 
 def tiny_flux2_parts(transformer: dict | None, vae: dict | None, scheduler: dict | None) -> dict:
-    """FLUX.2's parts but for the text encoder: latents in patches that the autoencoder normalises."""
+    """Return FLUX.2's parts except the text encoder: latents in patches that the autoencoder normalizes."""
     made_vae = AutoencoderKLFlux2(
         **{
             "block_out_channels": (8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -311,7 +311,7 @@ def tiny_flux2_parts(transformer: dict | None, vae: dict | None, scheduler: dict
 
 
 def flux2(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
-    """FLUX.2 dev: Mistral reads captions after a system message, three of its layers are read; guidance is embedded."""
+    """Write FLUX.2 dev: three layers of Mistral, captions after a system message, guidance embedding."""
     torch.manual_seed(0)
     text = {
         "vocab_size": len(WORDS) + 3, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 30,
@@ -336,7 +336,7 @@ def flux2(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler
 
 
 def flux2_klein(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
-    """FLUX.2 klein: Qwen3, of whose 28 layers three are read."""
+    """Write FLUX.2 klein: Qwen3 with 28 layers, of which three are read."""
     torch.manual_seed(0)
     config = Qwen3Config(
         **{
@@ -354,7 +354,7 @@ def flux2_klein(folder: Path, text_encoder=None, transformer=None, vae=None, sch
 
 
 def tiny_qwen_vae(config: dict | None = None) -> AutoencoderKLQwenImage:
-    """Qwen-Image's autoencoder, of videos: 4 channels with a mean and a deviation each, a quarter as wide and high."""
+    """Return Qwen-Image's video autoencoder: 4 channels, each with a mean and a deviation, at a quarter of the size."""
     return AutoencoderKLQwenImage(
         **{
             "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True],
@@ -372,7 +372,7 @@ QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_head
 
 
 def qwen_image(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
-    """Qwen-Image: Qwen2.5-VL reads the captions in a template, packed latents, two streams."""
+    """Write Qwen-Image: Qwen2.5-VL with a caption template, packed latents, two streams."""
     torch.manual_seed(0)
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000000.0}
     text = QWEN_TEXT | {"rope_scaling": rope} | (text_encoder or {})
@@ -392,7 +392,7 @@ def qwen_image(folder: Path, text_encoder=None, transformer=None, vae=None, sche
 
 
 def qwen_image_edit(folder: Path, vae=None) -> Path:
-    """Qwen-Image-Edit: the parts of Qwen-Image, and a processor of reference images for Qwen2.5-VL."""
+    """Write Qwen-Image-Edit: the parts of Qwen-Image, and a processor of reference images for Qwen2.5-VL."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(1100)
     tokens = [f"<|{name}|>" for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
@@ -413,7 +413,7 @@ def qwen_image_edit(folder: Path, vae=None) -> Path:
 
 
 def krea2(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
-    """Krea 2: three layers of Qwen3-VL a token, fused; one stream whose keys and values are half as wide."""
+    """Write Krea 2: three fused layers of Qwen3-VL per token; one stream whose keys and values have half the width."""
     torch.manual_seed(0)
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1000000.0}
     text = QWEN_TEXT | {"rope_scaling": rope} | (text_encoder or {})
@@ -450,7 +450,7 @@ EDITS: dict[str, Callable[..., Path]] = {"flux_kontext": flux_kontext, "qwen_ima
 
 
 def tiny_clip_of_images(folder: Path) -> Path:
-    """CLIP with both towers, untrained, with its processor and tokenizer: a metric of images and captions."""
+    """Write an untrained CLIP with both towers, processor and tokenizer: a metric of images and captions."""
     text = tiny_clip().config.to_dict()
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 16, "patch_size": 8}
@@ -461,7 +461,7 @@ def tiny_clip_of_images(folder: Path) -> Path:
 
 
 def tiny_dino(folder: Path) -> Path:
-    """DINOv2, untrained, with its processor: a metric of images alone."""
+    """Write an untrained DINOv2 with its processor: a metric of images only."""
     config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     Dinov2Model(Dinov2Config(**config)).save_pretrained(folder)
     BitImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
@@ -469,13 +469,13 @@ def tiny_dino(folder: Path) -> Path:
 
 
 def random_image(number: int) -> PIL.Image.Image:
-    """Noise, 32 high and 32, 40 or 48 wide; the same number gives the same image."""
+    """Return a noise image, 32 high and 32, 40 or 48 wide; the same number gives the same image."""
     random = np.random.default_rng(number)
     return PIL.Image.fromarray(random.integers(0, 255, (32, 32 + 8 * (number % 3), 3), dtype=np.uint8))
 
 
 def same_image(one: PIL.Image.Image, other: PIL.Image.Image) -> bool:
-    """Whether mode, size and all pixels are the same."""
+    """Return whether mode, size and all pixels are the same."""
     return one.mode == other.mode and one.size == other.size and one.tobytes() == other.tobytes()
 
 
@@ -484,7 +484,7 @@ def red_or_blue(number: int) -> str:
 
 
 def image_folder(folder: Path, count: int = 6, caption: Callable = red_or_blue, layout: str = "jsonl") -> Path:
-    """`count` images named by their numbers, with their captions in `layout`: "jsonl", "csv" or "txt"."""
+    """Write `count` images named by their numbers, with their captions in `layout`: "jsonl", "csv" or "txt"."""
     folder.mkdir(parents=True)
     for number in range(count):
         random_image(number).save(folder / f"{number}.png")

@@ -1,4 +1,4 @@
-"""Which parameters of a test `pytest` alone tries."""
+"""Choose the parameters of a test that `pytest` runs without `-m exhaustive`."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def quick(values: Iterable, *chosen) -> list:
-    """Return pytest's parameters for `values`, of which all but the `chosen` are left to `pytest -m exhaustive`."""
+    """Return pytest's parameters for `values`; those that are not `chosen` run only with `-m exhaustive`."""
     values = list(values)
     assert all(value in values for value in chosen)
     return [

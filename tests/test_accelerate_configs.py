@@ -1,4 +1,4 @@
-"""The bundled configurations, read and acted upon by accelerate itself."""
+"""The bundled configurations, as accelerate itself reads and applies them."""
 
 import re
 
@@ -18,7 +18,7 @@ EXPECTED = {  # file: (what starts the processes, machines, processes)
 
 
 def launched(monkeypatch, *flags: str):
-    """Name and arguments of the launcher that `accelerate launch` would hand over to."""
+    """Return name and arguments of the launcher that `accelerate launch` would call."""
     calls = []
     for name in ("multi_gpu_launcher", "deepspeed_launcher", "simple_launcher"):
         monkeypatch.setattr(launching_command, name, lambda args, name=name: calls.append((name, args)))
@@ -77,7 +77,7 @@ def test_the_cpus_configuration_hides_gpus(monkeypatch):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["cpu_two_processes.yaml", "one_node.yaml"])
 def test_two_processes_on_the_cpu_find_each_other(tmp_path, name):
-    """Of the other configurations, see tests/images/test_launching.py."""
+    """For the other configurations, see tests/images/test_launching.py."""
     script = tmp_path / "script.py"
     script.write_text(
         f"import os, sys, torch, accelerate\nsys.path.insert(0, {str(FOLDER.parent.parent)!r})\n"

@@ -21,7 +21,7 @@ from checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    """Four white images with a coloured block left of the middle."""
+    """Four white images with a colored rectangle to the left of the middle."""
     images = torch.ones(4, 3, 64, 64)
     images[:, 0, 20:40, 10:30] = -0.5
     return images

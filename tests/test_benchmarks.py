@@ -1,4 +1,4 @@
-"""The speed measurements of benchmarks/: what they compare, and that every figure is kept with its machine."""
+"""The speed measurements of benchmarks/: what they compare, and that results are stored with their machine."""
 
 import argparse
 import json
@@ -101,7 +101,7 @@ def test_steps_are_taken_turn_about():
 
 
 def test_a_step_without_adapter_ends_where_pefts_would():
-    """Gradients reach the first layer that would be adapted and no further, and nothing trains."""
+    """Gradients are computed down to the first layer that would be adapted, and nothing is trained."""
     base, batch, targets = tiny("cpu")
     frozen = speed_steps.twin(base).requires_grad_(False)
     speed_steps.begin_gradients(frozen, targets)
@@ -182,7 +182,7 @@ def test_merging_at_scale_is_kept_and_drawn(results, monkeypatch):
 
 
 def run(step: float, first: float = 10.0, peak: int = 100, steps: int = 40) -> Watched:
-    """A script that was watched: its first step ended at `first`, the others `step` seconds apart."""
+    """Return the record of a watched script: its first step ended at `first`, the others `step` seconds apart."""
     found = Watched.__new__(Watched)
     found.ends = [first + step * i for i in range(steps)]
     found.resident, found.peaks = [peak] * steps, [peak] * steps
@@ -338,7 +338,7 @@ def test_consumer_waits_for_a_slow_stream_only(monkeypatch):
 
 
 def test_a_race_uses_the_steps_until_an_arm_is_stopped_and_chooses_what_is_left():
-    """The middle rate to its end; the lower one until half, the higher one until it is worse."""
+    """The middle rate is trained to its end, the lower one until half, and the higher one until it is worse."""
     curves = {1.0: {1: 1.5, 2: 1.5, 4: 0.5}, 2.0: {1: 1.4, 2: 1.3, 4: 1.0}, 3.0: {1: 1.41, 2: 0.5, 4: 0.9}}
     assert racing.race(curves) == (
         (4 + 2 + 1) / 12,

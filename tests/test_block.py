@@ -1,4 +1,4 @@
-"""The order of a block-shortcut's products: `B (A x)`, or `(B A) x` where many blocks take part."""
+"""The order of a block-shortcut's products: `B (A x)`, or `(B A) x` if many blocks take part."""
 
 import contextlib
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class Layers(nn.Module):
 
 
 def pair(pre_num=-1, inputs=MANY, layers=LAYERS, roles=("proj",), times=1, **lora):
-    """A connected model, and the equations on the same weights; the first role is so many times wider than others."""
+    """Return a connected model, and the oracle with the same weights; the first role is this many times wider."""
     model = lora_stack(Layers(layers, roles, times), target_modules=list(roles), **lora)
     chains = [[f"layers.{n}.{role}" for n in range(layers)] for role in roles]
     oracle = Oracle(model, chains, "block", pre_num).model
@@ -49,7 +49,7 @@ def pair(pre_num=-1, inputs=MANY, layers=LAYERS, roles=("proj",), times=1, **lor
 
 
 def flops(layers: int, pre_num: int = -1) -> int:
-    """Of a forward and its backward."""
+    """Return the operations of a forward and a backward pass."""
     model, _ = pair(pre_num, layers=layers)
     with FlopCounterMode(display=False) as counted:
         run(model, MANY).sum().backward()
@@ -104,7 +104,7 @@ def test_a_compiled_model_chooses_the_order_too():
 
 
 class Operations(TorchDispatchMode):
-    """Lists the operations that run, and of what shapes."""
+    """Lists the operations that run, with the shapes of their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Operations(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
     def of(self, operation) -> list:
-        """The shapes of the arguments of all that ran of one kind."""
+        """Return the shapes of the arguments of all operations of one kind."""
         return [shapes for name, shapes in self.seen if name is operation]
 
 
@@ -148,7 +148,7 @@ def test_under_autocast_the_product_is_added_in_place_too():
 
 
 def test_a_longer_chain_costs_each_block_the_same():
-    """With all blocks before it; without the sum a block would multiply by three columns more than the one before."""
+    """With all earlier blocks: without the running sum, each block would multiply three more columns."""
     by_depth = [flops(layers) for layers in (9, 10, 11)]
     assert by_depth[2] - by_depth[1] == by_depth[1] - by_depth[0]
 

@@ -1,4 +1,4 @@
-"""Which browser the tests of the page drive, on machines that have one, get one, or can have none."""
+"""The browser of the page's tests, on machines that have one, can install one, or cannot."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ APT = ["apt-get update", "apt-get install"]
 
 
 class Machine:
-    """Stands for a machine: which programs it has, which of them start, and what an installation brings."""
+    """A stand-in for a machine: its programs, which of them start, and what an installation adds."""
 
     def __init__(self, folder: Path, monkeypatch) -> None:
         self.playwrights, self.lock = folder / "chrome", folder / "lock"

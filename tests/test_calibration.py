@@ -1,4 +1,4 @@
-"""Calibration: what the observers see of batches of every kind, in one pass or in several, and what it takes."""
+"""Calibration: the statistics of any batches, in one pass or in several, and its memory."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def without_notes(report: reslora.MergeReport) -> list[dict]:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "unet"])
 @plans
 def test_few_tokens_solve_the_same_ridge_regression(name, shortcut, pre_num, head, length):
-    """LLaMA's layers are 32 and 48 wide: one token, or ten, are kept as rows; eighty are not."""
+    """LLaMA's layers are 32 and 48 wide: one token or ten are stored as rows, eighty are not."""
     arch = ARCHITECTURES[name]
     case = Case(arch, shortcut, pre_num, head)
     batches = case.calibrate([arch.inputs(seed=seed, batch=1, length=length) for seed in (1, 2)])
@@ -90,7 +90,7 @@ def test_several_passes_equal_one(monkeypatch, name, length, shortcut, pre_num, 
 
 
 def distinct_inputs(model: nn.Module, inputs: dict, names: list[str]) -> int:
-    """How many tensors the layers read in one forward."""
+    """Return how many different tensors the layers read in one forward pass."""
     read = []
     hooks = [find_layer(model, n).register_forward_pre_hook(lambda module, args: read.append(args[0])) for n in names]
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_layers_that_read_one_tensor_stay_together(monkeypatch, name):
 
 
 def test_layers_that_cast_what_they_read_share_it_too(monkeypatch):
-    """A base in half precision under float32 adapters: PEFT casts the input of q and of v, each for itself."""
+    """With a half-precision base and float32 adapters, PEFT casts the input of q and of v separately."""
     torch.manual_seed(0)
     model = ARCHITECTURES["llama"].lora(base=tiny_llama().bfloat16())
     assert find_layer(model, "model.layers.0.self_attn.q_proj").lora_A["default"].weight.dtype == torch.float32
@@ -148,7 +148,7 @@ def test_a_widest_layer_beyond_the_budget_is_merged_all_the_same(llama, monkeypa
 
 
 def test_batches_that_are_changed_after_they_were_read(llama, monkeypatch):
-    """The generator may fill one dict over and over."""
+    """The generator may reuse one dict."""
     case, filled = Case(llama, "input"), {}
     batches = case.calibrate(case.batches(3))
     monkeypatch.setattr(calibration, "BUDGET", 1)
@@ -169,7 +169,7 @@ def test_values_that_are_not_finite_are_named_in_whatever_pass_they_come(llama, 
 
 
 class Sometimes(nn.Module):
-    """Two readers of one tensor, of which the second does not always run."""
+    """Two layers that read one tensor; the second does not always run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class Sizes:
     moment = 4 * 256**2
 
     def merge(self, batches: int, tokens: int = 64) -> tuple[int, reslora.MergeReport]:
-        """The most bytes alive at a time, beside the model."""
+        """Return the most bytes alive at a time, in addition to the model."""
         model = lora_stack(Stack(self.layers, self.width), r=2).float()
         x = torch.randn(1, tokens, self.width)
         reslora.connect(model, ResLoraConfig(), example_inputs={"x": x})
@@ -215,7 +215,7 @@ class Sizes:
 
 @pytest.mark.exhaustive
 def test_memory_is_that_of_one_second_moment_at_least_budget(monkeypatch):
-    """Beside it: activations, what is r wide, and the adapter's new weights. A sum is half of a second moment."""
+    """In addition: activations, tensors of width r, and the new weights of the adapter. A sum is half of a matrix."""
     monkeypatch.setattr(regression, "PANEL", 16)
     beside = 12 * 64 * 256 * 4 + 6 * 4 * 2 * 256 * 8 + 0.1 * Sizes.moment
     peak, report = Sizes().merge(batches=8)
@@ -254,7 +254,7 @@ def test_gaps_are_kept_with_the_rows_only():
 
 
 def doubled(inputs: dict) -> dict:
-    """In float64, whole numbers as they are."""
+    """Return values in float64, integers unchanged."""
     return {
         name: [value.double() for value in item]
         if isinstance(item, list)
@@ -296,7 +296,7 @@ KINDS = {
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_of_other_sizes_lists_and_nested_dicts(monkeypatch, kind, shortcut, budget):
-    """C of every block from what entered the layers of the connected model, by the normal equations."""
+    """C of every block from the inputs of the connected model's layers, by the normal equations."""
     build, targets, batches = KINDS[kind]
     torch.manual_seed(0)
     model = build().double()

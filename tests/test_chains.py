@@ -1,4 +1,4 @@
-"""Which blocks are neighbours: roles, execution order, and links, in tiny models and in full-size ones."""
+"""Which blocks are neighbors: roles, execution order and links, in tiny and in full-size models."""
 
 import copy
 from collections.abc import Callable
@@ -40,12 +40,12 @@ from reslora import ResLoraConfig
 
 
 def shape_of(chains) -> list[tuple[str, list[str]]]:
-    """(role, names) of every chain."""
+    """Return (role, names) of every chain."""
     return [(chain.role, [block.name for block in chain]) for chain in chains]
 
 
 def counts(chains) -> dict[str, tuple[int, int]]:
-    """Blocks and links per role."""
+    """Return the numbers of blocks and links of each role."""
     result = {}
     for chain in chains:
         blocks, links = result.get(chain.role, (0, 0))
@@ -135,7 +135,7 @@ STABLE_DIFFUSION = {
 
 @pytest.fixture(scope="module", params=list(STABLE_DIFFUSION))
 def stable_diffusion(request):
-    """A full-size U-Net with LoRA on the meta device, and its blocks and links per role."""
+    """A full-size U-Net with LoRA on the meta device, and its numbers of blocks and links per role."""
     config, expected = STABLE_DIFFUSION[request.param]
     with torch.device("meta"):
         model = UNet2DConditionModel(**{"sample_size": 64, **config})
@@ -364,7 +364,7 @@ def test_order_is_execution_order_not_registration_order():
 
 
 def test_a_cut_is_made_between_neighbours_only():
-    """A long-short-long sequence of tokens is three chains: the third does not reach back over the second."""
+    """A long, a short and a long token sequence are three chains: the third does not continue the first."""
 
     class Hourglass(Stack):
         def forward(self, x):
@@ -429,7 +429,7 @@ def test_embeddings_are_listed_as_unlinked(llama):
 
 @dataclass(frozen=True)
 class Streams:
-    """A model of two streams, its inputs at any two lengths, and where its second stream begins."""
+    """A model of two streams, its inputs of any two lengths, and the layer where its second stream begins."""
 
     build: Callable[..., nn.Module]
     inputs: Callable[..., dict]
@@ -467,7 +467,7 @@ STREAMS = {
 @pytest.mark.parametrize("lengths", [(12, 12), (12, 7), (10, 10)])
 @pytest.mark.parametrize("name", STREAMS)
 def test_encoders_and_decoders_and_two_towers_are_two_streams(name, lengths):
-    """Three layers each: two links a role in each stream, none between them, whatever their lengths."""
+    """Three layers each: two links per role in each stream, none between the streams, whatever their lengths."""
     streams = STREAMS[name]
     model = streams.build(lengths[0]) if name == "whisper" else streams.build()
     model = get_peft_model(model, LoraConfig(r=2, target_modules=streams.targets))
@@ -492,7 +492,7 @@ def test_cross_attention_reads_the_encoder_in_every_layer_and_stays_linked():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("image, caption", [((8, 4), 32), ((4, 8), 20), ((8, 8), 32), ((5, 5), 70)])
 def test_z_images_refiners_are_linked_neither_to_each_other_nor_to_the_layers(image, caption):
-    """Lengths are padded to multiples of 32, so that image and caption often have as many tokens."""
+    """Lengths are padded to multiples of 32, so image and caption often have as many tokens."""
     model = get_peft_model(tiny_models.z_image(), LoraConfig(r=2, target_modules="all-linear"))
     chains = reslora.chains(model, example_inputs=tiny_models.z_image_inputs([image], [caption]))
     for chain in chains:
@@ -614,7 +614,7 @@ def test_the_wrapped_model_has_the_same_plan_as_the_model_inside(llama):
 
 
 def test_architectures_are_what_they_claim():
-    """The hand-written chains name every LoRA layer of each tiny model exactly once."""
+    """The chains written by hand contain every LoRA layer of each tiny model exactly once."""
     for arch in ARCHITECTURES.values():
         assert isinstance(arch, Architecture)
         names = [name for chain in arch.blocks for name in chain]
@@ -650,7 +650,7 @@ def test_hooks_on_the_factors_are_refused_and_those_on_layers_are_called(part, k
 
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 def test_pruned_factors_are_refused(shortcut):
-    """The second backward would end in torch's own error: nothing makes the pruned weight anew."""
+    """The second backward pass would end with torch's own error, because the pruned weight is not computed again."""
     model = lora_stack()
     prune.l1_unstructured(model.get_base_model().layers[2].proj.lora_B["default"], "weight", amount=0.5)
     with pytest.raises(ValueError) as error:

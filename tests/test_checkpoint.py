@@ -1,4 +1,4 @@
-"""save and load of an unmerged adapter: round trips, files, and what is refused."""
+"""Saving and loading an unmerged adapter: round trips, files, and refusals."""
 
 import copy
 import itertools
@@ -166,7 +166,7 @@ def test_modules_to_save_come_back(tmp_path):
 
 @one_each
 def test_scale_and_factor_come_back(llama, tmp_path, shortcut, pre_num, head):
-    """Into a bare base, an adapter and a connected model; a merge after loading is that before it."""
+    """Loaded into a bare base, an adapter and a connected model; a merge after loading equals the one before."""
     model, _ = pair(llama, shortcut, pre_num, head, scale="mean", factor=0.25)
     reslora.save(model, tmp_path)
     expected, other = run(model, llama.inputs()), llama.lora(seed=7)
@@ -528,7 +528,7 @@ def test_a_model_connected_along_other_chains_is_refused_until_it_is_disconnecte
 
 
 class Bomb:
-    """Unpickling it creates a file."""
+    """A class whose unpickling creates a file."""
 
     def __init__(self, path) -> None:
         self.path = path
@@ -691,7 +691,7 @@ def test_norms_of_another_training_are_forgotten(llama, tmp_path):
 
 
 def test_weights_whose_attributes_peft_reads_take_an_adapter(llama, tmp_path, monkeypatch):
-    """As it reads those of bitsandbytes' 4-bit weights."""
+    """Such as bitsandbytes' 4-bit weights."""
     read = []
 
     def dispatch(target, adapter_name, config, **kwargs):

@@ -1,4 +1,4 @@
-"""Forwards that are computed twice, repeated, interrupted or of another size follow the equations all the same."""
+"""Forward passes that are recomputed, repeated, interrupted or of other sizes still follow the equations."""
 
 import pytest
 import tiny_models
@@ -32,7 +32,7 @@ from reslora import ResLoraConfig
 
 
 def steps_with_and_without_dropout(model, inputs) -> list[tuple[dict, int]]:
-    """The gradients of each step, and how often a layer ran for them."""
+    """Return the gradients of each step, and how often a layer ran for them."""
     calls, steps = [], []
     layers = list(adapter_layers(model).values())
     handle = layers[0].register_forward_pre_hook(lambda module, args: calls.append(1))
@@ -48,7 +48,10 @@ def steps_with_and_without_dropout(model, inputs) -> list[tuple[dict, int]]:
 
 @pytest.mark.parametrize("shortcut", ["input", "block"])
 def test_chromas_mask_reaches_the_blocks_that_are_checkpointed(shortcut):
-    """diffusers passes it to those of two streams alone. Two forwards before the backwards have masks of their own."""
+    """diffusers passes it only to the two-stream blocks.
+
+    Two forward passes before their backward passes have their own masks.
+    """
     torch.manual_seed(0)
     model = tiny_models.chroma().double()
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
@@ -137,7 +140,7 @@ def test_an_evaluation_between_a_checkpointed_forward_and_its_backward(llama, sh
 
 
 def enable_stock(model, name: str, use_reentrant: bool) -> None:
-    """Checkpointing as transformers and diffusers turn it on, without reslora's context."""
+    """Enable checkpointing as transformers and diffusers do, without this package's context."""
     if name == "unet":
         model.enable_gradient_checkpointing(
             lambda module, *args: checkpoint(module.__call__, *args, use_reentrant=use_reentrant)
@@ -286,7 +289,7 @@ def test_an_adapter_that_is_switched_off_in_the_middle_of_a_chain_is_named_with_
 
 
 class Moody(Stack):
-    """A stack that can be told to behave otherwise than in the trace."""
+    """A stack that can be set to behave differently than in the trace."""
 
     mood = "calm"
 

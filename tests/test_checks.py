@@ -1,4 +1,4 @@
-"""Checks that all scripts share: bounds of numbers, and folders that can be written."""
+"""Checks shared by all scripts: bounds of numbers, and writable folders."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Connected models below `torch.compile`, which takes its time: few layers."""
+"""Connected models under `torch.compile`, with few layers because compiling is slow."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ SHALLOW_CHAIN += ["up_blocks.0.attentions.0", "up_blocks.0.attentions.1"]
 
 
 def test_block_is_compiled_with_checkpointing(unet):
-    """`torch.compile` follows neither our context nor what is written to a state inside a checkpoint."""
+    """`torch.compile` supports neither our context nor writes to a state inside a checkpoint."""
     roles = ("attn1.to_v", "attn2.to_v")
     chains = {role: [[f"{name}.transformer_blocks.0.{role}" for name in SHALLOW_CHAIN]] for role in roles}
     arch = dataclasses.replace(unet, build=lambda: tiny_unet(**SHALLOW_UNET), targets=["to_v"], chains=chains)
@@ -36,7 +36,7 @@ def test_block_is_compiled_with_checkpointing(unet):
 
 
 def shallow(arch, layers: int = 3):
-    """The same architecture with fewer layers: compiling takes its time."""
+    """Return the same architecture with fewer layers, which compiles faster."""
     chains = {role: [chain[:layers] for chain in chains] for role, chains in arch.chains.items()}
     return dataclasses.replace(arch, build=lambda: tiny_llama(layers), chains=chains)
 
@@ -62,7 +62,7 @@ def test_a_compiled_model_equals_the_eager_one(llama, shortcut, pre_num, head):
 
 @one_each
 def test_a_compiled_model_is_one_graph_and_stays_it(llama, shortcut, pre_num, head):
-    """The state of a forward is made and dropped inside the graph, on every thread, and asks for no other graph."""
+    """The state of a forward pass is created and dropped inside the graph, on every thread, without recompiling."""
     model, oracle = pair(shallow(llama), shortcut, pre_num, head)
     graphs = []
 

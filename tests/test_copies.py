@@ -83,7 +83,7 @@ def test_two_connected_models_do_not_meet(llama, unet, shortcut, pre_num, head):
 @pytest.mark.exhaustive
 @one_each
 def test_a_model_called_inside_another_models_forward(llama, shortcut, pre_num, head):
-    """A teacher that runs in the middle of the student's forward leaves the student's state alone."""
+    """A teacher that runs during the student's forward pass does not change the student's state."""
     student, oracle = pair(llama, shortcut, pre_num, head)
     teacher = connected(llama, shortcut, pre_num, head, seed=4)
 
@@ -145,7 +145,7 @@ def test_a_second_adapter_stays_plain(llama, shortcut, pre_num, head, connected_
 @pytest.mark.exhaustive
 @one_each
 def test_two_active_adapters_add_up(unet, shortcut, pre_num, head):
-    """The connected adapter's equation plus the other's plain LoRA, in every layer."""
+    """In every layer, the connected adapter's equation plus the other adapter's plain LoRA."""
     model = unet.lora()
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="other")
     randomize(model, seed=9, adapter="other")

@@ -1,4 +1,4 @@
-"""What can end a run, and how errors of others become ours."""
+"""The errors that end a run, and the conversion of other errors to them."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_other_kinds_pass_and_so_does_what_is_refused_already():
 
 
 def load_too_much() -> None:
-    """As diffusers loads a file of weights: it hides the error under one of its own."""
+    """Run out of memory as in diffusers' loading of weights, which hides the error under one of its own."""
     try:
         torch.empty(2**60)
     except RuntimeError:

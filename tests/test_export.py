@@ -1,4 +1,4 @@
-"""Exported files: each loads back in stock PEFT or diffusers with the output of the merged U-Net."""
+"""Exported files: each is loaded by stock PEFT or diffusers, with the output of the merged U-Net."""
 
 import copy
 import json
@@ -86,7 +86,7 @@ def assert_predicts(model, inputs, expected) -> None:
 
 
 def pipeline() -> StableDiffusionPipeline:
-    """A stock pipeline around the bare U-Net."""
+    """Return a stock pipeline around the bare U-Net."""
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
     return StableDiffusionPipeline(
         vae=vae,
@@ -117,7 +117,7 @@ def test_peft_loads_the_peft_files(merged, inputs, tmp_path):
 
 
 def test_the_peft_config_lists_names_in_order(tmp_path):
-    """PEFT keeps names in sets, and writes those in an order that differs from process to process."""
+    """PEFT stores names in sets and writes them in an order that differs between processes."""
     targets = {"to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"}
     unet = base_unet()
     unet.add_adapter(LoraConfig(r=2, target_modules=targets, exclude_modules={"mid_block", "conv_in", "down_blocks.0"}))
@@ -142,7 +142,7 @@ def test_diffusers_loads_the_diffusers_file_by_name(merged, inputs, tmp_path):
 
 @pytest.mark.exhaustive
 def test_the_diffusers_file_means_the_same_without_its_metadata(merged, inputs, tmp_path):
-    """The scale is folded into B and alpha equals the rank, so readers that ignore metadata agree."""
+    """B includes the scale, and alpha equals the rank, so readers that ignore metadata agree."""
     export_diffusers(merged, tmp_path)
     save_file(load_file(tmp_path / LORA), tmp_path / LORA)
     assert_predicts(loaded_by_diffusers(tmp_path), inputs, predict(merged, inputs))
@@ -319,7 +319,7 @@ def test_all_files_have_the_scale_that_set_adapters_gave(case, blocks, inputs, t
 
 
 def assert_refused(model, folder, *words: str, **named) -> None:
-    """By every format, which leaves nothing behind."""
+    """Assert that every format refuses it and leaves no file behind."""
     for export in (export_peft, export_diffusers, export_kohya, export_merged):
         with pytest.raises((ValueError, RuntimeError)) as error:
             export(model, folder / "out", **named)
@@ -387,7 +387,7 @@ class WithExpert(Stack):
 
 
 def test_the_alpha_of_an_expert_is_that_of_all_layers_without_their_own(tmp_path):
-    """PEFT has no pattern for parameters that it adapts by themselves."""
+    """PEFT has no pattern for parameters that it adapts directly."""
     base = WithExpert().double()
     model = lora_stack(copy.deepcopy(base), target_parameters=["expert.weight"]).eval()
     for layer in (0, 1):
@@ -407,7 +407,7 @@ def test_kohyas_alpha_is_exact_in_half_precision(tmp_path):
 
 
 def adapted_stack(config) -> tuple[Stack, torch.nn.Module]:
-    """A bare `Stack` in float64 and the same with an adapter of random weights."""
+    """Return a bare `Stack` in float64, and the same with an adapter of random weights."""
     torch.manual_seed(0)
     bare = Stack(layers=2, width=8).double()
     model = get_peft_model(copy.deepcopy(bare), config).double().eval()
@@ -424,7 +424,7 @@ def dora_by_hand(layer, weight: torch.Tensor) -> torch.Tensor:
 
 
 def oft_by_hand(layer, weight: torch.Tensor) -> torch.Tensor:
-    """`W R^T`, R of blocks `(I - Q)^-1 (I + Q)` to its fourth power as PEFT has it, Q skew (Qiu et al., 2023)."""
+    """`W R^T`, where R has blocks `(I - Q)^-1 (I + Q)` to PEFT's fourth power, with Q skew (Qiu et al., 2023)."""
     blocks = []
     for entries in layer.oft_R["default"].weight:
         upper = torch.zeros(4, 4, dtype=torch.float64)
@@ -477,7 +477,7 @@ def test_what_trains_beside_lora_is_merged_and_in_no_plain_file(more, words, tmp
 
 
 def test_merged_weights_of_layers_that_are_stored_turned_are_pefts():
-    """GPT-2's are; of a square one nothing but the numbers would tell."""
+    """GPT-2 stores them transposed; for a square weight only the values show the difference."""
     model = ARCHITECTURES["gpt2"].lora(target_modules=["c_attn", "c_proj"])
     merged = merged_state_dict(model.get_base_model())
     expected = model.merge_and_unload().state_dict()
@@ -488,7 +488,7 @@ def test_merged_weights_of_layers_that_are_stored_turned_are_pefts():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_trained_tokens_are_merged_and_in_no_plain_file(tied, tmp_path):
-    """The rows of an embedding that `trainable_token_indices` names, and of the last layer where that is tied to it."""
+    """The rows of an embedding that `trainable_token_indices` names, and of the last layer if it is tied."""
     bare = tiny_llama(tie_word_embeddings=tied)
     config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 5])
     model = randomize(get_peft_model(copy.deepcopy(bare), config)).double().eval()
@@ -514,7 +514,7 @@ def test_a_bias_of_lora_is_merged_and_in_no_plain_file(tmp_path):
 
 
 def test_files_of_rslora_have_its_scale(tmp_path):
-    """alpha / sqrt(r), which kohya's readers get as alpha / r."""
+    """alpha / sqrt(r), which kohya's readers compute as alpha / r."""
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["proj"], use_rslora=True, rank_pattern={"layers.1.proj": 1})
     _, model = adapted_stack(config)
     export_kohya(model, tmp_path / "kohya.safetensors")

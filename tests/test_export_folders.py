@@ -1,4 +1,4 @@
-"""What is in a folder that an adapter or a merged model is exported into, and what a failure leaves there."""
+"""Other files in the folder of an export, and the folder's content after a failure."""
 
 import contextlib
 from pathlib import Path

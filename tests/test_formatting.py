@@ -1,4 +1,4 @@
-"""Numbers and names in sentences."""
+"""Numbers and names in messages."""
 
 from reslora.formatting import is_or_are, pluralize, printable
 
@@ -14,6 +14,6 @@ def test_one_is_not_several():
 
 
 def test_what_a_terminal_would_obey_is_escaped():
-    """Clear the screen, a new line, a C1 control, and an override of the direction; what a person can read stays."""
+    """Clear the screen, a new line, a C1 control, and a change of the text direction; readable characters stay."""
     assert printable("a\x1b[2J\n\x9b1A\u202egnp.exe") == r"a\x1b[2J\n\x9b1A\u202egnp.exe"
     assert printable("é 圖 🎈\u3000.png") == "é 圖 🎈\u3000.png"

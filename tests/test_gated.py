@@ -43,7 +43,7 @@ def gates(model) -> dict[str, nn.Parameter]:
 
 
 def connected(arch, seed: int = 0, **lora):
-    """A connected model with random gates, and the same LoRA before it was connected."""
+    """Return a connected model with random gates, and the same LoRA before it was connected."""
     plain = arch.lora(seed=seed, r=RANK, **lora)
     model = copy.deepcopy(plain)
     reslora.connect(model, GATED)
@@ -266,7 +266,7 @@ def test_what_has_no_effect_is_refused(llama):
 
 
 def test_a_model_that_is_distributed_already_is_refused(llama, tmp_path):
-    """DistributedDataParallel would not average the gradients of gates that come later."""
+    """DistributedDataParallel would not average gradients of gates that are added later."""
     reslora.save(connected(llama)[0], tmp_path)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:

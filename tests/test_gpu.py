@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: everything runs on tiny models on a CPU, failures are stored, and large models can be planned."""
+"""benchmarks/gpu.py: everything runs on tiny models on a CPU, failures are stored, large models are estimated."""
 
 import argparse
 import json
@@ -70,7 +70,7 @@ def test_a_failure_and_the_end_of_the_time_are_stored(results, monkeypatch, caps
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "millions"), [("sd15", 860), ("sdxl", 2567), ("flux", 11901)])
 def test_large_models_are_planned_without_weights(tmp_path, name, millions):
-    """Forward and backward run on fake tensors, so that the batch fits the model. Base weights take 2 bytes each."""
+    """Forward and backward pass run on fake tensors, so the batch fits the model. Base weights take 2 bytes each."""
     _, rehearsal = gpu.Setting(name, WHOLE, tmp_path).context("--gradient_checkpointing")
     held = rehearsal.training("reslora").held
     assert held["base"] == pytest.approx(2e6 * millions, rel=0.01) and held["activations"] and not rehearsal.unknown

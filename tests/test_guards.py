@@ -1,4 +1,4 @@
-"""What is refused before a model is connected, and while it is."""
+"""Refusals before a model is connected, and while it is."""
 
 import copy
 import pickle
@@ -86,13 +86,13 @@ def assert_refused(call, *words: str) -> None:
 
 
 def plain_folder(arch, directory) -> str:
-    """Where stock PEFT has saved a plain LoRA of another seed."""
+    """A folder with a plain LoRA of another seed, saved by stock PEFT."""
     arch.lora(seed=8).save_pretrained(directory)
     return str(directory)
 
 
 def instance_methods(model: nn.Module) -> list[str]:
-    """What stands on instances in place of their methods."""
+    """Return the attributes of instances that replace their methods."""
     return [key for module in model.modules() for key in vars(module) if callable(getattr(type(module), key, None))]
 
 
@@ -194,7 +194,7 @@ def test_without_a_shortcut_nothing_is_refused(llama, unet, tmp_path, config):
 @pytest.mark.exhaustive
 @wired
 def test_handing_out_the_connected_weights_is_refused_until_they_are_plain(llama, tmp_path, config):
-    """What diffusers' own script gives to `save_lora_weights`."""
+    """diffusers' own script passes these weights to `save_lora_weights`."""
     model = connected(llama, config)
     base = model.get_base_model()
     for asked in (model, model.base_model, torch.compile(model)):
@@ -330,7 +330,7 @@ def test_hot_swapping_the_connected_adapter_is_refused(llama, tmp_path, config):
 
 @wired
 def test_preparing_for_hot_swapping_is_refused_while_connected(llama, config):
-    """It puts other A and B modules in place."""
+    """It replaces the A and B modules."""
     model = connected(llama, config)
     expected = run(model, llama.inputs())
     for ranks in ({"target_rank": 8, "config": model.peft_config}, {}):
@@ -504,7 +504,7 @@ def test_a_copy_is_guarded_by_itself(llama, tmp_path, duplicate, config):
 
 
 def test_an_unpickled_model_is_guarded_where_no_other_was_connected(llama, tmp_path, monkeypatch):
-    """As in another process: `torch.load`, or a worker that was spawned."""
+    """As in another process: by `torch.load`, or in a spawned worker."""
     folder = plain_folder(llama, tmp_path)
     plain = get_peft_model_state_dict(llama.lora(seed=8))
     content = pickle.dumps(connected(llama))

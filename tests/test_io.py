@@ -1,4 +1,4 @@
-"""What is written appears whole, whoever else writes it; and is noticed when it changes."""
+"""Files are written atomically, also by several writers, and changes of their content are detected."""
 
 import hashlib
 import json
@@ -152,7 +152,7 @@ def test_a_full_disk_names_what_was_to_be_written(tmp_path, named):
 
 
 def left_by(folder: Path, dies: bool) -> tuple[int, Path]:
-    """A process that writes into the folder, and is killed then or waits for that; and its temporary."""
+    """Start a process that writes into the folder and is killed, or waits to be; return its temporary file too."""
     reads, writes = os.pipe()
     process = os.fork()
     if process == 0:
@@ -195,7 +195,7 @@ def test_a_process_with_the_id_of_a_dead_one_does_not_keep_its_temporary(tmp_pat
 
 
 def test_a_temporary_of_another_machine_goes_when_it_is_old(tmp_path):
-    """Its process is not seen from here: the id is one that nobody has."""
+    """Its process cannot be checked from here: no process here has its id."""
     dead, left = left_by(tmp_path, dies=True)
     os.waitpid(dead, 0)
     host, *_ = left.name.removeprefix(".out.").split("-")

@@ -1,4 +1,4 @@
-"""JSON lines as people write them."""
+"""JSON lines as users write them."""
 
 import pytest
 

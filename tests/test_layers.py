@@ -1,4 +1,4 @@
-"""The layers of the package: imports go one way, whatever module they are in."""
+"""The layers of the package: every module imports only from its own layer and those before it."""
 
 import ast
 from pathlib import Path
@@ -33,7 +33,7 @@ EVERYWHERE = {"__init__": "__version__"}
 
 
 def layer_of(module: str) -> int:
-    """The number of a module's layer; raises where it has none."""
+    """Return the number of a module's layer; raises an error if it has none."""
     names = {name: layer for layer, found in LAYERS.items() for name in found.split()}
     own = [name for name in names if f"{module}.".startswith(f"{name}.")]
     assert own, f"{module} is in no layer"
@@ -41,13 +41,13 @@ def layer_of(module: str) -> int:
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its name in the package."""
+    """Return every module by its name in the package."""
     found = {path.relative_to(PACKAGE).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
     return {".".join(name.parts).removesuffix(".__init__"): path for name, path in found.items()}
 
 
 def imported(path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules that a file imports, wherever that stands in it: not what only a type checker reads."""
+    """Return the modules that a file imports anywhere, except imports for type checkers only."""
     tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

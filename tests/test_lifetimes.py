@@ -1,4 +1,4 @@
-"""Nothing outlives its forward."""
+"""No tensor outlives its forward pass."""
 
 import contextlib
 import gc
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.exhaustive
 
 
 class Storages(TorchDispatchMode):
-    """Weak references to the storage of every tensor an operator returned."""
+    """Weak references to the storage of every tensor that an operator returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Storages(TorchDispatchMode):
         return result
 
     def alive(self, model, inputs, larger_than: int = 0) -> int:
-        """How many are left, the model's own tensors, its gradients and what was fed to it aside."""
+        """Return how many storages are alive, except those of the model, its gradients and its inputs."""
         gc.collect()
         own = [*model.parameters(), *model.buffers(), *inputs.values()]
         own += [p.grad for p in model.parameters() if p.grad is not None]
@@ -49,7 +49,7 @@ class Sentinel:
 
 
 def watch_graph(model: torch.nn.Module) -> list[weakref.ref]:
-    """Weak references that live as long as the autograd node of a LoRA layer's output does."""
+    """Return weak references that live as long as the autograd node of a LoRA layer's output."""
     sentinels = []
 
     def hook(module, args, result):
@@ -110,7 +110,7 @@ def test_nothing_outlives_a_dropped_loss_or_the_backward(name, checkpointing, sh
 @checkpointed
 @one_each
 def test_activations_are_freed_by_the_backward_while_the_loss_lives(llama, checkpointing, shortcut, pre_num, head):
-    """As many tensors stay as with plain LoRA under the same checkpointing."""
+    """As many tensors remain as with plain LoRA under the same checkpointing."""
     alive = []
     for config in (ResLoraConfig("none"), ResLoraConfig(shortcut, pre_num, head, 0)):
         model = llama.lora()

@@ -1,4 +1,4 @@
-"""What blocks of a merged model miss, beside the errors that the merge itself reports."""
+"""Errors of merged blocks beyond those that the merge itself reports."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ import merge_limits  # noqa: E402
 
 
 class Tower(torch.nn.Module):
-    """Layers of one shape, each with something curved before the next."""
+    """Layers of one shape, each with a nonlinear function before the next."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The merges by name: each row has its function."""
+"""The registry of merges: each row has its function."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Every cell of the merge table against its formula worked out by hand, through `reslora.merge`."""
+"""Every cell of the merge table against its formula, computed by hand, through `reslora.merge`."""
 
 import copy
 import itertools
@@ -59,7 +59,7 @@ architectures = pytest.mark.parametrize(
 
 
 class Case:
-    """A connected model, the oracle that computes its unmerged forward, and the blocks' weights as they were."""
+    """A connected model, the oracle of its unmerged forward pass, and the original weights of the blocks."""
 
     def __init__(
         self, arch, shortcut, pre_num=1, head="repeat", window=100, dropout=0.0, scale="sum", factor=1.0, **lora
@@ -92,7 +92,7 @@ class Case:
         return [self.arch.inputs(seed=50 + n, batch=4, length=11) for n in range(count)]
 
     def calibrate(self, batches) -> list[dict]:
-        """Run the calibration batches through the oracle alone; returns them for `merge`."""
+        """Run the calibration batches through the oracle only; return them for `merge`."""
         self.oracle.inputs.clear()
         self.oracle.outputs.clear()
         with torch.no_grad():
@@ -116,16 +116,16 @@ class Case:
         return n if self.pre_num == -1 else min(self.pre_num, n)
 
     def share(self, n: int) -> float:
-        """By what an averaged sum is multiplied: with g = 1, 1 / (m + 1)."""
+        """Return the factor of an averaged sum: with g = 1, 1 / (m + 1)."""
         terms = self.m(n) if self.shortcut != "input" else 1 if n or self.head == "repeat" else 0
         return 1 / (1 + self.factor * terms) if self.scale == "mean" else 1.0
 
     def tokens(self, name: str) -> torch.Tensor:
-        """Every calibration token that entered a layer, (tokens, in)."""
+        """Return every calibration token that entered a layer, (tokens, in)."""
         return torch.cat([x.flatten(0, -2) for x in self.oracle.inputs[name]])
 
     def norms(self, chain, window: int) -> list[float]:
-        """f_n of Eqs. 8 and 12: the mean over the window of the Frobenius norm, one per forward."""
+        """Return f_n of Eqs. 8 and 12: the mean over the window of the Frobenius norm, one per forward pass."""
         result = []
         for name, A in zip(chain, self.A(chain), strict=True):
             entered = [x if self.shortcut == "input" else x @ A.T for x in self.oracle.inputs[name][-window:]]
@@ -136,13 +136,13 @@ class Case:
         return 1.0 if self.head == "repeat" else 0.0
 
     def assert_merged_to(self, expected, tolerance: float = 1e-9) -> None:
-        """`expected(chain)` gives s B* A* of every block of the chain."""
+        """Assert the merged weights: `expected(chain)` gives s B* A* of every block of the chain."""
         for chain in self.arch.blocks:
             actual = [delta(find_layer(self.model, name)) for name in chain]
             assert_equal(actual, expected(chain), rtol=tolerance, atol=tolerance)
 
     def assert_errors(self, report) -> None:
-        """The reported errors are those of every block on its unmerged inputs, of one calibration batch."""
+        """Assert the reported errors: those of every block on its unmerged inputs, for one calibration batch."""
         for tail in (tail for chain in self.arch.blocks for tail in chain):
             (block,) = [block for block in report.blocks if block.name.endswith(tail)]
             unmerged = self.oracle.outputs[tail][0].flatten(0, -2)
@@ -151,7 +151,7 @@ class Case:
 
 
 def own_terms(case: Case):
-    """What `none` keeps: each block's own term."""
+    """Return what `none` retains: each block's own term."""
 
     def expected(chain):
         blocks = zip(case.A(chain), case.B(chain), case.s(chain), strict=True)
@@ -161,7 +161,7 @@ def own_terms(case: Case):
 
 
 def merged_by_input(case: Case, window: int):
-    """Eqs. 7, 9 and 12."""
+    """Return the merge by Eqs. 7, 9 and 12."""
 
     def expected(chain):
         A, B, s, f = case.A(chain), case.B(chain), case.s(chain), case.norms(chain, window)
@@ -178,7 +178,7 @@ def merged_by_input(case: Case, window: int):
 
 
 def weights_alphas(case: Case, chain) -> tuple[list, list[torch.Tensor]]:
-    """Eqs. 10, 11 and 13, front to back over the merged weights: the alphas and s B* A* of every block."""
+    """Return the alphas and s B* A* of every block by Eqs. 10, 11 and 13, front to back over the merged weights."""
     A, B, s = case.A(chain), case.B(chain), case.s(chain)
     W = [base_weight(layer) for layer in case.layers(chain)]
     f, alphas, result = [], [], []
@@ -197,7 +197,7 @@ def weights_alphas(case: Case, chain) -> tuple[list, list[torch.Tensor]]:
 
 
 def merged_by_lstsq(case: Case):
-    """C = argmin E|target - C x|^2 + ridge |C - C0|^2, solved by the normal equations of stacked data."""
+    """Return the merge with C = argmin E|target - C x|^2 + ridge |C - C0|^2, by the normal equations."""
 
     def expected(chain):
         A, B, s, X = case.A(chain), case.B(chain), case.s(chain), [case.tokens(name) for name in chain]
@@ -219,7 +219,7 @@ def merged_by_lstsq(case: Case):
 
 
 def ridge_regression(x: torch.Tensor, target: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-    """As ordinary least squares: the ridge enters as `width` further observations whose target is the prior."""
+    """Solve it as ordinary least squares: the ridge adds `width` observations whose target is the prior."""
     tokens, width = x.shape
     ridge = RIDGE * float(x.square().sum(0).mean()) / tokens
     root = math.sqrt(ridge * tokens) * torch.eye(width, dtype=x.dtype)
@@ -459,7 +459,7 @@ def test_lstsq_solves_the_ridge_regression(name, shortcut, pre_num, head):
 
 @plans
 def test_lstsq_weighs_every_token_alike(llama, shortcut, pre_num, head):
-    """Batches of different sizes: the expectation is over tokens, not over batches."""
+    """Batches have different sizes: the expectation is over tokens, not over batches."""
     case = Case(llama, shortcut, pre_num, head)
     batches = [llama.inputs(seed=1, batch=1, length=3), llama.inputs(seed=2, batch=6, length=9)]
     reslora.merge(case.model, method="lstsq", calibration=case.calibrate(batches))
@@ -469,7 +469,7 @@ def test_lstsq_weighs_every_token_alike(llama, shortcut, pre_num, head):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut, pre_num", [("input", 1), ("middle", 1), ("middle", -1)])
 def test_equal_inputs_merge_exactly_under_lstsq(unet, shortcut, pre_num):
-    """Cross-attention k and v all read the same text states."""
+    """All k and v of cross-attention read the same text states."""
     case = Case(unet, shortcut, pre_num)
     reslora.merge(case.model, method="lstsq", calibration=case.batches())
     for role in ("attn2.to_k", "attn2.to_v"):
@@ -499,7 +499,7 @@ class Scaled(Stack):
 
 
 def test_lstsq_keeps_a_block_as_it_is_where_that_loses_less():
-    """The ridge, a share of x^T x, leaves a hundredth of `A_1 x_2`, which is far more than `A_1 x_1` itself."""
+    """The ridge, a fraction of x^T x, leaves a hundredth of `A_1 x_2`, which is far larger than `A_1 x_1` itself."""
     model = lora_stack(Scaled(layers=2, width=16), r=3)
     before = copy.deepcopy(model)
     x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -588,7 +588,7 @@ BLOCK_LORA = [
 
 
 def expected_chains(model, arch) -> list[list[str]]:
-    """The architecture's chains, cut where the rank changes."""
+    """Return the architecture's chains, cut where the rank changes."""
     result = []
     for chain in arch.blocks:
         ranks = [find_layer(model, name).r["default"] for name in chain]
@@ -629,7 +629,7 @@ def test_the_first_layers_pattern_does_not_catch_the_tenth(tmp_path):
 
 @pytest.mark.parametrize("max_rank", [1, 3, 4, 5])
 def test_max_rank_is_the_best_approximation_of_that_rank(llama, max_rank):
-    """What is lost is told, of no block that had that rank or less."""
+    """The loss is reported, except for blocks that had that rank or less."""
     case, notes = Case(llama, "block", 2, alpha_pattern={"layers.1.self_attn.q_proj": 11}), set()
     report = reslora.merge(case.model, max_rank=max_rank)
     for chain in llama.blocks:
@@ -688,7 +688,7 @@ def test_a_bad_max_rank_is_named(llama, max_rank):
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_a_zero_input_norm_merges_with_alpha_one_and_is_named(zero):
-    """So does the block after the one that sees zeros only."""
+    """So does the block after the one whose inputs are all zero."""
     model, names = lora_stack(), stack_chain()
     model.get_submodule(f"base_model.model.layers.{zero}").register_forward_pre_hook(lambda module, args: args[0] * 0)
     plain = copy.deepcopy(model)
@@ -898,7 +898,7 @@ methods = pytest.mark.parametrize("shortcut, method", METHODS)
 
 @methods
 def test_a_merged_model_is_plain_lora(llama, shortcut, method):
-    """Its forward is W x + s B A x with the weights it has, and PEFT's own merge gives the same."""
+    """Its forward pass is W x + s B A x with its weights, and PEFT's own merge gives the same."""
     case = Case(llama, shortcut, 2)
     reslora.merge(case.model, method=method, calibration=case.batches())
     assert all(not layer.lora_variant for layer in adapter_layers(case.model).values())
@@ -988,7 +988,7 @@ def snapshot(model):
 
 
 def assert_untouched(case: Case, before) -> None:
-    """The weights are as they were and the model is still connected."""
+    """Assert that the weights are unchanged and the model is still connected."""
     after = case.model.state_dict()
     assert after.keys() == before.keys()
     for key, value in before.items():
@@ -1129,7 +1129,7 @@ def test_a_frozen_weight_with_nan_is_an_error():
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_under_autocast_the_model_goes_on_with_the_merged_weights(shortcut):
-    """Its cache keeps casts of parameters until its block ends, whatever is written to them meanwhile."""
+    """Autocast caches casts of parameters until its context ends, even if the parameters are overwritten."""
     model = lora_stack().float().eval()
     inputs = {"x": STACK_INPUTS["x"].float()}
     reslora.connect(model, ResLoraConfig(shortcut, 2), example_inputs=inputs)

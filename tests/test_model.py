@@ -1,4 +1,4 @@
-"""connect and disconnect: the round trip, wrappers, two processes, and every bad input."""
+"""connect and disconnect: the round trip, wrappers, two processes, and every invalid input."""
 
 import ast
 import copy
@@ -167,7 +167,7 @@ def test_modules_to_save_train_along(shortcut):
     ],
 )
 def test_a_plan_tells_which_chains_are_too_short(unet, config, short):
-    """Text tokens make one chain of eight blocks, image tokens one of two, two and four."""
+    """Text tokens make one chain of eight blocks, image tokens chains of two, two and four."""
     plan = reslora.connect(unet.lora(target_modules=["attn1.to_q", "attn2.to_k"]), config)
     assert sorted(len(chain) for chain in plan) == [2, 2, 4, 8]
     assert sorted(len(chain) for chain in plan.clipped(config.reach)) == short
@@ -232,7 +232,7 @@ def test_what_is_no_model_is_refused(model):
 
 @shortcuts
 def test_a_copy_that_data_parallel_runs_is_refused(llama, shortcut):
-    """`replicate` marks its copies so, whose layers would read the neighbours of the original."""
+    """`replicate` marks such copies; their layers would read the neighbors of the original."""
     model = llama.lora()
     reslora.connect(model, ResLoraConfig(shortcut))
     for module in model.modules():
@@ -294,7 +294,7 @@ def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
 
 
 def assert_plain(model: nn.Module, arch) -> None:
-    """A refused connect leaves plain LoRA behind."""
+    """Assert that a refused connect leaves plain LoRA."""
     assert all(not layer.lora_variant for layer in adapter_layers(model).values())
     assert torch.equal(run(model, arch.inputs()), run(arch.lora(), arch.inputs()))
 
@@ -428,7 +428,7 @@ def test_tied_layers_are_refused(shortcut):
 
 
 def test_weights_that_are_made_when_they_are_read_are_not_tied():
-    """What they were made into may lie, after the next is made, where that one lies now."""
+    """The memory of one computed weight may be reused for the next."""
     model = Stack()
     for block in model.layers:
         nn.utils.parametrizations.weight_norm(block.proj)
@@ -445,7 +445,7 @@ def test_a_layer_shared_by_two_blocks_is_refused(shortcut):
 
 
 class DeafLinear(nn.Module, peft.tuners.lora.LoraLayer):
-    """A LoRA layer class whose forward never asks for a variant, as PEFT's AWQ and EETQ layers."""
+    """A LoRA layer class whose forward pass ignores variants, as PEFT's AWQ and EETQ layers do."""
 
     def __init__(self, base_layer, adapter_name, config, r=0, lora_alpha=1, **kwargs):
         super().__init__()
@@ -478,7 +478,7 @@ def test_a_layer_class_that_ignores_variants_is_refused(shortcut):
 
 
 class Holder(nn.Module):
-    """A module of one's own around a model that has the adapter."""
+    """A user's module around a model that has the adapter."""
 
     def __init__(self, llm: nn.Module) -> None:
         super().__init__()
@@ -490,7 +490,7 @@ class Holder(nn.Module):
 
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_a_module_that_holds_the_model_with_the_adapter_is_refused(llama, wrapped, tmp_path):
-    """The inner model's `save_pretrained` would not be guarded, and the outer one has no configuration to save."""
+    """The inner model's `save_pretrained` would not be guarded, and the outer model has no configuration to save."""
     inner = llama.lora()
     reslora.connect(inner, ResLoraConfig("block", 2))
     reslora.save(inner, tmp_path)
@@ -562,7 +562,7 @@ def test_a_refused_connect_leaves_plain_lora(llama, shortcut):
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_unet])
 def test_gradient_checkpointing_needs_a_connected_model(build):
-    """A model without LoRA has nothing to carry: it is an error or stock checkpointing, never a broken model."""
+    """For a model without LoRA it is an error or stock checkpointing, never a broken model."""
     model = build().train()
     name = "llama" if build is tiny_llama else "unet"
     expected = run(model, ARCHITECTURES[name].inputs())
@@ -574,7 +574,7 @@ def test_gradient_checkpointing_needs_a_connected_model(build):
 
 
 class Checkpointing(Stack):
-    """It calls torch's checkpointing by itself: for its blocks, or for what comes behind each."""
+    """A model that calls torch's checkpointing itself: for its blocks, or for the layers after each."""
 
     def __init__(self, whole_blocks: bool) -> None:
         super().__init__()
@@ -662,7 +662,7 @@ def test_a_module_imports_only_its_declared_dependencies(path):
 
 
 def package_imports(path: Path) -> set[Path]:
-    """The files of the package that a file of it imports, anywhere in it, if it runs: not for a type checker."""
+    """Return the files of the package that a file imports anywhere at run time, without imports for type checkers."""
     tree, imported = ast.parse(path.read_text()), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -677,7 +677,7 @@ def package_imports(path: Path) -> set[Path]:
 
 
 def test_imports_inside_the_package_go_one_way():
-    """No circle, and the core knows nothing of what is built on it."""
+    """There is no cycle, and the core does not import what is built on it."""
     graph = {path: package_imports(path) for path in PACKAGE.rglob("*.py")}
     graphlib.TopologicalSorter(graph).prepare()  # raises on a cycle
     for path in CORE_FILES:
@@ -747,7 +747,7 @@ def test_pefts_merge_is_refused_before_any_layer_is_merged():
 
 
 class Attentive(nn.Module):
-    """Layers whose attention PEFT merges and unmerges in its own forward, each with a projection beside it."""
+    """Layers whose attention PEFT merges and unmerges in its own forward pass, each with a projection."""
 
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""benchmarks/mutants.py: what is mutated, which tests run, and what counts as killed."""
+"""benchmarks/mutants.py: the mutations, the tests that run, and which mutants count as killed."""
 
 import ast
 import json

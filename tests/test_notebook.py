@@ -1,4 +1,4 @@
-"""The notebook of an experiment: its cells run one after the other, and give the verdict and the plots."""
+"""The notebook of an experiment: its cells run in order, and give the verdict and the plots."""
 
 import json
 import os
@@ -18,13 +18,13 @@ IMAGES = 24
 
 
 def cells() -> list[str]:
-    """The code of each cell."""
+    """Return the code of each cell."""
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
 def run(cell: str, names: dict) -> None:
-    """What Jupyter does with a cell: the rest of one that begins with ! is a command of the shell."""
+    """Run a cell as Jupyter does: a cell that begins with ! is a shell command."""
     if not cell.startswith("!"):
         exec(compile(cell, NOTEBOOK.name, "exec"), names)
         return

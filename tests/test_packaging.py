@@ -1,4 +1,4 @@
-"""The wheel holds all that its commands need, and trains from any folder."""
+"""The wheel contains everything that its commands need, and trains from any folder."""
 
 import importlib
 import json
@@ -55,7 +55,7 @@ def target(tmp_path_factory) -> Path:
 
 
 def run(target: Path, folder: Path, *words: str | Path) -> str:
-    """What a command prints that sees nothing but the installed distribution."""
+    """Return the output of a command that sees only the installed distribution."""
     environment = {"PYTHONPATH": str(target), "PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
     environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)

@@ -1,4 +1,4 @@
-"""The measurements of benchmarks/: what is chosen, kept and reported, on figures made by hand."""
+"""The measurements of benchmarks/ with made-up figures: what is chosen, stored and reported."""
 
 import argparse
 import json
@@ -116,7 +116,7 @@ def test_norms_are_those_of_the_scaled_product(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[list[str], Path]:
-    """A short training of a tiny pipeline, as `paper.training` starts it: its flags and its folder."""
+    """A short training of a tiny pipeline as `paper.training` starts it: its flags and its folder."""
     folder = tmp_path_factory.mktemp("trained")
     model, images = pipelines.stable_diffusion(folder / "model"), pipelines.image_folder(folder / "images", 6)
     flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images), "--resolution", "32"]
@@ -140,7 +140,7 @@ def test_merges_of_a_training_are_judged_by_its_own_validation_loss(trained):
 
 
 def text_folder(folder: Path) -> Path:
-    """The bundled word problems as SVAMP, and a few made up in GSM8K's form."""
+    """The bundled word problems as SVAMP, and a few made-up ones in GSM8K's format."""
     (folder / "gsm8k").mkdir(parents=True)
     (folder / "svamp").mkdir()
     for split in ("train", "test"):

@@ -1,4 +1,4 @@
-"""The builders of tests/pipelines.py make pipelines that stock diffusers loads and draws with."""
+"""The builders of tests/pipelines.py make pipelines that stock diffusers loads and samples from."""
 
 import numpy as np
 import pytest

@@ -18,7 +18,7 @@ from reslora import ResLoraConfig, ranks
 
 
 class Full(TorchDispatchMode):
-    """Memory that has room for so many more tensors."""
+    """A stand-in for memory that has room for only this many tensors."""
 
     def __init__(self, tensors: int) -> None:
         super().__init__()

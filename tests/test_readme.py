@@ -1,4 +1,4 @@
-"""README, docs, RESULTS and the model cards: their Python runs, their commands' flags exist, their links resolve."""
+"""README, docs, RESULTS and model cards: Python code runs, options of commands exist, links resolve."""
 
 import importlib
 import re
@@ -32,7 +32,7 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def section(document: Path, heading: str) -> str:
-    """The text below a heading of the second level."""
+    """Return the text below a heading of the second level."""
     return document.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
@@ -77,7 +77,7 @@ def test_nothing_is_replaced_in_vain():
 
 
 def commands(script: str) -> list[tuple[str, list[str]]]:
-    """Every command of the documents that starts `script`, as words after its name."""
+    """Return the arguments of every command in the documents that starts `script`."""
     found = []
     for document in DOCUMENTS:
         for block in blocks(document, "bash"):
@@ -118,7 +118,7 @@ def test_links_and_images_are_there(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_anchors_are_there(document):
-    """Of links within the documents: each leads to a heading, or to an anchor that is named."""
+    """Each link within the documents leads to a heading, or to a named anchor."""
     lost = []
     for target, anchor in re.findall(r"\]\(((?:[^)#\s:]+\.md)?)#([^)\s]+)\)", document.read_text(encoding="utf-8")):
         text = (document.parent / target if target else document).read_text(encoding="utf-8")

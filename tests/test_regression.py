@@ -1,4 +1,4 @@
-"""Ridge regression in panels, in both of its forms, against the textbook's formulas on whole matrices."""
+"""Ridge regression in panels, in both forms, against the textbook formulas on complete matrices."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def ridge(x: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
 def fitted(
     x: torch.Tensor, gap: torch.Tensor, sizes: list[int], dual: bool | None = None
 ) -> tuple[Inputs, torch.Tensor]:
-    """D for rows that come in batches of these sizes; `dual` chooses the form."""
+    """Return D for rows in batches of these sizes; `dual` chooses the form."""
     inputs, gap_x, gaps = Inputs(x), 0.0, []
     if dual is False:
         inputs.dual, inputs.gram = False, Gram(x, x.shape[1])
@@ -123,7 +123,7 @@ def test_rows_of_zeros_are_fitted_by_zero(dual):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_form_changes_when_the_rows_grow_too_many(dtype):
-    """Half as many rows as they are wide take no more than their sum; both forms are solved in float64."""
+    """Rows take less memory than their Gram matrix up to half of their width; both forms are solved in float64."""
     x, gap = random(11, 12, dtype=dtype), random(11, 2, seed=1)
     inputs, size = Inputs(x), dtype.itemsize
     for count, rows in enumerate(x.split(1), start=1):
@@ -152,7 +152,7 @@ def test_rows_are_copies():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("rows", [[30], [190], [19] * 10, [90] * 10, [21] * 10])
 def test_no_more_memory_than_one_second_moment_in_float32(rows, monkeypatch):
-    """What is alive at a time; an eighth more for panels that are being computed and what is as small as the gaps."""
+    """The memory alive at a time; an eighth more for panels in progress and tensors of the size of the gaps."""
     monkeypatch.setattr(regression, "PANEL", 16)
     x, gap = random(sum(rows), 400, dtype=torch.float32), random(sum(rows), 2, seed=1)
     with LiveTensors() as live:

@@ -1,4 +1,4 @@
-"""One product for all blocks that read one tensor, and the sum in place: as few operations, and the same numbers."""
+"""One product for all blocks that read one tensor, and the sum in place: few operations, the same values."""
 
 import contextlib
 import copy
@@ -31,7 +31,10 @@ shortcuts = pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 
 
 class Attention(nn.Module):
-    """q, k and v read the same tensor. `between` is called on it between q and k, and says what k and v read."""
+    """q, k and v read the same tensor.
+
+    `between` is called on it between q and k; its result is the input of k and v.
+    """
 
     between = staticmethod(lambda x: x)
     around = contextlib.nullcontext
@@ -61,7 +64,7 @@ class Attentions(nn.Module):
 
 
 def pair(shortcut, attention=Attention, inputs=INPUTS, change=None, **lora):
-    """A connected model, and the equations on the same weights."""
+    """Return a connected model, and the oracle with the same weights."""
     model = lora_stack(Attentions(attention), **{"target_modules": list(ROLES), **lora})
     if change is not None:
         change(model)
@@ -78,7 +81,7 @@ def set_for_all(model, **attributes):
 
 
 class Products(TorchDispatchMode):
-    """Counts the products that are not added to anything: the frozen layers here have a bias, and B adds to them."""
+    """Count products that are not added in place: the frozen layers here have a bias, and B adds to them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +144,7 @@ def test_one_product_for_q_k_and_v(shortcut):
 
 @shortcuts
 def test_a_backward_makes_one_gradient_for_q_k_and_v(shortcut):
-    """Six products for each of the two tensors and for B of four layers, beside the four of the frozen layers."""
+    """Six products for each of the two tensors and for B of four layers, besides the four of the frozen layers."""
     model, _ = pair(shortcut)
     loss = run(model, {"x": INPUTS["x"].clone().requires_grad_()}).sum()
     with Products() as counted:
@@ -159,7 +162,7 @@ def test_ranks_may_differ_among_readers(shortcut):
 
 @shortcuts
 def test_half_precision_layers_share_without_autocast(shortcut):
-    """PEFT would convert x for each layer by itself."""
+    """PEFT would convert x for each layer separately."""
     model = lora_stack(Attentions(), target_modules=list(ROLES)).bfloat16()
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -202,7 +205,7 @@ def test_a_compiled_graph_shares_too(shortcut):
 @pytest.mark.parametrize("pre_num", [1, -1])
 @shortcuts
 def test_a_model_without_numbers_runs(shortcut, pre_num):
-    """On the meta device, as for counting operations; there is no autocast for it."""
+    """On the meta device, as for counting operations, which has no autocast."""
     model = lora_stack(Attentions(), target_modules=list(ROLES)).to("meta")
     inputs = {"x": torch.empty(60, 4, WIDTH, dtype=torch.float64, device="meta")}
     reslora.connect(model, ResLoraConfig(shortcut, pre_num), example_inputs=inputs)
@@ -272,7 +275,7 @@ def test_autocast_for_q_alone_leaves_k_and_v_exact(shortcut):
 
 @shortcuts
 def test_where_one_has_another_dtype_all_multiply_by_themselves(shortcut):
-    """Stacked, all would be computed in the widest."""
+    """Stacked, all would be computed in the widest dtype."""
 
     def change(model):
         for n in range(LAYERS):
@@ -285,7 +288,7 @@ def test_where_one_has_another_dtype_all_multiply_by_themselves(shortcut):
 
 
 def test_a_product_without_gradients_is_not_taken_with_them():
-    """Only a block-shortcut may run without gradients inside a forward with them."""
+    """Only a block-shortcut may run without gradients inside a forward pass with gradients."""
     model, oracle = pair("block")
     for candidate in (model, oracle):
         set_for_all(candidate, around=torch.no_grad)
@@ -346,7 +349,7 @@ def test_a_checkpoint_takes_no_product_from_before(shortcut):
 
 
 def test_a_foreign_checkpoint_shares_within_itself_alone():
-    """Block-shortcuts may run in one that knows of no state: forward and recomputation multiply as often."""
+    """Block-shortcuts may run in a checkpoint without a state: the recomputation computes the same products."""
     model, oracle = pair("block")
     for layer in model.base_model.model.layers[:1]:
         layer.k = Checkpointed(layer.k, noop_context_fn)
@@ -399,14 +402,14 @@ def test_who_looks_at_all_modules_sees_the_frozen_layers(shortcut):
 
 
 class Exponential(nn.Linear):
-    """A linear layer by its class, whose backward needs what it returned."""
+    """A subclass of a linear layer whose backward pass needs its output."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).exp()
 
 
 class Remembering(nn.Linear):
-    """Returns the very tensor that it keeps."""
+    """A layer that returns the very tensor that it stores."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.kept = super().forward(x)
@@ -447,7 +450,7 @@ def test_a_replaced_forward_is_left_alone(shortcut):
 
 
 class Exponentiating:
-    """A variant of another adapter whose backward needs what the frozen layer and it returned."""
+    """A variant of another adapter whose backward pass needs its input from the frozen layer, and its output."""
 
     def forward(self, module, active_adapter, x, result, **kwargs):
         return result.exp()

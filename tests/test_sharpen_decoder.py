@@ -1,4 +1,4 @@
-"""The script that trains the bundled autoencoder's decoder to draw sharply what a denoiser leaves vague."""
+"""The script that trains the bundled autoencoder's decoder to generate sharp images from blurred latents."""
 
 import argparse
 import copy

@@ -65,7 +65,7 @@ def test_amended_sums_follow_the_equation(name, shortcut, pre_num, head, scale, 
 @pytest.mark.parametrize("shortcut, pre_num", [("block", 2), ("block", -1), ("middle", 2)])
 @amended
 def test_amended_sums_of_many_rows_follow_the_equation(llama, shortcut, pre_num, scale, factor):
-    """More rows than the rank: `block` sums the B A first, and hands the sum on if it starts at the head."""
+    """With more rows than the rank, `block` first sums the B A, and passes on a sum that starts at the head."""
     model, oracle = pair(llama, shortcut, pre_num, "repeat", scale=scale, factor=factor, r=16)
     inputs = llama.inputs(length=40)
     assert_equal(results_of(model, inputs), results_of(oracle, inputs))
@@ -135,7 +135,7 @@ def test_no_wires_needs_no_links(llama, shortcut, pre_num, head):
 @pytest.mark.parametrize("name", quick(["llama", "gpt2"], "llama"))
 @wired
 def test_dropout_is_drawn_once_per_block(name, shortcut, pre_num, head):
-    """x_{n-k} enters a neighbour with block n-k's mask; `block` uses its own mask for all its terms."""
+    """x_{n-k} enters a neighbor with block n-k's mask; `block` uses its own mask for all its terms."""
     arch = ARCHITECTURES[name]
     model, oracle = pair(arch, shortcut, pre_num, head, lora_dropout=0.4)
     masks = fix_dropout(model)
@@ -308,7 +308,7 @@ def test_mixed_dtypes_without_autocast_keep_the_base_dtype(llama, base, adapter,
 
 
 class Casting(Stack):
-    """Hands every block what it reads in the dtype of its weight."""
+    """A model that passes every block its input in the dtype of its weight."""
 
     def forward(self, x):
         for layer in self.layers:
@@ -409,7 +409,7 @@ def test_fuse_lora_is_refused(unet, shortcut, pre_num, head):
 
 @pytest.mark.parametrize("shortcut, part", [("input", "lora_A"), ("block", "lora_A"), ("block", "lora_B")])
 def test_a_sharded_neighbour_is_an_error_in_one_line(sharded, shortcut, part):
-    """A sharded weight has the shape of the whole and a part of its numbers."""
+    """A sharded weight has the complete shape, but only a part of the values."""
     model = lora_stack()
     reslora.connect(model, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
     linear = getattr(find_layer(model, "layers.1.proj"), part)["default"]
@@ -424,7 +424,7 @@ def test_a_sharded_neighbour_is_an_error_in_one_line(sharded, shortcut, part):
 
 
 def test_peft_calls_the_variant_of_the_active_adapter_after_the_base_layer():
-    """LoRA layers hand the cast input and the base output to `lora_variant[adapter].forward` and return its result."""
+    """LoRA layers pass the cast input and the base output to `lora_variant[adapter].forward`, and return its result."""
     calls = []
 
     class Probe:

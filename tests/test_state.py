@@ -1,4 +1,4 @@
-"""One forward, one state: threads, nested calls, parts that run alone, and recomputations in the middle of it all."""
+"""The state of one forward pass: threads, nested calls, separate parts, and recomputations during other passes."""
 
 import copy
 import threading
@@ -38,7 +38,7 @@ models = pytest.mark.parametrize("name", ["llama", "unet"])
 
 
 def pair(arch, shortcut, pre_num, head, window=0):
-    """A connected model and the oracle with the same weights."""
+    """Return a connected model, and the oracle with the same weights."""
     model = arch.lora()
     oracle = Oracle(model, arch.blocks, shortcut, pre_num, head)
     reslora.connect(model, ResLoraConfig(shortcut, pre_num, head, window))
@@ -52,7 +52,7 @@ def connected(arch, config: ResLoraConfig):
 
 
 def in_thread(work) -> None:
-    """Runs `work` on another thread to its end, and raises what it raised."""
+    """Run `work` on another thread to its end, and raise its exception."""
     raised = []
 
     def guarded():
@@ -67,12 +67,12 @@ def in_thread(work) -> None:
 
 
 def nested(work) -> None:
-    """Runs `work` here and now."""
+    """Run `work` at once, on this thread."""
     work()
 
 
 def at(model, layer: str, work) -> torch.utils.hooks.RemovableHandle:
-    """Calls `work` once, in the middle of a forward, before the named layer."""
+    """Call `work` once, during a forward pass, before the named layer."""
     waiting = [work]
 
     def hook(module, args):
@@ -109,7 +109,7 @@ def test_a_forward_in_the_middle_of_another_leaves_both_right(name, shortcut, pr
 @pytest.mark.exhaustive
 @stateful
 def test_threads_that_take_turns_block_by_block(llama, shortcut, pre_num, head):
-    """Every thread waits for the others before each layer, so all forwards are always in the same place."""
+    """Every thread waits for the others before each layer, so all forward passes are always at the same layer."""
     model, oracle = pair(llama, shortcut, pre_num, head)
     together = threading.Barrier(3)
 
@@ -152,7 +152,7 @@ def test_a_nested_forward_that_fails_leaves_the_outer_one_right(llama, shortcut,
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_a_nested_forward_is_recorded_apart(llama, shortcut):
-    """Each forward writes a column of its own, the inner one first."""
+    """Each forward pass writes its own column, the inner one first."""
     model = connected(llama, ResLoraConfig(shortcut, window=2))
     at(model, MIDDLE["llama"], lambda: loss_of(model, llama.inputs(seed=7)))
     loss_of(model, llama.inputs())
@@ -170,7 +170,7 @@ def test_a_nested_forward_is_recorded_apart(llama, shortcut):
 @pytest.mark.exhaustive
 @stateful
 def test_nothing_is_left_of_a_forward_that_ctrl_c_ended(llama, shortcut, pre_num, head):
-    """Forward hooks do not run after a `KeyboardInterrupt`: the next forward takes its remains away."""
+    """Forward hooks do not run after a `KeyboardInterrupt`: the next forward pass removes the leftover state."""
     model, oracle = pair(llama, shortcut, pre_num, head)
 
     def interrupt():
@@ -210,7 +210,7 @@ def test_a_part_that_runs_after_ctrl_c_starts_afresh(llama, shortcut, pre_num, h
 @models
 @stateful
 def test_a_backward_in_the_middle_of_a_forward_leaves_both_right(name, shortcut, pre_num, head):
-    """The segments of an earlier forward are recomputed while another forward is open, here or on another thread."""
+    """The segments of an earlier forward pass are recomputed during another one, on this thread or on another."""
     arch = ARCHITECTURES[name]
     model, oracle = pair(arch, shortcut, pre_num, head)
     reslora.enable_gradient_checkpointing(model)
@@ -245,7 +245,7 @@ def test_a_forward_in_the_middle_of_a_recomputation_leaves_both_right(name, shor
 
 
 class Refining(Stack):
-    """Takes a gradient through its checkpointed first layers in the middle of its forward."""
+    """A model that computes a gradient through its checkpointed first layers during its forward pass."""
 
     contexts = None
 
@@ -261,7 +261,7 @@ class Refining(Stack):
 
 @stateful
 def test_a_gradient_taken_inside_the_forward(shortcut, pre_num, head):
-    """The forward goes on with its own state after the recomputation inside it."""
+    """The forward pass continues with its own state after the recomputation inside it."""
     model = lora_stack(Refining())
     oracle = Oracle(model, [stack_chain()], shortcut, pre_num, head).model
     reslora.connect(model, ResLoraConfig(shortcut, pre_num, head), example_inputs=STACK_INPUTS)
@@ -271,7 +271,7 @@ def test_a_gradient_taken_inside_the_forward(shortcut, pre_num, head):
 
 
 class Mixed(Stack):
-    """Its first layer is checkpointed with our context, the others without."""
+    """A model whose first layer is checkpointed with our context, the others without."""
 
     contexts = None
 
@@ -383,7 +383,7 @@ def test_gradients_of_an_encoder_alone_and_of_the_whole(name, shortcut, pre_num,
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_a_part_inside_a_forward_is_recorded_with_the_whole(name, shortcut):
-    """One column for each forward, with the norms of encoder and decoder; a part alone leaves the others out."""
+    """One column per forward pass, with the norms of encoder and decoder; a separate part leaves the others out."""
     model, _, example = encoder_decoder(name, shortcut, 1, "repeat")
     norms = connection_of(model.get_base_model()).wires.norms
     model(**example)

@@ -1,4 +1,4 @@
-"""The trace: which holder reads what another returned, inputs made from a configuration, and what is left alone."""
+"""The trace: which holder reads the output of which, inputs made from a configuration, and no side effects."""
 
 import collections
 import itertools
@@ -17,7 +17,7 @@ X = {"x": torch.ones(2, 4, 6, dtype=torch.float64), "y": torch.ones(2, 4, 6, dty
 
 
 class Layer(nn.Module):
-    """A linear layer that may look at a context too."""
+    """A linear layer that may also read a context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Layer(nn.Module):
 
 
 class Streams(nn.Module):
-    """Three lists of two layers each, called as `route` says; with `real`, by way of what only real tensors can do."""
+    """Three lists of two layers each, called as `route` says; with `real`, by operations that need real tensors."""
 
     def __init__(self, route, layer=Layer, real: bool = False) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Streams(nn.Module):
 
 
 def links(route, layer=Layer, targets=("proj",), **config) -> set[tuple[str, str]]:
-    """(before, after) of every link, on the meta device; a real run must find the same ones."""
+    """Return (before, after) of every link, on the meta device; a real run must find the same links."""
     found = []
     for real in (False, True):
         adapted = LoraConfig(r=2, target_modules=list(targets), **config)
@@ -128,14 +128,14 @@ def test_the_table_says_why_in_words():
 
 
 class OneName(Layer):
-    """Hidden states by keyword only, behind something that is no tensor of real numbers."""
+    """A layer with hidden states by keyword only, after an argument that is not a floating-point tensor."""
 
     def forward(self, name, mask, *, hidden_states):
         return super().forward(hidden_states)
 
 
 class Nested(Layer):
-    """A list of tensors in a tuple, and out of it a dict."""
+    """A list of tensors in a tuple as input, and a dict as output."""
 
     def forward(self, pair):
         _, (x, y) = pair
@@ -143,7 +143,7 @@ class Nested(Layer):
 
 
 class Several(Layer):
-    """As joint attention does: the other stream comes back first."""
+    """As joint attention does: the other stream is returned first."""
 
     def forward(self, x, context):
         return context + x.mean(), super().forward(x)
@@ -222,7 +222,7 @@ def test_layers_in_between_that_have_other_roles_do_not_break_a_stream():
 
 
 def test_layers_in_between_that_have_other_roles_hide_no_other_stream():
-    """The first layer of a decoder looks at the encoder, but only the second has the encoder's role."""
+    """The first layer of a decoder reads the encoder, but only the second has the encoder's role."""
 
     def route(model, x, y):
         model.second[0].chosen = "other"
@@ -232,7 +232,7 @@ def test_layers_in_between_that_have_other_roles_hide_no_other_stream():
 
 
 class Outer(nn.Module):
-    """A module of a list that holds a list of its own and a layer after it, as a U-Net's `attentions` do."""
+    """A module of a list that holds its own list and a layer after it, as a U-Net's `attentions` do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ def test_lists_inside_lists_that_read_something_else_are_cut():
 
 
 def test_a_layer_after_a_list_in_its_own_module_goes_on_with_it():
-    """MobileBERT's blocks hold a list of feed-forwards and, after it, one more of the same shape."""
+    """MobileBERT's blocks have a list of feed-forward layers and, after it, one more of the same shape."""
 
     class Mobile(Layer):
         def __init__(self):
@@ -274,7 +274,7 @@ def test_a_layer_after_a_list_in_its_own_module_goes_on_with_it():
 
 
 class Container(nn.ModuleDict):
-    """Is never called: a loop over the list calls what is in it."""
+    """A module that is never called: a loop over its list calls the items."""
 
     def __init__(self) -> None:
         super().__init__({"attention": Layer(), "forward_": Layer()})
@@ -342,7 +342,7 @@ def test_a_stream_that_takes_in_others_on_its_way_goes_on():
 
 
 def test_a_stream_that_comes_back_to_its_own_past_goes_on():
-    """The up blocks of a U-Net read what its down blocks returned, beside what came last."""
+    """The up blocks of a U-Net read the output of its down blocks, in addition to that of the previous block."""
 
     def skips(model, x, y):
         down = run_through(model.first, x)
@@ -494,7 +494,7 @@ def test_example_inputs_that_are_no_dict_are_refused(inputs):
 
 
 class RealStack(Stack):
-    """Does not run on the meta device; draws random numbers, in eval mode too; can checkpoint, as diffusers does."""
+    """A stack that does not run on the meta device, uses random numbers also in eval mode, and can checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -510,7 +510,7 @@ class RealStack(Stack):
 
 
 def traced(name):
-    """A model with LoRA in train mode, and its example inputs."""
+    """Return a model with LoRA in train mode, and its example inputs."""
     if name == "real":
         return lora_stack(RealStack()), STACK_INPUTS
     return ARCHITECTURES[name].lora(lora_dropout=0.3), None

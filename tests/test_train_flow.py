@@ -1,4 +1,4 @@
-"""The bundled flow-matching pipeline, and the script that makes it: the stock pipeline's convention, resumption."""
+"""The bundled flow-matching pipeline, and the script that makes it: the stock convention, and resuming."""
 
 import argparse
 import sys
@@ -44,7 +44,7 @@ def text_encoder(tokenizer):
 
 @pytest.fixture
 def transformer():
-    """A tiny one in which nothing is zero."""
+    """A tiny transformer without zero weights."""
     torch.manual_seed(0)
     transformer = new_transformer(dim=32, layers=2, heads=2)
     for parameter in transformer.parameters():
@@ -110,7 +110,7 @@ def test_training_reads_captions_as_the_stock_pipeline_does(tokenizer, text_enco
 
 
 def exact_flow(latents: torch.Tensor):
-    """The forward of a transformer that knows the latents (C, H, W) of every image: latents - noise."""
+    """Return the forward function of a transformer that knows the latents (C, H, W) of every image: latents - noise."""
 
     def forward(noisy, time, features, lengths):
         return (latents - noisy) / (1 - time.view(-1, 1, 1, 1))
@@ -148,7 +148,7 @@ def test_noise_levels_cover_all_and_favour_the_noisier_half():
 
 @pytest.fixture
 def run(tmp_path, tokenizer, monkeypatch):
-    """Trains tiny models in a folder; `failing` is the call of the loss that fails, as if the process were killed."""
+    """Train tiny models in a folder; `failing`: the call of the loss that fails, as if the process were killed."""
     monkeypatch.setattr(training, "draw", lambda pipeline, prompts: [Image.new("RGB", (4, 4))])
     monkeypatch.setattr(training, "sample_prompts", lambda examples: examples.captions[:1])
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""The script that trains the bundled autoencoder, the sets it learns from, and how sharpness is measured."""
+"""The script that trains the bundled autoencoder, its training sets, and the measure of sharpness."""
 
 import argparse
 import sys

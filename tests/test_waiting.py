@@ -1,4 +1,4 @@
-"""Nothing in the suite waits without an end."""
+"""Every wait in the tests has a time limit."""
 
 import ast
 import signal
@@ -16,7 +16,7 @@ SLEEPER = [sys.executable, "-c", "import time; time.sleep(1_000)"]
 
 
 def endless(source: str) -> list[str]:
-    """Calls that wait, and loops that sleep, without a limit."""
+    """Return calls that wait, and loops that sleep, without a limit."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.While) and any(name_of(n) in ("sleep", "poll", "is_alive") for n in ast.walk(node)):
@@ -79,7 +79,7 @@ def test_a_thread_is_waited_for():
 
 @pytest.mark.parametrize("preexec_fn", [None, default_sigint])
 def test_a_child_can_be_given_sigint_as_terminals_have_it(preexec_fn):
-    """Where this process ignores it, as below `nohup`."""
+    """If this process ignores SIGINT, as below `nohup`."""
     code = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -92,6 +92,6 @@ def test_a_child_can_be_given_sigint_as_terminals_have_it(preexec_fn):
 
 
 def test_a_whole_test_has_an_end_too(pytestconfig):
-    """Of what none of these waits is in: a server's answer, a browser."""
+    """For waits that these helpers do not cover: a server's answer, a browser."""
     assert pytestconfig.pluginmanager.hasplugin("timeout")
     assert 2 * LIMIT < float(pytestconfig.getini("timeout")) < 3600

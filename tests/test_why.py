@@ -1,4 +1,4 @@
-"""The experiments that decide what shortcuts are: their commands, what is kept of them, their tables."""
+"""The experiments about the effect of shortcuts: their commands, stored results and tables."""
 
 import json
 import sys
@@ -125,7 +125,10 @@ def test_the_one_shortcut_of_an_experiment_stands_beside_larger_alphas():
 
 
 def compared() -> list[dict]:
-    """LoRA, and a shortcut that is a twentieth above it, with three seeds; LoRA's first at another rate as well."""
+    """LoRA, and a shortcut whose loss is a twentieth higher, with three seeds.
+
+    LoRA's first seed at another rate as well.
+    """
     lora = [[1.0, 2.0, 3.0], [1.1, 2.3, 2.9], [1.2, 2.2, 3.1]]
     arms = [arm("lora", seed, row) for seed, row in enumerate(lora)]
     arms += [arm("reslora input", seed, [loss + 0.1 + 0.001 * seed for loss in row]) for seed, row in enumerate(lora)]
@@ -187,7 +190,7 @@ def test_larger_alphas_are_compared_by_the_learning_rate_that_was_chosen():
 
 
 def test_no_more_images_choose_than_were_measured():
-    """Earlier records have the whole part."""
+    """Earlier records have the complete part."""
     found = record([arm("lora", 0, [1.0, 2.0, 3.0])])
     assert "Images: 7 for training, 3 in the selection split, 3 in the test split" in why_report.section("it", found)
     found["settings"]["max_validation_images"] = 2
@@ -195,7 +198,10 @@ def test_no_more_images_choose_than_were_measured():
 
 
 def test_each_seed_is_a_rerun_of_the_others():
-    """In four of five seeds the method is half a per cent above LoRA, in the fifth ten, which is outside; one lacks."""
+    """In four of five seeds the method's loss is half a percent above LoRA's, in the fifth ten percent.
+
+    One is missing.
+    """
     shift, random = np.array([0.004, 0.006, 0.005, 0.007, 0.1]), np.random.default_rng(0)
     lora = 1 + 0.1 * random.random((5, 40))
     line = why_report.rerun_line({"lora": lora, "reslora": lora * (1 + shift[:, None])})

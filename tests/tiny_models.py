@@ -56,14 +56,14 @@ def t5() -> nn.Module:
 
 
 def whisper(length: int = 12) -> nn.Module:
-    """The encoder reads exactly `length` frames, after two convolutions of which one halves them."""
+    """Return a Whisper whose encoder reads exactly `length` frames, after two convolutions of which one halves them."""
     return WhisperForConditionalGeneration(
         WhisperConfig(**_SEQUENCES, num_mel_bins=8, max_source_positions=length, max_target_positions=48)
     )
 
 
 def clip() -> nn.Module:
-    """Both towers are equally wide; the one for images of 6 x 6 reads a class token and nine patches."""
+    """Return a CLIP with equally wide towers; the image tower (6 x 6 pixels) reads a class token and nine patches."""
     text = {"vocab_size": 64, "max_position_embeddings": 48, "eos_token_id": 2, "projection_dim": 16}
     vision = {"image_size": 6, "patch_size": 2, "projection_dim": 16}
     return CLIPModel(CLIPConfig(text_config=_TOWER | text, vision_config=_TOWER | vision))
@@ -120,7 +120,7 @@ def qwen_image(**overrides) -> nn.Module:
 
 
 def krea2(**overrides) -> nn.Module:
-    """As wide as the transformer that fuses the text, so that widths alone cut nothing."""
+    """Return a Krea 2 transformer as wide as its text fusion transformer, so that widths do not end chains."""
     config = {
         "in_channels": 8, "num_layers": 4, "attention_head_dim": 12, "num_attention_heads": 2, "num_key_value_heads": 1,
         "intermediate_size": 32, "timestep_embed_dim": 8, "text_hidden_dim": 24, "num_text_layers": 3,
@@ -135,22 +135,22 @@ def tokens(length: int) -> torch.Tensor:
 
 
 def sequences(source: int, target: int) -> dict:
-    """Inputs of an encoder-decoder."""
+    """Return inputs of an encoder-decoder."""
     return {"input_ids": tokens(source), "decoder_input_ids": tokens(target)}
 
 
 def sounds(source: int, target: int) -> dict:
-    """Inputs of Whisper: `source` frames after the encoder's convolutions."""
+    """Return inputs of Whisper: `source` frames after the encoder's convolutions."""
     return {"input_features": torch.zeros(1, 8, 2 * source), "decoder_input_ids": tokens(target)}
 
 
 def captioned_image(length: int) -> dict:
-    """Inputs of CLIP."""
+    """Return inputs of CLIP."""
     return {"input_ids": tokens(length), "pixel_values": torch.zeros(1, 3, 6, 6)}
 
 
 def z_image_inputs(sides: list[tuple[int, int]], captions: list[int]) -> dict:
-    """Images of these sides (in patches) with captions of these lengths."""
+    """Return images of these sizes (in patches) with captions of these lengths."""
     generator = torch.Generator().manual_seed(0)
     return {
         "x": [torch.randn(4, 1, 2 * height, 2 * width, generator=generator) for height, width in sides],
@@ -160,7 +160,7 @@ def z_image_inputs(sides: list[tuple[int, int]], captions: list[int]) -> dict:
 
 
 def flux_inputs(image: int, caption: int, pooled: int | None = 6, axes: int = 3) -> dict:
-    """Inputs of `flux`, of `flux2` with `pooled=None, axes=4`, or of `chroma` with `pooled=None`."""
+    """Return inputs of `flux`, of `flux2` with `pooled=None, axes=4`, or of `chroma` with `pooled=None`."""
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "hidden_states": torch.randn(2, image, 8, generator=generator),
@@ -185,7 +185,7 @@ def sd3_inputs(height: int, width: int, caption: int) -> dict:
 
 
 def qwen_image_inputs(height: int, width: int, caption: int) -> dict:
-    """An image of these sides (in patches), and two captions of which the first has padding."""
+    """Return an image of this size (in patches), and two captions of which the first has padding."""
     generator = torch.Generator().manual_seed(0)
     return {
         "hidden_states": torch.randn(2, height * width, 8, generator=generator),
@@ -197,7 +197,7 @@ def qwen_image_inputs(height: int, width: int, caption: int) -> dict:
 
 
 def krea2_inputs(height: int, width: int, caption: int) -> dict:
-    """An image of these sides (in patches), and two captions of which the first has padding."""
+    """Return an image of this size (in patches), and two captions of which the first has padding."""
     generator = torch.Generator().manual_seed(0)
     return {
         "hidden_states": torch.randn(2, height * width, 8, generator=generator),

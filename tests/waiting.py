@@ -1,4 +1,4 @@
-"""Waits that end, and say what they waited for: the limit is for what hangs, not for what is slow."""
+"""Waits with a time limit and a message; the limit is for a process that hangs, not for a slow one."""
 
 import multiprocessing
 import signal
@@ -20,7 +20,7 @@ def wait_until(
     pause: float = 0.02,
     limit: float = LIMIT,
 ) -> None:
-    """Looks again and again; fails after the limit, or where who should bring it about has ended without."""
+    """Poll until the condition holds; fail after the limit, or if the process to wait for has ended."""
     end = time.monotonic() + limit
     while not condition():
         assert running is None or is_running(running) or condition(), f"ended before {what}"
@@ -33,7 +33,7 @@ def is_running(running: Running) -> bool:
 
 
 def ended(process: subprocess.Popen | multiprocessing.process.BaseProcess, limit: float = LIMIT) -> int:
-    """The exit status of a process, minus the signal where one ended it; one that hangs is killed, and fails."""
+    """Return the exit status of a process, minus the signal if one ended it; kill a process that hangs, and fail."""
     try:
         wait_until(lambda: not is_running(process), f"the end of {process}", limit=limit)
     finally:
@@ -46,7 +46,7 @@ def ended(process: subprocess.Popen | multiprocessing.process.BaseProcess, limit
 
 
 def output_of(process: subprocess.Popen, given: str | bytes | None = None, limit: float = LIMIT) -> tuple:
-    """What a process with pipes says until its end, on stdout and on stderr; one that hangs is killed, and fails."""
+    """Return stdout and stderr of a process with pipes; kill a process that hangs, and fail."""
     try:
         return process.communicate(given, timeout=limit)
     finally:
@@ -55,7 +55,7 @@ def output_of(process: subprocess.Popen, given: str | bytes | None = None, limit
 
 
 def start_thread(target: Callable, *args: object) -> threading.Thread:
-    """A thread that does not keep the tests from ending."""
+    """Start a daemon thread, which does not keep the tests from ending."""
     thread = threading.Thread(target=target, args=args, daemon=True)
     thread.start()
     return thread
@@ -68,10 +68,10 @@ def join(*threads: threading.Thread) -> None:
 
 
 def default_sigint() -> None:
-    """For `preexec_fn`: whoever starts the tests may ignore SIGINT, as `nohup` does, and children inherit that."""
+    """Restore the default SIGINT handler in a child (`preexec_fn`), as children inherit an ignored SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def ignore_sigint() -> None:
-    """For `preexec_fn`: what a child of a background shell finds."""
+    """Ignore SIGINT in a child (`preexec_fn`), as in a child of a background shell."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Connected models of every shortcut, and the oracle beside them."""
+"""Connected models of every shortcut, and an oracle with the same weights for each."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def connected(arch, shortcut, pre_num, head, window=0, **lora):
 
 
 def pair(arch, shortcut, pre_num, head, window=0, scale="sum", factor=1.0, **lora):
-    """A connected model and the oracle with the same weights."""
+    """Return a connected model, and the oracle with the same weights."""
     model = arch.lora(**lora)
     oracle = Oracle(model, arch.blocks, shortcut, pre_num, head, scale=scale, factor=factor)
     reslora.connect(model, ResLoraConfig(shortcut, pre_num, head, window, scale))

@@ -71,7 +71,10 @@ class ControlTab(Tab):
 
 
 def wait_for_end(jobs: Jobs) -> Iterator[str]:
-    """Yield that the trainers which were asked to stop have ended; give up after `PATIENCE` seconds."""
+    """Wait until the trainers that were asked to stop have ended, and yield a notice that names them.
+
+    Trainers that still run after `PATIENCE` seconds are not named.
+    """
     asked, jobs.stopping = jobs.stopping, []
     latest = time.monotonic() + PATIENCE
     while any(map(jobs.is_active, asked)) and time.monotonic() < latest:

@@ -1,9 +1,11 @@
 """The arms of an experiment and their order of training, as functions of options and results.
 
-An arm is a method with a learning rate and a seed. If options such as the rank vary, each combination of a method with
-their values is compared like a method of its own (`Label`), and "method" below means such a combination. So is each
-average of --average_checkpoints: its arms are not trained, but average the adapters that an arm of another method has
-saved. The order does not depend on a time limit, so that an experiment without a limit can resume a limited one:
+An arm is one run of the experiment: a method with a learning rate and a seed. If options such as the rank vary, each
+method is compared in several variants, such as `lora rank 4` and `lora rank 8`; "method" below means such a variant
+(`Label`). Each average of --average_checkpoints also counts as a method. Its arms are not trained: they average the
+adapters that arms of another method have saved.
+
+The order of training does not depend on a time limit, so that an experiment without a limit can resume a limited one:
 
 1. The first seed at all learning rates and methods. The learning rates go from coarse to fine, starting in the middle;
 each is trained with every method before the next one. So whenever the experiment ends, the numbers of learning rates
@@ -44,14 +46,17 @@ NEAR = 3  # number of learning rates around the best one at which further seeds 
 SEVERAL_BLOCKS = tuple(name for name in NAMES if name not in (PLAIN, "input", "gated"))
 MOST_EXTENSIONS = 3  # maximum number of extensions of the learning rates by --extend_rates
 LEAST_RATIO = 1.02  # minimum ratio of two learning rates to extend them
-PLACED = ("learning_rate", "seed", "shortcut", "pre_num", "rank")  # options that labels and directories name otherwise
+PLACED = ("learning_rate", "seed", "shortcut", "pre_num", "rank")  # not written as `name=value` in labels
 LONGEST_VALUE = 40  # characters of a list in names of directories
 EVERY = 4  # one of this many seeds chooses learning rates, starting with the first
 
 
 @dataclass(frozen=True)
 class Label:
-    """What is compared: a method with its values of the options that vary, except learning rate and seed."""
+    """What an experiment compares: a method or, if options vary, a variant of it, such as `lora rank 4`.
+
+    Learning rate and seed are not part of a label: its arms have several of them.
+    """
 
     name: str
     method: str
@@ -88,9 +93,9 @@ Losses = Mapping[Arm, float]
 
 
 def labels_of(grid: Grid) -> list[Label]:
-    """Return the combinations of method and varying options to compare, such as one of ResLoRA for each shortcut.
+    """Return the variants of each method that are compared, such as one of ResLoRA for each shortcut.
 
-    For an option that varies, but that a method does not use, the method has a single combination.
+    An option that varies makes no further variants of a method that does not use it.
     """
     found, shared, varied = [], grid.base.adapter, grid.varied
     # values that vary are in the name anyway
@@ -116,7 +121,7 @@ def labels_of(grid: Grid) -> list[Label]:
 
 
 def averages_of_labels(grid: Grid, labels: Sequence[Label]) -> list[Label]:
-    """Return a label for each of these labels and each average of --average_checkpoints, such as `lora ema:0.99`."""
+    """Return the labels of the averages of --average_checkpoints, such as `lora ema:0.99`, for each of `labels`."""
     given, found = grid.base["average_checkpoints"], []
     for label, average in itertools.product(labels, averages_of(given) if given else ()):
         name, place = f"{label.name} {average}", f"{label.place}average_checkpoints-{str(average).replace(':', '-')}/"
@@ -139,7 +144,7 @@ def check_evaluations(grid: Grid, steps: int, every: int, flag: str) -> None:
 
 
 def others_of(grid: Grid, method: str) -> list[dict[str, Any]]:
-    """Return every combination of the values of the options in `Label.values` that a method uses."""
+    """Return `Label.values` for each variant of a method, from the values of the options that the method uses."""
     names = [name for name in grid.varied if name not in PLACED]
     read = [grid.base.option(name).read_by for name in names]
     names = [name for name, by in zip(names, read, strict=True) if not by or getattr(METHODS[method], by)]
@@ -147,7 +152,7 @@ def others_of(grid: Grid, method: str) -> list[dict[str, Any]]:
 
 
 def in_folder(value: object) -> str:
-    """Return an option's value as in methods and names of directories.
+    """Return an option's value as text for names of methods and directories.
 
     A list that is long or contains characters that a file system may not accept is shortened, with a hash.
     """
@@ -161,17 +166,17 @@ def in_folder(value: object) -> str:
 def rates_of(grid: Grid, label: Label) -> list[float]:
     """Return a method's learning rates in ascending order.
 
-    If the optimizer varies and the method's optimizer has a learning rate of its own, as Prodigy has, it is the only
-    one.
+    If the optimizer varies, a method whose optimizer has a learning rate of its own, as Prodigy has, gets only this
+    learning rate.
     """
     own = named(label.values["optimizer"]).learning_rate if "optimizer" in label.values else None
     return sorted(grid.rates) if own is None else [own]
 
 
 def reference_of(grid: Grid, labels: Sequence[Label]) -> str:
-    """Return the method or combination with which the others are compared: --reference, or else LoRA.
+    """Return the method or variant with which the others are compared: --reference, or else LoRA.
 
-    Without --reference, it is the first combination if the only method is not LoRA and has several.
+    Without --reference, and if the only method is not LoRA and has several variants, it is the first of these.
     """
     if grid.base.experiment.reference:
         return grid.base.experiment.reference
@@ -180,7 +185,7 @@ def reference_of(grid: Grid, labels: Sequence[Label]) -> str:
 
 
 def references_of(grid: Grid, labels: Sequence[Label]) -> list[str]:
-    """Return the combinations with which others are compared: the reference, or all those of the reference method."""
+    """Return the variants with which others are compared: the reference, or all variants of the reference method."""
     reference = reference_of(grid, labels)
     own = [label.name for label in labels if label.name == reference]
     return own or [label.name for label in labels if label.method == reference and not label.average]
@@ -220,8 +225,8 @@ def check_values(grid: Grid) -> None:
     used |= {name for name in ("shortcut", "pre_num") for label in labels if getattr(label, name) is not None}
     for name in grid.varied:
         if name not in used:
-            problem = f"nothing of --method {' '.join(grid.methods)} reads several"
-            fix = "add reslora with --shortcut block or middle, or give one"
+            problem = f"no method of --method {' '.join(grid.methods)} uses several values"
+            fix = "add reslora with --shortcut block or middle, or give one value"
             raise InvalidArgument(f"{grid.flag(name)} {as_typed(grid.varied[name])}", problem, fix)
     experiment, compared = grid.base.experiment, [*labels, *averages_of_labels(grid, labels)]
     names = [label.name for label in compared]
@@ -254,7 +259,7 @@ def check_values(grid: Grid) -> None:
         rates = sorted(grid.rates)
         for low, high in (rates[:2], rates[-2:]):
             if high < LEAST_RATIO * low:  # the extended values, rounded, would be equal
-                problem = "too near each other for --extend_rates, which goes on by their ratio"
+                problem = "too near each other for --extend_rates, which continues the series by their ratio"
                 raise InvalidArgument(f"--learning_rate {low:g} {high:g}", problem, "give rates further apart")
 
 
@@ -303,7 +308,7 @@ def in_order(grids: Grids, seeds: Sequence[int], losses: Losses) -> list[Arm]:
 
 
 def arms_by_rate(rates: Mapping[str, Sequence[float]], seed: int) -> list[Arm]:
-    """Return the arms of a seed: every method at its first learning rate, then every method at its second."""
+    """Return the arms of a seed: every method at its first learning rate, then every method at its second one, etc."""
     longest = max(map(len, rates.values()))
     return [
         Arm(label, own[place], seed) for place in range(longest) for label, own in rates.items() if place < len(own)

@@ -104,7 +104,7 @@ def sentence_of(
         return f"{conclusion}: {claimed} {found}"
     advice = f"about {more} more seed{'s' * (more != 1)}"
     if more is None:
-        advice = f"even {MOST_SEEDS} more seeds would hardly do; take more test images, or state another margin"
+        advice = f"even {MOST_SEEDS} more seeds would hardly be enough; use more test images, or state another margin"
     return f"not enough data: {advice}, for: {claimed} {found}"
 
 
@@ -117,7 +117,10 @@ def stated_again(before: Iterable[Stated], now: Stated) -> list[Stated]:
 
 
 def changes(claims: Iterable[Stated], total: int) -> list[str]:
-    """Return a sentence for each change of the claim; `claims`: oldest first; `total`: number of arms."""
+    """Return a sentence for each change of the claim after the experiment had begun.
+
+    `claims`: all stated claims, oldest first. `total`: number of arms (runs) of the experiment.
+    """
     found = []
     for before, now in itertools.pairwise(claims):
         same = all(before[name] == now[name] for name in ("label", "reference", "margin"))

@@ -29,7 +29,7 @@ def cut(marks: Sequence[str], select: float, test: float) -> tuple[list[int], li
 
 
 def enough_of(marks: Sequence[str]) -> float:
-    """Return the fraction, rounded up to hundredths, with which the test part has ENOUGH items; 1 without one."""
+    """Return the fraction, rounded up to hundredths, with which the test part has ENOUGH items; else 1."""
     places = sorted(derive("experiment", mark) / SPACE for mark in marks)
     return (math.floor(100 * places[ENOUGH - 1]) + 1) / 100 if len(places) > ENOUGH else 1
 

@@ -189,7 +189,7 @@ class Answer(TypedDict):
 class Best(TypedDict):
     """The arm from which the files in the experiment's directory were exported.
 
-    Of the arms of the best label, it has the lowest loss on the selection split.
+    Of the arms of the best method, it has the lowest loss on the selection split.
     """
 
     label: str
@@ -295,8 +295,8 @@ class Experiment(Facts):
 def read_experiment(folder: Path) -> dict:
     """Return the content of a directory's `experiment.json`; empty if it does not exist.
 
-    Raises `InvalidArgument` for a damaged file, because the file stores what the experiment was trained from, and how
-    often it was evaluated on the test split.
+    Raises `InvalidArgument` for a damaged file. It is not replaced, because it identifies the experiment's data and
+    model, and counts the evaluations on the test split.
     """
     found = read_object(folder / EXPERIMENT)
     if not found and (folder / EXPERIMENT).exists():

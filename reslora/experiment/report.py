@@ -23,22 +23,22 @@ NOTHING = "&mdash;"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 BASE = "base model"
 READING = (
-    "A difference is a method's loss minus its reference's on {unit}s that neither was trained on nor chosen by, with "
-    "the same seeds and {unit}s for both; lower is better. The {coverage} interval contains the mean difference of new "
-    "seeds and new {unit}s of this kind in {coverage} of experiments; however often seeds are added, all intervals of "
-    "a method together do so in 95%. A single new seed, on these {unit}s, differs more: in 19 of 20 cases it is within "
-    "the range under <i>One more seed</i>. A method is better or worse if p is below 0.05; p is corrected for all "
-    "pairs of methods (Holm, Shaffer) and for how often the test split was read. If a difference is not significant "
-    "there may still be one within the interval: one as large as the minimum detectable effect (MDE) is found in 4 of "
-    "5 such experiments. What is claimed is on average too large, as only large differences get significant: "
-    "<i>Expected</i> is what new experiments will find. <i>Of the gain</i> is the difference as a part of what "
-    "training gains over the base model."
+    "A difference is a method's loss minus its reference's, on {unit}s that were used neither to train nor to choose; "
+    "lower is better. Both have the same seeds and {unit}s. The {coverage} interval contains the mean difference for "
+    "new seeds and new {unit}s of this kind in {coverage} of experiments; however often seeds are added, all intervals "
+    "of a method together do so in 95%. A single new seed, on these {unit}s, differs more: in 19 of 20 cases it is "
+    "within the range under <i>One more seed</i>. A method is better or worse if p is below 0.05; p is corrected for "
+    "all pairs of methods (Holm, Shaffer) and for the number of evaluations on the test split. If a difference is not "
+    "significant, there may still be one within the interval: one as large as the minimum detectable effect (MDE) is "
+    "found in 4 of 5 such experiments. Significant differences are too large on average, because only large ones "
+    "become significant: <i>Expected</i> is what new experiments will find. <i>Of the gain</i> is the difference as a "
+    "percentage of what training gains over the base model."
 )
 UNCERTAIN = {
     "better": "It is better than {reference}: chance makes such a difference in at most 5 of 100 experiments.",
     "worse": "It is worse than {reference} on the test {unit}s, although the selection split chose it.",
-    "not shown": "Whether it is better than {reference} this experiment does not show: use either, or add seeds.",
-    "cannot tell": "Whether it is better than {reference} one seed does not say: add seeds.",
+    "not shown": "This experiment does not show whether it is better than {reference}: use either, or add seeds.",
+    "cannot tell": "One seed does not show whether it is better than {reference}: add seeds.",
 }
 """Sentence about the best run, by the conclusion of its method's verdict."""
 
@@ -141,7 +141,7 @@ def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
     """Return a sentence about several verdicts without a ranking: with one seed, or in an older file."""
     references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in verdicts))
     if all(verdict["conclusion"] == "cannot tell" for verdict in verdicts):
-        return f"with one seed or one test {unit} no method can be told from {references}"
+        return f"with one seed or one test {unit}, no method can be distinguished from {references}"
     better = [verdict["label"] for verdict in verdicts if verdict["conclusion"] == "better"]
     return f"better than {references}: {', '.join(better) or 'no method'}"
 
@@ -239,7 +239,7 @@ def what_to_use(experiment: Experiment, about: About) -> str:
     found += f"<ul>{''.join(files)}</ul>"
     if command := command_of(best, folder, about):
         found += (
-            f"<p>These files have not seen the {about.unit}s that choose and compare. To train the same on all "
+            f"<p>The {about.unit}s of the selection and test splits were not trained on. To train the same on all "
             f"{about.unit}s:</p>{copied(command)}"
         )
     elif average := best.get("average"):
@@ -323,11 +323,11 @@ def chosen_table(experiment: Experiment) -> str:
         selected = number(experiment.get("base_select"))
         rows.append([BASE, NOTHING, "0", selected, number(base), *[NOTHING] * 6, ""])
     names = ["Method", "Learning rate", "Step", "Selection loss", "Test loss", "One more seed", "Rank", "Shortcut"]
-    names += ["Time", "Memory", "File", "End of the rates"]
+    names += ["Time", "Memory", "File", "Rate at the end of the range"]
     note = (
-        "<p>Of each method the learning rate and step with the lowest mean loss, over seeds, on the selection split, "
-        "which none was trained on. Time: until that step, mean over seeds. Memory: the most of any seed. File: the "
-        "exported LoRA.</p>"
+        "<p>For each method, the learning rate and step with the lowest mean loss, over seeds, on the selection split, "
+        "on which no method was trained. Time: until that step, mean over seeds. Memory: the most of any seed. File: "
+        "the exported LoRA.</p>"
     )
     return (note if rows else "") + table("Chosen on the selection split", names, rows)
 

@@ -62,7 +62,7 @@ class Results:
             self.keep(there, judged)
 
     def keep(self, there: dict, judged: set[Arm]) -> None:
-        """Load the conclusions of an earlier start about the arms `judged`; they remain until this start draws its own.
+        """Load an earlier start's conclusions about the arms `judged`, which remain until this start concludes.
 
         `there`: content of `experiment.json`.
         """
@@ -275,8 +275,8 @@ class Results:
         for name in grid.varied:
             if unshared := grid.base.option(name).unshared:
                 yield (
-                    f"{grid.base.option(name).name} varies: runs of a seed do not share {unshared}. Test losses are "
-                    "comparable; differences need more seeds to be significant"
+                    f"{grid.base.option(name).name} varies: runs with the same seed do not share {unshared}. Test "
+                    "losses are comparable; differences need more seeds to be significant"
                 )
         for name in self.schedule.grids:
             if (own := rates_of(grid, self.schedule.labels[name])) != self.schedule.given:
@@ -307,7 +307,7 @@ class Results:
         waiting = {arm.label for arm in arms if arm not in losses}
         for label in schedule.grids:
             if label not in {*waiting, *self.chosen}:
-                problem = "at no learning rate did all seeds end well, so none is chosen"
+                problem = "at each learning rate, a seed failed or was stopped, so none is chosen"
                 slow = f" (or none was measured within {seconds:.3g} s)" if seconds else ""
                 yield f"{label}: {problem}{slow}; add a lower --learning_rate"
         for label, choice in self.chosen.items():
@@ -315,7 +315,7 @@ class Results:
                 end, other = {"low": ("lowest", "lower"), "high": ("highest", "higher")}[choice["at_end"]]
                 line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}, "
                 line += f"and a {other} one may do better"
-                further = f"--extend_rates, or --learning_rate {choice['next']:g} beside the others"
+                further = f"--extend_rates, or --learning_rate {choice['next']:g} in addition to the others"
                 # --extend_rates has already tried all its extensions, and starts from the given values
                 if experiment.extend_rates:
                     rates = sorted({*schedule.grids[label], choice["next"]})
@@ -327,13 +327,14 @@ class Results:
         if self.readings > 1:  # the user may have seen earlier results before extending the experiment
             read = f"the test split was evaluated {self.readings} times, as runs were added"
             level = f"{100 * level_of(self.readings):.2g}%"
-            yield f"{read}: this time at a significance level of {level}, so that all times together are at most at 5%"
+            total = "the levels of all evaluations add up to at most 5%"
+            yield f"{read}: this time at a significance level of {level}; {total}"
 
     def export(self, trained: Sequence[Arm]) -> record.Best:
         """Export the best arm and return its record.
 
-        Its method has the lowest mean loss on the selection split of the ranking's best methods, or of all methods if
-        there is no ranking. Of that method's arms, the best arm has the lowest loss on the selection split.
+        Of the best methods in the ranking (without a ranking, of all methods), the one with the lowest mean loss on the
+        selection split is exported: its arm with the lowest loss on the selection split.
         """
         labels = {arm.label for arm in trained}
         best_labels = labels.intersection(self.ranking["best"]) if self.ranking else set()

@@ -150,8 +150,8 @@ class ArmSchedule:
     def averages(self) -> list[Arm]:
         """Return the arms of --average_checkpoints, in order of seed and label.
 
-        Their learning rate is the chosen one of the label whose checkpoints they average, at which all seeds are
-        trained. There are none of a label without a chosen learning rate.
+        Their learning rate is the one that was chosen for the method whose checkpoints they average, because only there
+        are all seeds trained. A method without a chosen learning rate has no averages.
         """
         labels = [label for label in self.labels.values() if label.average]
         rates = {label.source: self.rate_of(label.source) for label in labels}

@@ -310,7 +310,7 @@ def arrays_of(losses: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
     shape = next(iter(arrays.values())).shape if arrays else ()
     for label, values in arrays.items():
         if values.shape != shape or values.ndim != 2 or 0 in shape:
-            raise ValueError(f"{label} has losses of shape {values.shape}, not seeds x images alike for all: {shape}")
+            raise ValueError(f"{label} has losses of shape {values.shape}, not seeds x images as all others: {shape}")
         if (values <= 0).any():
             raise ValueError(f"{label} has a test loss of {np.nanmin(values):g}, but losses must be above zero")
     return arrays
@@ -443,9 +443,9 @@ def compare(
 ) -> tuple[list[Verdict], Ranking | None]:
     """Return the verdict on each label, and the ranking, from the test losses of arms at the chosen learning rates.
 
-    `reference`: a method, or one combination of a method with options that vary (`arms.Label`). If the reference method
-    has several combinations, another method is compared with the one of equal rank and equal values, or else with the
-    first one; the further combinations are compared with the first one. An average of a method's checkpoints is
+    `reference`: a method, or one variant of a method (`arms.Label`). If the reference method has several variants,
+    another method is compared with the variant of equal rank and equal values, or else with the first one, and the
+    other variants of the reference method are compared with its first one. An average of a method's checkpoints is
     compared with that method. Without the reference nothing is compared. `reading`: number of evaluations on the test
     split. `base`: losses of the base model. Raises `ValueError` if arms were evaluated on different images.
     """
@@ -468,7 +468,10 @@ def compare(
 
 
 def partner_of(label: str, references: Sequence[str], kinds: Mapping[str, object]) -> str:
-    """Return the reference with the same values of the options that vary, by `kinds`, or else the first one."""
+    """Return the reference of a method: the one with the same rank and the same values, or else the first one.
+
+    `kinds`: rank and values of each method, by name.
+    """
     same = (each for each in references if each != label and kinds[each] == kinds[label])
     return next(same, references[0])
 
@@ -531,13 +534,13 @@ def choose(arms: Iterable[Arm], seeds: Iterable[int] | None = None) -> dict[str,
 
 
 def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choice | None:
-    """Return the choice of one method from the `select_by_step` of each seed at each learning rate.
+    """Return the choice of one method. `losses`: by learning rate, the `select_by_step` of each seed that has ended.
 
     None if no loss is finite. Learning rates with fewer seeds than others are left out.
 
-    `at_end` and `next` are set if the best learning rate is the lowest or highest of all in `losses`, with or without
-    seeds, and an arm at its neighbor has ended. `next` continues the series by the ratio of the two. The ratio is at
-    most LARGEST_STEP if the neighbor has no finite loss, because the neighbor may be far too high.
+    `at_end` and `next` are set if the best learning rate is the lowest or the highest key of `losses`, and an arm at
+    the learning rate next to it has ended. `next` continues the series by the ratio of these two. The ratio is at most
+    LARGEST_STEP if the other one has no finite loss, because it may be far too high.
     """
     most = max(map(len, losses.values()), default=0)
     tried = sorted(rate for rate, seeds in losses.items() if len(seeds) == most > 0)

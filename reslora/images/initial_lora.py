@@ -71,7 +71,7 @@ def read_start(file: str, base: str, model: Model, option: str = "init_lora") ->
     parts = read_parts(read_content(path, flag), names)
     layers = parts.pop(model.family.denoiser, {})
     if parts or not layers:
-        use = "goes on from a LoRA" if option == "init_lora" else "has an assistant"
+        use = "can start from a LoRA" if option == "init_lora" else "can have an assistant"
         problem = f"it has layers of {', '.join(parts)}, and only the denoiser {use}"
         fix = _how_to_part(file, base, model, option) if layers else "give a LoRA of the denoiser"
         raise InvalidArgument(flag, problem, fix)

@@ -69,7 +69,7 @@ def check_base_precision(options: ModelOptions, dtype: torch.dtype, accelerator:
         try_format(options.base_precision, dtype, accelerator.device)
     except Exception as error:  # every device back end has its own exceptions
         problem = f"does not work on {accelerator.device.type} here ({first_line(error)})"
-        raise InvalidArgument(argument, problem, "give another precision, or no") from None
+        raise InvalidArgument(argument, problem, "give another precision, or leave it out") from None
 
 
 def check_blocks_to_swap(options: ModelOptions, model: Model, accelerator: Accelerator) -> None:
@@ -211,10 +211,10 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
 def check_reads_references(
     data: DataOptions, training: TrainingOptions, validation: ValidationOptions, model: Model
 ) -> None:
-    """Raise `InvalidArgument` for an edit model without reference images, and for these with another model.
+    """Raise `InvalidArgument` unless reference images are given for an edit model, and only for an edit model.
 
-    Raise it also for a file of --validation_image that is no image, and for options that need text states of captions
-    that are not encoded beforehand, if the text encoder reads reference images.
+    Two other cases also raise it: a file of --validation_image that is no image, and, for a text encoder that reads
+    reference images, options that need captions or flipped images that were not encoded before training.
     """
     family, argument = model.family, data.reference_flag
     if family.edits and not argument:
@@ -226,7 +226,7 @@ def check_reads_references(
         names = ", ".join(other.name for other in map(load_family, FAMILIES) if other.edits)
         raise InvalidArgument(argument, f"{family.name} edits no images", f"leave it out, or give a model of {names}")
     if family.reads_references:
-        problem = f"the text encoder of {family.name} reads each caption once, with its reference image as it is"
+        problem = f"the text encoder of {family.name} reads each caption once, with its unchanged reference image"
         unable = ("random_flip", "enable_wildcard", "shuffle_caption", "caption_tag_dropout_rate")
         given = [f"--{name}" for name in unable if getattr(data, name)]
         given += [] if data.cache_text_embeddings else ["--no-cache_text_embeddings"]

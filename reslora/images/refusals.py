@@ -91,7 +91,11 @@ def check_folders(data: DataOptions) -> None:
 
 
 def check_references(data: DataOptions) -> None:
-    """Raise `InvalidArgument` for reference images that are named twice, in another number of folders, or in none."""
+    """Raise `InvalidArgument` if the options that name the reference images do not fit the other data options.
+
+    Only one option may name them, and --conditioning_data_dir needs one folder for each of --train_data_dir. Class
+    images cannot have reference images.
+    """
     partners, folders, argument = data.conditioning_data_dir, data.train_data_dir, data.reference_flag
     if partners and (data.conditioning_image_column or data.dataset_name):
         other = "--dataset_name" if data.dataset_name else "--conditioning_image_column"
@@ -165,7 +169,7 @@ def check_start(adapter: MethodOptions) -> None:
         raise InvalidArgument(flag, "no such file or folder", "give a LoRA file, or a folder with one")
     for method in (METHODS[name] for name in adapter.method):
         if method.measured or not method.trains_lora:
-            measured, without = "is measured at a start from zero", "has no plain LoRA weights that could start from it"
+            measured, without = "can only start from zero", "has no plain LoRA weights that could start from it"
             problem = f"--method {method.name} {measured if method.trains_lora else without}"
             raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
         if method.shortcuts and adapter.shortcut != PLAIN and adapter.pre_num != 0:

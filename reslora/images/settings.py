@@ -27,7 +27,7 @@ from .refusals import check_options, check_places, report_doubtful
 
 PROG = "train_sd.py"
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "twemoji", 200
-CLAIM = "claim_sha256"  # key of the hash of a file that states a claim, beside the options
+CLAIM = "claim_sha256"  # key, next to the options, of the hash of a file that states a claim
 ADDED = {"seed", "output_dir"}  # options that the command line may change in a file that states a claim
 DEFAULT_SPLIT = 0.1  # fraction of an experiment's images in the selection split; the test split has the same
 

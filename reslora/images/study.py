@@ -1,4 +1,4 @@
-"""The study of images: model, encoded images, losses, samples and exports."""
+"""The `Study` of a run with images: model, encoded images, losses, samples and exports."""
 
 import contextlib
 import functools

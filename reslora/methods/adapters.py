@@ -112,7 +112,8 @@ def check_rank(model: nn.Module, config: PeftConfig) -> None:
     """Raise `ValueError` if the rank exceeds the smaller dimension of an adapted layer, naming the narrowest layer.
 
     A higher rank would only cost memory, because the rank of the weight's update cannot exceed this dimension. LoKr and
-    OFT accept any rank: it is not the rank of the update, and a large value means full factors or blocks.
+    OFT accept any value, because their parameter `rank` is not the rank of the update: a large value means full factors
+    or blocks.
     """
     rank = config.target_r if isinstance(config, AdaLoraConfig) else config.r
     name, least = narrowest_layer(model, config)

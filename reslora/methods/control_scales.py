@@ -62,7 +62,10 @@ class Gauge:
     squares: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
 
     def __call__(self, variant: Shortcut, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
-        """Record one forward pass of a block; for the `block` shortcut, `own` and `handed` are the stacked A and B."""
+        """Record one forward pass of a block: its input `x`, its own A x (`own`) and the shortcut terms (`handed`).
+
+        For the `block` shortcut, `own` and `handed` are the stacked A and the stacked B.
+        """
         if variant.carries:
             added = torch.zeros_like(own) if handed is None else handed
             h = own + added

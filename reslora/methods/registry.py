@@ -201,7 +201,7 @@ METHODS = {
     for row in (
         Method("lora", "LoRA", "plain LoRA", "#8a8f98", lora),
         Method(
-            "lora_x2", "LoRA, doubled alpha", "LoRA with doubled alpha, the control", "#1971c2",
+            "lora_x2", "LoRA, doubled alpha", "LoRA with doubled alpha, a control", "#1971c2",
             partial(lora, times=2),
         ),
         Method("lora_x4", "LoRA, fourfold alpha", "LoRA with alpha times four", "#74a9d8", partial(lora, times=4)),
@@ -280,8 +280,8 @@ def refuse_unable(names: Iterable[str], ability: str) -> None:
 def refuse_settings(names: Iterable[str], dropout: float, patterns: Mapping[str, Sequence[str] | None]) -> None:
     """Raise `InvalidArgument` for the first method that does not support a given option.
 
-    The options are `dropout`, unless it is zero, and `patterns`: option name (`rank_pattern` or `alpha_pattern`) ->
-    values that the user gave.
+    `dropout`: the given dropout; zero is supported by all. `patterns`: the given values by option name, `rank_pattern`
+    or `alpha_pattern`.
     """
     for method in (METHODS[name] for name in names):
         if dropout and not method.dropout:

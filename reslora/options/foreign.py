@@ -19,7 +19,10 @@ KOHYA = {
 
 
 def foreign_names(table: Mapping[str, Option]) -> dict[str, tuple[str, str]]:
-    """Return by name, for each option of other scripts, whose it is and its equivalent here, possibly with a value."""
+    """Return the options of other scripts by name: whose option it is (kohya's, diffusers'), and its equivalent here.
+
+    The equivalent is an option, for some with a value.
+    """
     found = {name: ("kohya's", here) for name, here in KOHYA.items()}
     for option in table.values():
         for whose, names in (("kohya's", option.kohya), ("diffusers'", option.diffusers)):

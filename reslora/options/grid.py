@@ -57,7 +57,7 @@ class Grid(Generic[O]):
     def run(self, method: str = "", **values: Any) -> O:
         """Return the options of a run with these values, and with `method` as its only method if it is given.
 
-        --average_checkpoints does not apply to single runs: it adds labels to the experiment.
+        --average_checkpoints does not apply to single runs: it adds compared methods to the experiment.
         """
         own = {"average_checkpoints": None, **values, **({"method": [method]} if method else {})}
         options = self.base.replace(**own)

@@ -55,7 +55,7 @@ PRESERVATION = Need(
 HUBER = Need(
     lambda options: options.training.loss_type != "l2",
     "leave it out, or change --huber_schedule",
-    "--loss_type l2 does not read it",
+    "--loss_type l2 does not use it",
 )
 
 
@@ -109,8 +109,8 @@ class MethodOptions(SharedMethodOptions):
     """Adapter method and merge."""
 
     method: list[str] = again(default=["lora"],
-        help=f"one or several, trained one after the other on the same images and noise. {IN_WORDS}. With an option of "
-        "the shortcuts or their merge the default is reslora",
+        help=f"one or several, trained one after the other on the same images and noise. {IN_WORDS}. If an option of "
+        "ResLoRA, such as --shortcut or --merge, is given, the default is reslora",
         # no other method has a lower final loss: RESULTS.md
         resume="free", bundled=["lora", "reslora"], kohya=("network_module",))
     rank: int = again(kohya=("network_dim",),
@@ -123,8 +123,8 @@ class MethodOptions(SharedMethodOptions):
     target_modules: list[str] = again(
         help="layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
         "their whole names",
-        by_family="as in diffusers' script for the model, to_q, to_k, to_v, to_out.0 of U-Nets; but not Z-Image's "
-        "refiners and Krea 2's text_fusion.projector, and FLUX.2's add_*_proj and to_add_out as well")
+        by_family="those of diffusers' script for the model, such as to_q, to_k, to_v, to_out.0 of U-Nets; without "
+        "Z-Image's refiners and Krea 2's text_fusion.projector, and with FLUX.2's add_*_proj and to_add_out")
     train_text_encoder: bool = option(False,
         "also train the CLIP text encoders (Stable Diffusion, SDXL, SD 3, Flux.1): their attention gets the same "
         "adapter, with shortcuts between its own layers. T5 is not trained", variable=True)
@@ -160,7 +160,8 @@ class DataOptions:
         compared_as="held-out images")
     conditioning_data_dir: list[str] = by_content([],
         "reference images of an edit model (Flux.1 Kontext, Qwen-Image-Edit): for each --train_data_dir a folder with "
-        "a file of the same name for each image; the caption is the instruction that turns it into the image",
+        "a file of the same name for each image; the caption is the instruction that turns the reference image into "
+        "the image",
         metavar="FOLDER", path="absolute", compared_as="held-out images")
     conditioning_image_column: str | None = by_content(None,
         "column with the reference image of an edit model, or its file name", compared_as="held-out images",
@@ -212,14 +213,15 @@ class DataOptions:
         metavar="H,W;H,W", compared_as="resolution", needs=BUCKETS)
     bucket_upscale: bool = option(False, "enlarge small images to a bucket derived from --resolution",
         compared_as="resolution", needs=(BUCKETS, Need(lambda options: not options.data.aspect_ratio_buckets,
-        "leave it out, --aspect_ratio_buckets scale images up")))
+        "leave it out, because --aspect_ratio_buckets enlarges small images too")))
     center_crop: bool = option(False,
         "crop the center instead of a random place; with --cache_latents, images of which a bucket keeps at least "
         "93% always get the center crop", compared_as="resolution")
     random_flip: bool = option(False, "mirror each image with a probability of one half", variable=True,
         unshared="the mirrored images of a step", kohya=("flip_aug",))
     image_interpolation_mode: str = option("lanczos", "how images are scaled", choices=INTERPOLATIONS)
-    strict: bool = free(False, "refuse images that cannot be read or have no caption, instead of leaving them out")
+    strict: bool = free(False, "end with an error if an image cannot be read or has no caption, instead of leaving it "
+        "out")
     cache_latents: bool = free(True,
         "encode every image once and store its latents on disk, instead of encoding it in every step")
     cache_text_embeddings: bool = free(True,
@@ -267,16 +269,16 @@ class TrainingOptions(SharedTrainingOptions):
         "huber and smooth_l1: the threshold; if --huber_schedule lets it fall, its lowest value",
         POSITIVE, variable=True, needs=HUBER)
     huber_scale: float = option(1.0,
-        "huber and smooth_l1: factor of the threshold of --huber_c; not with --huber_schedule snr",
+        "huber and smooth_l1: factor by which the threshold is multiplied; not with --huber_schedule snr",
         POSITIVE, variable=True, needs=(HUBER, Need(lambda options: options.training.huber_schedule != "snr",
-        "leave it out, or change --huber_schedule", "--huber_schedule snr does not read it")))
+        "leave it out, or change --huber_schedule", "--huber_schedule snr does not use it")))
     output_preservation_weight: float = option(0.0,
         "weight of a second loss, which keeps the model's predictions for --output_preservation_prompt as they are "
         "without the adapter; a step takes more than twice as long", NOT_NEGATIVE,
         needs=Need(lambda options: options.training.output_preservation_prompt is not None,
         "add --output_preservation_prompt", "there is no prompt whose predictions to preserve"))
     output_preservation_prompt: str | None = option(None,
-        "prompt of what to preserve: usually the class of what is trained, such as a photo of a cat",
+        "prompt whose images are preserved: usually the class of the trained subject, such as a photo of a cat",
         metavar="PROMPT", needs=PRESERVATION)
     masked_loss: bool = option(False,
         "multiply the loss of each pixel by the image's mask (1 where it is white and opaque). The mask is the file "
@@ -294,10 +296,10 @@ class TrainingOptions(SharedTrainingOptions):
         "are sampled",
         choices=WEIGHTINGS, variable=True, unshared=TIMESTEPS, objective="flow",
         by_family="SD 3 logit_normal, others none")
-    logit_mean: float = option(0.0, "flow matching, logit_normal: mean of the normal number", number(),
+    logit_mean: float = option(0.0, "flow matching, logit_normal: mean of the normal distribution", number(),
         variable=True, unshared=TIMESTEPS, objective="flow", samplings=("logit_normal",))
-    logit_std: float = option(1.0, "flow matching, logit_normal: its standard deviation", POSITIVE,
-        variable=True, unshared=TIMESTEPS, objective="flow",
+    logit_std: float = option(1.0, "flow matching, logit_normal: standard deviation of the normal distribution",
+        POSITIVE, variable=True, unshared=TIMESTEPS, objective="flow",
         samplings=("logit_normal",))
     mode_scale: float = option(1.29, "flow matching, mode: how far the distribution of timesteps is from uniform",
         number(), variable=True, unshared=TIMESTEPS, objective="flow",
@@ -352,10 +354,11 @@ class ValidationOptions(SharedValidationOptions):
     validation_width: int | None = shown(None, "width of a sample in pixels", whole(8),
         or_else="the first --resolution", compared_as="how samples are generated")
     validation_steps: int | None = shown(None,
-        "steps between samples; if not given, --validation_epochs decides, in experiments ten times at most", COUNT,
+        "steps between samples and between measurements of the validation loss; if not given, --validation_epochs "
+        "decides, and a run of an experiment is measured at most ten times", COUNT,
         essential="steps between samples", yields_to="validation_epochs", bundled=50, kohya=("sample_every_n_steps",))
     validation_epochs: int = shown(1,
-        "epochs between samples, unless --validation_steps is given; of a bundled pipeline the default is 50 steps",
+        "epochs between samples, unless --validation_steps is given; with a bundled pipeline the default is 50 steps",
         COUNT, counts_if_given=True)
     validation_split: float = option(0.0, "fraction of the images held out for a validation loss", FRACTION,
         essential=True, compared_as="held-out images", bundled=0.1,

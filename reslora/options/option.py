@@ -118,29 +118,29 @@ class Option:
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is on or off."""
+        """Whether the option is a switch, whose values are on and off."""
         return bool in (self.kind, *get_args(self.kind))
 
     @property
     def is_list(self) -> bool:
-        """Whether its value in one run is a list."""
+        """Whether the option's value in one run is a list."""
         return any(get_origin(kind) is list for kind in (self.kind, *get_args(self.kind)))
 
     def several(self, value: Any) -> list | None:
-        """Return the values of an option that may vary, from the list of them; None for the value of one run."""
+        """Return `value` if it is a list of several runs' values of this option; None if it is the value of one run."""
         given = isinstance(value, list) and (not self.is_list or any(isinstance(one, list) for one in value))
         return value if self.can_vary and given else None
 
     @property
     def can_vary(self) -> bool:
-        """Whether it may have several values in an experiment."""
+        """Whether the option may have several values in an experiment."""
         return self.varies or self.variable
 
     @property
     def fixed_default(self) -> Any:
-        """Default if it is the same for all models and giving it has no effect; else None.
+        """The default, if it is the same for all models and giving it is equivalent to leaving it out; else None.
 
-        That of a switch whose default is None is what it is in most cases (`or_else`).
+        For a switch without a fixed default, this is its value in most cases, as `or_else` says.
         """
         if self.counts_if_given or self.bundled is not SAME:
             return None
@@ -155,7 +155,7 @@ class Option:
 
     @property
     def takes_several(self) -> bool:
-        """Whether several words may follow it."""
+        """Whether several values may follow the option on the command line."""
         return self.varies or self.is_list
 
 

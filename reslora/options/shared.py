@@ -41,7 +41,7 @@ HELD_OUT = Need(
 )  # fmt: skip
 ADAM = Need(
     lambda options: options.optimizer.optimizer in ADAMS,
-    "--optimizer_args sets its own", "it has no effect with --optimizer {optimizer}", refuse=False,
+    "use --optimizer_args", "it has no effect with --optimizer {optimizer}", refuse=False,
 )  # fmt: skip
 
 
@@ -62,8 +62,8 @@ class SharedMethodOptions:
     target_modules: list[str] = option(None, "layers that get an adapter, by the end of their name", metavar="NAME",
         variable=True)
     shortcut: str = option("input",
-        "of ResLoRA and lora_matched: what a block adds from the blocks before it. gated also trains a gate for each "
-        "rank; lora_matched does not take it",
+        "ResLoRA and lora_matched: what a block adds from preceding blocks; gated, which also trains a gate for each "
+        "rank, is for ResLoRA only",
         choices=SHORTCUTS, varies=True, essential="ResLoRA: input, block, middle, gated or none", implies="reslora",
         read_by="reads_shortcut")
     pre_num: int = option(DEFAULT_PRE_NUM,
@@ -72,11 +72,11 @@ class SharedMethodOptions:
         essential="ResLoRA: how many preceding blocks a block uses, -1 for all", implies="reslora",
         read_by="reads_shortcut_flags")
     head: str = option("repeat",
-        "--shortcut input and is_placebo. repeat: the first block of a chain adds to its input the same input again; "
-        "none: it adds nothing", choices=HEADS, variable=True, implies="reslora", read_by="reads_shortcut_flags")
+        "--shortcut input and is_placebo: what the first block of a chain adds to its input; repeat: the same input "
+        "again; none: nothing", choices=HEADS, variable=True, implies="reslora", read_by="reads_shortcut_flags")
     shortcut_scale: str = option("sum",
-        "ResLoRA, lora_matched and placebos. sum: add a block's own term and those of the m preceding blocks that "
-        "--pre_num gives; mean: divide this sum by m + 1",
+        "ResLoRA, lora_matched and placebos: how a block's own term and those of the m preceding blocks (--pre_num) "
+        "are combined; sum: they are added; mean: their sum is divided by m + 1",
         choices=SCALES, variable=True, implies="reslora", read_by="reads_shortcut_flags")
     shortcut_decay: float | None = option(None,
         "ResLoRA, lora_matched and placebos: multiply the neighbors' terms by a factor that falls linearly from 1 to 0 "
@@ -104,11 +104,11 @@ class SharedExperimentOptions:
     test_split: float | None = option(None, "fraction of the training data by which methods are compared", PART,
         or_else="0.1")
     reference: str | None = free(None,
-        "method with which the others are compared; if options vary, also one combination, by its name in the report, "
-        "such as 'lora rank 4'", or_else="lora, or the first combination of a single other method", metavar="NAME")
+        "method with which the others are compared; if options vary, also one variant of a method, by its name in the "
+        "report, such as 'lora rank 4'", or_else="lora, or the first variant of a single other method", metavar="NAME")
     claim: str | None = free(None,
-        "method (or combination, as for --reference) that is claimed to have a lower test loss than --reference; state "
-        "it before the experiment, in a file for --config, whose hash the report shows", metavar="NAME")
+        "method (or variant, as for --reference) that is claimed to have a lower test loss than --reference; state the "
+        "claim before the experiment, in a file for --config, whose hash the report shows", metavar="NAME")
     claim_margin: float | None = free(None,
         "smallest improvement that matters for --claim, in percent of the reference's test loss", NOT_NEGATIVE,
         or_else="0")
@@ -134,7 +134,7 @@ class SharedExperimentOptions:
 class SharedTrainingOptions:
     """Length of training and batch size."""
 
-    seed: int = option(0, "the same seed gives the same bytes", NATURAL, varies=True, essential=True,
+    seed: int = option(0, "random seed; the same seed gives identical files", NATURAL, varies=True, essential=True,
         compared_as="seed")
     train_batch_size: int = free(16, "images per process and forward pass", whole(1, LARGEST_BATCH), essential=True,
         variable=True, unshared=BATCHES)
@@ -176,10 +176,11 @@ class SharedOptimizerOptions:
         "1:100,0.1:200,0.01",
         metavar="RULES", needs=Need(lambda options: options.optimizer.lr_scheduler == "piecewise_constant",
         "add --lr_scheduler piecewise_constant",
-        "--lr_scheduler {lr_scheduler} does not read it"))
+        "--lr_scheduler {lr_scheduler} does not use it"))
     optimizer: str = option("adamw",
-        f"one of {', '.join(OPTIMIZERS)}, or the path of a class as package.Class; all but both AdamW have their "
-        "authors' settings, which --optimizer_args changes", metavar="NAME", counts_if_given=True, variable=True,
+        f"one of {', '.join(OPTIMIZERS)}, or the path of a class as package.Class. Except for the two AdamW, the "
+        "settings are those of the authors; --optimizer_args changes them", metavar="NAME", counts_if_given=True,
+        variable=True,
         essential="adamw, adamw8bit, prodigy, adafactor, lion, schedulefree, or package.Class", kohya=("optimizer_type",
         ))
     optimizer_args: list[str] = option([], "arguments of the optimizer's class, such as beta3=0.98",

@@ -99,7 +99,7 @@ class MethodOptions(SharedMethodOptions):
         "placebos are computed from them; 0: none")
     init_lora: str | None = by_content(None,
         "start from this LoRA, a folder that PEFT has written, instead of from zero; its rank, alpha and target "
-        "modules are taken", metavar="FOLDER", path="absolute",
+        "modules are used", metavar="FOLDER", path="absolute",
         in_experiments="leave it out: the compared methods start from zero")
     merge_and_save: bool = free(False, "write the model with the adapter added, for stock transformers")
 
@@ -115,10 +115,10 @@ class ExperimentOptions(SharedExperimentOptions):
 
     select_split: float | None = again(
         help="fraction of the training examples that is held out to choose learning rates and checkpoints; for tasks "
-        "without both a validation file and a test file")
+        "that lack a validation file or a test file")
     test_split: float | None = again(
-        help="fraction of the training examples that is held out to compare methods; for tasks without a test file and "
-        "without a validation file")
+        help="fraction of the training examples that is held out to compare methods; for tasks with neither a "
+        "validation file nor a test file")
 
 
 @group
@@ -261,8 +261,8 @@ class OutputOptions(SharedOutputOptions):
         help="steps between checkpoints; a value below 1 is a fraction of all steps")
     checkpoints_total_limit: int | None = again(name="save_total_limit", help="checkpoints to retain")
     plan: bool | None = again(
-        help="print the length of the run and the memory that weights and optimizer take, and exit",
-        essential="print the length of the run and its memory, and end")
+        help="print the number of steps and an estimate of the memory, and exit",
+        essential="print the number of steps and the memory, and end")
     save_strategy: str = free("steps", "when to write a checkpoint, in addition to the last step",
         choices=("no", "steps", "epoch"))
     logging_steps: float = free(1,

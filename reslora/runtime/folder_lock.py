@@ -61,7 +61,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def share_lock(folder: Path) -> Iterator[None]:
-    """Let `check_held` accept, inside this context, that the process that started this one holds the lock."""
+    """Inside this context, let `check_held` accept a lock that is held by the process that started this one."""
     _LENDERS[folder] = _owner(folder)[1]
     try:
         with _noted(folder, _HELD):

@@ -158,7 +158,11 @@ class BlockShortcut(Shortcut):
         return Moments()
 
     def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
-        """Add the error of a truncated merge in one forward pass; `own` and `handed` are the stacked A and B."""
+        """Add one forward pass to the block's moments, with the error of the merge if the merge was truncated.
+
+        `x` is the input (tokens x p). `own` and `handed` are the A and the B of the block and the earlier blocks, each
+        stacked as one matrix.
+        """
         block.moments.add(x, x @ own[:1].to(x).t(), None, torch.linalg.vector_norm(x))
         if merged.a.shape != own.shape:
             whole = block.share * (x @ own.to(x).t() @ handed.to(x).t())

@@ -54,7 +54,7 @@ class BatchPlan(Dataset):
         return get_length_grouped_indices(lengths, size, generator=random)
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Return the batch at a pair of `of_step`."""
+        """Return the batch for a pair that `of_step` returned: epoch, and number in the epoch."""
         epoch, number = place
         if epoch not in self.orders:
             self.orders.clear()

@@ -163,7 +163,7 @@ def check_fit(options: GlueOptions, tokenizer, model) -> None:
     rows = model.get_input_embeddings().num_embeddings
     flag = f"--tokenizer_name {options.model.tokenizer_name or options.model.model_name_or_path}"
     if len(tokenizer) > rows:
-        raise InvalidArgument(flag, f"{len(tokenizer)} tokens, and the model has {rows}", "give the model's own")
+        raise InvalidArgument(flag, f"it has {len(tokenizer)} tokens, the model only {rows}", "give the model's own")
     if tokenizer.pad_token_id is None:
         raise InvalidArgument(flag, "it has no padding token", "give an encoder such as RoBERTa or BERT")
 

@@ -221,7 +221,7 @@ class LlmTexts(Texts):
         long = [example for example in validation if len(encoder(example)["input_ids"]) > limit]
         if long:
             if len(long) == len(validation):
-                problem = f"every validation example has more tokens than the model {limit} positions"
+                problem = f"every validation example has more tokens than the model has positions ({limit})"
                 raise InvalidArgument(f"--task {task.task}", problem, "give shorter ones")
             count = f"{len(long)} of {len(validation)} validation examples {is_or_are(len(long))}"
             say(f"{count} longer than the model's {limit} positions: left out (for example {long[0].place})")

@@ -1,6 +1,6 @@
-"""Print the length of a run of texts, and the memory that it takes, without loading weights.
+"""Print the number of steps of a run with a language model, and its memory, without loading weights (--plan).
 
-For an experiment, its first steps are timed with the model.
+For an experiment, also load the model, time its first steps, and print how long the experiment takes.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ STATES = 4 * (1 + 1 + 2)
 
 
 def show_plan(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
-    """Print the plan of a run, or of an experiment's run with the highest rank and the largest batch; write nothing.
+    """Print the steps and the memory of a run; write nothing.
 
-    For an experiment, also time its first steps, and print how long it takes.
+    For an experiment, they are those of its run with the highest rank and the largest batch. Then its first steps are
+    timed, to print how long it takes.
     """
     if isinstance(asked, Grid):
         say(ArmSchedule(asked).runs_in_words())
@@ -99,7 +100,7 @@ def show_plan(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
 
 
 def time_first_steps(study: TextStudy) -> tuple[float, float]:
-    """Train the first steps of the first method, and return the seconds to load the model, and of a step."""
+    """Train the first steps of the first method; return the seconds that loading the model and one step take."""
     began, method = time.monotonic(), study.options.adapter.method[0]
     with contextlib.redirect_stdout(io.StringIO()):
         learner = study.learner(method)

@@ -62,7 +62,7 @@ def merge_table(
     table: dict[str, dict[str, Any]] = {"unmerged": dict(evaluate())}
     for name, value in table["unmerged"].items():
         if not math.isfinite(value):
-            raise RunFailed(f"{name} {value} after the training: it has diverged, lower --learning_rate")
+            raise RunFailed(f"{name} is {value} after training, which has diverged: lower --learning_rate")
     connection = connection_of(base_model(model))
     if connection is None or not connection.config.wired:
         return table

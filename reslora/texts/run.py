@@ -1,4 +1,4 @@
-"""A single run or an experiment of texts: options -> examples -> model -> training -> merges -> files."""
+"""A single run of a language script: options -> examples -> model -> training -> merges -> files."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The study of texts: examples of a task, its model, losses and metrics, and the files of a run."""
+"""The `Study` of a run with a language model: examples of a task, model, losses and metrics, and the run's files."""
 
 import contextlib
 import functools
@@ -205,7 +205,7 @@ class TextReports(Reports):
 
 @dataclass(frozen=True)
 class TextStudy(Study):
-    """Model and examples of a run of texts."""
+    """Model and examples of a run with a language model."""
 
     texts: Texts
 

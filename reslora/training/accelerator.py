@@ -33,7 +33,7 @@ def new_accelerator(flag: str, logging_dir: str, folder: Path, **arguments: Any)
         raise InvalidArgument("accelerate launch", problem, "give --num_processes 1, or another configuration")
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
-            raise InvalidArgument(flag, "there is no GPU, and fp16 is very slow on a CPU", "use bf16 or no")
+            raise InvalidArgument(flag, "there is no GPU, and fp16 is very slow on a CPU", "give bf16, or no for fp32")
         warn_of_single_process(accelerator.num_processes)
         set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
         keep_freed_memory()

@@ -66,7 +66,7 @@ def offer(average: Average, checkpoints: Sequence[Path], learner: Learner, study
     path = folder / FOLDER / str(average).replace(":", "-")
     best = Best(path, learner.step, loss, str(average), tuple(step_of(path) for path, _ in used))
     broadcast_from_main(lambda: keep_adapter(learner, path, best.to_dict()))
-    study.context.accelerator.print(f"{learner.name}: {best}: validation loss {loss:.5f}")
+    study.context.accelerator.print(f"{learner.name}: validation loss {loss:.5f} with {best}")
 
 
 def checkpoints_to_average(folder: Path, output: SharedOutputOptions) -> list[Path]:

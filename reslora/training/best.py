@@ -32,7 +32,7 @@ class Best:
     """Steps of the averaged checkpoints."""
 
     def __str__(self) -> str:
-        """Return which adapter it is, for messages."""
+        """Return a phrase that names the adapter in messages, such as `of step 100`."""
         if not self.average:
             return f"of step {self.step}"
         return f"{self.average} of the checkpoints of steps {', '.join(map(str, self.checkpoints))}"

@@ -200,7 +200,7 @@ def notes_of(options: TrainOptions, folder: Path, record: dict) -> list[str]:
     """Return a note for each changed option that has no effect on a finished method."""
     shown = record.get("shown", {})
     names = [name for name in named_by("shown", options) if name in shown and options[name] not in (None, shown[name])]
-    return [f"{folder} is finished, --{name} has no effect any more: it was {in_words(shown[name])}" for name in names]
+    return [f"{folder} is finished, so --{name} has no effect: it was {in_words(shown[name])}" for name in names]
 
 
 def _named_checkpoint(options: TrainOptions, named: str, todo: list[str], place: str) -> tuple[str, Path]:
@@ -214,7 +214,7 @@ def _named_checkpoint(options: TrainOptions, named: str, todo: list[str], place:
     if method is None:
         raise InvalidArgument(flag, f"damaged ({RECORD})", "use latest")
     if method not in methods:
-        raise InvalidArgument(flag, f"it belongs to --method {method}", "add that")
+        raise InvalidArgument(flag, f"it belongs to --method {method}", f"add {method} to --method")
     return method, path
 
 
@@ -335,7 +335,7 @@ def write_exports(
 ) -> None:
     """Write `exports.json`, which marks a method as finished.
 
-    It contains the settings and, for each file, the largest pixel difference from the merged model's image, of 255.
+    It contains the settings and, for each file, the largest pixel difference (0 to 255) from the merged model's image.
     """
     record: dict[str, Any] = {
         "step": schedule.steps,

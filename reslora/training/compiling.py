@@ -61,7 +61,7 @@ def checked(batches: Iterator, learner: Learner, context: Context) -> Iterator:
             if not differs:
                 break
     if differs:
-        problem = f"gradients of the compiled denoiser are {error:.0%} off those of the same step without it"
+        problem = f"gradients of the compiled denoiser differ by {error:.0%} from those of the uncompiled one"
         raise InvalidArgument("--compile", problem, "leave it out")
     return chain(seen, batches)
 

@@ -17,8 +17,8 @@ from ..runtime.status import Status
 class Context:
     """Options with all defaults resolved, the model, the processes, and stop requests.
 
-    Each arm of an experiment, that is a run of it, has its own context. Its `options` are those of the arm, `place` is
-    the arm's directory inside the method's directory, and `before` is the number of arms before it.
+    Each arm (run) of an experiment has its own context. Then `options` are those of the arm, `place` is the arm's
+    directory inside the method's directory, and `before` is the number of earlier arms.
     """
 
     options: TrainOptions

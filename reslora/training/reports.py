@@ -33,13 +33,13 @@ class Reports:
         """The validation losses by step, without the base's loss; only in the main process."""
 
     def forget(self, step: int) -> None:
-        """Remove files of steps after `step` that are not log rows."""
+        """Remove the files that later steps than `step` have written; the log removes its rows itself."""
 
     def note(self, split: str, loss: torch.Tensor | float, **figures: Any) -> None:
         """Store a row with the scalar `loss` for the log until the next `flush`.
 
-        The loss is converted to a float only then, because the conversion waits for the device. `figures`: other
-        columns of the row, such as `by_timestep`, the loss at each timestep; timestep 1 is pure noise.
+        `flush` converts the loss to a float, because the conversion waits for the device. `figures`: other columns of
+        the row, such as `by_timestep`, the loss at each timestep; timestep 1 is pure noise.
         """
         learner = self.learner
         rate, seconds = learner.learning_rate, round(learner.seconds, 3)

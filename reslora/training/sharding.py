@@ -53,10 +53,10 @@ def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
         raise InvalidArgument(LAUNCHER, problem, "install a newer torch, or train without FSDP2")
     if plugin.activation_checkpointing:
         problem = "its fsdp_activation_checkpointing would lose the shortcuts"
-        raise InvalidArgument(LAUNCHER, problem, "give false there, and --gradient_checkpointing")
+        raise InvalidArgument(LAUNCHER, problem, "set it to false, and add --gradient_checkpointing")
     if not plugin.reshard_after_forward:
         problem = "its fsdp_reshard_after_forward is false, with which each process holds the complete base"
-        raise InvalidArgument(LAUNCHER, problem, "give true there, or train without FSDP2")
+        raise InvalidArgument(LAUNCHER, problem, "set it to true, or train without FSDP2")
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         problem = "its fsdp_offload_params, the base on the host, has not been tried"
         raise InvalidArgument(LAUNCHER, problem, "give false there")
@@ -70,7 +70,7 @@ def refuse_flags(model: ModelOptions, adapter: MethodOptions, training: Training
         problem = "does not work with FSDP2, which gathers blocks itself"
         raise InvalidArgument(f"--blocks_to_swap {model.blocks_to_swap}", problem, "leave it out")
     if output.plan:
-        raise InvalidArgument("--plan", "cannot plan a base model that FSDP2 shards", "leave it out")
+        raise InvalidArgument("--plan", "cannot estimate the memory of a base model that FSDP2 shards", "leave it out")
     for name in adapter.method:
         if METHODS[name].measured:
             problem = "needs a measurement on the complete base before its first step, and FSDP2 shards the base"

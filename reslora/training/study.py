@@ -36,7 +36,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Study(ABC):
-    """A run's model and data, with its options. Batches have the type that the learner's model takes."""
+    """A run's options, data and model. The model of a `Learner` is called with a batch that `batches` yields."""
 
     schedule: Schedule
     identity: Identity

@@ -1,4 +1,4 @@
-"""Runs to look at: made by hand, and made by the trainer itself."""
+"""Runs for the tests of the application: made by hand, and made by the trainer."""
 
 import json
 import os
@@ -29,7 +29,7 @@ WRONG = [
 
 
 def with_one_wrong(content):
-    """Copies of a JSON content, each with one value in it replaced by one of WRONG."""
+    """Yield copies of a JSON content, each with one value replaced by one of WRONG."""
     yield from WRONG
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
@@ -40,7 +40,7 @@ def with_one_wrong(content):
 
 
 def write_run(folder: Path, steps=(0, 2, 4), methods=("lora", "reslora"), **config) -> Path:
-    """A run as the trainer leaves it, with images of 8x8 pixels whose colour tells method and step."""
+    """Write a run as the trainer does, with images of 8x8 pixels whose color depends on method and step."""
     folder.mkdir(parents=True)
     settings = {
         "method": list(methods),
@@ -63,7 +63,7 @@ def write_run(folder: Path, steps=(0, 2, 4), methods=("lora", "reslora"), **conf
 
 
 def write_language_run(folder: Path, task="task_name", **config) -> Path:
-    """The settings of a run of `train_glue.py`, or of `train_llm.py`, whose flag for the task is another."""
+    """Write the settings of a run of `train_glue.py`, or of `train_llm.py`, which has another flag for the task."""
     folder.mkdir(parents=True)
     settings = {"model_name_or_path": "assets/tiny", task: "cola", "method": "reslora", "learning_rate": 3e-3}
     (folder / "config.json").write_text(json.dumps(settings | config))
@@ -77,7 +77,7 @@ def write_samples(folder: Path, value: int) -> None:
 
 
 def write_exports(run: Run, step=4, **record) -> None:
-    """What the trainer says of a run's methods once they are exported."""
+    """Write the records of a run's exported methods, as the trainer does."""
     for method in run.methods:
         (run.folder / method / "exports.json").write_text(json.dumps({"step": step, **record}))
 
@@ -104,24 +104,24 @@ def train(folder: Path) -> None:
 
 
 def own_runs(factory: pytest.TempPathFactory) -> Path:
-    """A module's copy of what `trained` makes once: what one merges in it is not there for the next."""
+    """Return a module's own copy of the runs of `trained`, which its tests may change."""
     runs = factory.mktemp("own") / "runs"
     shutil.copytree(trained(factory), runs)
     return runs
 
 
 def pixels(events) -> list[np.ndarray]:
-    """The images among the events of a request."""
+    """Return the images among the events of a request."""
     return [np.asarray(event.image).astype(int) for event in events if isinstance(event, Drawn)]
 
 
 def image_of(studio: Studio, run: Run, weights: Weights, request: Request = REQUEST) -> np.ndarray:
-    """The only image of a request."""
+    """Return the only image of a request."""
     (image,) = pixels(studio.generate(run, [weights], request))
     return image
 
 
 def run_by_hand(folder: Path) -> Run:
-    """The run of `write_run`, in a folder of runs."""
+    """Return the run of `write_run`, in a folder of runs."""
     write_run(folder / "runs" / "run")
     return Library(folder / "runs").find("run")

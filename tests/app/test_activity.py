@@ -1,4 +1,4 @@
-"""app/activity.py and what a run tells of itself: sentences, whatever the file holds and whoever wrote it."""
+"""app/activity.py: status files become sentences, whatever they contain."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_whatever_the_file_holds_there_is_a_short_sentence():
 
 
 def test_only_a_trainer_that_is_at_work_is_believed(tmp_path, monkeypatch):
-    """A file that a killed trainer has left says nothing, nor does it once another process trains there."""
+    """The status file of a killed trainer is ignored, also if another process trains there now."""
     run = run_by_hand(tmp_path)
     monkeypatch.setattr(runs, "is_trainer", lambda process: process == os.getpid())
     (run.folder / ".status.json").write_text(json.dumps(TOLD | {"process": os.getpid(), "phase": "<b>merging"}))

@@ -1,4 +1,4 @@
-"""app/bases.py: the model that a run trains."""
+"""app/bases.py: the base model of a run."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def test_a_bundled_pipeline_of_another_machine_is_the_one_here(tmp_path, word):
 
 
 def test_a_copy_of_a_bundled_pipeline_is_the_one_here_until_it_differs(tmp_path):
-    """Another clone of the repository has one."""
+    """The path may be from another clone of the repository."""
     (word, here), there = next(iter(PIPELINES.items())), tmp_path / "clone" / "assets" / "pipeline"
     shutil.copytree(here, there)
     (there / "README.md").write_text("another version")
@@ -53,7 +53,7 @@ def test_a_damaged_config_names_no_model(tmp_path):
 
 
 def test_another_folder_is_itself(tmp_path):
-    """As well where it is called as a bundled one is."""
+    """Also if the folder has the name of a bundled one."""
     there = tmp_path / "assets" / "pipeline-flow"
     there.mkdir(parents=True)
     for named in (str(there), "/elsewhere/assets/other", "owner/model"):
@@ -61,7 +61,7 @@ def test_another_folder_is_itself(tmp_path):
 
 
 def test_a_transformers_file_is_loaded_from_the_runs_own_cache(tmp_path):
-    """The trainer has converted it there; the option reaches what loads the model."""
+    """The trainer has converted the file there; the option is passed to the code that loads the model."""
     file = tmp_path / "transformer.safetensors"
     run = write_run(
         tmp_path / "run", pretrained_model_name_or_path="owner/model", pretrained_transformer_file=str(file)

@@ -1,4 +1,4 @@
-"""Captions are written exactly as the trainer reads them, and only over what was seen."""
+"""Captions are written as the trainer reads them, and only if they are still those that the user saw."""
 
 import json
 
@@ -24,7 +24,7 @@ def undo(folder) -> None:
 
 
 def trained_with(folder) -> list[list[str]]:
-    """By the trainer's own reading."""
+    """Return the captions as the trainer reads them."""
     return list(load_images(options_of().replace(train_data_dir=str(folder))).captions)
 
 
@@ -88,7 +88,7 @@ def test_what_somebody_else_has_changed_stays_and_nothing_else_is_written(tmp_pa
 
 
 def test_a_table_that_is_replaced_while_it_is_rewritten_stays(tmp_path, monkeypatch):
-    """Between reading and renaming, too."""
+    """Also if it is replaced between reading and renaming."""
     folder = image_folder(tmp_path / "set", 2)
     images, table = images_in(folder), folder / "metadata.jsonl"
     original = caption_files.Table.edit

@@ -1,4 +1,4 @@
-"""Captions by an image-text model: what is captioned, what stays, and that it can be undone."""
+"""Captions by an image-text model: which images are captioned, which captions stay, and undo."""
 
 import json
 
@@ -17,7 +17,7 @@ from app.runs import RunError
 
 @pytest.fixture
 def captioning(tmp_path):
-    """On a folder `set` of six images with captions, one of which is removed."""
+    """Captioning of a folder `set` of six images, of which one has no caption."""
     (tmp_path / "runs").mkdir()
     image_folder(tmp_path / "data" / "set", layout="txt")
     min((tmp_path / "data" / "set").glob("*.txt")).unlink()
@@ -38,7 +38,7 @@ def written(captioning, name="set", overwrite=False, model="blip") -> str:
 
 @pytest.mark.exhaustive
 def test_a_model_writes_the_captions_that_are_missing_and_all_of_them_when_asked(captioning, tmp_path):
-    """Of a table, too; both can be undone."""
+    """In a metadata table, too; both changes can be undone."""
     for part in blip():
         part.save_pretrained(tmp_path / "runs" / "models" / "blip")
     before = captions(captioning)

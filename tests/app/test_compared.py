@@ -1,4 +1,4 @@
-"""app/compared.py: images, curves and numbers of a run, and of runs beside it."""
+"""app/compared.py: images, curves and numbers of one run or of several."""
 
 import json
 import shutil
@@ -95,7 +95,10 @@ def test_curves_have_a_line_a_method_and_a_mark_at_the_step(run):
 
 
 def test_numbers_and_curves_by_hand(run, monkeypatch):
-    """The mean of the last 20 losses and the last one on held-out images up to the step; a running mean of a tenth."""
+    """The mean of the last 20 training losses and the last validation loss up to the step.
+
+    The curve is a running mean over a tenth.
+    """
     rows = [{"step": s, "split": "train", "loss": float(s), "lr": s * 1e-3, "seconds": 2 * s} for s in range(1, 31)]
     rows += [{"step": s, "split": "validation", "loss": s / 8, "lr": s * 1e-3, "seconds": 2 * s} for s in (0, 10, 30)]
     rows.sort(key=lambda row: row["step"])
@@ -128,7 +131,7 @@ def test_numbers_of_a_method_that_is_not_as_far_say_of_which_step_they_are(run):
 
 
 def beside(folder, *others: dict, **config) -> Run:
-    """A run, and others beside it whose settings differ."""
+    """A run, and other runs with other settings to compare with it."""
     config = {"seed": 3, "validation_split": 0.1, "validation_prompt": ["red disc", "box"]} | config
     runs = [Run("first", write_run(folder / "first", methods=("lora",), **config))]
     for number, changes in enumerate(others):
@@ -138,7 +141,7 @@ def beside(folder, *others: dict, **config) -> Run:
 
 
 def test_runs_are_side_by_side_and_images_that_do_not_compare_are_in_rows_of_their_own(tmp_path):
-    """One base model's column for two that draw alike; another prompt of the same number has another row."""
+    """Two runs that sample alike share the base model's column; another prompt of the same number has its own row."""
     run = beside(tmp_path, {}, {"validation_prompt": ["red disc", "a large box"], "seed": 4})
     shutil.rmtree(run.beside[0].folder / "lora" / "samples" / "step-000002")
     columns = compared.columns(run, 2)
@@ -191,7 +194,7 @@ def test_lines_of_several_runs_are_told_apart_and_numbers_are_further_rows(tmp_p
     ],
 )  # fmt: skip
 def test_what_keeps_runs_from_being_compared_is_said(tmp_path, changes, told, compares):
-    """And no loss is marked as the lowest where held-out images may not be the same."""
+    """No loss is marked as the lowest if the held-out images may differ."""
     run = beside(tmp_path, changes)
     log = run.folder / "lora" / "log.jsonl"
     log.write_text(log.read_text().replace("0.4", "0.41"))
@@ -202,7 +205,7 @@ def test_what_keeps_runs_from_being_compared_is_said(tmp_path, changes, told, co
 
 
 def test_images_that_have_changed_in_their_folder_are_noticed(tmp_path):
-    """By losses before training, which no setting tells."""
+    """By their losses before training; no setting shows it."""
     run = beside(tmp_path, {})
     log = run.folder / "lora" / "log.jsonl"
     log.write_text(log.read_text().replace('"loss": 2.0', '"loss": 2.1'))

@@ -1,4 +1,4 @@
-"""The Dataset tab as people and programs meet it, in a real browser and by its named endpoints."""
+"""The Images tab, used in a real browser and by its named endpoints."""
 
 import contextlib
 import shutil
@@ -40,7 +40,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def folder(data, request):
-    """A fresh folder of images, of which one is damaged and one a copy."""
+    """A new folder of images, one of them damaged and one a copy."""
     layout = request.param if hasattr(request, "param") else "txt"
     folder = image_folder(data / "set", COUNT, layout=layout)
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:-30])
@@ -51,7 +51,7 @@ def folder(data, request):
 
 @contextlib.contextmanager
 def visit(browser, address: str, width: int, theme: str):
-    """The tab in a browser; nothing may go wrong on its console, and no request leave the machine."""
+    """Open the tab in a browser; errors on the console and requests to other machines fail the test."""
     page, errors = browser.new_page(viewport={"width": width, "height": 900}), []
     page.set_default_timeout(LIMIT * 1000)
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -67,7 +67,7 @@ def visit(browser, address: str, width: int, theme: str):
 
 
 def tab_to(page, selector: str) -> None:
-    """On with the Tab key until the focus is there."""
+    """Press the Tab key until the element has the focus."""
     for _ in range(40):
         if page.evaluate("selector => document.activeElement.matches(selector)", selector):
             return
@@ -76,7 +76,7 @@ def tab_to(page, selector: str) -> None:
 
 
 def choose(page, dropdown: str, option: str) -> None:
-    """From the list: what is typed into Gradio's box may be lost where its list is not there yet."""
+    """Choose from the list: text typed into Gradio's box may be lost if the list is not there yet."""
     page.locator(f"{dropdown} input").click()
     page.get_by_role("option", name=option, exact=True).click()
     page.wait_for_function(
@@ -88,7 +88,7 @@ def choose(page, dropdown: str, option: str) -> None:
     ("folder", "width", "theme"), [("jsonl", 1280, "light"), ("txt", 420, "dark")], indirect=["folder"]
 )
 def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, width, theme):
-    """Edited, refused, changed many at once, undone, thrown away and put back; then looked at, and looked through."""
+    """Captions are edited, refused, changed in bulk and undone; images are removed, restored, enlarged and searched."""
 
     def caption(number: int) -> str:
         if (folder / f"{number}.txt").is_file():
@@ -166,7 +166,7 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
 
 @contextlib.contextmanager
 def locked_file(page, value: str, by: str | None = None):
-    """The first request for images of a folder or with some words, or by a button, is on its way until the end."""
+    """Delay the first request for images of a folder or with some words, or of a button, until the context ends."""
     kept = []
     who = by and page.evaluate("by => gradio_config.components.find(part => part.props.elem_id === by).id", by)
 
@@ -185,7 +185,7 @@ def locked_file(page, value: str, by: str | None = None):
 
 
 def test_boxes_show_the_captions_of_their_images_after_every_update(browser, folder, address):
-    """After Next, Back, a filter and Undo; and what is typed while an update is on its way stays with its image."""
+    """After Next, Back, a filter and Undo; text typed during an update stays with its image."""
     with visit(browser, address, 1280, "light") as page:
 
         def card(number: int):
@@ -224,7 +224,7 @@ def test_boxes_show_the_captions_of_their_images_after_every_update(browser, fol
         shows_files()
 
         def meanwhile(words: str, text: str, first: str) -> None:
-            """Types in the box of 1.png while other images are on their way, the first of which is awaited."""
+            """Type in the box of 1.png during an update, and wait for the first of the new images."""
             page.locator(WORDS).fill(words)
             with locked_file(page, words):
                 page.locator(WORDS).press("Enter")
@@ -262,7 +262,7 @@ def other(data):
 
 
 def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder, other, address):
-    """Another one is chosen while the one before is still shown, or checked."""
+    """Another folder is selected while the earlier one is still shown or checked."""
 
     def shows(name: str) -> None:
         page.wait_for_selector(f'.cards[data-folder="{name}"] .card')

@@ -1,4 +1,4 @@
-"""app/downloads.py: what can be taken along, where it is, and lines that load it."""
+"""app/downloads.py: which files can be downloaded, their paths, and the lines that load them."""
 
 import zipfile
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_each_has_its_path_and_lines_of_python_that_compile(library):
 
 
 def test_the_example_is_loaded_from_any_folder():
-    """By absolute paths: of its files and of its base model, which its settings name relative to the repository."""
+    """By absolute paths of its files and its base model, whose path in the settings is relative to the repository."""
     found = downloads.downloads_of(Run(EXAMPLE.name, EXAMPLE))
     assert found and all(Path(one.place).is_absolute() and Path(one.place).exists() for one in found)
     assert all(f"from_pretrained({str(BUNDLED)!r}" in one.use and "'assets/" not in one.use for one in found)

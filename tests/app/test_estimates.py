@@ -1,4 +1,4 @@
-"""Time and memory before a run starts: from a run of the same model and batch, and from the trainer's plan."""
+"""Time and memory before a run starts: from a run of the same model and batch, and from `--plan`."""
 
 import threading
 
@@ -22,7 +22,7 @@ LIKE = {
 
 @pytest.fixture
 def jobs(tmp_path):
-    """On a folder with a run of one second a step."""
+    """Jobs in a folder with a run of one second per step."""
     write_run(tmp_path / "before", **LIKE)
     return Jobs(Library(tmp_path))
 
@@ -69,7 +69,7 @@ def test_the_plan_is_told_in_a_few_words(printed, told):
 
 
 def test_memory_is_estimated_in_the_background_for_the_last_question_only(jobs, monkeypatch):
-    """What no page asks for any more is given up; an answer is kept."""
+    """An estimate that no page asks for any more is given up; a result is stored."""
     held, planned = threading.Event(), []
 
     def plan(words, wanted):

@@ -1,4 +1,4 @@
-"""Experiments on the page: found beside runs, begun and added to by a form, and seen through their report."""
+"""Experiments on the page: in the list, started and extended by the form, and their report."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from reslora.images.settings import parse_args
 
 @pytest.fixture
 def library(tmp_path) -> Library:
-    """A run and a finished experiment."""
+    """A library with a run and a finished experiment."""
     write_run(tmp_path / "runs" / "run")
     folder = tmp_path / "runs" / "which"
     folder.mkdir()
@@ -124,7 +124,7 @@ def test_one_whose_minutes_are_over_says_so_and_one_that_was_stopped_does_not(li
 
 
 def test_one_that_is_stopped_while_methods_are_compared_goes_on_with_that(library, monkeypatch):
-    """While an arm trains, it ends after a step."""
+    """During training, it stops after a step."""
     found, trainings = library.find_experiment("which"), Jobs(library)
     monkeypatch.setattr(Experiment, "process", property(lambda _: 2**22 + 1))
     monkeypatch.setattr(os, "kill", lambda process, number: None)
@@ -166,7 +166,7 @@ def test_a_plan_is_counted_by_the_trainers_own_parser(library):
     assert "16 runs: 4 methods" in plan(library, wired)
     assert "12 runs" in plan(library, form | {"learning_rate": "1e-4", "seed": "0", "rank": "2 4 8 16 32 64"})
     both = form | {"vary": "lora_dropout=0,0.1\n\noptimizer=adamw,lion", "seed": "0", "learning_rate": ""}
-    assert "8 runs: 8 combinations, 1 learning rate, 1 seed." in plan(library, both)
+    assert "8 runs: 8 variants, 1 learning rate, 1 seed." in plan(library, both)
     assert "--lora_dropout is given twice" in plan(library, both | {"lora_dropout": "0.2"})
     assert "A model from the hub needs training images" in plan(library, form | {"model": "owner/model"})
     for wrong in ({"seed": "x"}, {"learning_rate": "-1"}, {"method": ["none"]}, {"blocks_to_swap": "0.5"}):
@@ -174,7 +174,7 @@ def test_a_plan_is_counted_by_the_trainers_own_parser(library):
 
 
 def test_a_plan_warns_of_what_keeps_differences_from_being_shown(library, tmp_path):
-    """As the trainer does, and before it starts; images are counted wherever they are in the folder."""
+    """As the trainer does, but before it starts; images in subfolders are counted too."""
     form = {"method": ["lora", "reslora"], "learning_rate": "1e-4, 3e-4", "seed": "0 1 2"}
     inside = tmp_path / "data" / "mine" / "10_cat"
     inside.mkdir(parents=True)
@@ -209,7 +209,7 @@ def plan(library: Library, form: dict) -> str:
 
 
 def told(*asked) -> str:
-    """What stands next to the button: the number of runs, or what is wrong."""
+    """Return the text next to the button: the number of runs, or what is wrong."""
     try:
         return experiments.plan(*asked)[0]
     except RunError as error:
@@ -237,7 +237,7 @@ def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(libr
 
 @pytest.mark.parametrize("given", [{"seed": "3"}, {"learning_rate": "1e-4"}, {"rank": "4,"}])
 def test_methods_alone_are_a_run_and_no_experiment(library, given):
-    """As on the command line; an entry of the queue that says otherwise is refused."""
+    """As on the command line; a queue entry with the other kind is refused."""
     settings, queue = {"method": ["lora", "reslora"], "shortcut": ["input"], **given}, Jobs(library)
     assert "1 run: LoRA and ResLoRA, 200 steps each." in plan(library, settings)
     with pytest.raises(RunError, match=launcher.ALONE):
@@ -262,7 +262,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_the_trainer_refuses_at_once_is_told_beforehand(library, why):
-    """By the plan, by Show command and by Start; it waited in the queue and failed hours later."""
+    """By the plan, by Show command and by Start; otherwise the run would fail hours later in the queue."""
     form = {"method": ["lora", "reslora"], **OF_SEVERAL, **REFUSED[why]}
     assert why in plan(library, form) and "runs" not in plan(library, form)
     with pytest.raises(RunError, match=why.partition(":")[0]):
@@ -271,7 +271,7 @@ def test_what_the_trainer_refuses_at_once_is_told_beforehand(library, why):
 
 
 def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
-    """Nothing that was trained is left out: of methods, rates and seeds it has both."""
+    """The new experiment has both: no method, rate or seed that was trained is dropped."""
     begun = {"method": ["lora", "reslora"], "learning_rate": [1e-4, 2e-4], "seed": [0, 1]}
     begun["shortcut"] = ["input", "block"]
     (library.folder / "which" / "config.json").write_text(json.dumps(begun))
@@ -288,7 +288,7 @@ def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
 
 
 def test_an_experiment_of_other_options_goes_on_with_their_values(library):
-    """The form that begins with its settings is accepted; other values are another experiment."""
+    """A form that begins with its settings is accepted; other values make another experiment."""
     begun = {"method": ["lora"], "seed": [0, 1], "lora_dropout": [0.0, 0.1], "optimizer": "adamw"}
     (library.folder / "which" / "config.json").write_text(json.dumps(begun))
     trainings, vary = Jobs(library), "lora_dropout=0,0.1"
@@ -308,8 +308,11 @@ def test_an_experiment_of_other_options_goes_on_with_their_values(library):
 
 
 def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(library, tmp_path):
-    """What is filled in is what it has; what is left empty is as it is. Of another model, folder or length nothing is
-    dropped without a word: that belongs to another experiment."""
+    """The form shows the settings of the experiment.
+
+    Empty options keep their values. Another model, folder or length is refused, because it belongs to another
+    experiment.
+    """
     images = tmp_path / "data" / "cats"
     images.mkdir(parents=True)
     (tmp_path / "data" / "dogs").mkdir()
@@ -357,7 +360,7 @@ def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(li
 
 
 def test_the_best_arms_lora_is_handed_out(library):
-    """The one that most tools read; of methods without any the reason is said."""
+    """In the format that most tools read; for methods without such a file, the reason is given."""
     folder = library.folder / "which"
     with gr.Blocks():
         tab = ReportTab(Parts(library, Jobs(library), Studio()))
@@ -383,7 +386,7 @@ def test_what_an_earlier_choice_has_left_is_not_handed_out(library, best):
 
 
 def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(library, tmp_path, monkeypatch):
-    """Images that were uploaded are those of a new one; one that is there keeps its own."""
+    """Uploaded images are those of a new experiment; an existing one keeps its own."""
     trainings, planned = Jobs(library), []
     monkeypatch.setattr(trainings, "plan", lambda words: planned.append(words) or "")
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "red disc.png")

@@ -1,4 +1,4 @@
-"""The application with a pipeline of every family: drawing, unmerged checkpoints, merging, and LoRA files."""
+"""The application with a pipeline of every family: generation, unmerged checkpoints, merging, and LoRA files."""
 
 import json
 
@@ -28,7 +28,7 @@ REQUEST = Request(prompt="red disc", steps=2, seed=5, width=40, height=32)
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def run(request, tmp_path_factory):
-    """A run of a family as the trainer leaves it, before its merge."""
+    """A run of a family as the trainer leaves it before the merge."""
     folder = tmp_path_factory.mktemp(request.param)
     model = FAMILIES[request.param](folder / "model")
     write_run(folder / "runs" / "run", pretrained_model_name_or_path=str(model))
@@ -53,7 +53,7 @@ def change_config(folder, **changes):
 
 
 def write_checkpoint(denoiser, folder):
-    """With weights that change what is drawn."""
+    """Write a checkpoint with weights that change the images."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in denoiser.named_parameters():
         if ".lora_" in name:

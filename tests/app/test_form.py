@@ -1,4 +1,4 @@
-"""The trainer's flags as a form: what a page may set, what stands in the boxes, and what a form begins with."""
+"""The form of the trainer's options: which options the page may set, their values, and presets."""
 
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ def test_every_safe_flag_is_in_the_form_once():
 
 
 def test_a_flag_that_is_added_to_the_trainer_has_to_be_harmless():
-    """What takes free words stays out until somebody has thought about it."""
+    """Options with free text are left out unless they are listed as safe."""
     free = Option("anything", "anything", "output", str, None, "free words")
     path = Option("where", "where", "output", list[str], None, "paths")
     number = Option("number", "number", "output", int, 0, "a number", parse=int)
@@ -52,7 +52,7 @@ def test_an_untouched_form_is_the_trainers_defaults():
 
 
 def arguments_of(settings: dict) -> list[str]:
-    """The command's flags of a form that is filled in with some settings and then left alone."""
+    """Return the arguments for a form that was filled in with these settings and not changed."""
     tab = SimpleNamespace(jobs=SimpleNamespace(begun=lambda *_: None), all_names=TrainTab.all_names)
     return launcher.arguments(TrainTab.settings(tab, "new", "", TrainTab.values_of(tab, settings)))
 
@@ -67,7 +67,7 @@ def test_a_search_knows_each_option_by_name_label_help_and_group():
 
 
 def test_other_options_vary_by_a_line_that_a_list_adds():
-    """What has several values in its own box is not in the list; what is chosen there is a line of the command."""
+    """Options with several values in their own box are not listed; a chosen option becomes a line of the command."""
     listed = form.variable()
     assert {"optimizer", "lora_dropout", "random_flip", "target_modules"} <= set(listed)
     assert not {"method", "learning_rate", "seed", "rank", "shortcut", "pre_num", "max_train_steps"} & set(listed)
@@ -123,7 +123,7 @@ def test_a_preset_is_what_the_trainer_takes(name):
 
 
 def test_the_settings_of_a_run_make_its_command_again(tmp_path):
-    """As its config.json has them, whatever type that is."""
+    """As stored in its config.json, whatever the type of the values."""
     write_run(
         tmp_path / "run",
         shortcut="middle",
@@ -165,7 +165,7 @@ def test_a_damaged_config_fills_in_what_a_form_can_have(wrong):
 
 
 def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
-    """As they are with the model, the optimizer and the number of runs; what is only known later is a hint."""
+    """They depend on the model, the optimizer and the number of runs; a default that is only known later is a hint."""
     known, shown = form.known(), form.defaults({})
     assert {**shown, "learning_rate": "0.0005", "rank": "16", "max_train_steps": "200", "seed": "0"} == shown
     assert shown["validation_prompt"].splitlines() == ["cat face", "tulip", "guitar", "red apple"]

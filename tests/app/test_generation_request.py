@@ -1,4 +1,4 @@
-"""app/generation_request.py: whatever is sent becomes something that can be drawn."""
+"""app/generation_request.py: any request becomes one that can be generated."""
 
 from dataclasses import replace
 

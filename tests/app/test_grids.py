@@ -1,4 +1,4 @@
-"""app/grids.py on a tiny Stable Diffusion: every cell is, pixel for pixel, what a single drawing gives."""
+"""app/grids.py on a tiny Stable Diffusion: every cell equals, pixel for pixel, the image generated alone."""
 
 import os
 import shutil
@@ -58,7 +58,7 @@ def grid_of(run, x, y, start=START):
     ids=["strength-seed", "guidance-steps", "method-prompt", "checkpoint-method", "merge-checkpoint", "one-axis"],
 )  # fmt: skip
 def test_cells_are_single_drawings(studio, run, x, y, single):
-    """Of different weights and settings, all of them; what was not merged yet is, once."""
+    """With different weights and settings; weights that are not merged yet are merged once."""
     made = grid_of(run, x, y)
     drawn = pixels(studio.draw(run, [*made.cells.values()], "grid"))
     assert len(drawn) == len(made.cells) == len(made.x.values) * len(made.y.values)
@@ -73,7 +73,7 @@ def test_cells_are_single_drawings(studio, run, x, y, single):
 
 @pytest.mark.exhaustive
 def test_weights_are_put_into_the_model_as_rarely_as_possible(studio, run, monkeypatch):
-    """With strengths across, cells are not drawn row by row."""
+    """With strengths in the columns, cells are not generated row by row."""
     puts, put = [], Studio._put
     monkeypatch.setattr(Studio, "_put", lambda self, *given: puts.append(given[-1]) or put(self, *given))
     made = grid_of(run, ("strength", "0.1 0.2 0.3"), ("seed", "1 2 3"))
@@ -97,7 +97,7 @@ def test_a_grid_is_stopped_within_a_drawing_and_keeps_the_cells_before(studio, r
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", [*KINDS, None])
 def test_a_session_stops_what_it_waits_for_of_one_kind_or_all_of_it(studio, run, tmp_path, kind):
-    """Two of each at once: no request is forgotten for the one after it."""
+    """With two requests of each kind at once: both are stopped."""
     weights, picture = run.find_weights(START), Picture(BASE, REQUEST, "")
     ask = {
         "images": lambda: studio.generate(run, [BASE], REQUEST, "me"),
@@ -179,7 +179,7 @@ def test_suggestions_are_values_that_can_be_drawn(run):
 
 
 def test_a_run_without_calibration_samples_is_merged_by_what_needs_none(run, studio, tmp_path):
-    """As one that was stopped before its exports."""
+    """Such as a run that was stopped before its exports."""
     shutil.copytree(run.folder, tmp_path / "runs" / "short")
     (tmp_path / "runs" / "short" / "reslora" / "calibration.safetensors").unlink()
     short = Library(tmp_path / "runs").find("short")
@@ -198,7 +198,7 @@ def test_the_page_has_a_place_for_each_cell_and_prompts_are_no_markup(run):
 
 
 def test_the_picture_has_every_cell_in_its_place(run, tmp_path):
-    """Cells of one colour each are found again where rows and columns are; one that was not drawn is white."""
+    """Each cell has its own color; a cell that was not generated is white."""
     made = grid_of(run, ("seed", "1 2"), ("strength", "0 1"))
     colours = {(0, 0): "red", (0, 1): "lime", (1, 1): "blue"}
     images = {place: PIL.Image.new("RGB", (200, 100), colour) for place, colour in colours.items()}
@@ -215,7 +215,7 @@ def test_the_picture_has_every_cell_in_its_place(run, tmp_path):
 
 
 def test_what_is_drawn_before_a_cell_fails_can_be_taken_along(run, studio, tmp_path, monkeypatch):
-    """With the reason, which stays where a message goes by itself; where nothing is drawn the message is all."""
+    """With the reason, which remains visible; if no cell was generated, only the message is shown."""
     shutil.copytree(run.folder, tmp_path / "tiny")
     os.truncate(tmp_path / "tiny" / "reslora" / "checkpoint-4" / WEIGHTS_NAME, 100)
     monkeypatch.setattr(grid_tab, "hears", lambda asked: True)

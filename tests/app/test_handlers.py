@@ -1,4 +1,4 @@
-"""What handlers raise becomes a sentence for people."""
+"""app/handlers.py: exceptions of handlers become sentences."""
 
 import errno
 import os

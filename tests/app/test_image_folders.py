@@ -1,4 +1,4 @@
-"""Which folders of images are shown, what the trainer makes of them, what is alike, and what is thrown away."""
+"""Which image folders are shown, what the trainer reads in them, duplicates, and the trash."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ from reslora.images.data.size import Size
 
 @pytest.fixture
 def edits(tmp_path):
-    """On a data folder with a folder `set` of six images."""
+    """Edits of a data folder with a folder `set` of six images."""
     (tmp_path / "runs").mkdir()
     image_folder(tmp_path / "data" / "set", layout="txt")
     library = Library(tmp_path / "runs")
@@ -36,12 +36,12 @@ def edits(tmp_path):
 
 
 def trained(folder, **flags):
-    """What the trainer itself reads."""
+    """Return the images as the trainer reads them."""
     return load_images(options_of().replace(train_data_dir=str(folder), **flags))
 
 
 def test_what_the_trainer_says_of_a_folder_names_no_place_of_this_machine(edits, tmp_path):
-    """Of one of kohya's it names the folder above."""
+    """For one of kohya's folders, the trainer names its parent."""
     image_folder(tmp_path / "data" / "10_sks", 2, layout="txt")
     image_folder(tmp_path / "data" / "5_none", 2, layout="none")
     found = [image_folders.read(edits.folders.find(name), options_of()) for name in ("10_sks", "5_none")]
@@ -99,7 +99,7 @@ def test_nothing_outside_a_folder_is_shown(edits, tmp_path):
 
 
 def test_names_that_are_not_utf8_break_no_page(edits, tmp_path):
-    """Nothing of them can be sent to a browser: such a folder is left out, an image has a name that can be read."""
+    """A browser cannot receive them: such a folder is left out, and an image gets a readable name."""
     folder, odd = tmp_path / "data" / "set", [os.fsdecode(name) for name in (b"\xe9.png", b"\xea.png")]
     image_folder(tmp_path / "data" / os.fsdecode(b"caf\xe9"))
     write_run(tmp_path / "runs" / os.fsdecode(b"caf\xe9"))
@@ -179,7 +179,7 @@ def test_masks_are_no_images_and_go_and_come_with_theirs(edits, tmp_path):
 
 
 def test_a_pair_of_images_is_shown_together_and_nothing_outside_the_folder(edits, tmp_path):
-    """Of a table's column of reference images; these are no images of their own, and go with theirs."""
+    """Reference images of a table's column are no images of their own; they are removed together with theirs."""
     folder, table = tmp_path / "data" / "set", tmp_path / "data" / "set" / "metadata.jsonl"
     (folder / "before").mkdir()
     for name in ("before/0.png", "before/1.png", "../secret.png"):
@@ -290,7 +290,7 @@ def test_undo_is_refused_once_and_only_for_what_was_changed_again(edits, tmp_pat
 
 
 def test_what_a_killed_server_has_written_of_many_captions_can_be_taken_back(edits, tmp_path, monkeypatch):
-    """A copy of the folder that is made half way is what it would leave."""
+    """A copy of the folder during the change stands for the folder after the kill."""
     folder, killed, write = tmp_path / "data" / "set", tmp_path / "data" / "killed", changes.write
     (folder / "5.txt").unlink()
 
@@ -313,7 +313,7 @@ def test_what_a_killed_server_has_written_of_many_captions_can_be_taken_back(edi
 
 
 def test_undo_takes_back_what_its_button_says_change_by_change(edits, tmp_path):
-    """Though one change does the same as another, and somebody else changes something in between."""
+    """Also if two changes do the same, and another user changes something in between."""
     folder, mine = tmp_path / "data" / "set", "the caption of 0.png"
     for was, text in (("red disc", "b"), ("b", "red disc"), ("red disc", "b")):
         assert edits.save_caption(edits.look("set"), "0.png", was, text) == text
@@ -383,7 +383,7 @@ def test_trash_is_not_trained_on_and_comes_back(edits, tmp_path, layout):
 
 
 def test_the_datasets_library_passes_over_trash_too(tmp_path):
-    """Which reads folders with metadata in them."""
+    """It reads folders that contain metadata."""
     folder = image_folder(tmp_path / "set" / "train", 3).parent
     (folder / TRASH / "1").mkdir(parents=True)
     random_image(8).save(folder / TRASH / "1" / "8.png")

@@ -1,4 +1,4 @@
-"""app/jobs.py: what waits, what starts next, and what a restart finds. Trainers are tiny programs in their place."""
+"""app/jobs.py: the queue, which entry starts next, and restarts. Tiny programs stand for the trainers."""
 
 import json
 import multiprocessing
@@ -45,7 +45,7 @@ sys.exit(1)
 
 @pytest.fixture
 def lined(tmp_path, monkeypatch):
-    """A queue whose trainers are that program."""
+    """A queue whose trainers are the program."""
     (tmp_path / "data" / "cats").mkdir(parents=True)
     (tmp_path / "runs").mkdir()
     (tmp_path / "trainer.py").write_text(TRAINER)
@@ -67,7 +67,7 @@ def states(lined: Jobs) -> dict[str, str]:
 
 
 def let_end(lined: Jobs, name: str) -> None:
-    """Its trainer ends, and the queue has noticed."""
+    """End its trainer, and wait until the queue has noticed."""
     lined.path.with_name(f"end-{name}").touch()
     wait_until(lambda: lined.advance() or states(lined)[name] != RUNNING, f"the end of {name}")
 
@@ -106,7 +106,7 @@ def test_one_after_the_other_and_what_fails_does_not_stop_the_next(lined, tmp_pa
 
 
 def test_what_has_just_ended_may_be_resumed(lined):
-    """Its entry says that it trains until the queue looks again, two seconds later."""
+    """Until the queue polls again, two seconds later, its entry still says that it trains."""
     add(lined, "a")
     write_json(lined.path.with_name("a") / "config.json", {"method": ["lora"]})
     run = lined.find("a")
@@ -188,7 +188,7 @@ def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
 
 
 def test_which_images_are_trained_on_is_said(lined, tmp_path):
-    """Uploads are gone from a page that is loaded anew: the bundled images would be trained on without a word."""
+    """A page that is loaded again has no uploads: it would train on the bundled images without a message."""
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     added = [add(lined, "a"), lined.add(Entry("b", folder="cats")), lined.add(Entry("c"), [str(tmp_path / "x.png")])]
     assert [TrainTab.outcome_of(None, entry) for entry in added] == [
@@ -234,7 +234,10 @@ def test_what_goes_on_keeps_its_images_and_none_are_named(lined, tmp_path):
 
 
 def test_a_run_that_was_asked_to_stop_is_said_to_have_ended(monkeypatch):
-    """Also if it ended before the page looked; not if nobody asked, or if it still trains when patience ends."""
+    """Also if it ended before the page polled.
+
+    Not if it was not asked to stop, or if it still trains at the time limit.
+    """
     monkeypatch.setattr(control, "EVERY", 0)
     one, ended = SimpleNamespace(name="one"), ["one has ended"]
     for asked, polls, told in (([one], [True, True], ended), ([one], [], ended), ([], [], []), ([one], [True] * 9, [])):
@@ -247,7 +250,7 @@ def test_a_run_that_was_asked_to_stop_is_said_to_have_ended(monkeypatch):
 
 
 def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_path):
-    """Killed by SIGKILL while one trains and two wait; then two applications go on with it at the same time."""
+    """SIGKILL ends it while one entry trains and two wait; then two applications continue the queue."""
     server = multiprocessing.get_context("fork").Process(
         target=lambda: [*map(partial(add, lined), "abc"), sleep(LIMIT)]
     )
@@ -269,7 +272,7 @@ def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_p
 
 
 def test_what_was_started_but_not_noted_is_not_started_again(lined):
-    """As where the application is killed between the two: the trainer is known by its log, before it says anything."""
+    """If the application is killed before it stores the start, the locked log shows that the trainer runs."""
     add(lined, "a")
     entries = json.loads(lined.path.read_text())
     entries["entries"][0]["state"] = WAITING
@@ -357,7 +360,7 @@ def test_of_two_visitors_at_once_one_is_first(lined):
 
 
 def test_a_configuration_is_saved_for_the_command_line_and_loaded_again(lined, tmp_path):
-    """With the folder of images; a setting that is its default stays out, so that it follows another model."""
+    """With the folder of images; settings with default values are left out, so that they follow another model."""
     with gr.Blocks():
         tab = TrainTab(Parts(lined.library, lined, Studio()))
     settings = {"seed": [0, 1], "rank": 8, "random_flip": True, "method": ["lora", "lora_x2"]}

@@ -128,7 +128,7 @@ def test_settings_the_trainer_or_the_page_refuses(trainings, settings):
 
 @pytest.mark.parametrize("word", PIPELINES)
 def test_a_bundled_pipeline_is_trained_by_its_word(trainings, word):
-    """On the bundled images, too; the command that is shown means the same model when it is typed."""
+    """On the bundled images, too; the displayed command trains the same model when it is typed."""
     words = trainings.command("new", {"model": word, "max_train_steps": "4"})
     assert words[3:] == ["--pretrained_model_name_or_path", str(ASSETS.parent / word), "--max_train_steps", "4"]
     assert f" --pretrained_model_name_or_path {word} " in launcher.in_words(words)
@@ -137,7 +137,7 @@ def test_a_bundled_pipeline_is_trained_by_its_word(trainings, word):
 
 
 def form_of(trainings) -> SimpleNamespace:
-    """What fills in the form under Train."""
+    """Return the settings that fill in the form under Train."""
     tab = SimpleNamespace(library=trainings.library, jobs=trainings, all_names=TrainTab.all_names)
     tab.values_of = functools.partial(TrainTab.values_of, tab)
     return tab
@@ -162,7 +162,7 @@ def test_a_form_that_begins_with_a_run_has_its_model_or_says_why_not(trainings, 
 
 
 def test_a_form_that_begins_with_a_run_has_its_images_or_does_not_start(trainings, tmp_path):
-    """A page may not name a folder that is not on the list; the bundled images would be trained on in its place."""
+    """The page may not name a folder that is not on the list, and must not train on the bundled images instead."""
     tab, runs, cats = form_of(trainings), trainings.library.folder, str(trainings.data / "cats")
     uploaded = runs / ".images" / "up"
     uploaded.mkdir(parents=True)
@@ -184,7 +184,7 @@ def test_a_form_that_begins_with_a_run_has_its_images_or_does_not_start(training
 
 @pytest.mark.parametrize("device", [None, "0"])
 def test_accelerate_has_no_defaults_to_warn_of(monkeypatch, caplog, device):
-    """Its lines would look like the cause of what fails."""
+    """Its warnings would look like the cause of a failure."""
     monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: 1)
     words = launcher.launch_words(device)[4:]
     _validate_launch_command(launch_command_parser().parse_args([*words, "train_sd.py"]))
@@ -275,7 +275,7 @@ def test_the_name_of_a_run_that_never_began_is_free(trainings):
 
 
 def test_the_name_of_what_is_starting_is_said_to_be_that(trainings):
-    """An experiment, which can be gone on with as soon as it has written its settings; nobody resumes it meanwhile."""
+    """An experiment can be extended as soon as its settings are written; until then it cannot be resumed."""
     folder = trainings.library.folder / "new"
     folder.mkdir()
     with locked_file(folder / EXPERIMENT_LOG):
@@ -287,7 +287,7 @@ def test_the_name_of_what_is_starting_is_said_to_be_that(trainings):
 
 @pytest.mark.exhaustive
 def test_what_was_stopped_while_it_encoded_is_started_anew(trainings, tmp_path, monkeypatch):
-    """By the words of the page; the images that it had encoded stay as they are."""
+    """By the arguments of the page; the images that it has encoded stay."""
     folder, calls, encode = trainings.library.folder / "new", [], AutoencoderKL.encode
     flags = ["--pretrained_model_name_or_path", stable_diffusion(tmp_path / "model"), "--resolution", 32, "--rank", 2]
     flags += ["--train_data_dir", image_folder(tmp_path / "images"), "--num_validation_images", 0]
@@ -315,7 +315,7 @@ def test_what_was_stopped_while_it_encoded_is_started_anew(trainings, tmp_path, 
 
 
 def test_a_trainer_is_found_by_its_lock_and_stopped(run):
-    """A process that looks like a trainer writes the lock, and says that it was asked to stop."""
+    """A process that looks like a trainer holds the lock, and reports that it was asked to stop."""
     code = (
         "import os, pathlib, signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7)); "
         "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); [time.sleep(0.01) for _ in range(60_000)]"
@@ -337,7 +337,7 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
 
 
 def test_who_is_told_to_stop_by_two_applications_saves(run):
-    """The second may be the first one, started again: it does not know what was asked."""
+    """The second application may be the first one after a restart: it does not know of the earlier request."""
     environment = launcher.environment()
     process = subprocess.Popen([sys.executable, "-c", SAVING, "train_sd.py"], cwd=run.folder, env=environment)
     wait_until(lambda: run.process, "the lock", process)
@@ -349,7 +349,7 @@ def test_who_is_told_to_stop_by_two_applications_saves(run):
 
 
 def test_who_asks_for_what_cannot_come_is_told_why(run, monkeypatch):
-    """And leaves no request behind, which the run would heed when it goes on."""
+    """No request file remains, which a resumed run would handle."""
     trainings, config = Jobs(Library(run.folder.parent)), run.folder / "config.json"
     assert trainings.ask(SAMPLE) == "Nothing is training."
     monkeypatch.setattr(trainings, "is_active", lambda run: True)
@@ -441,7 +441,7 @@ def test_refusals_in_many_threads_leave_stderr_alone(trainings):
 
 @contextlib.contextmanager
 def started_as(name):
-    """A process whose command line has that word, as a trainer's has; its id."""
+    """Start a process with this word in its command line, as a trainer has it; return its id."""
     command = [sys.executable, "-c", "input(input())", name]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdin.write(b"here\n")
@@ -463,7 +463,7 @@ def test_trainers_are_known_however_they_were_started(name):
 @pytest.mark.parametrize(("script", "task"), [("train_llm.py", "task"), ("train_glue.py", "task_name")])
 @pytest.mark.parametrize("kind", ["run", "experiment"])
 def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, task, kind):
-    """What else is started waits for it, and it is asked for nothing that its script does not know."""
+    """Other runs wait for it, and it gets no request that its script does not support."""
     run = write_language_run(trainings.library.folder / "language", task)
     if kind == "experiment":
         (run / "experiment.json").write_text("{}")
@@ -486,7 +486,7 @@ def test_only_trainers_are_stopped():
 
 
 def test_hidden_files_are_neither_shown_nor_counted(trainings):
-    """A Mac leaves one beside each image on disks of other systems."""
+    """macOS writes one for each image on disks of other systems."""
     folder = image_folder(trainings.data / "dogs", 2)
     for path in list(folder.iterdir()):
         path.with_name(f"._{path.name}").write_bytes(b"Mac OS X")

@@ -1,4 +1,4 @@
-"""assets/make/make_example.py, and the example it made."""
+"""assets/make/make_example.py, and the example that it has made."""
 
 import json
 import runpy

@@ -1,4 +1,4 @@
-"""The application as people and programs meet it: its command line, its API, and the page in a real browser."""
+"""The application's command line and API, and the page in a real browser."""
 
 import ast
 import contextlib
@@ -82,7 +82,7 @@ def test_others_may_come_with_a_password():
 
 
 def test_only_the_page_and_the_entry_import_gradio():
-    """And of the trainers nothing but the parser: trainings are processes."""
+    """And the trainers' code is imported only for its parser: training runs in other processes."""
     for path in (REPOSITORY / "app").rglob("*.py"):
         names = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -94,8 +94,10 @@ def test_only_the_page_and_the_entry_import_gradio():
 
 
 def test_no_two_parts_have_one_id_and_none_is_told_of_progress_that_it_hides(tmp_path):
-    """Scripts and styles go by ids; a second part of the same one would be taken for the first, on some visits. Where
-    progress is hidden, Gradio's page would still look up each part that is told of it, which takes it seconds."""
+    """Scripts and styles find elements by id, so a second element with an id could be taken for the first.
+
+    With hidden progress, Gradio's page would still search for each output of an event, which takes seconds.
+    """
     library = Library(tmp_path)
     demo = create_demo(library, Jobs(library), Studio())
     ids = [part.elem_id for part in demo.blocks.values() if getattr(part, "elem_id", None)]
@@ -105,7 +107,7 @@ def test_no_two_parts_have_one_id_and_none_is_told_of_progress_that_it_hides(tmp
 
 
 def test_a_page_that_is_loaded_again_keeps_its_run_and_tab_and_shows_an_error_once(tmp_path):
-    """Gradio marks each output of an event whose progress is shown with an error, next to the message that says why."""
+    """Gradio marks each output of an event with visible progress as failed, in addition to the message."""
     for name in ("one", "two"):
         write_run(tmp_path / name)
     library = Library(tmp_path)
@@ -129,7 +131,7 @@ def test_weights_say_what_is_used_in_their_place():
 
 
 def test_threads_are_told_to_spin_briefly_before_torch_is_there():
-    """An idle thread that spins for long is ten times slower on busy cores; who has set the policy is left alone."""
+    """A thread that spins for long is ten times slower on busy cores; a policy that the user has set is kept."""
     code = (
         "import os, sys; from app import __main__ as entry; "
         "entry.serve = lambda *_: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules) or 0; "
@@ -155,10 +157,10 @@ def test_threads_are_told_to_spin_briefly_before_torch_is_there():
 
 
 def start(runs: Path, log: Path, *flags: str, port: int = 0) -> tuple[subprocess.Popen, str]:
-    """`python -m app` on a port, or a free one, once it answers; its process and address.
+    """Start `python -m app` on a port, by default a free one, and wait for a response; return process and address.
 
-    Started in the background, as by `nohup`, it finds SIGINT ignored. Its temporary files are in `tmp` beside the log,
-    where it is started too: it would show a run that was left in the checkout, or takes place there.
+    It is started in the background, as by `nohup`, with SIGINT ignored. It runs in a folder `tmp` next to the log,
+    because in the checkout it would show the runs there.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -177,7 +179,7 @@ def start(runs: Path, log: Path, *flags: str, port: int = 0) -> tuple[subprocess
 
 
 def end(process: subprocess.Popen, log: Path, number: int) -> None:
-    """By a signal, whatever it has inherited and served; its temporary files go."""
+    """End it by a signal, whatever it has inherited and served, and remove its temporary files."""
     said = log.read_text()
     process.send_signal(number)
     assert ended(process) == 0
@@ -187,7 +189,7 @@ def end(process: subprocess.Popen, log: Path, number: int) -> None:
 
 @contextlib.contextmanager
 def serving(runs: Path, log: Path, *flags: str, end_by: int = signal.SIGTERM):
-    """A running application, until a signal ends it; yields its address."""
+    """Run the application, and yield its address; a signal ends it."""
     process, address = start(runs, log, *flags)
     try:
         yield address
@@ -196,7 +198,7 @@ def serving(runs: Path, log: Path, *flags: str, end_by: int = signal.SIGTERM):
 
 
 def status_of(address: str) -> int | None:
-    """HTTP status of a GET; None while nobody listens."""
+    """Return the HTTP status of a GET request; None if nothing listens."""
     try:
         with urllib.request.urlopen(address, timeout=LIMIT) as answer:
             return answer.status
@@ -208,7 +210,7 @@ def status_of(address: str) -> int | None:
 
 @pytest.mark.parametrize("opens", [False, True])
 def test_is_served_where_gradio_gives_up_on_its_own_page(opens, monkeypatch, capsys):
-    """It waits for three seconds, which a busy machine may need for more than that."""
+    """Gradio waits three seconds for its own page, which is too short on a busy machine."""
     answers, opened = [], []
     with gr.Blocks(analytics_enabled=False) as demo:
         pass
@@ -242,7 +244,7 @@ def address(runs, log):
 
 
 def client_of(address: str, **options) -> Client:
-    """Gradio's client, which would else give up after the five seconds of httpx."""
+    """Return Gradio's client, without the time limit of five seconds that httpx has."""
     return Client(address, verbose=False, httpx_kwargs={"timeout": LIMIT}, **options)
 
 
@@ -299,13 +301,13 @@ def test_what_a_program_sends_beyond_the_limits_is_refused(client):
 
 
 def answers(address: str, name: str, *data) -> str:
-    """What a program is told that sends some JSON to an endpoint and listens, as one does without Gradio's client."""
+    """Return the messages for a program that sends JSON to an endpoint and listens, without Gradio's client."""
     with urllib.request.urlopen(post(address, name, *data), timeout=LIMIT) as answer:
         return answer.read().decode()
 
 
 def post(address: str, name: str, *data) -> str:
-    """Sends a request and returns where to listen for what comes of it."""
+    """Send a request, and return where its messages can be read."""
     url, body = f"{address}/gradio_api/call/{name}", json.dumps({"data": data}).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=LIMIT) as answer:
@@ -315,7 +317,7 @@ def post(address: str, name: str, *data) -> str:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("wrong", ["abc", float("nan"), {"a": 1}, True, 10**30], ids=str)
 def test_whatever_a_program_sends_it_is_told_something(address, wrong):
-    """An image, or an error in words; never nothing."""
+    """The answer is an image or an error message, never nothing."""
     asked = list((GENERATE | {"steps": 1, "width": 32, "height": 32, "beside": False}).values())
     calls = {"generate": asked, "compare": ["tiny", 0], "download_grid": ["tiny", 0], "weights": ["tiny"]}
     calls |= {"compare_runs": ["tiny", 0, ["tiny"]]}
@@ -384,7 +386,7 @@ def test_a_program_can_use_and_merge_adapters(client, runs):
 
 @pytest.mark.exhaustive
 def test_a_program_can_draw_grids_and_stack_and_write_models(client, runs):
-    """Cells are what single drawings are, each a file with its settings; three lines load the folder."""
+    """Each cell is a file that equals an image generated alone; three lines load the written folder."""
     asked = GRID | {"y": "seed", "y_values": "3 4"}
     table, status, sheet, cells = client.predict(*asked.values(), api_name="/grid")
     assert table.count("<img") == 4 and "4 of 4 cells" in status and len(cells) == 4
@@ -435,7 +437,7 @@ def test_no_file_of_this_machine_is_served(address, runs, client):
 
 @pytest.mark.exhaustive
 def test_a_password_is_asked_for(runs, tmp_path):
-    """And Ctrl-C ends it, though it was started in the background, where that is ignored."""
+    """Ctrl-C ends the application, although it was started in the background, where SIGINT is ignored."""
     with serving(runs, tmp_path / "log", "--auth", "me:secret", end_by=signal.SIGINT) as address:
         assert status_of(f"{address}/config") == 401
         assert status_of(f"{address}/gradio_api/file=/etc/passwd") == 401
@@ -452,12 +454,12 @@ def browser(tmp_path_factory):
 
 
 def leaving(url: str, address: str) -> list[str]:
-    """The address of a request that leaves the machine."""
+    """Return the address of a request to another machine, if it is one."""
     return [] if url.startswith((address, "data:", "blob:")) else [url]
 
 
 def complaint(said) -> list[str]:
-    """An error on the console. Files of runs come and go, so that a request may meet one that has just gone."""
+    """Return an error on the console. Files of runs may vanish, so a request may fail for a removed file."""
     lost = said.text.startswith("Failed to load resource")
     return [said.text] if said.type == "error" and not lost else []
 
@@ -471,7 +473,7 @@ SHOWN = """() => {
 
 @pytest.fixture
 def page(browser, address, runs, request):
-    """The page as a visitor finds it, in the theme that a test may ask for; runs that are begun on it go with it."""
+    """Open the page as a visitor, in the theme that a test may choose; runs that it starts are removed with it."""
     before = set(runs.iterdir())
     page = browser.new_page(viewport={"width": 1360, "height": 900})
     page.set_default_timeout(LIMIT * 1000)
@@ -497,7 +499,7 @@ def test_a_run_is_looked_at_and_taken_along(page, runs):
 
 
 def move_the_slider(page) -> None:
-    """A visitor sees the newest run at its last step without a click; slider and play move all columns."""
+    """The newest run is shown at its last step without a click; slider and play button move all columns."""
     page.wait_for_selector('#grid table[data-step="4"]')
     assert page.locator("#grid th").all_inner_texts()[1].startswith("Base model")
     last = page.locator("#grid img").nth(2).get_attribute("src")
@@ -517,7 +519,7 @@ def move_the_slider(page) -> None:
 
 
 def take_along(page, runs: Path) -> None:
-    """The last method's first file is offered; another one has another path and other lines, and is downloaded."""
+    """The first file of the last method is offered; another file has other lines, and is downloaded."""
     told = "document.querySelector('#use textarea').value.includes('{}')"
     page.wait_for_function(told.format("DiffusionPipeline"))
     page.locator("#file input").fill("reslora: kohya.safetensors (kohya, ComfyUI, A1111)")
@@ -533,7 +535,7 @@ def take_along(page, runs: Path) -> None:
 
 
 def enlarge_and_scroll(page) -> None:
-    """An image is flipped by keys; the slider stays in view."""
+    """Keys switch between images; the slider stays in view."""
     first, shown = page.locator("#grid button.tile").nth(1), page.locator("#zoom img")
     first.focus()
     page.keyboard.press("Enter")
@@ -557,7 +559,7 @@ def enlarge_and_scroll(page) -> None:
 
 @pytest.mark.exhaustive
 def test_what_is_new_is_shown_at_the_step_that_the_slider_is_at_by_then(page, runs):
-    """The page asks whether there is anything new; before it is answered, a visitor moves the slider."""
+    """The visitor moves the slider while the page waits for the answer to a poll."""
     page.wait_for_selector('#grid table[data-step="4"]')
     held = []
     page.route("**/run/predict*", lambda route: held.append(route), times=1)
@@ -577,7 +579,7 @@ def test_what_is_new_is_shown_at_the_step_that_the_slider_is_at_by_then(page, ru
 
 @pytest.mark.exhaustive
 def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
-    """Chosen by the keyboard; images are flipped between runs; a new loss is drawn, a run that has gone leaves."""
+    """Runs are chosen by keyboard; keys switch between runs; new losses appear, and a removed run disappears."""
     settings = json.loads((runs / "tiny" / "config.json").read_text())
     prompts = [settings["validation_prompt"][0], "something else"]
     write_run(runs / "other", methods=("lora",), **(settings | {"method": ["lora"], "validation_prompt": prompts}))
@@ -640,8 +642,10 @@ def draw_slowly(page) -> None:
 
 @pytest.mark.exhaustive
 def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
-    """Values stand there once a setting is chosen, by mouse or keys, and leaving it again leaves them alone; a cell is
-    shown as it was drawn; the arrows go from cell to cell; each button stops its own."""
+    """Choosing a setting suggests values, but does not overwrite typed ones.
+
+    A cell is shown as it was generated; arrow keys move from cell to cell; each button stops its own request.
+    """
     page.get_by_role("tab", name="Generate").click()
     page.get_by_role("button", name="X/Y grid").click()
     values = "document.querySelector('#values-{} textarea, #values-{} input').value === '{}'"
@@ -681,7 +685,7 @@ def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
 
 
 def test_loras_are_stacked_and_written_as_a_model(page, runs):
-    """On a telephone, where Generate is at the lower edge whatever is unfolded."""
+    """On the size of a telephone, where Generate is at the lower edge whatever is expanded."""
     page.set_viewport_size({"width": 420, "height": 800})
     page.get_by_role("tab", name="Generate").click()
     page.get_by_role("button", name="Several LoRAs").click()
@@ -770,7 +774,7 @@ element => {
 
 
 def contrast(locator) -> float:
-    """Of text to what is behind it; an update may take the element away while it is looked at."""
+    """Return the contrast of text and background; an update may replace the element meanwhile."""
     found = []
     wait_until(lambda: found.append(locator.evaluate(CONTRAST)) or found[-1] is not None, "an element that stays")
     return found[-1]
@@ -804,8 +808,10 @@ def test_text_can_be_read(page):
 
 
 def test_a_form_survives_a_restart(page):
-    """What is typed under Train is there again when the page is loaded anew, as after a restart of the server; only
-    settings that are chosen take its place, by keys, or by the mouse the same ones again."""
+    """Values typed under Train return when the page is loaded again.
+
+    Only settings that are chosen, by keys or again by mouse, replace them.
+    """
     page.get_by_role("tab", name="Train").click()
     page.locator("#start").wait_for()
     page.locator("#name input, #name textarea").fill("kept")
@@ -841,7 +847,7 @@ def test_a_form_survives_a_restart(page):
 
 @pytest.mark.exhaustive
 def test_an_open_page_keeps_its_run_and_tab_while_the_server_is_started_anew(browser, tmp_path):
-    """Nobody loads it again: it does so when the server answers, and then shows what is new."""
+    """The page reloads itself when the server answers again, and then shows new runs."""
     for name in ("one", "two"):
         write_run(tmp_path / "runs" / name)
     process, address = start(tmp_path / "runs", tmp_path / "log")
@@ -879,7 +885,7 @@ def test_runs_come_and_go(page, runs):
 
 
 def show_markup(page, runs: Path) -> None:
-    """Names and prompts of a run are text, whatever they are; a run that is deleted leaves the list."""
+    """Names and prompts of a run are displayed as text; a deleted run leaves the list."""
     attack = "<img src=x onerror=window.hacked=1>"
     write_run(
         runs / attack, validation_prompt=[f"{attack} ${{window.hacked=1}} {{{{hacked}}}}", "<script>hacked=1</script>"]
@@ -897,7 +903,7 @@ def show_markup(page, runs: Path) -> None:
 
 
 def press_at_once(page, runs: Path) -> None:
-    """Buttons that are pressed before the answer to the first has come all count."""
+    """Buttons that are pressed before the first answer arrives all take effect."""
     names = ["one-of-two", "two-of-two"]
     for name in names:
         write_run(runs / name)
@@ -920,7 +926,7 @@ def test_chains_and_merge_are_shown(page, runs):
 
 
 def merge_and_look_elsewhere(page, runs: Path) -> None:
-    """A merge that waits for its turn is made; where another run is looked at by then, it says so and no more."""
+    """A waiting merge is carried out; if another run is selected by then, only a message appears."""
     settings = json.loads((runs / "tiny" / "config.json").read_text())
     write_run(runs / "elsewhere", **settings)
     try:
@@ -947,9 +953,9 @@ def merge_and_look_elsewhere(page, runs: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
-    """The newest experiment comes into view by itself, its report in a frame; the form says how many arms it makes.
+    """The newest experiment is selected, with its report in a frame; the form shows the number of runs.
 
-    Where there is none yet, Stop says so.
+    Without an experiment, Stop says so.
     """
     page.get_by_role("tab", name="Experiment").click()
     page.locator("button#take-report:disabled").wait_for()
@@ -975,7 +981,7 @@ def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
 
 
 def vote(page, runs: Path) -> None:
-    """By a key; what is shown tells no method, and the result stands next to the losses."""
+    """Vote by a key; the page does not show the methods, and the result is next to the losses."""
     page.get_by_role("button", name="Blind votes").click()
     page.locator("#vote-begin").click()
     page.locator("#vote-images img").nth(1).wait_for()
@@ -988,7 +994,7 @@ def vote(page, runs: Path) -> None:
 
 
 def plan_one(page) -> None:
-    """Several values make an experiment; the command stands there before anything is pressed."""
+    """Several values make an experiment; the command is displayed before a button is pressed."""
     page.get_by_role("tab", name="Train").click()
     page.locator("#name input, #name textarea").fill("new")
     page.locator("#flag-seed input, #flag-seed textarea").fill("0 1")
@@ -1014,7 +1020,7 @@ def plan_one(page) -> None:
 
 
 def vary_another(page) -> None:
-    """Chosen from the list, it is a line of the command; what is not complete is refused in the trainer's words."""
+    """A chosen option becomes a line of the command; an incomplete line is refused with the trainer's message."""
     page.get_by_role("button", name="Experiments").click()
     page.locator("#varied input").click()
     page.get_by_role("option", name="Random flip").click()
@@ -1029,7 +1035,7 @@ def vary_another(page) -> None:
 
 
 def take_the_best_along(page, runs: Path) -> None:
-    """The best arm's LoRA is downloaded by way of a part that nobody sees."""
+    """Download the LoRA of the best run, by a component that is not visible."""
     with page.expect_download() as download:
         page.locator("#take-best:enabled").click()
     assert download.value.suggested_filename == "which-kohya.safetensors"
@@ -1037,7 +1043,7 @@ def take_the_best_along(page, runs: Path) -> None:
 
 
 def write_experiment(folder: Path) -> None:
-    """A finished one that nobody ran, with samples."""
+    """Write a finished experiment that was not run, with samples."""
     folder.mkdir()
     (folder / "kohya.safetensors").write_bytes(b"kohya")
     content = examples.experiment(folder)
@@ -1047,7 +1053,7 @@ def write_experiment(folder: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_a_training_is_started_watched_and_stopped(page, browser, address, runs, tmp_path):
-    """The first samples arrive by themselves; another visitor finds the run; stopping saves, and it can go on."""
+    """The first samples appear without a click; another visitor finds the run; it is stopped, saved and resumed."""
     uploads = []
     for name, colour in (("red disc", "red"), ("blue box", "blue"), ("green leaf", "green")):
         PIL.Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
@@ -1095,7 +1101,7 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
 
 
 def line_up(page) -> None:
-    """Two more runs wait while one trains; they change places and one goes, by the keyboard; then the other starts."""
+    """Two runs wait while one trains; they are reordered and one is removed, by keyboard; then the other starts."""
     for name in ("second", "third"):
         page.locator("#start", has_text="Add to queue").wait_for()
         page.locator("#name textarea, #name input").fill(name)
@@ -1122,7 +1128,7 @@ def line_up(page) -> None:
 
 
 def put_in_order(page, runs: Path) -> None:
-    """Notes are saved and outlive an update that comes while one writes; a run is thrown away, put back and opened."""
+    """Notes are stored and survive an update while one types; a run is deleted, restored and opened."""
     page.get_by_role("tab", name="Runs").click()
     page.get_by_label("notes on watched").fill("the best so far")
     page.get_by_label("notes on tiny").fill("half a sen")

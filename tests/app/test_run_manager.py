@@ -1,4 +1,4 @@
-"""app/run_manager.py and what is seen of it: notes, a trash that gives back, and cards of whatever there is."""
+"""app/run_manager.py and its page: notes, trash and restoring, and cards of any runs."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from app.tabs.runs import RunsTab
 
 @pytest.fixture
 def manager(tmp_path) -> RunManager:
-    """Two runs, an experiment that never began, and a run elsewhere."""
+    """Two runs, an experiment that has not begun, and a run in another folder."""
     for name in ("runs/one", "runs/two", "elsewhere"):
         write_run(tmp_path / name)
     (tmp_path / "runs" / "which").mkdir()
@@ -92,7 +92,7 @@ def test_what_trains_waits_or_is_elsewhere_is_not_thrown_away(manager, tmp_path)
 
 
 def test_nothing_is_restored_in_the_place_of_what_waits(manager):
-    """Which would go on with it, or fail, when its turn comes."""
+    """The waiting entry would continue the restored run, or fail."""
     for name in ("one", "which"):
         manager.throw_away(name)
     which, one = manager.trashed()
@@ -105,7 +105,7 @@ def test_nothing_is_restored_in_the_place_of_what_waits(manager):
 
 
 def test_notes_and_a_deletion_come_one_after_the_other(manager, monkeypatch):
-    """What is thrown away while notes are written leaves no folder with nothing but notes in its place."""
+    """A run that is deleted while its notes are written leaves no folder that has only notes."""
     threads, find, names = [], manager.find, []
 
     def delete(name: str) -> None:
@@ -177,7 +177,7 @@ def test_the_card_of_a_run_whose_config_is_damaged_says_so(manager):
 
 
 def test_a_card_opens_its_run_or_experiment_under_compare(manager):
-    """In the view for it; what it returns are the values of the event's outputs."""
+    """In its view of Compare; the returned values are those of the event's outputs."""
     with gr.Blocks() as demo:
         page = Page(Parts(manager.library, manager.jobs, Studio()))
         page.events(demo)

@@ -1,4 +1,4 @@
-"""app/runs.py on folders made by hand, with everything a browser may send."""
+"""app/runs.py on folders made by hand, with any names that a browser may send."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def test_reads_what_the_trainer_wrote(run):
 
 
 def test_a_run_is_finished_where_its_last_step_is_exported(run):
-    """A finished one was given more steps, or the patience to go on, and stopped before it was exported anew."""
+    """A finished run was given more steps, or more patience, and was stopped before it was exported again."""
     write_exports(run, step=2)
     assert (run.status, run.progress) == ("stopped", (8, 8))
     write_exports(run, step=2, early_stopping_patience=1)
@@ -41,7 +41,7 @@ def test_a_run_is_finished_where_its_last_step_is_exported(run):
 
 
 def test_images_of_earlier_prompts_are_left_out(run):
-    """A run goes on with another second prompt: what was drawn of the first one before is shown."""
+    """A resumed run has another second prompt: earlier images of the first prompt are shown."""
     samples = run.folder / "lora" / "samples"
     for step, drawn in ((2, [run.prompts[0], "an earlier one"]), (4, run.prompts)):
         (samples / f"step-{step:06d}" / "prompts.json").write_text(json.dumps({"prompts": drawn}))
@@ -167,7 +167,7 @@ def test_weights_of_a_run(run):
 
 
 def test_merged_weights_with_text_encoders_are_offered_once_all_are_of_one_merge(tmp_path):
-    """Before that they are written one after the other, some in the place of an earlier merge's."""
+    """Before that they are written one after the other, some over the files of an earlier merge."""
     write_run(tmp_path / "runs" / "run", train_text_encoder=True)
     run, merged = Library(tmp_path / "runs").find("run"), "lora: merged weights"
     for part in ("unet", "text_encoder"):

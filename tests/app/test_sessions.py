@@ -1,4 +1,4 @@
-"""app/sessions.py in a server of this process: clients that go away, and what a page that is open leaves behind."""
+"""app/sessions.py in a server of this process: clients that disconnect, and the memory of an open page."""
 
 import contextlib
 import errno
@@ -30,7 +30,7 @@ SHORT = LONG | {"images": 1, "steps": 1}
 
 
 class Server:
-    """The page of a studio, and what a program may ask of it."""
+    """The page of a studio, and the requests that a program may send."""
 
     def __init__(self, runs: Path) -> None:
         self.runs, self.studio, library = runs, Studio(), Library(runs)
@@ -49,16 +49,16 @@ class Server:
             return json.load(answer)
 
     def ask(self, values: dict) -> str:
-        """Asks for images; returns where to listen."""
+        """Request images; return where the messages can be read."""
         return f"call/generate/{self.post('call/generate', {'data': list(values.values())})['event_id']}"
 
     def listen(self, path: str) -> str:
-        """All that is told there."""
+        """Return all messages."""
         with urllib.request.urlopen(f"{self.api}/{path}", timeout=LIMIT) as answer:
             return answer.read().decode()
 
     def begin_to_listen(self, path: str) -> socket.socket:
-        """A stream, once something was told there."""
+        """Return a stream after its first message."""
         address = urllib.parse.urlsplit(self.api)
         stream = socket.create_connection((address.hostname, address.port), timeout=LIMIT)
         stream.sendall(f"GET {address.path}/{path} HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
@@ -83,7 +83,7 @@ def server(tmp_path_factory):
 
 @pytest.mark.exhaustive
 def test_what_nobody_fetches_takes_neither_a_turn_nor_a_place(server, monkeypatch):
-    """Eight requests that are given up never; who comes after them is served."""
+    """Eight requests that are never cancelled; a later client is served."""
     monkeypatch.setattr(studios, "PATIENCE", 10.0 * LIMIT)
     server.drawn.clear()
     for _ in range(8):
@@ -126,7 +126,7 @@ def test_who_leaves_while_waiting_loses_his_place(server, monkeypatch, noticed):
 
 @pytest.mark.exhaustive
 def test_whoever_comes_after_five_who_ask_for_eight_images_has_his_after_their_first(server):
-    """Four is how many Gradio serves at once without being told otherwise."""
+    """By default, Gradio serves four requests at once."""
     server.drawn.clear()
     with contextlib.ExitStack() as streams:
         with server.studio.turns.turn():
@@ -140,7 +140,7 @@ def test_whoever_comes_after_five_who_ask_for_eight_images_has_his_after_their_f
 
 
 def test_a_page_that_looks_on_leaves_nothing_behind(server):
-    """Gradio alone keeps one more copy of each component that an event both reads and updates, and describes it."""
+    """Gradio itself would store one more copy of each component that an event both reads and updates."""
     asks = [each for each in server.demo.config["dependencies"] if any(on == "tick" for _, on in each["targets"])]
     watch = max(asks, key=lambda each: len(each["outputs"]))
     shown = [getattr(server.demo.blocks[number], "value", None) for number in watch["inputs"]]
@@ -183,7 +183,7 @@ def test_an_upload_that_finds_no_room_is_told_so(server, monkeypatch, number, st
 
 
 def test_a_look_takes_a_step_beyond_the_end_of_the_slider(server):
-    """It was sent while a shorter run was being chosen; refused, it would be an error across the page."""
+    """It was sent while a shorter run was being selected; an error would cover the page."""
     number, look = next((number, fn) for number, fn in server.demo.fns.items() if fn.name == "watch")
     values = [{"run": "tiny", "step": 99, "others": []}.get(part.elem_id) for part in look.inputs]
     answer = server.post("run/predict", {"fn_index": number, "data": values, "session_hash": "a-look"})

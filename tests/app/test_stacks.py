@@ -1,4 +1,4 @@
-"""app/stacks.py: several LoRAs add up, on any model, and those of another model are refused."""
+"""app/stacks.py: several LoRAs add up on any model, and those of another model are refused."""
 
 import re
 import shutil
@@ -41,7 +41,10 @@ def studio():
 
 
 def summed_by_hand(run, model, strengths):
-    """The U-Net's weights in float64: `W + sum_i strength_i B_i A_i`, of diffusers' files, in which B has the scale."""
+    """The U-Net's weights in float64: `W + sum_i strength_i B_i A_i`.
+
+    The factors are those of diffusers' files, in which B includes the scale.
+    """
     state = {name: value.double() for name, value in model.state_dict().items()}
     for method, strength in strengths.items():
         tensors = load_file(run.folder / method / DIFFUSERS_FILE)
@@ -55,7 +58,7 @@ def summed_by_hand(run, model, strengths):
 
 @pytest.mark.exhaustive
 def test_a_stack_is_the_base_plus_the_sum_of_its_updates(studio, library, run):
-    """In the weights, and in what a stock pipeline with these weights draws."""
+    """In the weights, and in the image of a stock pipeline with these weights."""
     base = run.word("pretrained_model_name_or_path")
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     strengths = {"lora": 0.7, "reslora": -0.4}
@@ -90,7 +93,7 @@ def test_one_of_a_stack_is_that_lora_and_other_strengths_are_drawn_anew(studio, 
 
 
 def test_the_sum_may_have_a_higher_rank_than_a_layer_and_be_of_convolutions(tmp_path):
-    """Twelve ranks in layers of eight features; layers that only one of the two has."""
+    """Twelve ranks in layers with eight features, and layers that only one of the two LoRAs has."""
     model = stable_diffusion(tmp_path / "model")
     family, parts, deltas = load_family("StableDiffusionPipeline"), [], {}
     for number, targets in enumerate((["to_q", "conv1"], ["to_q", "to_v"])):
@@ -123,7 +126,7 @@ def test_loras_of_another_model_are_neither_offered_nor_taken(library, run, tmp_
 
 
 def test_loras_of_a_run_whose_config_is_damaged_are_not_offered(run, tmp_path):
-    """Nobody can say which model they are of; the run itself says why it draws nothing."""
+    """Their base model is unknown; the run itself says why it cannot generate."""
     for name in ("whole", "damaged"):
         shutil.copytree(run.folder, tmp_path / name)
     (tmp_path / "damaged" / "config.json").write_text("{")
@@ -181,7 +184,7 @@ def test_what_has_no_plain_weights_is_not_written_as_a_whole(run):
 
 @pytest.fixture
 def foreign(run, tmp_path):
-    """Writes the run's kohya file with its tensors changed."""
+    """Write the run's kohya file with changed tensors."""
 
     def write(change):
         save_file(change(load_file(run.folder / "lora" / "kohya.safetensors")), tmp_path / "foreign.safetensors")
@@ -191,7 +194,7 @@ def foreign(run, tmp_path):
 
 
 def with_other_alphas(tensors):
-    """The same LoRA as kohya's resize_lora.py or a LoCon with a conv_alpha has it: an alpha of each layer's own."""
+    """Return the same LoRA with an alpha for each layer, as resize_lora.py of kohya or a LoCon with conv_alpha has."""
     for number, name in enumerate([name for name in tensors if name.endswith(".alpha")]):
         tensors[name] *= 1 + number % 3
         tensors[name.replace(".alpha", ".lora_up.weight")] /= 1 + number % 3

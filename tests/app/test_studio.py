@@ -1,4 +1,4 @@
-"""app/studio.py and app/weight_files.py on a tiny Stable Diffusion that was really trained for a few steps."""
+"""app/studio.py and app/weight_files.py on a tiny Stable Diffusion that was trained for a few steps."""
 
 import errno
 import json
@@ -44,7 +44,7 @@ def studio():
 
 
 def draw(studio, run, *choices, request=REQUEST):
-    """Images as arrays."""
+    """Generate images, and return them as arrays."""
     return pixels(studio.generate(run, list(choices), request))
 
 
@@ -53,7 +53,7 @@ def one(studio, run, label, request=REQUEST):
 
 
 def test_all_of_a_request_is_told_to_the_pipeline_by_the_names_that_it_knows():
-    """Sides are what the model can draw, and not larger; some models have no negative prompt."""
+    """Width and height are rounded down to sizes that the model can generate; some models have no negative prompt."""
     told = []
 
     class Guided:
@@ -105,7 +105,7 @@ def test_an_unmerged_checkpoint_is_drawn_with_its_shortcuts(studio, run):
 
 
 def test_merged_weights_that_are_replaced_while_they_are_read_are_not_drawn(studio, run, monkeypatch):
-    """Some of their files would be of the one merge and some of the other."""
+    """Some of the files would be of one merge and some of the other."""
     put = weight_files.put_merged
 
     def put_and_replace(model, weights, strength):
@@ -173,7 +173,7 @@ def test_cancel_and_disconnection_stop_within_one_step(studio, run):
 
 
 def test_steps_are_told_no_faster_than_a_page_can_show_them(monkeypatch):
-    """An image is told at once; of its steps those that are a while apart. A stop is heard with each."""
+    """Each image is sent at once; steps only with a pause between them. A stop is detected at each step."""
     now = 100.0
     monkeypatch.setattr(studios.time, "monotonic", lambda: now)
     visitor, told = studios.Visitor("me", "images", lambda: True), []
@@ -189,7 +189,7 @@ def test_steps_are_told_no_faster_than_a_page_can_show_them(monkeypatch):
 
 
 def test_what_nobody_listens_to_takes_no_turn(studio, run, monkeypatch):
-    """It waits for somebody to listen, and lets others pass."""
+    """It waits for a client that reads, and lets others pass."""
     drawn, asked, outcome = [], [], []
     monkeypatch.setattr(studio, "_draw", lambda *request: drawn.append(request))
 
@@ -208,7 +208,7 @@ def test_what_nobody_listens_to_takes_no_turn(studio, run, monkeypatch):
 
 
 def test_a_message_that_is_only_about_to_be_read_ends_nothing(monkeypatch):
-    """Not even where the step before took longer than anybody's patience."""
+    """Not even if the previous step took longer than the time limit."""
     monkeypatch.setattr(studios, "PATIENCE", 0.01)
     visitor = studios.Visitor("me", "images", iter([True, False, True, False, False]).__next__)
     for _ in range(4):
@@ -233,7 +233,7 @@ def test_who_goes_away_is_given_up_after_a_while(studio, run, monkeypatch, capsy
 
 
 def test_who_asks_for_much_lets_others_have_their_turn(studio, run, monkeypatch):
-    """An image that was asked for later comes after the first of eight."""
+    """An image that was requested later is generated after the first of eight."""
     drawn, threads, plain = [], [], studio._draw
     noted = lambda picture, *rest: drawn.append(picture.request.seed) or plain(picture, *rest)  # noqa: E731
     monkeypatch.setattr(studio, "_draw", noted)
@@ -301,7 +301,7 @@ def test_a_failed_load_leaves_the_model_usable(studio, run, tmp_path):
 
 
 def test_a_base_whose_files_have_changed_is_loaded_anew(run, tmp_path):
-    """As of who trains a base of their own and writes it to the same place; a LoRA would be drawn on the old one."""
+    """A user may train a base model and write it to the same place; the LoRA must not use the old one."""
     studio, model = Studio(), tmp_path / "model"
     shutil.copytree(run.word("pretrained_model_name_or_path"), model)
     folder = write_run(tmp_path / "runs" / "own", pretrained_model_name_or_path=str(model))
@@ -340,7 +340,7 @@ def test_merging_a_checkpoint_by_another_method(studio, run, method):
 
 
 def test_a_run_that_is_deleted_while_it_is_merged_leaves_no_folder_of_its_name(studio, run, tmp_path, monkeypatch):
-    """Which would be no run, and yet in the way of its return."""
+    """Such a folder would be no run, and would prevent restoring the run."""
     shutil.copytree(run.folder, tmp_path / "runs" / "gone")
     gone = Library(tmp_path / "runs").find("gone")
     monkeypatch.setattr(studios, "calibration_of", lambda *_: shutil.move(gone.folder, tmp_path / "trash") and None)
@@ -361,7 +361,7 @@ def test_a_merge_that_cannot_be_written_says_why(studio, run, monkeypatch, probl
 
 @pytest.mark.parametrize("when", [(studios.reslora, "load"), (checkpoints, "check_checksums")])
 def test_a_checkpoint_that_the_trainer_removes_while_it_is_read_is_named(studio, run, tmp_path, monkeypatch, when):
-    """By --checkpoints_total_limit: the run is there, and its other checkpoints are."""
+    """By --checkpoints_total_limit: the run and its other checkpoints still exist."""
     shutil.copytree(run.folder, tmp_path / "runs" / "resumed")
     resumed = Library(tmp_path / "runs").find("resumed")
     before, read = resumed.find_weights("reslora: unmerged, step 2"), getattr(*when)
@@ -392,7 +392,7 @@ def test_only_resloras_checkpoints_are_merged(studio, run):
 
 
 def test_weights_that_end_in_numbers_that_are_not_finite_are_not_drawn(studio, run, tmp_path):
-    """Finite weights, with which the denoiser leaves the range of its numbers."""
+    """The weights are finite, but the denoiser's values overflow."""
     path = write_changed(run, tmp_path, lambda tensors: {name: 1e30 * tensor for name, tensor in tensors.items()})
     with pytest.raises(RunError, match=r"changed\.safetensors: the latents became infinite or NaN at step 1"):
         draw(studio, run, Weights(path.name, "file", "", path))
@@ -403,7 +403,7 @@ def test_weights_that_end_in_numbers_that_are_not_finite_are_not_drawn(studio, r
 
 
 def write_changed(run, folder, change, name="pytorch_lora_weights.safetensors", metadata=None):
-    """A LoRA file of the run with its tensors changed."""
+    """Write a LoRA file of the run with changed tensors."""
     path = folder / "changed.safetensors"
     save_file(change(load_file(run.folder / "lora" / name)), path, metadata=metadata)
     return path
@@ -455,7 +455,7 @@ def test_a_lora_that_is_not_whole_or_does_not_fit_is_refused_by_name(studio, run
 
 @pytest.mark.parametrize("name", EXPORTS[1:])
 def test_a_lora_of_layers_that_the_model_lacks_is_refused_by_name(studio, run, tmp_path, name):
-    """Both factors of one layer of many are for a layer that is nowhere: diffusers would leave them out."""
+    """Both factors of one layer have a name that the model lacks: diffusers would leave them out."""
 
     def rename(tensors):
         return {
@@ -468,7 +468,7 @@ def test_a_lora_of_layers_that_the_model_lacks_is_refused_by_name(studio, run, t
 
 
 def test_a_layer_that_a_file_says_it_has_and_lacks_is_missing(studio, run, tmp_path):
-    """Both factors of a layer are gone, whose name is in the metadata that diffusers writes."""
+    """Both factors of a layer are removed, but its name is in the metadata that diffusers writes."""
     with safe_open(run.folder / "lora" / "pytorch_lora_weights.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert DOWN in metadata["lora_adapter_metadata"]
@@ -480,7 +480,7 @@ def test_a_layer_that_a_file_says_it_has_and_lacks_is_missing(studio, run, tmp_p
 
 
 def peft_folder(run, tmp_path, change=lambda tensors: tensors, **config):
-    """The run's folder of PEFT with its tensors and its configuration changed."""
+    """Write the run's PEFT folder with changed tensors and configuration."""
     folder = shutil.copytree(run.folder / "lora" / "peft", tmp_path / "peft")
     content = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(content | config))
@@ -490,7 +490,7 @@ def peft_folder(run, tmp_path, change=lambda tensors: tensors, **config):
 
 @pytest.mark.exhaustive
 def test_what_peft_wrote_draws_what_diffusers_file_draws(studio, run, tmp_path):
-    """As a folder, as the file in it, and as both of its files from two places; each scale is in the configuration."""
+    """As a folder, as its file, and as both files from two places; each layer's scale is in the configuration."""
     expected = one(studio, run, "lora: pytorch_lora_weights.safetensors")
     folder = peft_folder(run, tmp_path)
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"

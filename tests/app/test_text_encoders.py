@@ -1,4 +1,4 @@
-"""Runs whose text encoders were trained, too: every choice draws with the encoders that belong to it."""
+"""Runs with trained text encoders: every choice of weights generates with the encoders that belong to it."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def studio():
 
 
 def drawn(studio: Studio, run, weights: Weights, **changes) -> tuple[np.ndarray, list[torch.Tensor]]:
-    """The image, and what the text encoders in the pipeline make of a prompt."""
+    """Return the image, and the output of the pipeline's text encoders for a prompt."""
     request = Request(**vars(REQUEST) | changes)
     image = image_of(studio, run, weights, request)
     pipe, states = studio.pipeline, []
@@ -90,7 +90,7 @@ def test_strength_is_of_the_encoders_too(studio, run):
 
 @pytest.mark.exhaustive
 def test_a_stack_and_a_full_model_have_the_encoders_too(studio, run, tmp_path):
-    """Those of both LoRAs, at their strengths; the folder's own encoders say the same."""
+    """Those of both LoRAs, at their strengths; the written encoders have the same output."""
     files = [run.find_weights(f"{method}: pytorch_lora_weights.safetensors") for method in ("lora", "reslora")]
     _, base = drawn(studio, run, BASE)
     _, both = drawn(studio, run, stack([(files[0], 0.5), (files[1], 1.0)]))
@@ -111,7 +111,7 @@ def test_a_stack_and_a_full_model_have_the_encoders_too(studio, run, tmp_path):
 
 @pytest.fixture
 def copy(run, tmp_path):
-    """The run, for what changes it."""
+    """Return a copy of the run, for tests that change it."""
     shutil.copytree(run.folder, tmp_path / "runs" / "run")
     return Library(tmp_path / "runs").find("run")
 
@@ -128,7 +128,7 @@ def test_a_checkpoint_is_merged_with_its_encoders(studio, copy):
 
 @pytest.mark.exhaustive
 def test_nothing_is_made_of_weights_that_a_trainer_is_replacing(studio, copy, tmp_path):
-    """They were chosen before it began; by now the denoiser may be of the new merge and its encoders of the earlier."""
+    """They were chosen before; now the denoiser may be of the new merge and its encoders of the earlier one."""
     weights = copy.find_weights("lora: merged weights")
     (copy.folder / "lora" / "exports.json").unlink()  # which comes back with the last of them
     target = tmp_path / "models" / "full"

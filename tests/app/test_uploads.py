@@ -1,4 +1,4 @@
-"""app/uploads.py: what is taken of what a browser sends, and that nothing of it changes on its way to the trainer."""
+"""app/uploads.py: which uploads are accepted, and that they reach the trainer unchanged."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ from app.uploads import store_images
 
 @pytest.fixture
 def sent(tmp_path):
-    """What somebody uploads lies here."""
+    """The folder of the files that a user uploads."""
     (tmp_path / "sent").mkdir()
     return tmp_path / "sent"
 
@@ -29,7 +29,7 @@ def image(path, colour="red"):
 
 
 def test_what_is_uploaded_is_what_the_trainer_reads(sent, tmp_path):
-    """In all of its formats, with captions as Windows' and kohya's tools write them, however long."""
+    """In all formats, with captions as tools of Windows and kohya write them, of any length."""
     for name in ("a.png", "b.gif", "c.tif", "red_fox-1.JPG", "e.webp"):
         image(sent / name)
     long = "tag, " * 1000
@@ -87,14 +87,14 @@ def lined(tmp_path):
 
 
 def again(queue: Jobs, name: str, uploads, caption: str = "words") -> str:
-    """The folder of images of a run that is started anew, as it never began."""
+    """Return the image folder of a run that is started again because it never began."""
     with contextlib.suppress(RunError):
         queue.remove(name)
     return queue.add(Entry(name), uploads, caption).folder
 
 
 def test_what_was_uploaded_before_is_never_replaced(lined, sent, tmp_path):
-    """The same uploads are the same folder, others get one of their own; what was put in order since is not lost."""
+    """The same uploads give the same folder, other uploads another one; edits of the stored images are not lost."""
     kept, red, blue = tmp_path / "runs" / ".images", [image(sent / "a.png")], [image(sent / "b.png", "blue")]
     assert again(lined, "my", red) == "runs/my"
     before = {path.name: path.stat().st_mtime_ns for path in (kept / "my").iterdir()}

@@ -1,4 +1,4 @@
-"""app/verdict.py: a sentence about one run, and no claim in it."""
+"""app/verdict.py: a sentence about one run that does not claim too much."""
 
 import json
 
@@ -19,7 +19,7 @@ from app.verdict import merge_warning, verdict, warning_for
 
 @pytest.fixture
 def run(tmp_path):
-    """LoRA was measured at steps 0, 2 and 4, ResLoRA at 0 and 2: the latter's loss is a little lower."""
+    """LoRA was measured at steps 0, 2 and 4, ResLoRA at 0 and 2 with a slightly lower loss."""
     run = Run("run", write_run(tmp_path / "run"))
     log = run.folder / "reslora" / "log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()]
@@ -45,7 +45,7 @@ def test_what_was_not_measured_is_said(run, tmp_path):
 
 
 def test_the_lowest_of_each_column_is_marked_where_all_are_at_one_step(run):
-    """Losses; not the learning rate, nor times that are alike, and nothing while one method lags behind."""
+    """For losses, but not for learning rates or equal times, and not while one method is behind."""
     shown = numbers(run, 2)
     assert shown.count("lowest") == 2 and shown.index("ResLoRA") < shown.index("lowest")
     assert "lowest" not in numbers(run, 4)
@@ -56,7 +56,7 @@ def report_of(*errors):
 
 
 def test_a_merge_that_has_lost_much_is_warned_of(run):
-    """Of each merge its own: that of the run, and one by another method."""
+    """Each merge has its own warning: that of the run, and one by another method."""
     assert "its blocks differ by 30% on average" in merge_warning(report_of(0.5, 0.1, None))
     assert merge_warning(report_of(0.3, 0.1)) == merge_warning(report_of(None)) == merge_warning(None) == ""
     for content in with_one_wrong(report_of(0.5, 0.4)):
@@ -70,7 +70,7 @@ def test_a_merge_that_has_lost_much_is_warned_of(run):
 
 
 def test_the_page_warns_of_the_weights_of_the_run_that_is_chosen_though_the_label_is_the_same(tmp_path):
-    """And of those that come in their place, as where a run is resumed and merged anew."""
+    """And of weights that replace them, as when a run is resumed and merged again."""
     for name, error in (("lossy", 0.5), ("near", 0.1)):
         folder = write_run(tmp_path / name) / "reslora"
         (folder / "kohya.safetensors").touch()

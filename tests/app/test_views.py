@@ -1,4 +1,4 @@
-"""app/views.py: what is shown of a run, whatever its files hold."""
+"""app/views.py: the HTML of a run, whatever its files contain."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_damage_is_told(run):
 
 
 def test_an_image_that_cannot_be_opened_leaves_the_others(run, monkeypatch):
-    """Whatever is raised for it: PIL has an error of its own for one that is too large."""
+    """For any exception: PIL has its own one for an image that is too large."""
     small, large = run.folder / "8.png", run.folder / "reslora" / "samples" / "step-000004" / "0-0.png"
     PIL.Image.new("RGB", (8, 8)).save(small)
     PIL.Image.new("RGB", (80, 80)).save(large)
@@ -101,7 +101,7 @@ def test_norms_of_an_exported_file_are_those_of_the_product(run):
 
 
 def test_a_merge_report_by_hand():
-    """Errors on average and at most; of a block that has an alpha for each neighbour, their sum."""
+    """Errors on average and at most; for a block with an alpha for each neighbor, their sum."""
     blocks = [
         {"name": f"down_blocks.{number}.attentions.0.x", "alpha": alpha, "error": error}
         for number, (alpha, error) in enumerate([([0.5, 1.25], 0.1), (2.0, 0.3), (0.0, None)])
@@ -112,7 +112,7 @@ def test_a_merge_report_by_hand():
 
 
 def test_a_summary_by_hand(run):
-    """Of two methods with four steps each, five are done."""
+    """Of two methods with four steps each, five steps are done."""
     log = run.folder / "reslora" / "log.jsonl"
     log.write_text(log.read_text().splitlines()[0] + "\n")
     shown = views.summary(run, "running")
@@ -148,7 +148,7 @@ def test_whatever_a_plan_or_a_report_holds_is_shown_or_said_to_be_damaged(run):
 
 @pytest.mark.exhaustive
 def test_whatever_a_config_holds_the_run_is_shown(run):
-    """Each flag in turn is something else than it should be."""
+    """Each option in turn has a value of a wrong type."""
     whole = run.config | dict.fromkeys(("num_inference_steps", "pretrained_model_name_or_path", "resolution"), 5)
     for config in with_one_wrong(whole):
         (run.folder / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Blind votes: pairs of an experiment's samples, what is stored of a vote, and the preference next to the losses."""
+"""Blind votes: pairs of an experiment's samples, the stored votes, and the preference next to the losses."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def test_a_vote_is_a_line_and_the_next_pair_has_the_fewest(experiment):
 
 
 def test_the_preference_is_the_mean_and_its_interval_crosses_seeds_and_prompts():
-    """By hand: Banerjee's interval of a two-way layout, as for the losses; without all pairs there is none."""
+    """By hand: Banerjee's interval of a two-way layout, as for the losses; without all pairs there is no interval."""
     known = [votes.Pair("b", "a", seed, prompt) for seed in range(3) for prompt in range(4)]
     table = np.array([[1, 0, 1, 1], [1, -1, 1, 0], [1, 1, 0, 1.0]])
     given = {pair: [int(table[pair.seed, pair.prompt])] for pair in known}

@@ -1,4 +1,4 @@
-"""app/whole_models.py: a folder that stock diffusers loads and that draws what Generate draws, or nothing at all."""
+"""app/whole_models.py: the written folder loads in stock diffusers and generates the same images."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ def trained_run(tmp_path_factory):
 
 @pytest.fixture
 def library(trained_run, tmp_path):
-    """The run in a folder of its own, to which models are written."""
+    """A library with the run in its own folder, to which models are written."""
     shutil.copytree(trained_run.folder, tmp_path / "runs" / "tiny")
     return Library(tmp_path / "runs")
 
@@ -39,7 +39,7 @@ def studio():
 
 
 def drawn_by_the_lines(place, monkeypatch):
-    """What the three lines that are shown draw, with Generate's settings."""
+    """Return the image that the displayed three lines generate, with Generate's settings."""
     scope, call = {}, DiffusionPipeline.from_pretrained
     lines = lines_for(str(place)).splitlines()
     assert len(lines) == 3
@@ -79,7 +79,7 @@ def test_it_draws_what_generate_draws(studio, library, monkeypatch, chosen):
 
 @pytest.mark.exhaustive
 def test_of_files_in_half_precision_another_scheduler_and_no_checker(studio, library, tmp_path, monkeypatch):
-    """Parts that are not what the base's files are come from memory; pickles stay where they are."""
+    """Parts that differ from the base's files are written from memory; pickles are not copied."""
     run = library.find("tiny")
     base = DiffusionPipeline.from_pretrained(run.word("pretrained_model_name_or_path"))
     base.to(torch.bfloat16).save_pretrained(tmp_path / "base", variant="bf16")
@@ -142,7 +142,7 @@ def test_a_tensor_is_read_only_after_a_look_whether_it_is_wanted(tmp_path):
 
 @pytest.mark.parametrize("gone", ["", "vae"])
 def test_a_base_that_is_gone_makes_no_model(studio, library, tmp_path, gone):
-    """Before the first part is copied, and while they are."""
+    """Before the first part is copied, and during the copy."""
     run, base = library.find("tiny"), tmp_path / "base"
     shutil.copytree(run.word("pretrained_model_name_or_path"), base)
     (run.folder / "config.json").write_text(json.dumps(run.config | {"pretrained_model_name_or_path": str(base)}))

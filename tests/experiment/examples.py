@@ -1,4 +1,4 @@
-"""A made-up experiment, with samples: what its report is looked at with. Nothing of it was ever trained."""
+"""A made-up experiment with samples, to show its report. Nothing was trained."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ IMAGES = 12
 
 
 def experiment(folder: Path | None) -> dict:
-    """A finished one, whose samples are written to `folder` if there is any."""
+    """Return a finished experiment; its samples are written to `folder`, if given."""
     arms = [arm(label, rate, seed) for seed in SEEDS for rate in RATES for label in LABELS]
     arms[-1] |= {"status": "failed", "reason": "the loss is not finite at step 61", "steps": 61, "test": None}
     arms[-1]["select_by_step"] = {"50": 0.31, "55": 0.4, "60": None}
@@ -69,7 +69,7 @@ def arm(label: str, rate: float, seed: int) -> dict:
 
 
 def draw(samples: Path, place: int) -> None:
-    """Pictures of a hill and a sun, which moves with the step; larger than the page shows them."""
+    """Write pictures of a hill and a sun, which moves with the step; they are larger than the page shows them."""
     for step in (100, 200) if place else (0, 100, 200):
         folder = samples / f"step-{step:06d}"
         folder.mkdir(parents=True)
@@ -85,7 +85,7 @@ def draw(samples: Path, place: int) -> None:
 
 
 def unfinished() -> dict:
-    """The same after a few arms: nothing is compared, one arm is in training, and a label has one seed alone."""
+    """Return the experiment after a few arms: nothing is compared, one arm runs, and one label has a single seed."""
     found = experiment(None)
     for number, each in enumerate(found["arms"]):
         if number > 6:

@@ -1,4 +1,4 @@
-"""Which arms an experiment has, their order, and more rates: functions without disk or model."""
+"""The arms of an experiment, their order, and extended rates: functions without disk or model."""
 
 import math
 
@@ -30,7 +30,7 @@ SEVERAL = ("--learning_rate", "1e-4", "2e-4")
 
 
 def parabola(best: dict[str, int]):
-    """Losses that are lowest at that place of the grid, and a little higher for later seeds."""
+    """Return losses that are lowest at this position of the grid, and a little higher for later seeds."""
     return lambda arm: (RATES.index(arm.rate) - best[arm.label] - 0.1) ** 2 + 0.01 * arm.seed
 
 
@@ -39,7 +39,7 @@ def all_arms(grids: dict, seeds: list[int]) -> set[Arm]:
 
 
 def trained_in_order(grids: dict, seeds: list[int], loss) -> list[Arm]:
-    """The arms as they are trained, one after the other."""
+    """Return the arms in their order of training."""
     losses: dict[Arm, float] = {}
     while todo := [arm for arm in in_order(grids, seeds, losses) if arm not in losses]:
         losses[todo[0]] = loss(todo[0])
@@ -92,7 +92,7 @@ def test_all_shortcuts_and_all_controls_are_one_experiment():
 
 
 def test_labels_carry_a_scale_and_a_decay_of_the_shortcuts():
-    """Unless they vary: then they are among the values."""
+    """If they vary, they are among the values instead."""
     flags = ("--method", "lora", "reslora", "--shortcut", "input", "middle", "--seed", "0", "1")
     own = ("--shortcut_scale", "mean", "--shortcut_decay", "0.75")
     assert [label.name for label in labels_of(parse_args([*flags, *own]))] == [
@@ -232,7 +232,7 @@ def test_rates_that_are_as_near_as_they_may_be_can_be_extended(low, up):
 
 
 def test_a_best_rate_is_of_the_seeds_that_all_rates_have():
-    """The first seed has its best rate inside; both together at the end."""
+    """With the first seed, the best rate is inside the grid; with both seeds, it is at the end."""
     grids, losses = {"lora": [1, 2, 4]}, {Arm("lora", rate, 0): loss for rate, loss in ((1, 3.0), (2, 1.0), (4, 2.0))}
     assert grown(grids, [0, 1], losses) == {"lora": [1, 2, 4]}
     losses |= {Arm("lora", 4, 1): 0.0}

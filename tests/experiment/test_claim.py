@@ -1,4 +1,4 @@
-"""A claim that was stated before: its answer by hand, the seeds that it needs, its file, and its changes."""
+"""A claim stated in advance: its answer by hand, the additional seeds, its file, and its changes."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ def stated(margin: float = 1.0, **others) -> dict:
 
 
 def arms(lower: float, seeds: int = SEEDS, noise: float = 0.002) -> tuple[list[dict], dict]:
-    """LoRA, and a method whose loss is lower by so many percent but for noise; and what is chosen."""
+    """Return arms of LoRA and of a method whose loss is lower by this percentage plus noise, and the choices."""
     found = []
     for label, size in (("lora", 1.0), ("reslora", 1 - lower / 100)):
         for seed in range(seeds):
@@ -66,7 +66,7 @@ def test_with_too_little_there_is_no_answer():
 
 
 def test_the_advised_seeds_decide_where_the_difference_stays():
-    """More of the same noise are enough in most experiments; an unreachable number is not named."""
+    """With as much noise as before, the seeds are enough in most experiments; too large a number is not advised."""
     few, chosen = arms(1.3, seeds=3, noise=0.01)
     found = answer(stated(1.0), few, chosen)
     assert found["conclusion"] == "not enough data" and 0 < found["more_seeds"] <= MOST_SEEDS

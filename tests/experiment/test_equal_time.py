@@ -1,4 +1,4 @@
-"""Comparing at equal training time: the step of each label, and what an experiment concludes from it."""
+"""Comparing at equal training time: the step of each method, and the result of an experiment."""
 
 import json
 
@@ -13,7 +13,7 @@ from reslora.images.settings import parse_args
 
 
 def arm(label: str, seed: int, each: float, status: str = "finished") -> dict:
-    """An arm of four measurements, ten steps apart, that takes `each` seconds for ten steps."""
+    """Return an arm of four measurements, ten steps apart, that takes `each` seconds for ten steps."""
     steps = [10, 20, 30, 40]
     times = {str(step): each * step / 10 for step in steps}
     losses = {str(step): 1 / step for step in steps}
@@ -33,7 +33,7 @@ def test_a_label_is_compared_at_its_last_step_within_the_time_of_the_reference()
 
 
 class Timed(Untrained):
-    """Arms of two measured steps; lora_x2 takes 1.6 times as long."""
+    """Arms with two measured steps; lora_x2 takes 1.6 times as long."""
 
     def train(self, arm: Arm) -> None:
         folder, each = self.schedule.folder_of(arm), 1.6 if arm.label == "lora_x2" else 1.0

@@ -1,4 +1,4 @@
-"""The rules of the race of learning rates, by hand."""
+"""The rules of racing, by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The report: what stands in it, that nothing of a user's becomes a tag, and how it works in a browser."""
+"""The report: its content, that users' texts never become HTML tags, and its use in a browser."""
 
 import copy
 import html
@@ -50,13 +50,13 @@ def experiment(folder) -> dict:
 
 @pytest.fixture(scope="module")
 def text(experiment, folder) -> str:
-    """The report of what JSON gives back of the experiment, in which tuples are lists."""
+    """The report of the experiment after a round trip through JSON, which turns tuples into lists."""
     write_report(json.loads((folder / "experiment.json").read_text()), folder)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
 def words_of(content: str) -> str:
-    """What a reader sees, without tags."""
+    """Return the visible text, without tags."""
     content = re.sub(r"<(style|script)>.*?</\1>", "", content, flags=re.DOTALL)
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", content)))
 
@@ -84,7 +84,7 @@ def test_all_of_it_in_order(text, experiment):
 
 
 def test_intervals_say_their_coverage(experiment, folder):
-    """Of an older record, the number of readings says it."""
+    """In an older record, it follows from the number of readings."""
     found = words_of(page(experiment, folder))
     assert found.count("97% interval") == 5 and "95% interval" not in found
     older = copy.deepcopy(experiment) | {"readings": 2}
@@ -95,7 +95,7 @@ def test_intervals_say_their_coverage(experiment, folder):
 
 
 def test_a_loss_of_one_more_seed_is_not_below_zero(experiment, folder):
-    """Of two seeds, far apart, even where Student's t goes on below."""
+    """With two very different seeds, Student's interval would extend below zero."""
     found = copy.deepcopy(experiment)
     found["arms"] = [arm for arm in found["arms"] if arm["seed"] < 2]
     for arm in found["arms"]:
@@ -105,7 +105,7 @@ def test_a_loss_of_one_more_seed_is_not_below_zero(experiment, folder):
 
 
 def test_a_command_trains_the_best_run_on_all_images(experiment, folder, tmp_path):
-    """As the trainer reads it: one run, of the experiment's settings but for what varied, and without its splits."""
+    """It is one run with the experiment's settings, without those that vary and without the splits."""
     place = tmp_path / "an experiment"
     place.mkdir()
     grid = parse_args([
@@ -135,7 +135,7 @@ def test_of_an_average_there_is_a_sentence_in_place_of_a_command(experiment, fol
 
 
 def test_it_needs_nothing_else(text, folder):
-    """No address but those within; large images are scaled down; nothing else is left in the folder."""
+    """It has no external addresses; large images are scaled down; the folder has no other file."""
     assert not re.search(r'(src|href)=(?!"data:)|url\(|@import|https?:', text.replace("image.src = from.src", ""))
     sizes = re.findall(r'width="(\d+)" height="(\d+)">', text)
     assert len(sizes) == 2 * 5 and set(sizes) == {("512", "512")}
@@ -150,7 +150,7 @@ def test_it_needs_nothing_else(text, folder):
 
 
 def test_what_others_wrote_is_text(experiment, folder):
-    """Of every string of the record: none becomes a tag or ends an attribute."""
+    """No string of the record becomes a tag or ends an attribute."""
     evil = "</title></script><img src=x onerror=alert(1)>\"'&"
 
     def replaced(content):
@@ -227,7 +227,7 @@ def test_a_setting_of_zero_is_a_setting(experiment, folder):
 
 
 def test_a_damaged_image_and_a_missing_one(experiment, tmp_path):
-    """And samples that were not drawn at the chosen step: those nearest to it are shown."""
+    """If no samples exist at the chosen step, those of the nearest step are shown."""
     examples.experiment(tmp_path)
     lora = tmp_path / "lora" / "lr-0.0002" / "seed-0" / "samples"
     shutil.rmtree(lora / "step-000200")
@@ -242,7 +242,7 @@ def test_a_damaged_image_and_a_missing_one(experiment, tmp_path):
     [
         (("better",), "a: sentence"),
         (("cannot tell",), "a: sentence"),
-        (("cannot tell", "cannot tell"), "with one seed or one test image no method can be told from lora"),
+        (("cannot tell", "cannot tell"), "with one seed or one test image, no method can be distinguished from lora"),
         (("better", "worse", "better"), "better than lora: a, c"),
         (("worse", "not shown"), "better than lora: no method"),
         ((), "There is nothing to compare"),
@@ -269,7 +269,7 @@ def test_the_headline_of_several_methods_is_the_ranking(experiment):
 
 
 def test_the_headline_of_one_method_is_its_best_rate():
-    """Which is all that such an experiment asks."""
+    """Such an experiment asks for nothing else."""
     arms = [{"status": "finished", "label": "lora"}] * 2
     chosen = {"lora": {"learning_rate": 2e-4, "step": 50}}
     found = {"verdicts": [], "arms": arms, "chosen": chosen}
@@ -278,7 +278,7 @@ def test_the_headline_of_one_method_is_its_best_rate():
 
 
 def luminance(color: str) -> float:
-    """As WCAG 2 defines it."""
+    """Relative luminance as defined by WCAG 2."""
     parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -308,7 +308,7 @@ def test_the_one_step_that_there_is_is_the_tick(experiment):
 
 
 def test_charts_show_what_is_finite(experiment, folder):
-    """A loss that is not finite is a gap, one far above all others stands at the edge; no NaN is drawn."""
+    """A non-finite loss is a gap, one far above all others is at the edge; no NaN is drawn."""
     arms = [dict(arm) for arm in experiment["arms"]]
     arms[0]["select_by_step"] = {"50": None, "100": 1e9, "150": None, "200": None}
     arms[1]["select_by_step"] = {step: math.nan for step in arms[1]["select_by_step"]}
@@ -320,9 +320,9 @@ def test_charts_show_what_is_finite(experiment, folder):
 
 
 def test_charts_of_the_select_losses_by_hand(monkeypatch):
-    """Two rates, two seeds and two steps, of which the lower rate has its best mean at the second, the other the first.
+    """Two rates, two seeds and two steps: the lower rate has its best mean at the second step, the other at the first.
 
-    The dots are the seeds, and the ring is at the rate that was chosen.
+    The dots are the seeds, and the ring is at the chosen rate.
     """
     drawn = []
     monkeypatch.setattr(report, "chart", lambda series, axes: drawn.append(series) or "")
@@ -340,7 +340,7 @@ def test_charts_of_the_select_losses_by_hand(monkeypatch):
 
 
 def test_a_rate_at_which_a_seed_failed_is_in_no_chart(experiment):
-    """It is never chosen, and its first loss may be the lowest of all; without any failed arm nothing is said."""
+    """It is never chosen, and its first loss may be the lowest of all; without failed arms there is no note."""
     shown = report.select_charts(experiment)
     assert shown.endswith("<p>A line is the mean over seeds, a dot one seed (hollow: above the edge), a ring what was "
                           "chosen. Rates at which a seed failed are left out.</p>")  # fmt: skip
@@ -369,7 +369,7 @@ def browser(tmp_path_factory):
 
 @pytest.mark.parametrize("width", [420, 1400])
 def test_in_a_browser(browser, text, folder, width):
-    """Nothing is asked from outside, nothing goes wrong or runs out of the page, and keys move the slider."""
+    """The page requests nothing from outside, has no errors, fits the window, and keys move the slider."""
     shown = browser.new_page(viewport={"width": width, "height": 900})
     shown.set_default_timeout(LIMIT * 1000)
     wrong, asked = [], []
@@ -445,8 +445,8 @@ def test_what_to_use_says_how_sure_it_is_and_how_each_file_is_used(experiment, f
     [
         (["a", "b", "c"], "not shown", "As far as this experiment can tell, b and c do as well."),
         (["b"], "worse", "It is worse than lora on the test images"),
-        (["a"], "not shown", "Whether it is better than lora this experiment does not show"),
-        ([], "cannot tell", "Whether it is better than lora one seed does not say"),
+        (["a"], "not shown", "This experiment does not show whether it is better than lora"),
+        ([], "cannot tell", "One seed does not show whether it is better than lora"),
         (["a"], "", "It is better than every other method."),
         ([], "", ""),
     ],
@@ -459,7 +459,7 @@ def test_how_sure_it_is(best, conclusion, words):
 
 
 def test_a_run_that_was_stopped_early_is_shown_at_its_last_loss(experiment, folder):
-    """It has ended, and its rate is not chosen, however low its losses were; no line of a chart leads to it."""
+    """Its rate is not chosen, however low its losses were, and no line of a chart leads to it."""
     found = copy.deepcopy(experiment)
     stopped = [arm for arm in found["arms"] if (arm["label"], arm["learning_rate"]) == ("lora", 4e-4)]
     for arm in stopped:

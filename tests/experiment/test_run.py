@@ -1,4 +1,4 @@
-"""An experiment's arms, one after the other."""
+"""An experiment's arms, trained one after the other."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from reslora.runtime.folder_lock import locked
 
 
 def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
-    """Whatever a plain run would go on with."""
+    """Unlike a single run, which needs --resume_from_checkpoint."""
     schedule, told = (
         SimpleNamespace(
             arms=list,
@@ -51,9 +51,10 @@ def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
 
 
 class Untrained:
-    """Arms that leave losses, of a middle rate the lowest, and are never trained.
+    """Arms that write losses, lowest at the middle rate, and are not trained.
 
-    `stopped`: in which of its verbs; `diverging`: labels and seeds whose arms do.
+    `stopped`: the methods of the study in which a stop is requested; `diverging`: labels and seeds of arms that
+    diverge.
     """
 
     about, device, test_ids = IMAGES, torch.device("cpu"), list("abcd")
@@ -128,7 +129,7 @@ def go(
     diverging: Collection[tuple[str, int]] = (),
     grid: Sequence[str] | None = None,
 ) -> tuple[dict, str]:
-    """Trains and concludes, or is stopped; the record, and the report's headline. `grid`: instead of `methods`."""
+    """Train and conclude, or be stopped; return the record and the report's headline. `grid`: instead of `methods`."""
     grid = ["--method", *methods.split(), "--learning_rate", "1e-4", "2e-4", "4e-4"] if grid is None else list(grid)
     grid += [*flags]
     grid += [] if "--seed" in flags else ["--seed", "0", "1"]
@@ -198,7 +199,7 @@ def test_a_damaged_record_is_named_and_the_count_of_test_readings_survives_it(tm
 
 
 def test_a_count_that_only_the_record_has_goes_on(tmp_path):
-    """As earlier versions have written it; half a line is what a killed process leaves."""
+    """As earlier versions wrote it; a killed process may leave half a line."""
     folder = tmp_path / "out"
     go(folder)
     record = json.loads((folder / "experiment.json").read_text())
@@ -214,7 +215,7 @@ def read_of(record: dict) -> list[tuple]:
 
 
 def test_what_was_concluded_stays_until_it_is_concluded_anew(tmp_path):
-    """A seed is added, and a stop in its first arm, or in the comparison, loses nothing of what was found."""
+    """A seed is added; a stop in its first arm, or in the comparison, loses no earlier conclusion."""
     folder = tmp_path / "out"
     before, headline = go(folder)
     assert len(before["verdicts"]) == 2 and headline.startswith("best: lora; lora_x2 is worse than lora by")
@@ -240,7 +241,7 @@ def test_notes_that_a_later_start_mends_do_not_stay_until_it_ends(tmp_path):
 
 
 def test_no_files_are_named_while_others_take_their_place(tmp_path):
-    """What is there may be of either, or gone; the rest of what was concluded stays."""
+    """The files may be of either export, or missing; the other conclusions remain."""
     before, _ = go(tmp_path / "out")
     (tmp_path / "out" / "config.json").write_text('{"seed": [0, 1]}')
     kept, _ = go(tmp_path / "out", "--seed", "0", "1", "2", stopped="export")
@@ -265,7 +266,7 @@ def test_a_reading_of_the_test_images_counts_once_wherever_it_is_cut_off(tmp_pat
 
 @pytest.mark.parametrize(("methods", "verdicts"), [("lora", 0), ("lora lora_x2", 1), ("lora_x2 lora_x4", 0)])
 def test_while_arms_are_missing_the_test_images_are_read_for_verdicts_alone(tmp_path, methods, verdicts):
-    """The time is up after every arm: two seeds of every label come before the third."""
+    """The time limit is reached after every arm: two seeds of every label come before the third."""
     labels = methods.split()
     for _ in range(4 * len(labels)):
         record, _ = go(tmp_path / "out", "--seed", "0", "1", "2", "--experiment_minutes", "1e-9", methods=methods)
@@ -274,14 +275,14 @@ def test_while_arms_are_missing_the_test_images_are_read_for_verdicts_alone(tmp_
     record, _ = go(tmp_path / "out", "--seed", "0", "1", "2", methods=methods)
     assert record["readings"] == 1 + verdicts and read_of(record)
     read = [
-        "the test split was evaluated 2 times, as runs were added: this time at a significance level of 0.76%, so that "
-        "all times together are at most at 5%"
+        "the test split was evaluated 2 times, as runs were added: this time at a significance level of 0.76%; the "
+        "levels of all evaluations add up to at most 5%"
     ]
     assert [note for note in record["notes"] if "was evaluated" in note] == read * verdicts
 
 
 def test_what_was_read_of_the_test_images_is_told_where_arms_are_missing(tmp_path):
-    """One label alone is no verdict, but to tell what is on disk costs no reading."""
+    """A single label has no verdict, but reporting results that are on disk costs no evaluation."""
     before, _ = go(tmp_path / "out", methods="lora")
     more = ("--seed", "0", "1", "2", "3", "--experiment_minutes", "1e-9")
     record, _ = go(tmp_path / "out", *more, methods="lora")
@@ -289,7 +290,7 @@ def test_what_was_read_of_the_test_images_is_told_where_arms_are_missing(tmp_pat
 
 
 def test_with_one_seed_the_test_images_are_not_read(tmp_path):
-    """They could tell nothing, and a later start reads them for the first time."""
+    """They could not show anything, and a later start evaluates them for the first time."""
     record, headline = go(tmp_path / "out", "--seed", "0")
     assert (record["readings"], record["verdicts"], record["base"], read_of(record)) == (0, [], None, [])
     assert not list((tmp_path / "out").glob("**/tested")) and headline == "There is nothing to compare"
@@ -309,7 +310,7 @@ def test_the_base_model_is_measured_once_and_says_what_training_gains(tmp_path):
 
 
 def test_the_best_run_is_one_of_the_best_methods_and_says_what_it_was_trained_with(tmp_path):
-    """By the selection split all methods are alike, lora_x2 comes first; on the test images it is worse than LoRA."""
+    """On the selection split all methods are equal and lora_x2 comes first; on the test split it is worse than LoRA."""
     record, _ = go(tmp_path / "out", methods="lora_x2 lora lora_x4")
     assert record["ranking"]["best"] == ["lora"] and record["best"]["label"] == "lora"
     assert record["best"]["options"] == {"method": "lora", "learning_rate": 2e-4, "seed": 0}
@@ -342,7 +343,7 @@ def test_an_average_is_exported_with_its_name(tmp_path):
 
 
 def test_a_stop_is_heeded_between_two_arms_that_are_tested(tmp_path, capsys):
-    """What was tested is not tested again, and every arm that is gets a line."""
+    """Tested arms are not tested again, and each tested arm has a printed line."""
     folder = tmp_path / "out"
     go(folder, stopped="start_phase")
     (tested,) = folder.glob("**/tested")
@@ -365,7 +366,7 @@ def test_of_what_was_concluded_only_labels_that_are_still_there_stay(tmp_path):
 
 @pytest.mark.exhaustive
 def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
-    """The best of all is the lowest one: three more are tried, and no more."""
+    """The best rate is the lowest one: three more rates are tried, and no more."""
     rates = ("--learning_rate", "8e-4", "16e-4")
     advised = [note for note in go(tmp_path / "out", *rates)[0]["notes"] if "was tried" in note]
     assert len(advised) == 3 and all(
@@ -399,7 +400,7 @@ ONE = "one seed cannot tell methods apart: add two or more, as --seed 0 1 2, now
     ],
 )  # fmt: skip
 def test_what_no_arm_can_mend_is_said_before_the_first_one_and_in_the_report(tmp_path, capsys, methods, seeds, lines):
-    """It is then that it can be done otherwise."""
+    """Before the first arm the user can still change it."""
     own = ("--seed", *seeds.split())
     kept, _ = go(tmp_path / "out", *own, stopped="train", methods=methods)
     assert kept["notes"] == lines == capsys.readouterr().out.splitlines()[:-1]  # the last one names the run that begins
@@ -409,8 +410,8 @@ def test_what_no_arm_can_mend_is_said_before_the_first_one_and_in_the_report(tmp
 
 
 def test_a_method_of_which_nothing_is_chosen_is_told_with_the_reason(tmp_path):
-    """One seed that diverges takes a rate out."""
-    reason = "at no learning rate did all seeds end well, so none is chosen; add a lower --learning_rate"
+    """A single seed that diverges excludes a rate."""
+    reason = "at each learning rate, a seed failed or was stopped, so none is chosen; add a lower --learning_rate"
     record, _ = go(tmp_path / "lora", diverging=[("lora", 1)])
     assert f"lora: {reason}" in record["notes"] and "lora" not in record["chosen"]
     assert "lora diverged" in record["notes"]  # without what only a plain run can do

@@ -1,4 +1,4 @@
-"""An experiment on its way, over folders as arms leave them: nothing is trained."""
+"""The schedule of an experiment, on folders that look as after training."""
 
 import json
 import math
@@ -18,16 +18,16 @@ RATES = ("--learning_rate", "2e-4", "1e-4", "4e-4")
 
 @pytest.fixture
 def schedule(tmp_path):
-    """A course in the same folder, each time as a new start has it."""
+    """Return a new schedule in the same folder, as a new start has it."""
     return lambda *flags: ArmSchedule(
         parse_args(["--output_dir", str(tmp_path / "out"), "--rank", "2", *RATES, *flags])
     )
 
 
 def leave(schedule: ArmSchedule, arm: Arm, best: float = 2e-4, seconds: float = 3.0, wall: float = 5.0) -> None:
-    """What an arm leaves that has ended: lower losses the nearer its rate is to `best`, but for those of its last look.
+    """Write the files of an ended arm: the nearer its rate is to `best`, the lower are its losses.
 
-    They are lowest at the second look, at step 4; training losses are lower than all.
+    They are lowest at the second measurement, at step 4; training losses are lower than all.
     """
     loss, folder = abs(math.log(arm.rate / best)) + 1, schedule.folder_of(arm)
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def leave(schedule: ArmSchedule, arm: Arm, best: float = 2e-4, seconds: float = 
 
 
 def run(schedule: ArmSchedule, best: float = 2e-4, most: int = 1000) -> list[Arm]:
-    """Up to `most` arms, one after the other."""
+    """Run up to `most` arms, one after the other."""
     found: list[Arm] = []
     while len(found) < most and (arm := schedule.next_arm()):
         leave(schedule, arm, best)
@@ -102,7 +102,7 @@ def test_records_say_what_has_become_of_arms(schedule):
 
 
 def test_an_arm_that_diverged_does_not_keep_the_others_from_theirs(schedule):
-    """However good its loss was before it diverged, and whether it has one or not."""
+    """However low its loss was before it diverged, and whether or not it has a loss."""
     one = schedule("--no-racing")
     arm = one.next_arm()
     one.end(arm, "the loss is not finite at step 1", 100, 5.0)
@@ -140,7 +140,7 @@ def test_an_arm_whose_log_has_lost_a_loss_is_not_chosen_by_the_others(schedule):
 
 @pytest.mark.parametrize("kill", range(1, 14, 4))
 def test_rates_are_extended_for_all_and_found_again_after_a_kill(schedule, kill):
-    """The best rate is above the grid: three more at most, for the other method as well."""
+    """The best rate is above the grid: at most three more rates, for the other method as well."""
     own = ("--extend_rates",)
     done = run(schedule(*own), best=1.0, most=kill)
     again = schedule(*own)
@@ -168,7 +168,7 @@ def test_no_arm_begins_that_would_not_end_in_time(schedule):
 
 
 def test_the_time_limit_covers_tests_and_exports(schedule):
-    """Two arms that are compared take 100 seconds each once they are trained."""
+    """Two compared arms take 100 seconds each for tests and exports."""
     one = schedule("--experiment_minutes", "10")
     arm = one.next_arm()
     leave(one, arm)
@@ -185,7 +185,7 @@ def test_the_time_limit_covers_tests_and_exports(schedule):
 
 @pytest.mark.parametrize("took", [{"seconds": 1800.0}, {"wall": 1800.0}])
 def test_what_another_start_has_trained_counts_for_how_long_an_arm_takes(schedule, took):
-    """The one that this start has gone on with was nearly done. Looks and exports count as steps do."""
+    """The arm that this start resumed was nearly done. Measurements and exports count as steps do."""
     leave(schedule(), schedule().next_arm(), **took)
     one = schedule("--experiment_minutes", "20")
     leave(one, one.next_arm(), **took)
@@ -201,7 +201,7 @@ AVERAGES = ("--average_checkpoints", "ema:0.5,last:2")
 
 
 def test_averages_follow_the_runs_that_they_average_at_the_learning_rate_that_is_chosen(schedule):
-    """They choose nothing, and a kill changes no order."""
+    """They do not take part in the choice, and a kill does not change the order."""
     flags = ("--method", "lora", "--seed", "0", "1", *AVERAGES)
     one = schedule(*flags)
     assert one.grids == {"lora": [1e-4, 2e-4, 4e-4]} and len(one.trained_arms()) == 3 + 1
@@ -223,7 +223,7 @@ def test_averages_follow_the_runs_that_they_average_at_the_learning_rate_that_is
 
 
 def test_an_average_waits_for_the_run_that_it_averages(schedule):
-    """With several at once: the run of one seed is still running when that of the next one has ended."""
+    """With several arms at once: the run of one seed is still running when that of the next seed has ended."""
     one = schedule("--method", "lora", "--seed", "0", "1", "2", *AVERAGES)
     run(one, most=5)
     running = one.next_arm()
@@ -249,7 +249,7 @@ BEST = {"lora": 2e-4, "lora_x2": 8e-4}
 
 
 def measure(schedule: ArmSchedule, arm: Arm, steps: range) -> str:
-    """Log what an arm measures at these steps, until it is stopped; higher losses the further its rate is off."""
+    """Log an arm's measurements at these steps, until it is stopped; losses rise with the distance of its rate."""
     folder, off = schedule.folder_of(arm), abs(math.log2(arm.rate / BEST[arm.label]))
     folder.mkdir(parents=True, exist_ok=True)
     for step in steps:
@@ -262,7 +262,7 @@ def measure(schedule: ArmSchedule, arm: Arm, steps: range) -> str:
 
 
 def compete(schedule: ArmSchedule, most: int = 1000) -> list[tuple[str, float, int]]:
-    """Up to `most` arms; each has ended, or is killed after half of its steps."""
+    """Run up to `most` arms; each ends, or is killed after half of its steps."""
     found: list[tuple[str, float, int]] = []
     while len(found) < most and (arm := schedule.next_arm()):
         reason = measure(schedule, arm, range(1, 11))
@@ -272,7 +272,7 @@ def compete(schedule: ArmSchedule, most: int = 1000) -> list[tuple[str, float, i
 
 
 def ends(schedule: ArmSchedule) -> dict[tuple, tuple]:
-    """How every arm has ended, by label, rate and seed."""
+    """Return how every arm has ended, by label, rate and seed."""
     records = map(schedule.record, schedule.arms())
     return {(each["label"], each["learning_rate"], each["seed"]): (each["status"], each["steps"]) for each in records}
 
@@ -300,7 +300,7 @@ def test_a_race_trains_the_middle_rate_then_outward_and_stops_what_is_worse(sche
 
 @pytest.mark.parametrize("kill", range(10))
 def test_a_killed_race_ends_as_one_that_was_not(schedule, tmp_path, kill):
-    """A killed arm goes on in another process, or has measured what stops it but has not ended yet."""
+    """A killed arm is resumed by another process, or its last measurement stops it although it has not ended."""
     compete(schedule(*FIVE, "--seed", "0", "1"))
     whole = ends(schedule(*FIVE, "--seed", "0", "1"))
     shutil.rmtree(tmp_path / "out")
@@ -338,7 +338,7 @@ def test_the_race_goes_on_beyond_the_last_rate(schedule, monkeypatch):
 
 
 def test_an_experiment_goes_on_as_it_was_begun(schedule, tmp_path):
-    """One of a version without racing has no entry."""
+    """An experiment of a version without racing has no entry."""
     assert not schedule("--no-racing").is_race and schedule().is_race
     assert not schedule("--learning_rate", "1e-4", "--seed", "0", "1").is_race
     many = schedule("--arms_at_once", "3")  # two methods

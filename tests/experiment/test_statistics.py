@@ -1,4 +1,4 @@
-"""Verdicts: formulas by hand, and simulated experiments of which few may claim what is not there."""
+"""Verdicts: formulas by hand, and simulated experiments, few of which may report a difference that does not exist."""
 
 import math
 
@@ -39,7 +39,7 @@ EXPERIMENTS = 2000
 
 
 def simulated(seeds: int, images: int, variances: tuple, labels: int = 1, experiments: int = EXPERIMENTS) -> np.ndarray:
-    """Labels x experiments x seeds x images, of losses that differ by chance alone."""
+    """Return labels x experiments x seeds x images of losses that differ only by chance."""
     random = np.random.default_rng(seeds * images)
     shapes = (seeds, 1), (1, images), (seeds, images)
     return sum(
@@ -62,7 +62,7 @@ def test_without_a_difference_few_experiments_claim_one(variances):
 
 @pytest.mark.parametrize("variances", VARIANCES)
 def test_nor_do_more_of_them_when_they_compare_several_methods(variances):
-    """With Holm, whose first step decides whether there is any claim."""
+    """With Holm's procedure, whose first step decides whether anything is significant."""
     for seeds in (2, 3, 5):
         losses = simulated(seeds, 40, variances, labels=6, experiments=600)
         assert claims(losses[1:] - losses[0], LEVEL / 5).any(0).mean() <= 0.08, seeds
@@ -86,7 +86,7 @@ def test_all_pairs_with_moderated_spreads_claim_few_even_if_one_method_spreads_t
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("size", SIZES)
 def test_a_difference_of_the_stated_size_is_found_in_four_of_five_new_experiments(size):
-    """On average over what experiments state, who know their spread badly."""
+    """On average over the stated sizes, because each experiment estimates its spread badly."""
     for variances in VARIANCES[1:4]:
         spread = spread_of(simulated(*size, variances, experiments=200)[0])
         new = simulated(*size, variances, labels=2)[1]
@@ -128,7 +128,7 @@ def test_p_is_the_level_whose_interval_reaches_zero():
 
 
 def test_detectable_by_simulating_students_t():
-    """Seeds alone vary: the difference over the spread that one experiment has, beyond t times that of another one."""
+    """Only seeds vary: the difference divided by one experiment's spread, plus t times that of another one."""
     spread = Spread(np.array([12.0, 0, 0]), np.array([3.0, 9, 27]), 40)
     chi = np.sqrt(np.random.default_rng(1).chisquare(3, (2, 200_000)) / 3)
     size = detectable(spread, 0.05) / math.sqrt(12 / 40)
@@ -175,7 +175,7 @@ def test_one_more_seed_by_hand():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_one_more_seed_is_within_in_19_of_20(seeds):
-    """On the same images, whichever of seeds and images varies more."""
+    """On the same images, whether seeds or images vary more."""
     for variances in VARIANCES:
         means = simulated(seeds + 1, 10, variances, labels=1, experiments=2000)[0].mean(-1)
         inside = [low <= last <= high for *others, last in means for low, high in [rerun(others)]]
@@ -190,7 +190,7 @@ def test_holm_by_hand():
 
 
 def test_pairs_that_may_be_equal_at_once_by_hand():
-    """Of four methods: all six, three and one, two twos, ... but neither five nor four."""
+    """Of four methods, these can be equal: all six pairs, three, two, one or none, but not five or four."""
     assert sorted(equal_pairs(3)) == [0, 1, 3] and sorted(equal_pairs(4)) == [0, 1, 2, 3, 6]
     assert counts_of(3, 3) == [3, 1, 1] and counts_of(6, 4) == [6, 3, 3, 3, 2, 1]
     assert counts_of(2, 3) == [2, 1]  # a pair is missing
@@ -200,7 +200,7 @@ def test_pairs_that_may_be_equal_at_once_by_hand():
 
 
 def losses_of(shift: float, noise: float = 0.001, seeds: int = 3, images: int = 12) -> np.ndarray:
-    """0.5 on average, with harder and easier images, and `shift` percent more."""
+    """Return losses of 0.5 on average, with harder and easier images, and `shift` percent more."""
     random = np.random.default_rng(round(1000 * shift) + 10_000)
     images = np.linspace(0.3, 0.7, images)
     return images * (1 + shift / 100) + noise * random.standard_normal((seeds, len(images)))
@@ -236,7 +236,7 @@ def test_a_better_and_a_worse_method():
 
 
 def test_an_interval_says_its_true_coverage():
-    """The k-th evaluation spends 0.05 x 6 / (pi k)^2."""
+    """The k-th evaluation has the level 0.05 x 6 / (pi k)^2."""
     words = [coverage_in_words(level_of(reading)) for reading in (1, 2, 3, 6, 20)]
     assert words == ["97%", "99.2%", "99.7%", "99.92%", "99.992%"] and coverage_in_words(0.05) == "95%"
 
@@ -260,14 +260,14 @@ def test_no_difference_shown_says_what_could_have_been():
 
 
 def test_with_two_seeds_it_is_not_known_what_is_detectable():
-    """The stated size would scatter over a factor of ten."""
+    """The stated size would vary by a factor of ten."""
     found = verdict(losses_of(0, seeds=2), losses_of(0.01, seeds=2))
     assert found["detectable"] is None and found["interval"]
     assert found["sentence"].endswith("(minimum detectable effect not known with two seeds)")
 
 
 def test_several_methods_share_the_level():
-    """A difference that is one alone is none among many, and is said to be so."""
+    """A difference that is significant in a single comparison is not among many, and the verdict says why."""
     losses = {"lora": losses_of(0)} | {f"none {i}": losses_of(0.001 * i) for i in range(1, 5)}
     close = next(
         ours
@@ -462,7 +462,7 @@ def test_a_rate_with_fewer_seeds_says_the_step():
 
 @pytest.mark.parametrize(("trained", "at_end"), [((0, 1), None), ((1,), None), ((2,), None), ((1, 2), "high")])
 def test_an_end_is_one_of_all_rates_beside_one_that_was_tried(trained, at_end):
-    """The time was up before the others, which say more than a further rate would."""
+    """The time limit was reached before the other rates were tried; they say more than a rate beyond the grid."""
     losses = [[{"50": 0.5 - 0.1 * place}] if place in trained else [] for place in range(3)]
     assert choice(dict(zip((1e-4, 2e-4, 4e-4), losses, strict=True)))["at_end"] == at_end
 
@@ -476,7 +476,7 @@ def test_one_rate_has_no_ends_and_nothing_finite_is_no_choice():
 
 
 def test_what_not_all_seeds_have_is_not_chosen():
-    """A rate with fewer seeds, a step that one lacks, a step at which one is not finite."""
+    """A rate with fewer seeds, a step that one seed lacks, and a step with a non-finite loss."""
     seeds = [{"50": 0.5, "100": 0.1, "150": 0.2}, {"50": 0.5, "150": None}]
     found = choice({1e-4: seeds, 2e-4: [{"50": 0.1}]})
     assert (found["learning_rate"], found["step"], found["at_end"]) == (1e-4, 50, "low")

@@ -1,4 +1,4 @@
-"""Arms that processes train at once: real processes, and arms that are not trained."""
+"""Arms that several processes train at once: real processes, but arms without training."""
 
 import functools
 import multiprocessing
@@ -33,7 +33,7 @@ def grid(folder: Path, *flags: str) -> list[str]:
 
 
 def work(argv: list[str], what: dict[float, str], stop: StopRequest, orders: Orders) -> None:
-    """Arms leave losses that fall with the rate, and who had them; an arm of a rate may do something else instead."""
+    """Write losses that fall with the rate, and the process of each arm; arms of a given rate do something else."""
     schedule = ArmSchedule(parse_args(argv))
     for job in orders.jobs(schedule):
         (arm,) = job.arguments
@@ -82,7 +82,7 @@ def hangs(folder: Path, stop: StopRequest) -> None:
 def train(
     argv: list[str], size: int = 2, what: dict[float, str] | None = None, stop: StopRequest | None = None
 ) -> tuple[ArmSchedule, list[set]]:
-    """What there is in the end, and what ran whenever the record was written."""
+    """Return the final record, and which arms ran whenever the record was written."""
     schedule, told = ArmSchedule(parse_args(argv)), []
     study = SimpleNamespace(report_progress=lambda ended, total: None)
     results = SimpleNamespace(schedule=schedule, write=lambda: told.append(set(schedule.running)), study=study)
@@ -98,7 +98,7 @@ def who(folder: Path) -> list[str]:
 
 @pytest.mark.exhaustive
 def test_arms_are_handed_out_until_none_is_next(tmp_path, capfd):
-    """The grid grows meanwhile; none is left out or trained twice, and all processes are gone in the end."""
+    """The grid grows meanwhile; no arm is left out or trained twice, and all processes have ended at the end."""
     argv = grid(tmp_path / "out", "--extend_rates")
     schedule, told = train(argv)
     alone = ArmSchedule(parse_args(grid(tmp_path / "alone", "--extend_rates")))
@@ -169,7 +169,7 @@ def script(argv: list[str]) -> None:
 
 @pytest.mark.exhaustive
 def test_all_are_told_to_stop_while_they_start(tmp_path, capfd):
-    """As a terminal does; Python's own answer would be a traceback of each."""
+    """As a terminal signals them; Python's own handler would print a traceback for each."""
     main = multiprocessing.get_context("spawn").Process(target=script, args=(grid(tmp_path),))
     main.start()
 
@@ -186,7 +186,7 @@ def test_all_are_told_to_stop_while_they_start(tmp_path, capfd):
 
 @pytest.mark.exhaustive
 def test_when_the_main_process_is_killed_the_others_end(tmp_path):
-    """At once: whoever comes next finds the folder unlocked."""
+    """At once: the next process finds the folder unlocked."""
     main = multiprocessing.get_context("spawn").Process(
         target=train, args=(grid(tmp_path), 2, {1e-4: "hangs", 2e-4: "hangs"})
     )

@@ -516,7 +516,7 @@ dora.safetensors OUT --to kohya
 
 
 def lines(text: str) -> list[str]:
-    """Return the lines with anything in them."""
+    """Return the lines that are not empty."""
     return [line for line in text.splitlines() if line]
 
 
@@ -575,7 +575,7 @@ SHAPES = ((32, 32), (48, 32), (32, 56), (64, 40))
 
 
 def make_fixtures(folder: Path) -> None:
-    """Write what the commands read: text files, a tiny pipeline, images, a LoRA."""
+    """Write the files that the commands read: text files, a tiny pipeline, images, a LoRA."""
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     import PIL.Image
     import torch

@@ -2,7 +2,7 @@
 
 python tests/golden/record.py check --against COMMIT    # bit by bit, with both run on this machine
 python tests/golden/record.py check                     # with record.json, in what no processor changes
-python tests/golden/record.py write                     # makes record.json anew: in a commit of its own
+python tests/golden/record.py write                     # write record.json again: in a separate commit
 
 The commands are in `commands.py`. They run in processes forked from this one, which has imported the libraries and
 nothing of the project, so that any checkout can be recorded.
@@ -68,7 +68,7 @@ VOLATILE = re.compile(r"seconds|runtime|_per_second|memory|process|began|ended|d
 
 
 def fork(function: Callable[[], object], printed: Path, folder: Path, **environment: str) -> int:
-    """Call a function in a forked process in `folder`, with its output in a file; return the id of the process."""
+    """Call a function in a forked process in `folder`, with its output in a file; return the process id."""
     sys.stdout.flush()
     if process := os.fork():
         return process
@@ -103,9 +103,9 @@ def run_script(checkout: Path, script: str, words: list[str]) -> None:
 
 
 def ended(process: int, limit: float = LIMIT) -> int:
-    """Wait for a process; return its exit status, minus the signal where one ended it.
+    """Wait for a process; return its exit status, minus the signal if one ended it.
 
-    After the limit it is killed, and `TimeoutError` raised.
+    After the time limit, kill it and raise `TimeoutError`.
     """
     until = time.monotonic() + limit
     while (found := os.waitpid(process, os.WNOHANG))[0] == 0:
@@ -118,10 +118,10 @@ def ended(process: int, limit: float = LIMIT) -> int:
 
 
 def execute(checkout: Path, folder: Path, command: str, scratch: Path, cpu_limit: int = LIMIT) -> str:
-    """Run a command line in `folder`; return its exit status, and the option that its error names.
+    """Execute a command line in `folder`; return its exit status, and the option that its error names.
 
-    The first words may say how: `two` processes, or one that is sent a signal (`kill`, `stop`) once it has written its
-    second checkpoint.
+    The first words may be modifiers: `two` processes, or a process that is sent a signal (`kill`, `stop`) once it has
+    written its second checkpoint.
     """
     *how, script, words = split(command)
     printed = scratch / "printed.txt"
@@ -159,7 +159,7 @@ def split(command: str) -> list:
 
 
 def option_of(text: str) -> str:
-    """Return the option or the positional argument that the one line of an error names first."""
+    """Return the option or positional argument that the line of an error names first."""
     lines = [line.partition("error: ")[2] for line in text.splitlines() if "error: " in line]
     found = re.search(r"--[A-Za-z]\w*(-\w+)*|\b(IN|OUT)\b", lines[-1]) if lines else None
     return found[0] if found else ""
@@ -169,7 +169,7 @@ def option_of(text: str) -> str:
 
 
 class Observer:
-    """Runs commands in a checkout, and reads what they leave."""
+    """Runs commands in a checkout, and reads the files that they write."""
 
     def __init__(self, checkout: Path, fixtures: Path, place: Path) -> None:
         self.checkout, self.fixtures, self.place = checkout, fixtures, place
@@ -177,7 +177,7 @@ class Observer:
         self.scratch.mkdir(parents=True)
 
     def observe(self, name: str) -> dict:
-        """Return what a run does, or what refuses the commands of a group of `REFUSALS`, by section and key."""
+        """Return the result of a run, or of the commands of a group of `REFUSALS`, by section and key."""
         if name in REFUSALS:
             return {script: self.refusals(script, lines) for script, lines in REFUSALS[name].items()}
         folder = self.folder(name)
@@ -205,7 +205,7 @@ class Observer:
         return found
 
     def refusals(self, script: str, lines: list[str]) -> dict[str, str]:
-        """Return the outcome of each command line, forked from a process in which the script has printed its help."""
+        """Return the result of each command line, forked from a process in which the script has printed its help."""
         file, printed = self.scratch / "outcomes.json", self.scratch / "help.txt"
 
         def refuse_all() -> None:
@@ -217,7 +217,7 @@ class Observer:
         return json.loads(file.read_text())
 
     def refusal(self, script: str, words: str) -> str:
-        """Return the outcome of a command that is to be refused, and the first file that it leaves all the same."""
+        """Return the result of a command that must be refused, and the first file that it writes nevertheless."""
         folder = self.folder("refusal")
         outcome = execute(self.checkout, folder, f"{script} {words}", self.scratch, REFUSAL_LIMIT)
         left = [str(path.relative_to(folder)) for path in self.left_in(folder)]
@@ -233,7 +233,7 @@ class Observer:
         return folder
 
     def left_in(self, folder: Path) -> Iterator[Path]:
-        """Return the files of a working directory that are no fixtures."""
+        """Return the files of a working directory that are not fixtures."""
         found = (Path(above, name) for above, _, names in os.walk(folder) for name in names)
         return (path for path in sorted(found) if not path.is_symlink())
 
@@ -265,7 +265,7 @@ class Observer:
 
 
 def steady(value: object) -> object:
-    """Return JSON without what is different in each run: times, dates and versions."""
+    """Return JSON without values that differ in each run: times, dates and versions."""
     if isinstance(value, dict):
         return {key: steady(each) for key, each in value.items() if not VOLATILE.search(key)}
     if isinstance(value, list):
@@ -274,7 +274,7 @@ def steady(value: object) -> object:
 
 
 def portable(found: dict, arguments: dict) -> dict:
-    """Return the part of an observation that no processor changes, and no version of a library.
+    """Return the part of an observation that depends neither on the processor nor on versions of libraries.
 
     `arguments`: the defaults of transformers' `TrainingArguments`.
     """
@@ -287,7 +287,10 @@ def portable(found: dict, arguments: dict) -> dict:
 
 
 def prepare(place: Path, fixtures: Path) -> None:
-    """Write the fixtures, and what `portable` reads; in a forked process, as accelerate keeps what it finds out."""
+    """Write the fixtures and the data that `portable` needs.
+
+    In a forked process, because accelerate caches its state.
+    """
     make_fixtures(fixtures)
     arguments = transformers.TrainingArguments(output_dir="", report_to="none").to_dict()
     (place / "arguments.json").write_text(json.dumps(arguments))
@@ -297,7 +300,7 @@ def prepare(place: Path, fixtures: Path) -> None:
 
 
 def reference(commit: str, name: str, fixtures: Path, place: Path) -> dict:
-    """Return what a run did in a commit, from the cache if it was made on this machine with these libraries."""
+    """Return the result of a run in a commit, from the cache if it was made on this machine with these libraries."""
     git = ["git", "-C", str(CHECKOUT)]
     commit = subprocess.check_output([*git, "rev-parse", f"{commit}^{{commit}}"], text=True, timeout=LIMIT).strip()
     file = CACHE / commit / machine() / f"{name}.json"
@@ -320,7 +323,7 @@ def reference(commit: str, name: str, fixtures: Path, place: Path) -> dict:
 
 
 def machine() -> str:
-    """Return a hash of what else the bits depend on: the commands, the libraries and the processor."""
+    """Return a hash of everything else that the bits depend on: commands, libraries and processor."""
     sources = [FOLDER / "record.py", FOLDER / "commands.py", FOLDER.parent / "pipelines.py"]
     facts = [path.read_text() for path in sources] + [sys.version, torch.backends.cpu.get_cpu_capability()]
     facts += sorted(f"{each.name} {each.version}" for each in importlib.metadata.distributions() if each.name)
@@ -330,7 +333,7 @@ def machine() -> str:
 
 
 def differences(before: object, now: object, tolerance: float, where: str = "") -> Iterator[str]:
-    """Yield a line for each value that is not the same; floats may differ by `tolerance`."""
+    """Yield a line for each value that differs; floats may differ by `tolerance`."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
             pair = before.get(key, NOTHING), now.get(key, NOTHING)
@@ -351,7 +354,7 @@ def both(tolerance: float) -> dict[str, float]:
 
 
 def packed(record: dict) -> dict:
-    """Return a record with each configuration as what differs from an earlier one of the same script."""
+    """Return a record in which each configuration has only its differences from an earlier one of the same script."""
     known: dict[str, dict] = {}
     result: dict[str, dict] = {}
     for name, found in record.items():
@@ -369,7 +372,7 @@ def packed(record: dict) -> dict:
 
 
 def unpacked(record: dict) -> dict:
-    """Return the record that `packed` was given."""
+    """Return the record from which `packed` made this one."""
     result: dict[str, dict] = {}
     for name, found in record.items():
         result[name] = {}
@@ -389,7 +392,7 @@ def as_text(record: dict) -> str:
 
 
 def main() -> int:
-    """Check or write; return 1 where anything differs."""
+    """Check or write; return 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["check", "write"])
     parser.add_argument("--against", metavar="COMMIT", help="compare every bit with this commit, run on this machine")

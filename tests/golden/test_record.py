@@ -1,4 +1,4 @@
-"""The command line does what it did when `record.json` was written: see `record.py`."""
+"""The command line behaves as recorded in `record.json`: see `record.py`."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ REST = [name for name in (*REFUSALS, *RUNS) if name not in QUICK]
     ],
 )
 def test_the_command_line_does_what_is_recorded(names):
-    """In a process of its own, which is forked for each command: those of pytest have started threads."""
+    """In its own process, which is forked for each command: pytest's process has started threads."""
     command = [sys.executable, str(RECORD), "check", "--only", *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=2 * LIMIT)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion, images, flags and runs that the tests of this folder share; they only read the runs."""
+"""A tiny Stable Diffusion, images, flags and runs that the tests of this folder share and only read."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def few_flags(model, data) -> list[str]:
-    """What the runs of several tests have in common."""
+    """Return flags that the runs of several tests have in common."""
     return [
         *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "32"),
         *("--rank", "4", "--learning_rate", "1e-2", "--report_to", "none"),
@@ -31,7 +31,7 @@ def few_flags(model, data) -> list[str]:
 
 @pytest.fixture(scope="session")
 def base_flags(few_flags) -> list[str]:
-    """Four steps with samples, validation losses and checkpoints on the way."""
+    """Return flags of four steps with samples, validation losses and checkpoints."""
     return [
         *few_flags,
         *("--max_train_steps", "4", "--checkpointing_steps", "2", "--train_batch_size", "2"),
@@ -43,7 +43,7 @@ def base_flags(few_flags) -> list[str]:
 
 @pytest.fixture(scope="session")
 def brief_flags(few_flags) -> list[str]:
-    """One step of LoRA, and nothing that could be left out."""
+    """Return flags of one step of LoRA, without anything optional."""
     return [
         *few_flags,
         *("--max_train_steps", "1", "--train_batch_size", "2"),
@@ -62,13 +62,16 @@ def run(base_flags, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Default output folders are relative: a run that was left in the checkout must not meet the tests."""
+    """Run each test in another working directory: default output folders are relative."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def runs(model, tmp_path_factory) -> Runs:
-    """ResLoRA mid-epoch (5 images, 4 samples a step), mid-accumulation and with dropout, saving at every step."""
+    """Start runs of ResLoRA with dropout that save at every step.
+
+    Steps end mid-epoch (5 images, 4 samples a step) and mid-accumulation.
+    """
     folder = tmp_path_factory.mktemp("runs")
     flags = ["--pretrained_model_name_or_path", str(model), "--rank", "2"]
     flags += ["--train_data_dir", str(image_folder(folder / "images", count=5)), "--resolution", "32"]
@@ -81,7 +84,7 @@ def runs(model, tmp_path_factory) -> Runs:
 
 @pytest.fixture(scope="session")
 def whole(runs, tmp_path_factory) -> Path:
-    """The run of `runs` that nothing happened to."""
+    """Return the uninterrupted run of `runs`."""
     output = tmp_path_factory.mktemp("whole") / "out"
     assert runs.finish(output) == 0
     return output

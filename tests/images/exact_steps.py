@@ -1,4 +1,4 @@
-"""Training steps in float64, where a mistake stands out from rounding: in this process, or in several (`main`)."""
+"""Training steps in float64, where an error is larger than rounding: in this process, or in several (`main`)."""
 
 import gc
 import os
@@ -38,7 +38,7 @@ SIZE = Size(64, 64)
 
 
 class RandomLatents:
-    """Moments of images that nobody has seen, a function of the image's number."""
+    """Moments of images that do not exist, as a function of the image's number."""
 
     variants = 2
 
@@ -50,7 +50,7 @@ class RandomLatents:
 def setting(
     folder: Path, accelerator: Accelerator | None = None, *flags: str
 ) -> tuple[TrainingData, DenoisingLoss, torch.nn.Module]:
-    """What is trained on, the loss and the bare denoiser, in float64, of the pipeline in a folder."""
+    """Return training data, loss and bare denoiser of the pipeline in a folder, in float64."""
     words = ["--pretrained_model_name_or_path", str(folder), "--train_data_dir", str(folder), "--rank", "2"]
     words += ["--output_dir", str(folder / "out"), "--max_grad_norm", "0.05", "--method", "reslora"]
     pipeline = DiffusionPipeline.from_pretrained(folder)
@@ -84,7 +84,7 @@ def setting(
 
 
 def study_of(context: ImageContext) -> SimpleNamespace:
-    """What the training loop reads of a study of images in a step."""
+    """Return a study of images with what the training loop reads in a step."""
     passes = context.options.training.gradient_accumulation_steps
     return SimpleNamespace(
         context=context, passes=lambda step: passes, count=lambda batch: None, before_training=lambda learner: None
@@ -92,7 +92,10 @@ def study_of(context: ImageContext) -> SimpleNamespace:
 
 
 def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Accelerator) -> Learner:
-    """The flags' method in float64, with random B, by plain gradient descent: AdamW would blow rounding up."""
+    """Return a learner of the flags' method in float64, with random B and plain gradient descent.
+
+    AdamW would amplify rounding errors.
+    """
     encoders = {part.name: encoder for part, encoder in zip(loss.parts, loss.encoders, strict=True)}
     trained = Trained({"unet": denoiser, **encoders}, loss)
     method, schedule = loss.context.options.adapter.method[-1], Schedule(STEPS, STEPS, 0, False)
@@ -111,7 +114,7 @@ def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Acce
 
 
 def trained(folder: Path, batch: int, accumulation: int, *flags: str) -> dict[str, torch.Tensor]:
-    """The adapter and the loss after every step."""
+    """Return the adapter and the loss after every step."""
     words = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation), *flags]
     plugin = take_plugin(*parts(parse_args([]), "model", "adapter", "training", "output"))
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=shares_the_cpu())
@@ -137,12 +140,12 @@ def frozen(denoiser: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def bytes_here(value: torch.Tensor) -> int:
-    """Of a tensor, or of the part of it that this process holds."""
+    """Return the bytes of a tensor, or of the shard that this process holds."""
     return (value.to_local() if isinstance(value, DTensor) else value).nbytes
 
 
 def main(model: str, batch: str, accumulation: str, file: str, *flags: str) -> None:
-    """Trains, and leaves in a file what rank 0 has."""
+    """Train, and write the result of rank 0 to a file."""
     found = trained(Path(model), int(batch), int(accumulation), *flags)
     # The wrapped model must be gone first: now and then it waits for ever where it is the last to hold the group.
     gc.collect()

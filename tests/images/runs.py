@@ -1,4 +1,4 @@
-"""How the tests call train_sd.py, in this process or in one of its own, and what they read of the folder it leaves."""
+"""Helpers to call train_sd.py, in this process or in another one, and to read the run's folder."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ RESUME = ("--resume_from_checkpoint", "latest")
 
 
 def load_images(options: Options) -> ImageDataset:
-    """The images and captions of the one folder or dataset that the options name."""
+    """Return the images and captions of the one folder or dataset that the options name."""
     found = usable(options.model, options.data, options.training, options.output)
     return sample([found], options.data, options.training)[0]
 
@@ -44,7 +44,7 @@ def load_images(options: Options) -> ImageDataset:
 
 
 def main(*flags) -> int:
-    """The exit status of train_sd.py, also where argparse leaves by itself."""
+    """Return the exit status of train_sd.py, also if argparse exits."""
     try:
         return train_sd.main(list(map(str, flags)))
     except SystemExit as error:
@@ -52,7 +52,7 @@ def main(*flags) -> int:
 
 
 def train_family(folder: Path, *more: str) -> None:
-    """A run of the model in a folder: mixed caption lengths, a large learning rate."""
+    """Train the model in a folder, with captions of mixed lengths and a large learning rate."""
     captions = ["red disc", "blue", "red blue disc box"]
     image_folder(folder / "images", 6, lambda i: captions[i % 3])
     flags = ["--pretrained_model_name_or_path", folder / "model", "--train_data_dir", folder / "images"]
@@ -64,7 +64,7 @@ def train_family(folder: Path, *more: str) -> None:
 
 
 def refused(capsys, *flags, quiet: bool = True) -> str:
-    """The line with which the script refuses these flags; with `quiet`, the only one on stderr."""
+    """Return the line with which the script refuses these flags; with `quiet`, it must be the only one on stderr."""
     capsys.readouterr()  # what was said while a model was made for the test
     status = main(*flags)
     captured = capsys.readouterr()
@@ -75,7 +75,7 @@ def refused(capsys, *flags, quiet: bool = True) -> str:
 
 
 def failed(capsys, *flags) -> str:
-    """The line with which a run of these flags ends that went wrong."""
+    """Return the line with which a run of these flags fails."""
     status = main(*flags)
     errors = capsys.readouterr().err
     assert status == 1
@@ -83,7 +83,7 @@ def failed(capsys, *flags) -> str:
 
 
 def last_line(errors: str) -> str:
-    """The line that a run's stderr ends with, after its progress bars; there was no traceback."""
+    """Return the last line of a run's stderr, after its progress bars; there must be no traceback."""
     errors = errors.replace("\r", "\n")
     assert "Traceback" not in errors, errors
     line = errors.splitlines()[-1]
@@ -92,43 +92,43 @@ def last_line(errors: str) -> str:
 
 
 def printed(*flags) -> list[str]:
-    """The lines on stdout of a run that ends well."""
+    """Return the lines on stdout of a run that succeeds."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main(*flags) == 0
     return out.getvalue().splitlines()
 
 
 def only(lines: list[str], *words: str) -> str:
-    """The one line that holds all of these words."""
+    """Return the only line that contains all of these words."""
     found = [line for line in lines if all(word in line for word in words)]
     assert len(found) == 1, lines
     return found[0]
 
 
 def without(flags: list[str], name: str) -> list[str]:
-    """The flags without `name` and its one value."""
+    """Return the flags without `name` and its one value."""
     at = flags.index(name)
     return [*flags[:at], *flags[at + 2 :]]
 
 
 def parts(options: Options, *groups: str) -> list:
-    """The groups of options of these names, as functions take them."""
+    """Return the groups of options with these names, as functions take them."""
     return [getattr(options, group) for group in groups]
 
 
 def read_by(options: Options) -> dict:
-    """The groups that `TrainingData` holds."""
+    """Return the groups of options that `TrainingData` holds."""
     groups = "adapter", "data", "training", "validation"
     return dict(zip(groups, parts(options, *groups), strict=True))
 
 
 def options_of(training_data: TrainingData) -> Options:
-    """Options with the groups of a material."""
+    """Return options with the groups of the training data."""
     return Options(**read_by(training_data))
 
 
 def with_options(training_data: TrainingData, **values) -> TrainingData:
-    """The material where some options have other values."""
+    """Return the training data with other values of some options."""
     return dataclasses.replace(training_data, **read_by(options_of(training_data).replace(**values)))
 
 
@@ -157,7 +157,7 @@ def assert_same(one: dict, other: dict, rtol: float = 0, atol: float = 0) -> Non
 
 
 def assert_same_merge(report: dict, expected: dict) -> None:
-    """Two reports of a merge: the errors of the blocks may differ by rounding."""
+    """Assert that two merge reports are equal; the errors of the blocks may differ by rounding."""
     errors = [[block.pop("error") for block in found["blocks"]] for found in (report, expected)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-3, abs=1e-5) and report == expected
 
@@ -167,19 +167,19 @@ def losses(output: Path, method: str = "reslora") -> list[tuple[int, str, float]
 
 
 def flip_a_bit(path: Path) -> None:
-    """Turn one bit in the middle of the file."""
+    """Flip one bit in the middle of the file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0b100
     path.write_bytes(content)
 
 
 def cut(path: Path) -> None:
-    """Leave the first half of the file."""
+    """Truncate the file to its first half."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def leave_behind(path: Path) -> Path:
-    """A temporary of `path` as a killed process leaves one: an earlier process that had the id of this one."""
+    """Write a temporary file of `path` as a killed process leaves it; its process had the id of this one."""
     with replacing(path) as temporary:
         temporary.write_text("half")
         who, process, start, rest = temporary.name.rsplit("-", 3)
@@ -190,8 +190,10 @@ def leave_behind(path: Path) -> Path:
 
 
 def killed_after(step: int, whole: Path, parts: Path, method: str = "reslora") -> None:
-    """Makes `parts` what is left of a run like `whole` that was killed after a step: its checkpoint, and a log that
-    went on. The checkpoint is moved there."""
+    """Turn `parts` into a run like `whole` that was killed after a step.
+
+    It has the moved checkpoint of this step, and a log with later rows.
+    """
     (parts / method).mkdir(parents=True)
     (whole / method / f"checkpoint-{step}").rename(parts / method / f"checkpoint-{step}")
     shutil.copy(whole / method / "log.jsonl", parts / method)
@@ -206,7 +208,10 @@ HALF = 100
 
 @dataclass
 class Watcher:
-    """Hears of every file and folder that a run is about to write, rename or remove in its output folder."""
+    """An audit hook of a run, called when the run is about to write, rename or remove in its output folder.
+
+    It copies the folder, limits the size of files, or kills the process.
+    """
 
     output: Path
     snapshots: Path | None = None  # copies of the folder: what a kill at that moment would leave
@@ -239,7 +244,7 @@ class Watcher:
 
 
 def run_and_exit(flags: list[str], output: str, messages: str, watcher: Watcher | None, first: Callable) -> None:
-    """What the forked process does after `first`: train_sd.py with its stderr in a file."""
+    """Call `first`, then run train_sd.py with its stderr in a file: the work of a forked process."""
     first()
     gc.freeze()  # what the libraries left
     multiprocessing.set_start_method("fork", force=True)  # what the data loader's workers are used to
@@ -252,7 +257,7 @@ def run_and_exit(flags: list[str], output: str, messages: str, watcher: Watcher 
 
 
 class Runs:
-    """Starts runs with the same flags, forked from a server that has the libraries loaded and never trains itself."""
+    """Start runs with the same flags, forked from a server that has imported the libraries and never trains itself."""
 
     def __init__(self, flags: list[str], folder: Path):
         self.context = fork_server()
@@ -265,7 +270,7 @@ class Runs:
         return process
 
     def finish(self, output: Path, *flags: str, watcher: Watcher | None = None) -> int:
-        """Exit status of a run that is waited for; minus the signal where one ended it."""
+        """Wait for a run, and return its exit status; minus the signal if one ended it."""
         process = self.start(output, *flags, watcher=watcher)
         return ended(process)
 

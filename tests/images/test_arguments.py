@@ -1,4 +1,4 @@
-"""Options of train_sd.py: which there are, and what is refused."""
+"""Options of train_sd.py, and refusals."""
 
 import subprocess
 import sys

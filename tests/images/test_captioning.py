@@ -1,4 +1,4 @@
-"""`reslora-caption`: captions of tiny models in text files, what a second start skips, and what is refused."""
+"""`reslora-caption`: captions of tiny models in text files, what a second start skips, and refusals."""
 
 import json
 import subprocess
@@ -72,7 +72,7 @@ def clip_images() -> CLIPImageProcessor:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A function that returns the folder of a tiny image-text model with random weights."""
+    """Return a function that returns the folder of a tiny image-text model with random weights."""
 
     def saved(build=blip) -> Path:
         folder = tmp_path_factory.getbasetemp() / build.__name__
@@ -87,7 +87,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A folder with three images, one of them in a subfolder, and things that are no images to caption."""
+    """A folder with three images, one of them in a subfolder, and files that are no images to caption."""
     root = tmp_path / "images"
     (root / "more").mkdir(parents=True)
     (root / ".trash").mkdir()
@@ -104,7 +104,7 @@ def paint(path: Path, color: str) -> None:
 
 
 def caption(*words) -> int:
-    """The exit status, also where argparse leaves by itself."""
+    """Return the exit status, also if argparse exits."""
     try:
         return main(list(map(str, words)))
     except SystemExit as error:

@@ -1,4 +1,4 @@
-"""What is said of targets, ranks and shortcuts before anything is encoded; most refusals are in test_arguments.py."""
+"""Messages about targets, ranks and shortcuts before anything is encoded; most refusals are in test_arguments.py."""
 
 import json
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def test_targets_that_fit_a_list_of_layers_are_refused_by_what_would_do(brief_fl
 
 @pytest.mark.exhaustive
 def test_layers_that_stay_plain_are_counted(brief_flags, tmp_path):
-    """Convolutions get an adapter, and no shortcut: the tiny U-Net has one `conv_in`."""
+    """Convolutions get an adapter without a shortcut: the tiny U-Net has one `conv_in`."""
     flags = [*brief_flags, "--method", "reslora", "--target_modules", "to_q", "conv_in"]
     lines = printed(*flags, "--output_dir", tmp_path / "out")
     assert "1 " in only(lines, "conv_in")
@@ -80,7 +80,7 @@ def test_which_pre_num_is_the_same_is_said(brief_flags, tmp_path, shortcut):
     ],
 )
 def test_what_the_model_does_not_read_is_refused(pipeline, config, words):
-    """With its default it may be given."""
+    """With its default value it may be given."""
     model = SimpleNamespace(family=load_family(pipeline), denoiser_config=lambda: config)
     with pytest.raises(InvalidArgument, match=f"^{words}: .*{model.family.name} .*; leave it"):
         check_family(*parts(parse_args(words.split()), "adapter", "training"), model)
@@ -103,7 +103,7 @@ def test_what_the_model_reads_is_taken(pipeline):
 
 @pytest.mark.parametrize("steering", ["--save_best", "--early_stopping_patience 3", "--validation_noises 2"])
 def test_one_image_cannot_steer_and_train(brief_flags, capsys, tmp_path, steering):
-    """Before the model is loaded: nothing of it is written."""
+    """Before the model is loaded; nothing is written."""
     one, output = image_folder(tmp_path / "one", 1), tmp_path / "out"
     flags = [*without(brief_flags, "--train_data_dir"), "--train_data_dir", one, "--output_dir", output]
     line = refused(capsys, *flags, "--validation_split", "0.1", *steering.split())
@@ -131,7 +131,7 @@ def settings(output) -> tuple[int, float]:
 
 @pytest.mark.exhaustive
 def test_without_a_rank_the_narrowest_layer_says_it(brief_flags, tmp_path):
-    """The tiny U-Net's widest attention has 8 features; diffusers' own test pipelines are as narrow."""
+    """The widest attention of the tiny U-Net has 8 features; diffusers' own test pipelines are as narrow."""
     flags, output = without(brief_flags, "--rank"), tmp_path / "out"
     line = only(printed(*flags, "--output_dir", output), "--rank 8", "16")
     assert "to_q" in line and settings(output) == (8, 16)
@@ -141,7 +141,7 @@ def test_without_a_rank_the_narrowest_layer_says_it(brief_flags, tmp_path):
 
 @pytest.mark.exhaustive
 def test_where_no_layer_is_narrow_the_rank_is_the_default(brief_flags, tmp_path):
-    """LoKr's rank is no rank of a layer."""
+    """LoKr's rank does not depend on the layer's width."""
     flags = [*without(without(brief_flags, "--rank"), "--method"), "--method", "lokr"]
     lines = printed(*flags, "--output_dir", tmp_path / "out")
     assert settings(tmp_path / "out") == (16, 32) and not [line for line in lines if "--rank" in line]
@@ -174,7 +174,7 @@ def test_targets_that_are_no_expression_are_named_without_a_rank_too(brief_flags
 
 
 def test_adalora_is_refused_where_nothing_reads_a_layer(brief_flags, capsys, tmp_path):
-    """As in Qwen-Image's last block; every factor has to have a gradient, by which it is ranked."""
+    """As in Qwen-Image's last block; AdaLoRA ranks every factor by its gradient."""
     flags = [*without(brief_flags, "--pretrained_model_name_or_path"), "--method", "adalora"]
     flags += ["--pretrained_model_name_or_path", qwen_image(tmp_path / "model"), "--output_dir", tmp_path / "out"]
     line = refused(capsys, *flags, "--target_modules", "to_q", "to_add_out", "--max_train_steps", 3, quiet=False)

@@ -1,4 +1,4 @@
-"""A run's config.json with other flags beside it: what these make meaningless of it, it no longer says."""
+"""A run's config.json with other options: values that these make meaningless are ignored."""
 
 import json
 from unittest.mock import Mock
@@ -16,7 +16,7 @@ STEERED = ["--save_best", "--validation_split", "0.3", "--max_train_samples", "9
 
 @pytest.fixture
 def begun(model, data, tmp_path):
-    """Options that name the configuration which a run of some flags leaves."""
+    """Return options that name the configuration written by a run of these flags."""
 
     def flags(*more: str) -> list[str]:
         images = [] if "--dataset_name" in more else ["--train_data_dir", str(data)]
@@ -93,7 +93,7 @@ def test_another_optimizer_is_not_contradicted_by_the_one_before(begun, monkeypa
 
 
 def test_shortcuts_of_the_run_before_are_left_out_where_no_method_reads_them(begun, capsys):
-    """Given on the command line they are told; a run that goes on is compared by them."""
+    """Given on the command line, they are reported; a resumed run is compared by them."""
     config = begun("--method", "reslora", "--shortcut", "block", "--merge", "weights")
     assert parse_args(config).adapter.shortcut == "block"
     assert parse_args([*config, "--method", "lora"]).adapter.shortcut == "input"
@@ -111,7 +111,7 @@ def test_a_folder_of_images_takes_the_place_of_a_dataset_and_its_configuration(b
 
 @pytest.mark.parametrize("text", ["[model_arguments]\nrank = 4", "[[datasets]]\nrepeats = 2", "[rank]\nvalue = 4"])
 def test_tables_are_not_flags_that_are_to_be_removed(tmp_path, text):
-    """kohya's files have all flags in them."""
+    """kohya's files have all options in tables."""
     (tmp_path / "run.toml").write_text(text)
     with pytest.raises(
         InvalidArgument, match=r"(model_arguments|datasets|rank) is a table; write all flags at the top"

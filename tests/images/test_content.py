@@ -1,4 +1,4 @@
-"""Another file in the place of an image or a model is noticed, whatever part of it is another."""
+"""A replaced image or model file is detected, whichever part of it differs."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ LARGE = (256, 400)  # float32: longer than all pieces that are read of it
 
 @pytest.fixture
 def weights(tmp_path):
-    """A file of two large tensors around two small ones."""
+    """Write a file of two large tensors around two small ones."""
     path = tmp_path / "model.safetensors"
     generator = torch.Generator().manual_seed(0)
     sizes = {"a": LARGE, "b": (3,), "c": (7, 5), "d": LARGE}
@@ -58,7 +58,7 @@ def test_the_same_weights_by_other_names_are_others(weights):
 
 
 def test_little_of_a_large_model_is_read(weights):
-    """Of each tensor what is meant to be: the gap between two pieces is not."""
+    """Only the intended parts of each tensor are read: the gap between two parts is not."""
     before, start = content_mark(weights), 8 + int.from_bytes(weights.read_bytes()[:8], "little")
     flip(weights, start + 2 * PIECE)
     assert content_mark(weights) == before

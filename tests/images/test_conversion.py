@@ -1,4 +1,4 @@
-"""`reslora-convert`: every format from every other, sums, smaller ranks, differences of models, and what is refused."""
+"""`reslora-convert`: all formats, sums, smaller ranks, differences of models, and refusals."""
 
 import io
 import json
@@ -33,7 +33,7 @@ FILE = {"diffusers": ".safetensors", "kohya": ".safetensors", "comfyui": ".safet
 
 
 def convert(*flags) -> int:
-    """The exit status, also where argparse leaves by itself."""
+    """Return the exit status, also if argparse exits."""
     try:
         return main(list(map(str, flags)))
     except SystemExit as error:
@@ -41,7 +41,7 @@ def convert(*flags) -> int:
 
 
 def refused(capsys, *flags) -> str:
-    """The one line of a refusal."""
+    """Return the one line of a refusal."""
     capsys.readouterr()
     assert convert(*flags) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -50,7 +50,7 @@ def refused(capsys, *flags) -> str:
 
 
 def written(path, family="stable_diffusion", parts=None, **metadata):
-    """A LoRA in diffusers' format."""
+    """Write a LoRA in diffusers' format."""
     parts = random_lora(family) if parts is None else parts
     write_diffusers(path, parts, metadata)
     return updates(parts)
@@ -209,7 +209,7 @@ def test_a_weighted_sum_is_exact(tmp_path):
 
 
 def test_the_sign_of_a_negative_weight_is_not_in_kohyas_alpha(tmp_path):
-    """Of a negative one diffusers' reader for Flux looks for a root for ever."""
+    """For a negative alpha, diffusers' reader for Flux would loop forever."""
     wanted = written(tmp_path / "in.safetensors", "flux")
     flags = ["--to", "kohya", "--base", tiny("flux"), "--weight", "-1"]
     assert convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", *flags) == 0
@@ -297,7 +297,7 @@ def test_the_bundled_examples_lora_by_the_denoisers_folder(tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("place", ["lora", "lora/pytorch_lora_weights.safetensors"])
 def test_a_runs_own_configuration_names_the_base(place, tmp_path, monkeypatch):
-    """Bundled models wherever it is read, and whatever folder is the working one; others while they are there."""
+    """Bundled models from any working directory; other models while they exist."""
     out, base = tmp_path / "out.safetensors", ASSETS / "pipeline" / "unet"
     monkeypatch.chdir(tmp_path)
     run = shutil.copytree(EXAMPLE, tmp_path / "run")
@@ -343,7 +343,7 @@ def test_weights_that_are_to_be_scaled_are_refused(mark, tmp_path, capsys):
 
 
 def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path):
-    """Flux's are fused, and one has its halves in another order; those of Stable Diffusion have a prefix."""
+    """Flux's are fused, and one layer has exchanged halves; those of Stable Diffusion have a prefix."""
     known, pair = names("flux"), []
     generator = torch.Generator().manual_seed(0)
     base = {name: torch.randn(shape, generator=generator) for name, shape in known.shapes.items()}
@@ -479,7 +479,7 @@ def test_a_file_without_a_layer_is_refused_whosever_it_is(tmp_path, capsys):
 
 
 def test_a_model_that_is_not_finite_is_no_lora(tmp_path, capsys):
-    """The eigenvectors of its difference would fail, and not in a line."""
+    """The eigendecomposition of its difference would fail with a traceback."""
     source = tiny("stable_diffusion") / "unet"
     shutil.copytree(source, tmp_path / "unet")
     tensors = load_file(next((tmp_path / "unet").glob("*.safetensors")))

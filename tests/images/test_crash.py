@@ -1,6 +1,6 @@
-"""Runs killed and starved of disk: what is on disk is whole at every moment, and a resumed run ends the same.
+"""Runs that are killed or have a full disk: files are complete at every moment, and a resumed run is the same.
 
-Runs are processes of their own, forked from one that has the libraries loaded, so that each takes a second.
+Runs are processes forked from one that has imported the libraries, so that each takes a second.
 """
 
 import filecmp
@@ -29,7 +29,7 @@ def checkpoints(output: Path) -> list[int]:
 
 
 def assert_nothing_is_half_written(output: Path, whole: Path) -> None:
-    """Every file under its final name is what the uninterrupted run has there, tensor by tensor."""
+    """Assert that every file under its final name equals that of the uninterrupted run, tensor by tensor."""
     for step in checkpoints(output):
         assert_same(final_weights(output, step=step), final_weights(whole, step=step))
         if same_bytes(output, whole, f"checkpoint-{step}/trainer.pt"):
@@ -44,7 +44,7 @@ def assert_nothing_is_half_written(output: Path, whole: Path) -> None:
 
 
 def same_bytes(output: Path, whole: Path, name: str) -> bool:
-    """Whether a file is that of the uninterrupted run, byte by byte: nothing of it need be read then."""
+    """Return whether a file equals that of the uninterrupted run byte by byte, so that it need not be parsed."""
     return filecmp.cmp(output / "reslora" / name, whole / "reslora" / name, shallow=False)
 
 
@@ -57,7 +57,7 @@ def assert_ends_like(output: Path, whole: Path) -> None:
 
 
 def hidden(output: Path) -> list[Path]:
-    """Neither a lock nor leftovers may be there afterwards."""
+    """Return hidden files: neither a lock nor temporary files may remain."""
     return [path for path in output.rglob(".*") if path.name != ".gitignore"]
 
 
@@ -77,7 +77,7 @@ MOMENTS = [
 
 
 def test_killed_again_and_again_within_saves_and_exports(runs, whole, tmp_path):
-    """Each time at the next of these moments, files written by half among them, and going on from what is left."""
+    """Each time at the next of these moments, also with half-written files, and resumed from what remains."""
     output, flags = tmp_path / "out", ("--dataloader_num_workers", "1", "--checkpoints_total_limit", "2", *RESUME)
     for moment in MOMENTS:
         status = runs.finish(output, *flags, watcher=Watcher(output, killed_at=moment))
@@ -91,7 +91,7 @@ def test_killed_again_and_again_within_saves_and_exports(runs, whole, tmp_path):
 
 
 def test_killed_between_any_two_disk_operations(runs, whole, tmp_path):
-    """Whatever a kill would leave, at any moment of the run, is whole, and an old checkpoint outlives its successor."""
+    """After a kill at any moment the folder is complete; an old checkpoint is removed only after the new one."""
     snapshots, newest, rotations = tmp_path / "snapshots", 0, 0
     snapshots.mkdir()
     flags = ("--checkpoints_total_limit", "1")
@@ -112,7 +112,7 @@ def test_killed_between_any_two_disk_operations(runs, whole, tmp_path):
 
 
 def test_killed_while_replacing_its_exports(runs, whole, tmp_path):
-    """A finished run that goes on for longer replaces what it exported: never by half."""
+    """A finished run that is extended replaces its exports, never only half of them."""
     snapshots, output = tmp_path / "snapshots", tmp_path / "out"
     snapshots.mkdir()
     shutil.copytree(whole, output)
@@ -135,7 +135,7 @@ def test_killed_while_replacing_its_exports(runs, whole, tmp_path):
 
 @pytest.mark.parametrize(("largest_file", "too_large"), [(2_700, "reslora_model.safetensors"), (30_000, "trainer.pt")])
 def test_disk_full_while_saving(runs, whole, tmp_path, largest_file, too_large):
-    """A limit on the size of files stands for the full disk: writing fails half-way, as it does there."""
+    """A limit on file sizes stands for the full disk: writing fails half-way too."""
     sizes = {path.name: path.stat().st_size for path in (whole / "reslora" / "checkpoint-2").iterdir()}
     assert sizes["trainer.json"] < largest_file < sizes[too_large]
     output = tmp_path / "out"

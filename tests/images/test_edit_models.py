@@ -1,4 +1,4 @@
-"""Edit models: a reference image for each image, in the loss, the cache, samples, exports and the data's layouts."""
+"""Edit models: a reference image per image, in the loss, the cache, samples, exports and the data's layouts."""
 
 import json
 import re
@@ -33,7 +33,7 @@ from reslora.seeds import derive
 
 
 def pair_folders(folder: Path, count: int = 6, reference=lambda number: random_image(number + 300)) -> list[str]:
-    """Images and their reference images, of the same sizes and names, as options."""
+    """Write images and reference images of the same sizes and names; return the options."""
     image_folder(folder / "images", count)
     (folder / "before").mkdir()
     for number in range(count):
@@ -43,7 +43,7 @@ def pair_folders(folder: Path, count: int = 6, reference=lambda number: random_i
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> SimpleNamespace:
-    """A tiny Kontext and pairs, and the flags of short runs."""
+    """A tiny Kontext, pairs of images, and the flags of short runs."""
     folder = tmp_path_factory.mktemp("kontext")
     model, pairs = stirred(flux_kontext(folder / "model", vae={"scaling_factor": 3.0})), pair_folders(folder)
     flags = ["--pretrained_model_name_or_path", str(model), *pairs, "--resolution", "32", "--rank", "2"]
@@ -54,7 +54,7 @@ def place(tmp_path_factory) -> SimpleNamespace:
 
 @torch.no_grad()
 def stirred(model: Path, scale: float = 0.1) -> Path:
-    """The pipeline whose transformer has larger random weights, so that its images depend on the reference."""
+    """The pipeline with larger random transformer weights, so that its images depend on the reference."""
     transformer, draws = DiffusionPipeline.from_pretrained(model).transformer, torch.Generator().manual_seed(3)
     for parameter in transformer.parameters():
         parameter += scale * torch.randn(parameter.shape, generator=draws)
@@ -80,7 +80,7 @@ def packed(latents: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("flags", [[], ["--no-cache_latents", "--use_aspect_ratio_buckets"]], ids=["cached", "fresh"])
 @torch.no_grad()
 def test_loss_by_hand(place, tmp_path, flags):
-    """Tokens of the reference's mean latents follow, at 1 in the first coordinate, and are not predicted."""
+    """The tokens of the reference's mean latents follow, with 1 as first coordinate, and are not predicted."""
     one = training_data_of([*place.flags, "--output_dir", str(tmp_path / "out"), *flags])
     stock = FluxKontextPipeline.from_pretrained(place.model, torch_dtype=torch.float64)
     denoiser, vae, draws = stock.transformer, stock.vae.config, torch.Generator().manual_seed(5)
@@ -131,7 +131,7 @@ def test_a_reference_is_cropped_and_flipped_as_its_image(place, tmp_path, flags)
 
 
 def test_a_reference_that_was_edited_is_encoded_anew(place, tmp_path):
-    """The cache and a resumed run are keyed by the content of both images."""
+    """The cache and a resumed run depend on the content of both images."""
     pairs = pair_folders(tmp_path)
     flags = [*place.flags, *pairs, "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
     before = training_data_of(flags).data.sources[0]
@@ -164,7 +164,7 @@ def drawn(place: SimpleNamespace, weights: Path | None, reference: PIL.Image.Ima
 
 
 def test_samples_are_those_of_the_stock_pipeline_with_the_exported_lora(place, trained):
-    """The references of the prompts are those of the first held-out images; here they have the size of the sample."""
+    """The references of the prompts are those of the first held-out images; here they have the sample's size."""
     files = json.loads((trained / "reslora" / "exports.json").read_text())["difference_of_255"]
     assert {"pytorch_lora_weights.safetensors", "peft", "transformer"} <= files.keys() and max(files.values()) <= 2
     one = training_data_of([*place.flags, "--validation_split", "0.4", "--validation_prompt", "a", "b"])
@@ -214,7 +214,7 @@ def test_a_step_takes_what_is_planned(place, tmp_path, more):
 
 @pytest.mark.exhaustive
 def test_an_experiment_compares_losses_with_references(place, tmp_path):
-    """The test losses are measured with the references of the test images: with others they differ."""
+    """The test losses are measured with the references of the test images; with others they differ."""
     flags = [*place.flags, "--method", "lora", "reslora", "--seed", "0", "1", "--max_train_steps", "2"]
     flags += ["--validation_prompt", "blue box", "--test_split", "0.3", "--select_split", "0.3"]
     assert main(*flags, "--output_dir", tmp_path / "one") == 0
@@ -247,7 +247,7 @@ def test_the_command_of_the_documentation(place, tmp_path, monkeypatch):
 
 
 def blocks_of(heading: str) -> list[str]:
-    """The commands below a heading of docs/models.md."""
+    """Return the commands below a heading of docs/models.md."""
     text = (SCRIPT.parent / "docs" / "models.md").read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     return re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.M)
 
@@ -267,7 +267,7 @@ def assert_paired(images) -> None:
 
 
 def test_files_of_the_same_names_are_partners_in_kohyas_folders_too(tmp_path):
-    """Whatever their suffixes; the folder of the references may be inside that of the images."""
+    """Suffixes may differ; the folder of references may be inside that of the images."""
     pair_folders(tmp_path / "a", 3)
     for name in ("3_red disc", "1_blue box"):
         image_folder(tmp_path / "a" / "kohya" / name, 3, layout="none")
@@ -285,7 +285,7 @@ def test_files_of_the_same_names_are_partners_in_kohyas_folders_too(tmp_path):
 
 @pytest.mark.parametrize("layout", ["jsonl", "csv", "parquet", "saved"])
 def test_a_column_names_the_reference(tmp_path, layout):
-    """As a file's name, or the image itself: here under names that are exchanged, as in InstructPix2Pix' data."""
+    """As a file name or as an image; here with exchanged column names, as in InstructPix2Pix' data."""
     (tmp_path / "p").mkdir()
     columns = {"image": [random_image(number + 300) for number in range(3)]}
     columns |= {"edited": [random_image(number) for number in range(3)], "text": ["red disc"] * 3}
@@ -332,7 +332,7 @@ def test_what_has_no_partner_is_named_with_the_fix(place, tmp_path, capsys):
         f"warning: 1 reference image without an image of the same name in {tmp_path}/images: remove "
         f"{before}/nine.png, or add its image"
     )
-    assert other.startswith("warning: 1 reference image with another aspect ratio") and "images/2.png" in other
+    assert other.startswith("warning: 1 reference image cropped to the aspect ratio") and "images/2.png" in other
     flags = [*without_pairs(place.flags), *pairs, "--strict", "--output_dir", tmp_path / "out"]
     assert f"no reference image {before}/0" in refused(capsys, *flags)
 

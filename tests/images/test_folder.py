@@ -1,4 +1,4 @@
-"""The run's folder belongs to one run at a time, and to its user."""
+"""The run's folder is used by one run at a time, and files of the user stay."""
 
 import os
 
@@ -30,7 +30,7 @@ def test_a_second_run_is_refused_and_a_lock_left_behind_is_taken_over(runs, caps
 
 
 def test_a_refused_run_leaves_the_users_files(base_flags, capsys, tmp_path):
-    """Leftovers of a killed run go; what merely looks alike stays, as does a folder that was there."""
+    """Temporary files of a killed run are removed; files that only look similar stay, as does an existing folder."""
     theirs = [tmp_path / "out" / ".mine.tmp", tmp_path / "out" / "notes" / ".draft.1.tmp"]
     for path in theirs:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Flags of other trainers are refused with their name here, and the table of docs/migrate.md says the same."""
+"""Options of other trainers are refused with their name here; the table of docs/migrate.md agrees."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ def flags_in(text: str) -> set[str]:
 
 
 def rows() -> list[list[str]]:
-    """The cells of its table: kohya's, diffusers', those of two others, and ours."""
+    """Return the cells of the table: kohya's, diffusers', two other trainers', and ours."""
     section = MIGRATE.read_text(encoding="utf-8").partition("\n## Names\n")[2].partition("\n## ")[0]
     return [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
 

@@ -1,4 +1,4 @@
-"""The bundled U-Net's losses on OpenMoji are what they were when `held_still.json` was recorded, by shortcut."""
+"""The bundled U-Net's losses on OpenMoji equal those recorded in `held_still.json`, for each shortcut."""
 
 import json
 from pathlib import Path
@@ -15,13 +15,13 @@ HELD = json.loads(Path(__file__).with_name("held_still.json").read_text())
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """What is encoded of the images is the same for every shortcut."""
+    """A cache of encoded images that all shortcuts share."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 def test_the_same_losses_as_ever(shortcut, cache, tmp_path):
-    """Samples and merges do not touch the losses: as few as can be. LoRA's are the same whatever the shortcut."""
+    """Without samples and merges, which do not affect losses. LoRA's losses are the same whatever the shortcut."""
     methods = ("lora", "reslora") if shortcut == "input" else ("reslora",)
     flags = ["--shortcut", shortcut, "--pre_num", 4, "--max_train_steps", 4, "--validation_steps", 4]
     flags += ["--train_batch_size", 8, "--seed", 11, "--method", *methods, "--cache_dir", cache]

@@ -1,4 +1,4 @@
-"""--init_lora: training goes on from a LoRA. Before the first step the output is that of the base plus the LoRA."""
+"""--init_lora: training starts from a LoRA. Before the first step, the output is that of base plus LoRA."""
 
 import json
 import re
@@ -26,14 +26,14 @@ STARTS += [("lora_x2", "kohya.safetensors"), ("reslora", "kohya.safetensors")]
 
 
 def some_lora() -> dict[str, dict[str, Factors]]:
-    """Of attention layers and one convolution, in float32 and small: two ranks, two scales."""
+    """Return a small float32 LoRA of attention layers and one convolution, with two ranks and two scales."""
     found = random_lora("stable_diffusion", lambda name: ".attn" in name or name == "conv_in")["unet"]
     return {"unet": {name: Factors(0.1 * f.down.float(), f.up.float(), f.scale) for name, f in found.items()}}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """One LoRA as every tool writes it."""
+    """Write one LoRA in every tool's format."""
     folder, parts = tmp_path_factory.mktemp("loras"), some_lora()
     write_diffusers(folder / "diffusers.safetensors", parts)
     write_kohya(folder / "kohya.safetensors", names("stable_diffusion").to_kohya(parts))
@@ -42,7 +42,7 @@ def files(tmp_path_factory):
 
 
 def started(path, method: str) -> torch.nn.Module:
-    """The tiny U-Net, in double precision, with the adapter that a run trains."""
+    """Return the tiny U-Net in float64 with the adapter that a run trains."""
     flags = Options.of(
         init_lora=str(path), rank=None, lora_alpha=None, target_modules=None, lora_dropout=0.0, seed=0,
         rank_pattern=None, alpha_pattern=None,
@@ -79,7 +79,7 @@ def test_the_first_output_is_that_of_the_base_plus_the_lora(files, method, file)
 
 @pytest.mark.parametrize(("method", "more"), [("lora", 1), ("lora_x2", 2)])
 def test_layers_ranks_and_alphas_are_the_files(files, method, more):
-    """Doubled where the method doubles alpha."""
+    """Doubled if the method doubles alpha."""
     unet = started(files / "peft", method)
     layers = {name: module for name, module in unet.named_modules() if hasattr(module, "lora_A")}
     assert layers.keys() == some_lora()["unet"].keys()
@@ -106,7 +106,7 @@ def test_the_expression_fits_these_layers_alone(wanted, every):
 
 @pytest.fixture(scope="module")
 def flags(data, files):
-    """Two steps of LoRA from a file of kohya's, for the pipeline whose layers it has."""
+    """Flags for two steps of LoRA from a kohya file, for the pipeline with its layers."""
     return [
         *("--pretrained_model_name_or_path", str(tiny("stable_diffusion")), "--train_data_dir", str(data)),
         *("--resolution", "32", "--train_batch_size", "2", "--learning_rate", "1e-3", "--report_to", "none"),
@@ -124,7 +124,7 @@ def run(flags, tmp_path_factory):
 
 @pytest.mark.exhaustive
 def test_training_goes_on_from_the_file(run, files):
-    """Adam's steps move each number by its rate at most; a fresh adapter is far from the file."""
+    """Adam changes each number by at most the learning rate per step; a fresh adapter would be far from the file."""
     found = final_weights(run, "lora", 2)
     parts = some_lora()["unet"]
     assert found.keys() == {f"{name}.lora_{letter}.default.weight" for name in parts for letter in "AB"}
@@ -138,7 +138,7 @@ def test_training_goes_on_from_the_file(run, files):
 
 @pytest.mark.exhaustive
 def test_a_resumed_run_equals_an_uninterrupted_one(run, flags, files, tmp_path, monkeypatch):
-    """By its own configuration, from any folder: it holds the layers, rank and alpha that the file gave, and where."""
+    """By its own configuration, from any folder: it contains the file's path, layers, rank and alpha."""
     first = [*without(without(flags, "--max_train_steps"), "--init_lora"), "--output_dir", tmp_path / "out"]
     monkeypatch.chdir(files)
     assert main(*first, "--max_train_steps", 1, "--init_lora", "kohya.safetensors") == 0
@@ -162,7 +162,7 @@ def test_another_lora_or_none_does_not_go_on(run, flags, files, capsys, tmp_path
 
 
 def test_the_application_draws_with_its_checkpoints(run):
-    """Layers have ranks and alphas of their own."""
+    """Layers have their own ranks and alphas."""
     unet = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet")
     config = json.loads((run / "config.json").read_text())
     targets = targets_of(config["target_modules"])
@@ -175,7 +175,7 @@ def test_the_application_draws_with_its_checkpoints(run):
 
 @pytest.mark.exhaustive
 def test_text_encoders_start_from_zero_beside_it(flags, files, tmp_path):
-    """At the rank of most of its layers; every format that the run writes has both."""
+    """At the rank of most of its layers; every exported format has both."""
     more = ["--output_dir", tmp_path / "out", "--train_text_encoder", "--max_train_steps", 1]
     assert main(*without(flags, "--max_train_steps"), *more) == 0
     checkpoint, known = tmp_path / "out" / "lora" / "checkpoint-1", names("stable_diffusion")
@@ -191,7 +191,7 @@ def test_text_encoders_start_from_zero_beside_it(flags, files, tmp_path):
 
 @pytest.mark.exhaustive
 def test_each_arm_of_an_experiment_starts_from_it(flags, tmp_path, files):
-    """Its ranks and alphas too, which nothing else sets."""
+    """With its ranks and alphas, which no other option sets."""
     plain = without(without(flags, "--max_train_steps"), "--learning_rate")
     several = ["--max_train_steps", 1, "--learning_rate", "1e-3", "2e-3", "--select_split", 0.2, "--test_split", 0.2]
     assert main(*plain, *several, "--rank", 2, "--output_dir", tmp_path / "out") == 0
@@ -228,7 +228,7 @@ def test_a_lora_of_text_encoders_or_another_family_is_refused(flags, capsys, tmp
     write_diffusers(tmp_path / "text.safetensors", parts)
     write_diffusers(tmp_path / "flux.safetensors", random_lora("flux", lambda name: "attn" in name))
     for name, words in (
-        ("text", "layers of text_encoder, and only the denoiser goes on from a LoRA"),
+        ("text", "layers of text_encoder, and only the denoiser can start from a LoRA"),
         ("flux", "is not a layer of"),
     ):
         given = ["--init_lora", tmp_path / f"{name}.safetensors", "--output_dir", tmp_path / "out"]
@@ -236,7 +236,7 @@ def test_a_lora_of_text_encoders_or_another_family_is_refused(flags, capsys, tmp
 
 
 def test_the_denoisers_part_of_a_lora_is_made_as_the_refusal_says(flags, files, tmp_path, monkeypatch, capsys):
-    """kohya's scripts train text encoders, too, unless they are told not to."""
+    """kohya's scripts train text encoders too, unless an option disables it."""
     monkeypatch.chdir(tmp_path)
     parts = some_lora() | {"text_encoder": {"text_model.encoder.layers.0.mlp.fc1": random_factors((32, 16), 2, 1.0, 0)}}
     write_kohya(tmp_path / "my both.safetensors", names("stable_diffusion").to_kohya(parts))

@@ -23,7 +23,7 @@ def flags(few_flags) -> list[str]:
 
 @pytest.fixture(scope="module")
 def single_process(flags, tmp_path_factory) -> list[float]:
-    """The losses of one process with all samples of a step."""
+    """Return the losses of one process that has all samples of a step."""
     output = tmp_path_factory.mktemp("alone") / "out"
     assert main(*flags, "--train_batch_size", "4", "--output_dir", output) == 0
     return [row["loss"] for row in read_log(output / "reslora" / "log.jsonl")]
@@ -36,7 +36,7 @@ ALIKE = ("cpu_two_processes.yaml", "one_node.yaml")
 
 @pytest.mark.parametrize("name", configurations(*ALIKE))
 def test_each_configuration_trains_what_one_process_does(name, flags, single_process, tmp_path):
-    """In two processes; with DeepSpeed in one, since accelerate does not let two find each other on a CPU."""
+    """With two processes; with DeepSpeed only one, because accelerate does not connect two on a CPU."""
     processes = 1 if name.startswith("deepspeed") else 2
     words = [*flags, "--train_batch_size", str(4 // processes), "--output_dir", str(tmp_path / "out")]
     launcher = ("--mixed_precision", "no", "--num_processes", str(processes))

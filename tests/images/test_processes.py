@@ -1,4 +1,4 @@
-"""What a run decides before its first step: the precision of the frozen parts, and the kind of attention."""
+"""Decisions before the first step: the precision of the frozen weights, and the kind of attention."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from reslora.training.preparing import attention_of
 
 @pytest.fixture
 def bf16(monkeypatch):
-    """As on a CPU with instructions for bf16, and nothing said by accelerate."""
+    """Simulate a CPU with bf16 instructions, without a precision from accelerate."""
     monkeypatch.setattr(setup, "cpu_has_bf16", lambda: True)
     monkeypatch.setattr(setup, "is_initialized", lambda: False)
     for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED"):
@@ -53,14 +53,14 @@ def test_whoever_has_a_wish_about_precision_gets_it(bf16, monkeypatch, model, da
 
 
 def test_accelerates_fp8_is_refused(brief_flags, monkeypatch, capsys, tmp_path):
-    """Its layers take the place of others, PEFT's among them."""
+    """Its layers would replace others, among them PEFT's."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     line = refused(capsys, *brief_flags, "--output_dir", tmp_path / "out")
     assert "fp8" in line and "--mixed_precision" in line and not (tmp_path / "out" / "config.json").exists()
 
 
 def test_fsdp_of_before_is_refused_before_accelerate_starts(brief_flags, monkeypatch, capsys, tmp_path):
-    """Which raises for it on a CPU."""
+    """accelerate itself would raise an error on a CPU."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
     monkeypatch.setattr(setup, "Accelerator", None)
@@ -118,7 +118,7 @@ def test_the_number_of_threads_is_the_users_and_how_to_give_it_is_printed(
     ],
 )
 def test_one_process_instead_of_several_is_warned_of(monkeypatch, capsys, variables, processes, warned):
-    """`accelerate launch --cpu --num_processes 2` starts one process, and would train on half of the batch."""
+    """`accelerate launch --cpu --num_processes 2` starts one process, which would train on half of the batch."""
     for name in (ACCELERATE, "MASTER_ADDR", "RANK"):
         monkeypatch.delenv(name, raising=False)
     for name in variables:
@@ -145,7 +145,7 @@ def test_plain_attention_is_for_few_tokens_in_bf16_on_a_cpu(device, precision, s
 
 
 def test_a_run_keeps_its_precision_and_goes_on_in_no_other(run, capsys, tmp_path):
-    """`run` said nothing of precision; accelerate's word is kept as if it had been given."""
+    """The fixture `run` gave no precision; that of accelerate is stored as if it had been given."""
     assert json.loads((run / "config.json").read_text())["mixed_precision"] == "no"
     folder = shutil.copytree(run, tmp_path / "run")
     flags = ["--config", folder / "config.json", "--output_dir", folder, *RESUME]

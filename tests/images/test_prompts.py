@@ -1,4 +1,4 @@
-"""Prompts from files: kohya's lines, JSON, and what is refused by the line."""
+"""Prompts from files: kohya's lines, JSON, and refusals that name the line."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_what_is_wrong_is_refused_with_its_place(tmp_path, capsys, name, content
 
 @pytest.mark.parametrize("prompts", [["none.txt", "a red box"], ["a red box", "Prompts.JSON"], ["a red box", "a.toml"]])
 def test_a_file_beside_other_prompts_is_refused(prompts):
-    """Its name would be drawn."""
+    """Otherwise its name would be used as a prompt."""
     with pytest.raises(
         InvalidArgument, match=r"^--validation_prompt \S+(txt|JSON|toml): a file together with other prompts"
     ):

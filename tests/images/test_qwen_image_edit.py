@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit: the reference image in the text states, in the loss, and in samples; smaller than the real one's."""
+"""Qwen-Image-Edit: the reference image in text states, loss and samples, at a smaller size than the real one."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ calculate_dimensions = pipeline_qwenimage_edit.calculate_dimensions
 
 @pytest.fixture(autouse=True)
 def small_references(monkeypatch):
-    """References of 64 x 64 pixels instead of a million, in the stock pipeline too."""
+    """Use references of 64 x 64 pixels instead of a million, in the stock pipeline too."""
     small = lambda area, ratio: calculate_dimensions(area // 256, ratio)  # noqa: E731
     monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", small)
 
@@ -47,7 +47,7 @@ def place(tmp_path_factory) -> SimpleNamespace:
 @pytest.mark.parametrize("flags", [[], ["--no-cache_latents", "--use_aspect_ratio_buckets"]], ids=["cached", "fresh"])
 @torch.no_grad()
 def test_loss_by_hand(place, tmp_path, flags):
-    """Text states of caption and reference as the pipeline's; the reference's tokens follow, and are not predicted."""
+    """Text states of caption and reference are the pipeline's; the reference's tokens follow, and are not predicted."""
     one = training_data_of([*place.flags, "--output_dir", str(tmp_path / "out"), *flags])
     stock = QwenImageEditPipeline.from_pretrained(place.model, torch_dtype=torch.float32)
     draws_of = one.data.plan(1).forward(0)
@@ -93,7 +93,7 @@ def test_loss_by_hand(place, tmp_path, flags):
 
 @pytest.fixture(scope="module")
 def trained(place) -> Path:
-    """Four steps of ResLoRA with two prompts of different lengths, whose references are given."""
+    """Four steps of ResLoRA with two prompts of different lengths, with given references."""
     out, before = place.folder / "out", place.folder / "before"
     flags = [*place.flags, "--output_dir", out, "--method", "reslora", "--shortcut", "middle", "--max_train_steps", "4"]
     flags += ["--checkpointing_steps", "2", "--validation_prompt", "blue box", "red", "--validation_steps", "2"]
@@ -117,7 +117,7 @@ def drawn(place: SimpleNamespace, weights: Path | None, reference: PIL.Image.Ima
 
 @pytest.mark.exhaustive
 def test_samples_are_those_of_the_stock_pipeline_with_the_exported_lora(place, trained):
-    """The stock pipeline's text encoder reads prompt, negative prompt and reference by itself."""
+    """The stock pipeline encodes prompt, negative prompt and reference itself."""
     files = json.loads((trained / "reslora" / "exports.json").read_text())["difference_of_255"]
     names = {"pytorch_lora_weights.safetensors", "kohya.safetensors", "peft", "transformer"}
     assert names <= files.keys() and max(files.values()) <= 2
@@ -155,7 +155,7 @@ def test_a_step_takes_what_is_planned(place, tmp_path, more):
 
 
 def test_text_states_belong_to_caption_and_reference(place, tmp_path):
-    """An edited reference has other text states, and the empty caption of dropped ones is read with each reference."""
+    """An edited reference has other text states; the empty caption of caption dropout is read with each reference."""
     pairs = pair_folders(tmp_path)
     flags = [*without_pairs(place.flags), *pairs, "--output_dir", str(tmp_path / "out"), "--caption_dropout", "0.5"]
     flags += ["--cache_dir", str(tmp_path / "cache")]
@@ -185,7 +185,7 @@ def test_captions_are_encoded_once_with_their_references(place, tmp_path, capsys
 
 @pytest.mark.exhaustive
 def test_an_experiment_measures_samples_of_test_images_with_their_references(place, tmp_path):
-    """Of the selection split, of the test split and of unrelated prompts: all have their text states."""
+    """For the selection split, the test split and unrelated prompts: all have their text states."""
     flags = [*place.flags, "--method", "lora", "reslora", "--seed", "0", "1", "--max_train_steps", "2"]
     flags += ["--validation_prompt", "blue box", "--test_split", "0.3", "--select_split", "0.3"]
     flags += ["--metric_model", tiny_clip_of_images(tmp_path / "clip"), "--validation_prompt", "red", "blue box"]

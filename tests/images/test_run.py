@@ -1,4 +1,4 @@
-"""What a run finds in its folder: itself, finished or not."""
+"""A run in an existing folder: its own run, finished or not."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def test_finished_run_does_nothing(run, base_flags, capsys):
 
 
 def test_steps_and_epochs_are_told_apart(run, base_flags, capsys):
-    """A run that `--max_train_steps` ended is not the run of so many epochs, and not one of fewer steps."""
+    """A run that `--max_train_steps` ended is not the run of a number of epochs, and not one of fewer steps."""
     flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", run]
     assert "unfinished run" in refused(capsys, *without(flags, "--max_train_steps"), "--num_train_epochs", 2)
     line = refused(capsys, *flags, "--max_train_steps", 2)
@@ -39,7 +39,7 @@ def test_steps_and_epochs_are_told_apart(run, base_flags, capsys):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("ended", [False, True])
 def test_fewer_steps_or_epochs_than_were_trained_are_refused(finished, base_flags, capsys, ended):
-    """The longer training would be exported as if it were what was asked for."""
+    """The longer training would be exported as if it were the requested one."""
     if not ended:
         (finished / "lora" / "exports.json").unlink()
     before = digests(finished, "**/*.*")
@@ -61,7 +61,7 @@ def test_unfinished_run_is_not_overwritten(run, base_flags, capsys, tmp_path):
 
 @pytest.mark.parametrize("flags", [(), ("--seed", 0, 1)], ids=["run", "experiment"])
 def test_what_was_told_to_stop_while_libraries_were_imported_begins_nothing(tmp_path, capfd, monkeypatch, flags):
-    """It does not load a model first, which may take minutes, nor waits for other processes, which may never come."""
+    """It neither loads a model, which may take minutes, nor waits for other processes, which may never come."""
     parse = train_sd.parse_args
     monkeypatch.setattr("reslora.images.run.start_accelerator", lambda flags: pytest.fail("it waits"))
 
@@ -84,7 +84,7 @@ def test_what_was_told_to_stop_while_libraries_were_imported_begins_nothing(tmp_
     [("--rank", 8), ("--seed", 3), ("--learning_rate", 0.5), ("--shortcut", "block"), ("--train_batch_size", 3)],
 )
 def test_other_settings_are_not_what_was_trained(finished, base_flags, capsys, flags, kept):
-    """Whoever has removed the checkpoints to save room is told the same."""
+    """The same error appears if the checkpoints were removed."""
     if not kept:
         for checkpoint in finished.glob("*/checkpoint-*"):
             shutil.rmtree(checkpoint)
@@ -116,7 +116,7 @@ def test_other_images_are_not_what_was_trained_on(finished, base_flags, capsys, 
 
 @pytest.mark.exhaustive
 def test_a_run_goes_on_only_with_the_images_that_it_could_use(brief_flags, capsys, tmp_path, monkeypatch):
-    """Which are damaged is known only once they are opened: with one more, others would be held out."""
+    """Damaged images are only found when they are opened: with one more image, others would be held out."""
     flags = [*brief_flags, "--validation_split", "0.3", "--output_dir", tmp_path / "out"]
     read = ImageDataset.open
 

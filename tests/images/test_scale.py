@@ -1,4 +1,4 @@
-"""Nothing is done twice, and nothing grows with the data: what a run encodes, opens and holds."""
+"""Work is not repeated, and memory does not grow with the data: what a run encodes, opens and holds."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ IMAGES = 12
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model and a dozen images with six captions."""
+    """A folder with a tiny model and a dozen images with six captions."""
     folder = tmp_path_factory.mktemp("scale")
     stable_diffusion(folder / "model")
     image_folder(folder / "images", IMAGES, lambda number: f"box {number % 6}")
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def train(folder, tmp_path) -> Callable:
-    """Two steps of LoRA with two images each, what is encoded kept in `tmp_path / "cache"`; returns the losses."""
+    """Train two steps of LoRA with two images each and the cache `tmp_path / "cache"`; return the losses."""
 
     def run(name: str, *flags: str, status: int = 0) -> list[float]:
         output = tmp_path / name
@@ -54,7 +54,7 @@ def train(folder, tmp_path) -> Callable:
 
 
 def encoders_are_not_loaded(monkeypatch, captions: bool = False) -> None:
-    """From now on encoding fails the run, but for that of captions where it is allowed."""
+    """Let encoding fail from now on, except that of captions if it is allowed."""
     load_pipeline = Model.load_pipeline
 
     def load(self, *args, encoders: bool, **more):
@@ -71,7 +71,7 @@ def encoders_are_not_loaded(monkeypatch, captions: bool = False) -> None:
 
 
 def test_another_run_on_the_same_data_encodes_nothing(train, folder, tmp_path, monkeypatch):
-    """In another folder, and with the data and the model elsewhere: the content counts."""
+    """In another folder, and with data and model in other places: only the content counts."""
     losses = train("first")
     assert len(losses) == 2 and not (tmp_path / "first" / "cache").exists()
     encoders_are_not_loaded(monkeypatch)

@@ -1,4 +1,4 @@
-"""Options with every default filled in, from the command line, a TOML file or a run's own config.json."""
+"""Options with all defaults, from the command line, a TOML file or a run's config.json."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from reslora.training.trackers import note_settings
 
 
 def test_the_bundled_pipeline_has_defaults_of_its_own(data):
-    """What depends on the model's family stays open until that is known."""
+    """Values that depend on the model's family stay open until it is known."""
     bundled = parse_args([])
     assert (bundled.adapter.method, bundled.data.resolution, bundled.training.max_train_steps) == (
         ["lora", "reslora"],
@@ -42,7 +42,7 @@ def test_the_bundled_pipeline_has_defaults_of_its_own(data):
     ],
 )
 def test_who_sets_up_shortcuts_means_reslora(data, model, tmp_path, more, methods):
-    """On the command line or in a file, also where what is given is the default."""
+    """On the command line or in a file, also if the value is the default."""
     flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data)]
     assert parse_args([*flags, *more.split()]).flat()["method"] == methods
     config = tmp_path / "flags.toml"
@@ -51,7 +51,10 @@ def test_who_sets_up_shortcuts_means_reslora(data, model, tmp_path, more, method
 
 
 def test_a_lora_to_start_from_means_lora_where_no_method_is_given(capsys, tmp_path):
-    """With the bundled model, too, whose two methods are not both able to; a missing file is named first."""
+    """With the bundled model too, of whose two default methods one cannot start from a LoRA.
+
+    A missing file is named first.
+    """
     lora = ["--init_lora", str(ASSETS.parent / "app" / "example" / "lora")]
     assert parse_args(lora).adapter.method == ["lora"]
     assert parse_args([*lora, "--method", "lora_x2"]).adapter.method == ["lora_x2"]
@@ -83,7 +86,7 @@ WIRED = {
 
 @pytest.mark.parametrize("words", WIRED)
 def test_blocks_without_others_are_warned_of(capsys, words):
-    """As one of several it is a control, and meant."""
+    """As one of several methods it is an intended control."""
     parse_args([*words.split(), "--pre_num", "0"])
     line = f"warning: --pre_num 0: blocks get no shortcut terms, so {WIRED[words]} trains as LoRA does\n"
     assert (line in capsys.readouterr().out) is bool(WIRED[words])
@@ -101,7 +104,7 @@ def test_a_folder_given_twice_is_refused(data, capsys, tmp_path):
 
 
 def test_a_folder_next_to_a_dataset_is_a_part_of_it(data, capsys, tmp_path):
-    """As in diffusers' script. A folder of its own would be passed over."""
+    """As in diffusers' script. A separate folder would be ignored."""
     line = refused(capsys, "--dataset_name", "someone/images", "--train_data_dir", data)
     assert f"error: --train_data_dir {data}: with --dataset_name it names a folder in that dataset" in line
     (tmp_path / "set" / "part").mkdir(parents=True)
@@ -113,7 +116,7 @@ def test_a_folder_next_to_a_dataset_is_a_part_of_it(data, capsys, tmp_path):
 
 
 def in_pairs(flags: list[str]) -> list[tuple[str, str | list[str]]]:
-    """Each flag with its value, or its values."""
+    """Return each flag with its value, or its values."""
     split = [part.split() for part in " ".join(flags).split("--")[1:]]
     return [(name, values if len(values) > 1 else values[0]) for name, *values in split]
 
@@ -145,7 +148,7 @@ def test_config_file_gives_flags_and_the_command_line_wins(run, data, model, tmp
 
 
 def test_the_home_folder_is_meant_where_no_shell_has_said_so(tmp_path, data, monkeypatch):
-    """Nobody wants a folder that is called `~`, least of all who removes it."""
+    """Nobody wants a folder named `~`, and removing it would be dangerous."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "own.toml").write_text('output_dir = "~/runs/own"\ncache_dir = "~/cache"\n')
     (tmp_path / "images").symlink_to(data)
@@ -162,7 +165,7 @@ def test_a_runs_own_config_gives_the_run_again(run):
 
 
 def test_a_runs_config_does_not_say_where_it_went_on_from(tmp_path, capsys):
-    """A repeat would go on from there, and be said to have begun afresh. Earlier versions have written it down."""
+    """A repeated run would resume from there. Earlier versions have stored the option."""
     resume, here = "--resume_from_checkpoint", ["--output_dir", str(tmp_path)]
     values = parse_args([*here, resume, "a/checkpoint-2"])
     note_settings(values, {"max_train_steps": 4, "validation_steps": 2}, Mock(trackers=[]))
@@ -207,7 +210,7 @@ def test_malformed_config_values_are_refused(tmp_path, capsys, content):
 
 
 def test_the_bundled_transformer_has_a_learning_rate_and_a_guidance_of_its_own():
-    """Its pipeline adds guidance to 1, so that 3 is what other pipelines call 4; a flow has no weights by SNR."""
+    """Its pipeline adds 1 to the guidance, so that 3 is 4 in other pipelines; flows have no SNR weights."""
     for name, expected in (("pipeline", (5e-4, 1.0, 4.0)), ("pipeline-flow", (1e-3, None, 3.0))):
         flags = parse_args(["--pretrained_model_name_or_path", str(ASSETS / name)])
         assert (flags.optimizer.learning_rate, flags.training.snr_gamma, flags.validation.guidance_scale) == expected
@@ -223,7 +226,7 @@ def test_the_bundled_unet_can_be_trained_without_weights_by_snr(tmp_path):
 
 
 def test_a_validation_that_steers_is_by_fixed_noises():
-    """A run that goes on is compared by their number, so that no loss is compared with one of another kind."""
+    """A resumed run is compared by the number of noises, so that losses of different kinds are not compared."""
     assert parse_args([]).validation.validation_noises is None
     for words in (["--save_best"], ["--early_stopping_patience", "3"]):
         assert parse_args(words).validation.validation_noises == 4
@@ -231,7 +234,7 @@ def test_a_validation_that_steers_is_by_fixed_noises():
 
 
 def test_samples_come_by_epochs_where_these_are_given(run, tmp_path):
-    """Of a bundled pipeline they come every 50 steps otherwise, which must not win."""
+    """For a bundled pipeline the default is every 50 steps, which must not take precedence."""
     assert (parse_args([]).validation.validation_steps, parse_args([]).validation.validation_epochs) == (50, 1)
     toml = tmp_path / "run.toml"
     toml.write_text("validation_epochs = 1")
@@ -309,7 +312,7 @@ def test_an_alpha_that_no_method_reads_is_told(model, data, capsys):
     ],
 )
 def test_what_the_other_flags_leave_unread_is_told(words, reads, model, data, capsys):
-    """Not refused: commands for diffusers' scripts have them."""
+    """They are not refused, because commands for diffusers' scripts contain them."""
     flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), *words.split()]
     parse_args([*flags, "--optimizer", "torch.optim.SGD", "--validation_split", "0"])
     assert capsys.readouterr().out.startswith(f"{words}: it has no effect with")
@@ -326,7 +329,7 @@ def test_what_nothing_reads_may_be_given_as_it_is_without(model, data):
 
 @pytest.mark.parametrize("name", ["prodigy", "prodigyopt.Prodigy"])
 def test_prodigy_takes_one_rate(capsys, tmp_path, name):
-    """It would end the first step otherwise, after all is encoded."""
+    """Otherwise it would end the first step with an error, after everything is encoded."""
     flags = ["--optimizer", name, "--learning_rate", "1", "--train_text_encoder", "--output_dir", str(tmp_path / "out")]
     line = refused(capsys, *flags, "--text_encoder_lr", "0.5")
     assert "--text_encoder_lr 0.5" in line and f"--optimizer {name}" in line
@@ -335,7 +338,7 @@ def test_prodigy_takes_one_rate(capsys, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["output_dir", "train_data_dir", "class_prompt"])
 def test_what_is_not_utf_8_is_refused(capsys, tmp_path, name):
-    """The exports and the images' rows would not take it, and that after all is encoded."""
+    """Exports and the rows of images would fail with them after everything is encoded."""
     odd = tmp_path / os.fsdecode(b"caf\xe9")
     assert f"--{name} {tmp_path}" in refused(capsys, "--output_dir", tmp_path / "out", f"--{name}", odd)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Two real processes: they resume, stop and fail together, by themselves and below the launcher."""
+"""Two real processes: they resume, stop and fail together, with and without the launcher."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def flags(few_flags) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(flags, tmp_path_factory) -> Path:
-    """The run that nothing happened to."""
+    """The uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     forked(SCRIPT, *flags, "--output_dir", str(folder / "out"), folder=folder)
     return folder / "out"
@@ -93,7 +93,7 @@ def test_a_stop_while_the_first_saves_is_met_by_all(flags, whole, tmp_path, to):
 
 
 def test_what_one_process_cannot_write_ends_both_in_one_line(flags, tmp_path):
-    """The main process's disk is full, so to speak: the other one does not wait for what never comes."""
+    """The main process's disk is full: the other process must not wait forever."""
     output = tmp_path / "out"
     broken = SLOW.format(path=[str(FOLDER.parent.parent)], folder=str(tmp_path), meanwhile=FULL)
     (tmp_path / "broken.py").write_text(broken)
@@ -114,13 +114,13 @@ def test_other_settings_are_refused_by_both_at_once(flags, whole, tmp_path):
 
 
 def test_one_process_does_not_go_on_for_two_half_as_large(flags, whole, capsys):
-    """As many samples a step: allowed, and equal but for rounding; half as many: refused."""
+    """With as many samples per step it is allowed, and equal up to rounding; with half as many it is refused."""
     assert main(*flags, "--output_dir", whole, "--max_train_steps", "6", *RESUME) == 2
     assert "batch size x accumulation x processes = 2" in capsys.readouterr().err
 
 
 def test_layers_that_the_output_does_not_depend_on_do_not_end_them(flags, tmp_path):
-    """Nobody reads what the text has become in Qwen-Image's last block: `to_add_out` has no gradient there."""
+    """In Qwen-Image's last block, the output of the text stream is unused: `to_add_out` has no gradient there."""
     words = [*flags[2:], "--pretrained_model_name_or_path", str(qwen_image(tmp_path / "qwen")), "--method", "lora"]
     words += ["--target_modules", "to_q", "to_add_out", "--num_validation_images", "0", "--validation_split", "0"]
     words += ["--gradient_checkpointing", "--gradient_accumulation_steps", "2", "--max_train_steps", "2"]
@@ -135,7 +135,7 @@ def test_layers_that_the_output_does_not_depend_on_do_not_end_them(flags, tmp_pa
 
 
 def test_both_end_early_with_one(flags, tmp_path):
-    """The validation loss that gets no lower ends them after the step that ends one process of as many samples."""
+    """Early stopping ends them after the same step as one process with as many samples."""
     words = ["--learning_rate", "0.05", "--early_stopping_patience", "1", "--validation_steps", "1", "--method", "lora"]
     words += ["--max_train_steps", "12", "--num_validation_images", "0"]
     forked(SCRIPT, *flags, *words, "--output_dir", str(tmp_path / "two"), folder=tmp_path)
@@ -149,7 +149,7 @@ def test_both_end_early_with_one(flags, tmp_path):
 
 
 def test_both_have_the_factor_of_each_step(flags, tmp_path):
-    """Two processes train decayed shortcuts as one with twice the batch does."""
+    """Two processes train decayed shortcuts like one process with twice the batch size."""
     words = ["--method", "reslora", "--shortcut", "block", "--shortcut_decay", "0.6", "--num_validation_images", "0"]
     forked(SCRIPT, *flags, *words, "--output_dir", str(tmp_path / "two"), folder=tmp_path)
     assert main(*flags, *words, "--train_batch_size", "4", "--output_dir", tmp_path / "one") == 0
@@ -164,7 +164,7 @@ def test_both_have_the_factor_of_each_step(flags, tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method, added", [("reslora", "lora_gates"), ("pissa", "lora_initial_A.default")])
 def test_both_have_the_same_gates_or_initial_factors(flags, tmp_path, method, added):
-    """Two processes train as one with twice the batch does."""
+    """Two processes train like one process with twice the batch size."""
     words = ["--method", method, "--num_validation_images", "0"]
     words += ["--shortcut", "gated"] if method == "reslora" else []
     forked(SCRIPT, *flags, *words, "--output_dir", str(tmp_path / "two"), folder=tmp_path)
@@ -175,6 +175,6 @@ def test_both_have_the_same_gates_or_initial_factors(flags, tmp_path, method, ad
 
 
 def processes_of(launcher) -> list[psutil.Process]:
-    """The two training processes, by rank."""
+    """Return the two training processes, by rank."""
     found = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "LOCAL_RANK" in p.environ()]
     return sorted(found, key=lambda process: process.environ()["LOCAL_RANK"])

@@ -1,4 +1,4 @@
-"""The methods by name: configured, attached to transformers' and diffusers' models, saved, loaded, made plain."""
+"""The methods: configured, attached to models of transformers and diffusers, saved, loaded, converted to plain LoRA."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ MODELS = {"llama": (tiny_llama, token_inputs, "logits"), "unet": (tiny_unet, une
 
 
 def build(method: str, kind: str = "llama", shortcut: str = "input", seed: int = 0, **flags) -> torch.nn.Module:
-    """A model with the method's adapter, its weights random wherever training can change them."""
+    """Return a model with the method's adapter, with random weights wherever training can change them."""
     torch.manual_seed(0)
     base = MODELS[kind][0]()
     config = adapter_config(method, AdapterSettings(**{**FLAGS, "targets": TARGETS[kind], **flags}))
@@ -98,7 +98,7 @@ def test_adalora_has_a_schedule_for_any_number_of_steps(total_steps):
 
 
 def test_an_orthogonal_start_changes_nothing_and_trains_both_factors():
-    """Neither factor is zero and their rows and columns are orthogonal, so that both have a gradient at once."""
+    """Neither factor is zero, and the rows of one are orthogonal to the columns of the other: both have gradients."""
     settings = AdapterSettings(**{**FLAGS, "targets": TARGETS["llama"]})
     base = tiny_llama().double()
     expected = outputs(base)
@@ -182,7 +182,7 @@ def test_the_largest_rank_is_the_smaller_side_of_the_narrowest_layer(build_base,
 
 
 def test_what_trains_whole_is_no_target():
-    """The classifier has two outputs, and PEFT adapts neither it nor what is below the pooler."""
+    """The classifier has two outputs; PEFT adapts neither it nor modules below the pooler."""
     config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["classifier", "bert.pooler"])
     check_rank(tiny_bert(), config)
     found = [name for name, _ in targeted(tiny_bert(), config)]
@@ -230,13 +230,13 @@ def test_the_penalty_is_the_papers_regularizer(kind):
 
 
 def accelerated(scale: float | None = None, sync_gradients: bool = True) -> SimpleNamespace:
-    """What is asked of an accelerator, with the scaler of fp16 where there is a scale."""
+    """Return the accelerator's attributes that the method reads, with an fp16 scaler if there is a scale."""
     scaler = SimpleNamespace(get_scale=lambda: scale) if scale else None
     return SimpleNamespace(scaler=scaler, sync_gradients=sync_gradients)
 
 
 def test_a_gradient_added_is_that_of_the_penalty_in_the_loss():
-    """Times the scale of an fp16 scaler, and only after the last forward of a step."""
+    """Multiplied by the scale of an fp16 scaler, and only after the last forward pass of a step."""
     model = build("adalora")
     allocator = rank_allocator(model)
     loss = model(**token_inputs()).logits.square().mean()

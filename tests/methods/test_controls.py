@@ -1,4 +1,4 @@
-"""Controls of ResLoRA: alphas and rotations against their formulas, written out by hand in float64."""
+"""Control methods: alphas and rotations against their formulas, written out by hand in float64."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ ALPHA, RANK = 5, 3
 
 
 def at_start(**more) -> torch.nn.Module:
-    """A stack of plain LoRA whose B is zero."""
+    """Return a stack of plain LoRA with B = 0."""
     model = lora_stack(**more)
     for layer in lora_layers(base_model(model), "default").values():
         torch.nn.init.zeros_(layer.lora_B["default"].weight)
@@ -41,7 +41,7 @@ def measured(
 
 @torch.no_grad()
 def by_hand(model) -> tuple[list, list]:
-    """A of every layer, and what it reads (tokens x p) in all batches, in order."""
+    """Return A and the input (tokens x p) of every layer in all batches, in order."""
     base, inputs = base_model(model), []
     layers = [layer.proj for layer in base.layers]
     hooks = [
@@ -58,7 +58,7 @@ def by_hand(model) -> tuple[list, list]:
 
 
 def hidden(shortcut: str, head: str, a: list, x: list) -> list:
-    """What enters B with the shortcut that reaches back two blocks, of each block of the chain."""
+    """Return the input of B with a shortcut over two blocks, for each block of the chain."""
     before = [range(max(0, n - 2), n) for n in range(len(a))]
     if shortcut == "input":
         first = (2 if head == "repeat" else 1) * x[0] @ a[0].T
@@ -114,7 +114,7 @@ def test_a_shortcut_without_a_link_is_refused():
 
 
 def rotations_of(model, name: str) -> tuple[list, float]:
-    """R_1, R_2, ... as matrices, and c."""
+    """Return R_1, R_2, ... as matrices, and c."""
     (rotations,) = base_model(model).get_submodule(name).lora_A["default"].parametrizations.weight
     eye = torch.eye(6, dtype=torch.float64)
     return [eye[:, at] * sign for at, sign in zip(rotations.places, rotations.signs, strict=True)], rotations.scale
@@ -302,7 +302,7 @@ def test_plain_lora_is_saved_as_ever(tmp_path):
 
 
 def test_pefts_configuration_says_the_alphas(tmp_path):
-    """And PEFT alone makes the same of it."""
+    """PEFT alone builds the same adapter from it."""
     from peft import PeftModel
 
     model = placebo("lora_matched")

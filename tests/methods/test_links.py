@@ -1,4 +1,4 @@
-"""What is said of chains: of each method by the shortcut that it has, takes after, or is a placebo of."""
+"""Messages about chains, for each method by its shortcut or the shortcut that it controls."""
 
 import pytest
 from core_models import tiny_llama

@@ -1,4 +1,4 @@
-"""Ranks and alphas of single layers: which layers an entry means, and what they then are in every method."""
+"""Ranks and alphas of single layers: which layers an entry matches, and their values in every method."""
 
 import math
 
@@ -21,7 +21,7 @@ TAKING = [name for name, row in METHODS.items() if row.of_layers and not row.sho
 
 
 def spelled(method: str = "lora", r: int = 4, **patterns):
-    """A tiny U-Net with the method's adapter, alpha 8, as a run makes it."""
+    """Return a tiny U-Net with the method's adapter and alpha 8, as in a run."""
     unet = tiny_unet()
     settings = AdapterSettings(r, 8, 0.0, ["to_q", "to_k", "to_v"], 10, **patterns)
     config = adapter_config(method, settings)

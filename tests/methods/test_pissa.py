@@ -1,4 +1,4 @@
-"""PiSSA on an unchanged base model: its start, its update, plain LoRA of twice the rank, and PEFT's own PiSSA."""
+"""PiSSA on an unchanged base model: its start, its update, plain LoRA of twice the rank, and PEFT's PiSSA."""
 
 import copy
 import shutil
@@ -200,7 +200,7 @@ def test_a_checkpoint_has_the_initial_factors(tmp_path):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_keeps_the_base_model_at_the_start(autocast):
-    """The residual of PEFT's PiSSA would be rounded to bfloat16; here the weight is the stored one."""
+    """The residual of PEFT's PiSSA would be rounded to bfloat16; here the weight is unchanged."""
     base = bare("llama").float() if autocast else bare("llama").bfloat16()
     settings = AdapterSettings(r=RANK, alpha=ALPHA, dropout=0.0, targets=["q_proj"], total_steps=10)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

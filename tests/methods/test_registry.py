@@ -1,4 +1,4 @@
-"""The rows of what can be trained: what each says, and that rows are all that decides."""
+"""The registry of methods: the content of each row, and that only the rows decide."""
 
 import subprocess
 import sys
@@ -55,7 +55,7 @@ def test_too_few_steps_are_refused_where_a_method_needs_more():
 
 
 def test_a_new_baseline_is_a_row(monkeypatch):
-    """Options of both trainers offer it, and the adapter is what its row makes."""
+    """Options of both trainers offer it, and its row makes the adapter."""
     from reslora.methods.registry import AdapterSettings, adapter_config
 
     row = METHODS["lora"]

@@ -1,4 +1,4 @@
-"""Targets that fit what cannot be adapted: the line names it, and what it says to give is what PEFT takes."""
+"""Targets that match modules which cannot be adapted: the message names them, and PEFT accepts the suggestion."""
 
 import pytest
 from core_models import assert_one_line, tiny_llama, tiny_roberta, tiny_unet
@@ -12,7 +12,7 @@ QKV = ["to_q", "to_k", "to_v"]
 
 
 def refused(model: nn.Module, targets: list[str] | str, *words: str, **options) -> str:
-    """The line, which holds these words."""
+    """Return the error's line, which contains these words."""
     with pytest.raises(InvalidArgument) as error:
         check_layers(model, targets, **options)
     assert_one_line(error, *words)
@@ -20,7 +20,7 @@ def refused(model: nn.Module, targets: list[str] | str, *words: str, **options) 
 
 
 def adapted(model: nn.Module, targets: list[str] | str) -> set[str]:
-    """The layers that PEFT adapts by these targets, which are not refused."""
+    """Return the layers that PEFT adapts by these targets, which must not be refused."""
     check_layers(model, targets)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=targets), model)
     return {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
@@ -55,13 +55,13 @@ def test_an_expression_is_to_fit_layers_alone():
 
 
 def test_a_linear_layer_that_holds_modules_is_a_layer():
-    """As one with a norm of its weight or, in transformers, of its input."""
+    """Such as one with a norm of its weight or, in transformers, of its input."""
     model = nn.ModuleDict({"q": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))})
     assert next(model["q"].children(), None) is not None and adapted(model, ["q"]) == {"q"}
 
 
 def test_what_trains_whole_is_no_target():
-    """PEFT passes over a head for classification that is named."""
+    """PEFT skips a classification head that is named."""
     refused(tiny_roberta(), ["query", "classifier"], "(RobertaClassificationHead)", "classifier.out_proj")
     check_layers(tiny_roberta(), ["query", "classifier"], whole=["classifier"])
     check_layers(tiny_llama(), ["q_proj", "embed_tokens"])

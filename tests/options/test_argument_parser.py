@@ -1,4 +1,4 @@
-"""The parser of all scripts: whole names, numbers in any notation, and the nearest option for one that is unknown."""
+"""The parser of all scripts: complete names, numbers in any notation, and the most similar known option."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def parser() -> Parser:
 
 
 def refusal(capsys, parse, *words: str) -> str:
-    """The one line on stderr."""
+    """Return the one line on stderr."""
     with pytest.raises(SystemExit) as end:
         parse(list(words))
     line = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The reference of all options is that of the tables."""
+"""docs/options.md equals the page generated from the tables."""
 
 import runpy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who sees all options of a run: every other function takes the groups that it needs."""
+"""Functions that take all options of a run are listed here; others take the groups that they need."""
 
 import ast
 from pathlib import Path
@@ -50,7 +50,7 @@ SEE_ALL = {
 
 
 def seen(path: Path) -> dict[str, set[str]]:
-    """The functions and classes of a file whose parameters or fields are all options, with these."""
+    """Return the functions and classes of a file with a parameter or field that holds all options."""
     found: dict[str, set[str]] = {}
     text = path.read_text()
     if not any(f"options.{name} import" in text for name in ("images", "texts", "grid")):

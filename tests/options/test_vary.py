@@ -1,4 +1,4 @@
-"""--vary: which options it takes, and what the labels, folders and values of the arms are."""
+"""--vary: which options it accepts, and labels, folders and values of the arms."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_a_config_may_hold_several_values_and_a_method_without_an_option_has_one
 
 
 def test_switches_and_lists_vary(tmp_path):
-    """Folders of long lists, and of regular expressions, are short and stable."""
+    """Folders of long lists and of regular expressions are short, and stay the same."""
     long = "+".join(f"down_blocks.{number}.attn" for number in range(9))
     words = ["random_flip=true,no", f"target_modules=to_q,to_q+to_k,{long},.*attn1"]
     grid = parse_args(["--method", "lora", "--vary", *words, "--seed", "0", "1"])
@@ -101,7 +101,7 @@ def test_what_cannot_vary_is_named(capsys, word, why):
 
 def test_other_refusals(capsys):
     assert "--lora_dropout 0 0: one value is given twice" in refused(capsys, "--vary", "lora_dropout=0,0.0")
-    assert "--head none repeat: nothing of --method lora" in refused(
+    assert "--head none repeat: no method of --method lora" in refused(
         capsys, "--vary", "head=none,repeat", "--method", "lora"
     )
     assert "did you mean reslora?" in refused(capsys, "--reference", "relora", "--seed", "0", "1")

@@ -1,4 +1,4 @@
-"""reslora/plots/charts.py: lines in SVG."""
+"""reslora/plots/charts.py: charts as SVG."""
 
 import re
 from xml.etree import ElementTree
@@ -10,7 +10,7 @@ from reslora.plots.charts import HEIGHT, REPORT, SVG, WIDTH, Axes, Line, Row, Se
 
 
 def lines_of(chart: str) -> list[list[tuple[float, float]]]:
-    """The corners of each line, in the chart's pixels."""
+    """Return the points of each line, in pixels."""
     groups = ElementTree.fromstring(chart).iterfind(f".//{{{SVG}}}g")
     paths = [group.find(f"{{{SVG}}}path").get("d") for group in groups if group.get("id", "").startswith("line-")]
     numbers = [list(map(float, re.findall(r"-?[\d.]+(?:e[+-]?\d+)?", path))) for path in paths]
@@ -41,7 +41,7 @@ def test_hardly_any_points_are_shown_too(points):
     ("point", "numbers"), [((123456, 0.5), {"0.5", "123456"}), ((0, 0.1234567), {"0.123457", "0"})]
 )
 def test_one_point_has_its_own_numbers_at_the_axes(point, numbers):
-    """Round numbers about it would have more digits than there is room for."""
+    """Round numbers around it would have too many digits."""
     chart = line_chart("Loss", "step", [Line("a", "#111111", (point,))])
     assert set(re.findall(r">([-\d.e+]+)</text>", chart)) == numbers
 
@@ -63,7 +63,7 @@ def test_ticks_are_round_numbers(low, high, expected):
 
 
 def test_intervals_are_drawn_to_the_scale_of_the_axis():
-    """Twice as far from zero is twice as far in pixels; what is far beyond all intervals is an arrow at the edge."""
+    """Twice as far from zero is twice as far in pixels; a value far beyond all intervals is an arrow at the edge."""
     rows = [
         Row("a <b>", 0, -1.5, (-2.0, -1.0), "text"),
         Row("c", 1, 0.5, (0.0, 1.0), ""),
@@ -84,7 +84,7 @@ def test_intervals_are_drawn_to_the_scale_of_the_axis():
 
 
 def test_a_difference_far_above_the_others_does_not_flatten_them():
-    """As the base model's is: it is drawn hollow, at the edge."""
+    """Such as the base model's difference: it is hollow, at the edge."""
     near = Series("a", 0, [(0, -1.0), (1, 1.0)], [(0, -1.0), (1, 1.0)])
     far = Series("base", 1, [(0, 500.0), (1, 1.5)], [(0, 500.0), (1, 1.5)])
     drawn = chart([near, far], Axes("Difference", "t", "percent", zero=True))

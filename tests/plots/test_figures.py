@@ -1,4 +1,4 @@
-"""reslora/figures.py: what is drawn where, read back from the pixels and from the curves themselves."""
+"""reslora/plots/figures.py: images and curves at their places, read from the pixels and the data of the curves."""
 
 import math
 
@@ -16,13 +16,13 @@ def plain(color, size=(64, 64)) -> PIL.Image.Image:
 
 
 def drawn(tmp_path, columns, rows, **more) -> np.ndarray:
-    """The comparison's pixels, RGB."""
+    """Return the pixels of the comparison, RGB."""
     figures.comparison(tmp_path / "comparison.png", columns, rows, **more)
     return np.asarray(PIL.Image.open(tmp_path / "comparison.png").convert("RGB"))
 
 
 def box(pixels: np.ndarray, color) -> tuple[int, int, int, int]:
-    """Left, top, width and height of where a colour is, which must fill that box."""
+    """Return left, top, width and height of the area of a color, which must fill this rectangle."""
     y, x = np.nonzero((pixels == color).all(axis=-1))
     left, top, width, height = int(x.min()), int(y.min()), int(np.ptp(x)) + 1, int(np.ptp(y)) + 1
     assert len(x) == width * height
@@ -72,7 +72,7 @@ def test_images_keep_their_shape(tmp_path, size, shown):
 
 
 def test_images_of_other_shapes_than_the_first_keep_theirs(tmp_path):
-    """A run that goes on may draw samples of another size."""
+    """A resumed run may generate samples of another size."""
     rows = [("p", [("m", [plain(RED, (128, 64)), plain(GREEN, (64, 64))])])]
     red, green = (box(drawn(tmp_path, ["a", "b"], rows), color) for color in (RED, GREEN))
     assert red[2:] == (128, 64) and green[2:] == (64, 64)
@@ -125,7 +125,7 @@ def test_nothing_drawn_yet(tmp_path):
 
 @pytest.fixture
 def families(monkeypatch):
-    """Sets the families that text is drawn in; cmtt10 and DejaVu Sans come with matplotlib."""
+    """Set the font families; cmtt10 and DejaVu Sans come with matplotlib."""
 
     def set_to(*names):
         monkeypatch.setattr(figures, "FAMILIES", names)
@@ -165,7 +165,7 @@ def test_the_same_content_gives_the_same_bytes(tmp_path):
 
 @pytest.fixture
 def saved(monkeypatch):
-    """The figures that were to be written."""
+    """Return the figures that would be written."""
     found = []
     monkeypatch.setattr(figures, "_save", lambda figure, path, dpi: found.append(figure))
     return found

@@ -1,4 +1,4 @@
-"""Checkpoints that step aside: under which name, which ones, and that transformers leaves them alone."""
+"""Renamed checkpoints: their names, which ones are renamed, and that transformers leaves them."""
 
 import errno
 import shutil
@@ -20,7 +20,7 @@ from reslora.runtime.checkpoint_folders import (
 
 
 def folders(folder: Path, *steps: int) -> list[Path]:
-    """Checkpoints of these steps."""
+    """Write checkpoints of these steps."""
     made = [folder / f"checkpoint-{step}" for step in steps]
     for path in made:
         path.mkdir(parents=True)
@@ -40,7 +40,7 @@ def test_transformers_neither_removes_nor_counts_what_is_set_aside(tmp_path):
 
 
 def test_later_ones_step_aside_and_all_where_the_chosen_one_is_from_elsewhere(tmp_path, monkeypatch):
-    """And that one is the newest of its folder at once, wherever it is from: who is killed then goes on from it."""
+    """Wherever it is from, it is the newest in its folder at once: a killed process resumes from it."""
     run = tmp_path / "run"
     _, second, third = folders(run, 1, 2, 3)
     (third / "weights").write_text("third")

@@ -1,4 +1,4 @@
-"""A run's folder is kept from a second run, whatever temporary folder either has."""
+"""A run's folder is locked against a second run, also if they have different temporary folders."""
 
 import contextlib
 import errno
@@ -66,7 +66,7 @@ def test_a_lock_leaves_no_file_behind(tmp_path, other_temporary_folder):
 
 
 def test_two_do_not_lock_a_folder_as_its_lock_is_removed(tmp_path, other_temporary_folder, monkeypatch):
-    """One has opened the file before the holder removes it, and locks it afterwards: nobody else would see that."""
+    """One process opens the lock file before the owner removes it, and locks it afterwards, unseen by others."""
     flock = fcntl.flock
     with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
         first.enter_context(guarded(tmp_path))
@@ -88,7 +88,7 @@ def test_two_do_not_lock_a_folder_as_its_lock_is_removed(tmp_path, other_tempora
 
 @pytest.mark.parametrize("owner", ["", "{pid}", "{pid}\n", "{pid}\nffffffff-{pid}-{start}", "{pid}\n{host}-{pid}-1"])
 def test_a_lock_of_who_is_gone_or_cannot_be_asked_is_taken_over(tmp_path, owner):
-    """Of another machine, or of an earlier process that had the id of one that runs; or damaged."""
+    """Of another machine, of an earlier process with the id of a running one, or damaged."""
     host, _, start = this_process().split("-")
     (tmp_path / ".lock").write_text(owner.format(host=host, pid=os.getppid(), start=start))
     assert_locked(tmp_path)
@@ -118,7 +118,7 @@ def test_a_folder_that_is_not_there_any_more_ends_the_run(tmp_path, then):
 
 
 def test_nothing_is_written_into_a_folder_that_was_moved(tmp_path):
-    """Nor is it made anew: who writes need not ask."""
+    """It is not created again, even by code that does not check."""
     folder = tmp_path / "out"
     with locked(folder):
         write_json(folder / "config.json", {})
@@ -129,7 +129,7 @@ def test_nothing_is_written_into_a_folder_that_was_moved(tmp_path):
 
 
 def test_a_folder_that_is_removed_and_made_anew_at_once_is_another(tmp_path):
-    """Though many file systems would give it the number of the one that is gone."""
+    """Many file systems would reuse the inode number."""
     folder = tmp_path / "out"
     with locked(folder):
         shutil.rmtree(folder)
@@ -176,7 +176,10 @@ def test_a_disk_that_cannot_be_asked_just_now_ends_no_run(tmp_path, monkeypatch)
 
 
 def test_a_disk_that_gives_its_folders_new_numbers_ends_nothing(tmp_path, monkeypatch):
-    """As those of networks may when they are there again; a folder that is moved alone has a new one alone."""
+    """Network file systems may do so after a reconnect, for all folders.
+
+    A moved folder is the only one that changes.
+    """
     inner = tmp_path / "run" / "lora"
     with locked(tmp_path / "run"), writing_into(inner):
         with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""A run's log where its disk is full."""
+"""A run's log on a full disk."""
 
 import errno
 from pathlib import Path
@@ -12,7 +12,7 @@ FULL = Path("/dev/full")
 
 @pytest.mark.skipif(not FULL.exists(), reason="Linux has a device that is always full")
 def test_a_row_that_the_disk_has_no_room_for_names_the_log(tmp_path):
-    """At the row, and at its end as well: what is raised last is what is told."""
+    """When the row is written, and at the end as well: the last exception is the one that is printed."""
     writer = LogWriter(tmp_path / "log.jsonl")
     writer.close()
     writer.file = FULL.open("a", encoding="utf-8")

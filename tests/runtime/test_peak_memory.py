@@ -1,4 +1,4 @@
-"""How much memory an arm takes."""
+"""The peak memory of an arm."""
 
 import mmap
 
@@ -8,7 +8,7 @@ from reslora.runtime.peak_memory import forget_peak, peak_memory
 
 
 def test_peak_memory_counts_from_where_it_was_forgotten():
-    """By pages of the system's: what malloc has kept of earlier tests would be used again."""
+    """Measured with new pages of the system: malloc would reuse memory of earlier tests."""
     device, size = torch.device("cpu"), 2**26
     with mmap.mmap(-1, 2 * size) as pages:
         pages.write(b"1" * 2 * size)

@@ -1,4 +1,4 @@
-"""Several processes: one decides, all hear of it, and nobody is left waiting where one fails."""
+"""Several processes: the main process decides and broadcasts, and no process waits forever if one fails."""
 
 import json
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_alone_everything_is_a_plain_call():
 
 
 def test_no_decision_is_made_inside_another_alone_either():
-    """Tests of one process find what would keep several waiting for each other."""
+    """Tests with one process detect code that would block several processes."""
     for _ in range(2):
         with pytest.raises(AssertionError, match="enters a collective operation"):
             together.broadcast_from_main(lambda: together.broadcast_from_main(lambda: 1))
@@ -142,7 +142,7 @@ def test_a_process_that_dies_is_not_waited_for(tmp_path, waiting):
 
 
 def outcome(folder: Path, script: str) -> tuple[list[int], str]:
-    """The exit statuses of two processes of a script, by rank, and what they print."""
+    """Return the exit statuses of two processes of a script, by rank, and their output."""
     (folder / "script.py").write_text(script)
     processes = start_forked(folder / "script.py", printed=folder / "printed.txt")
     return [ended(process) for process in processes], (folder / "printed.txt").read_text()
@@ -172,14 +172,14 @@ sys.exit(run_script("script", main))
 
 @pytest.mark.exhaustive
 def test_the_others_outwait_what_a_collective_does_not(tmp_path):
-    """Merging, drawing and reading back take longer than any collective may."""
+    """Merging, sampling and reading back take longer than the time limit of a collective."""
     statuses, printed = outcome(tmp_path, PATIENT.format(first=3, then=None))
     assert statuses == [0, 0], printed
 
 
 @pytest.mark.exhaustive
 def test_who_waits_for_a_main_process_that_dies_ends_in_one_line(tmp_path):
-    """It has the store by which they found each other, too."""
+    """The main process also holds the store by which the processes found each other."""
     statuses, printed = outcome(tmp_path, PATIENT.format(first=0, then="os._exit(9)"))
     assert statuses == [9, 1], printed
     assert "another process of this run has ended" in printed.splitlines()[-1] and "Traceback" not in printed

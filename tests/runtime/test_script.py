@@ -1,4 +1,4 @@
-"""A script's errors and signals as one line and a status."""
+"""A script's errors and signals as one line and an exit status."""
 
 import fcntl
 import os
@@ -102,7 +102,7 @@ sys.exit(run_script("script.py", main))
 
 
 def take_terminal() -> None:
-    """For `preexec_fn`: its input is the terminal that hangs up on it."""
+    """Make the terminal the controlling one (`preexec_fn`), so that it can hang up."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
@@ -160,7 +160,7 @@ def test_several_processes_without_an_accelerator_share_the_cpu(monkeypatch, env
 
 @pytest.mark.parametrize("error", [None, Stopped("stopped"), RunFailed("loss nan"), InvalidArgument("--a", "bad", "2")])
 def test_no_process_group_outlives_the_script(tmp_path, error):
-    """A process that exits while gloo's threads run is aborted now and then, the more so on a busy machine."""
+    """A process that exits while gloo's threads run is sometimes aborted, more often on a busy machine."""
 
     def main(argv, stop):
         import reslora.runtime.processes  # noqa: F401 - as scripts do once their flags are parsed

@@ -1,4 +1,4 @@
-"""Stop requests: handlers whatever is inherited, the second signal, and launchers that die."""
+"""Stop requests: handlers under any inherited setting, the second signal, and launchers that die."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ def ignore_sighup() -> None:
 
 
 def await_file(path: Path, process: subprocess.Popen | None = None) -> str:
-    """The content of a file that another process writes."""
+    """Return the content of a file that another process writes."""
     wait_until(lambda: path.is_file() and path.read_text(), f"{path} to be written", process)
     return path.read_text()
 

@@ -1,4 +1,4 @@
-"""reslora/runtime/status.py: what is told of where a run is, and how often."""
+"""reslora/runtime/status.py: the phase of a run in its file, and how often it is written."""
 
 import json
 import os

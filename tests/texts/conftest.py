@@ -13,7 +13,7 @@ from .helpers import VALIDATED, flags, row, write_llama, write_rows
 
 @pytest.fixture(autouse=True)
 def _another_run():
-    """A run of its own process, for accelerate: it takes one precision."""
+    """Reset accelerate's state, as in a new process: it keeps the first precision."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -26,7 +26,7 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """Word problems: 32 to train on, 4 to validate on, 6 to be tested on."""
+    """Write word problems: 32 for training, 4 for validation, 6 for tests."""
     rows = [row(n) for n in range(48)]
     return write_rows(tmp_path_factory.mktemp("data"), train=rows[:32], validation=rows[32:36], test=rows[36:42])
 

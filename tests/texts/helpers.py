@@ -1,4 +1,4 @@
-"""A tiny adapted model, runs of the scripts and their log, for the tests of this folder."""
+"""Helpers of the tests in this folder: a tiny adapted model, runs of the scripts, and their log."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ def build(method: str = "reslora", shortcut: str = "input", base=None, **flags):
 
 @torch.no_grad()
 def token_loss(model, rows) -> float:
-    """Mean over all answer tokens, one encoded example at a time."""
+    """Return the mean loss over all answer tokens, computed one encoded example at a time."""
     losses = []
     for row in rows:
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
@@ -58,27 +58,27 @@ def token_loss(model, rows) -> float:
 
 
 def adapter_of(method: str = "reslora", **options) -> MethodOptions:
-    """A method with these options, as a run has them."""
+    """Return the options of a method's adapter, as a run has them."""
     return resolve(LlmOptions, {"method": [method], **options}).adapter
 
 
 def parsed(argv: list[str]) -> LlmOptions:
-    """The options of a run of train_llm.py."""
+    """Return the options of a run of train_llm.py."""
     return read(LlmOptions, llm.PROG, argv)
 
 
 def parsed_glue(argv: list[str]) -> GlueOptions:
-    """The options of a run of train_glue.py."""
+    """Return the options of a run of train_glue.py."""
     return read(GlueOptions, glue.PROG, argv)
 
 
 def run_llm(argv: list[str], stop: StopRequest | None = None) -> None:
-    """A run of train_llm.py in this process; what ends it is raised."""
+    """Run train_llm.py in this process; its errors are raised."""
     train_llm.start(argv, stop or StopRequest())
 
 
 def run_glue(argv: list[str], stop: StopRequest | None = None) -> None:
-    """The same of train_glue.py."""
+    """Run train_glue.py in this process; its errors are raised."""
     train_glue.start(argv, stop or StopRequest())
 
 
@@ -140,7 +140,7 @@ class TinyTexts(Texts):
 
 
 class KeptStudy(TextStudy):
-    """Exports nothing; its texts keep the learner."""
+    """A study that exports nothing; its texts keep the learner."""
 
     def export(self, learner, schedule):
         self.texts.learner = learner
@@ -150,7 +150,7 @@ class KeptStudy(TextStudy):
 def trained_in(
     folder: Path, method="reslora", shortcut="input", stop=None, resume=None, base=None, texts=None, **options
 ) -> Learner:
-    """A run of the training loop in this process, of TinyTexts: what it has trained."""
+    """Train `TinyTexts` by the training loop in this process, and return what was trained."""
     values = {
         "method": [method], "shortcut": [shortcut], "output_dir": str(folder), "max_steps": STEPS, "save_steps": 2,
         "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": ["none"], "eval_strategy": "no",
@@ -168,7 +168,7 @@ def trained_in(
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per byte; the end of a sequence is the only special token, so it pads too, as with many LLaMAs."""
+    """Return a tokenizer with a token per byte; the end of sequence is its only special token and also pads."""
     vocabulary = {"<end>": 0} | {char: n for n, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -177,7 +177,7 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_llama(folder: Path) -> Path:
-    """A tiny LLaMA with tied embeddings and a tokenizer, in transformers' format."""
+    """Write a tiny LLaMA with tied embeddings and a tokenizer, in transformers' format."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

@@ -1,4 +1,4 @@
-"""Trains plain LoRA by PEFT in stock transformers' `Trainer`, on the examples of train_llm.py; nothing of the loop."""
+"""Train PEFT's plain LoRA by transformers' `Trainer` on the examples of train_llm.py, without this package's loop."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from reslora.texts.llm_tokens import Encoder
 
 
 def main(model: str, data: str, output: str, *words: str) -> None:
-    """Writes the losses of the steps and the trained weights; `words`: names and values of `TrainingArguments`."""
+    """Write the losses of the steps and the trained weights; `words`: names and values of `TrainingArguments`."""
     encoder = Encoder(AutoTokenizer.from_pretrained(model))
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     flags = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))

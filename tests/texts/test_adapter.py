@@ -1,4 +1,4 @@
-"""The adapter of a language model, as the flags say."""
+"""The adapter of a language model, as the options specify it."""
 
 import pytest
 import torch

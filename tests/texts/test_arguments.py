@@ -1,4 +1,4 @@
-"""Flags of the language scripts: one line and status 2 for what cannot work."""
+"""Options of the language scripts: one line and exit status 2 for what cannot work."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ SCRIPTS = [(LlmOptions, "train_llm.py"), (GlueOptions, "train_glue.py")]
 
 
 def parse(*argv, kind=LlmOptions):
-    """The options of a run."""
+    """Return the options of a run."""
     return read(kind, "script.py", [*argv, "--report_to", "none"])
 
 
@@ -76,7 +76,7 @@ def test_the_defaults_are_the_papers():
 
 
 def test_short_texts_are_calibrated_on_more_examples():
-    """As many tokens for each input of a layer as where it was measured (`benchmarks/merge_limits.py`), or more."""
+    """With at least as many tokens per layer input as in the measurement (`benchmarks/merge_limits.py`)."""
     counts = [resolve(kind, {}).adapter.merge_calibration_samples for kind, _ in SCRIPTS]
     assert counts == [64, 256]
     assert read(GlueOptions, "x", ["--calibration_examples", "8"]).adapter.merge_calibration_samples == 8
@@ -103,7 +103,7 @@ def test_bundled_defaults_hold_until_a_model_is_named():
 
 @pytest.mark.parametrize(("kind", "prog"), SCRIPTS)
 def test_a_number_of_steps_asks_for_steps(kind, prog):
-    """The default, that of the bundled models among them, is an epoch, which would leave the number unread."""
+    """The default strategy, also of bundled models, is an epoch, which would leave the number of steps unused."""
 
     def strategies(*words):
         found = read(kind, prog, list(words))

@@ -1,4 +1,4 @@
-"""Experiments with language models: arms are plain runs, are trained once, outlive a kill, and are judged by hand."""
+"""Experiments with language models: arms equal single runs, are trained once, survive a kill, and are compared."""
 
 import json
 import os
@@ -52,7 +52,7 @@ SPLITS = {"train": 12, "validation": 3, "test": 4}
 
 @pytest.fixture(scope="module")
 def common(tmp_path_factory) -> list[str]:
-    """Two steps, each a checkpoint that may be chosen."""
+    """Two steps, each with a checkpoint that may be chosen."""
     rows = {
         split: [json.loads(line) for line in (MODEL / "task" / f"{split}.jsonl").read_text().splitlines()[:count]]
         for split, count in SPLITS.items()
@@ -75,7 +75,7 @@ def record(output: Path) -> dict:
 
 
 def times(output: Path) -> dict[str, int]:
-    """When each file of an arm that has ended was written, but for test losses and the record of exports."""
+    """Return when each file of an ended arm was written, without test losses and the record of exports."""
     folders = [path.parent for path in output.rglob("arm.json")]
     return {
         str(path): path.stat().st_mtime_ns
@@ -87,7 +87,7 @@ def times(output: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def killed(common, tmp_path_factory) -> tuple[Path, dict[str, int]]:
-    """Killed within the second arm, after its first checkpoint; and what was there."""
+    """An experiment killed in the second arm, after its first checkpoint; and its files."""
     output, kept = tmp_path_factory.mktemp("whole") / "out", []
 
     class Killed(Exception):
@@ -109,7 +109,7 @@ def killed(common, tmp_path_factory) -> tuple[Path, dict[str, int]]:
 
 @pytest.fixture(scope="module")
 def whole(common, killed) -> tuple[Path, dict[str, int]]:
-    """The same command went on, and then with one more seed; and what was there before that."""
+    """The experiment resumed by the same command, and then with one more seed; and its files before that."""
     output, _ = killed
     assert run(*common, *EXPERIMENT, "--output_dir", output) == 0
     assert (record(output)["verdicts"], record(output)["readings"]) == ([], 0)  # one seed tells nothing
@@ -156,7 +156,7 @@ def weights(folder: Path) -> list[bytes]:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["lora", "reslora"])
 def test_an_arm_equals_a_plain_run_bit_for_bit(common, whole, tmp_path, method):
-    """That of reslora was killed in the middle."""
+    """That of reslora was killed during training."""
     output, _ = whole
     own = output / method / "lr-0.005" / "seed-42"
     plain = ("--method", method, "--learning_rate", "5e-3", "--output_dir", tmp_path)
@@ -170,7 +170,7 @@ def test_an_arm_equals_a_plain_run_bit_for_bit(common, whole, tmp_path, method):
 
 @pytest.mark.exhaustive
 def test_test_losses_are_those_of_a_loop_by_hand(common, whole):
-    """Of the merged adapter at the last step, which is the chosen one here, by stock libraries."""
+    """Of the merged adapter at the last step, which is the chosen one here, computed with stock libraries."""
     output, _ = whole
     found, encoder = record(output), Encoder(AutoTokenizer.from_pretrained(MODEL))
     rows = [json.loads(line) for line in (MODEL / "task" / "test.jsonl").read_text().splitlines()[: SPLITS["test"]]]
@@ -200,7 +200,7 @@ def test_the_best_arm_alone_is_merged_for_stock_transformers(whole):
 
 @pytest.mark.exhaustive
 def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_removed(common, whole, tmp_path, capsys):
-    """Which its comparison asks for: at its chosen rate."""
+    """The comparison needs them: the arm has its method's chosen rate."""
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
     command = [*common, *EXPERIMENT, "--seed", "42", "7", "--output_dir", output]
     found = next(arm for arm in record(output)["arms"] if arm["test"] and arm["method"] == "reslora")
@@ -221,7 +221,7 @@ def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_rem
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("moment", ["measured", "restored"])
 def test_an_experiment_whose_folder_is_moved_writes_nothing_more(common, whole, tmp_path, monkeypatch, capsys, moment):
-    """In the test of an arm, or before its adapter is exported."""
+    """During the test of an arm, or before its adapter is exported."""
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
     found = next(arm for arm in record(output)["arms"] if arm["test"])
     (output / found["folder"] / ("test.json" if moment == "measured" else "exports.json")).unlink()
@@ -241,7 +241,7 @@ def test_an_experiment_whose_folder_is_moved_writes_nothing_more(common, whole, 
 
 @pytest.mark.exhaustive
 def test_an_arm_whose_folder_is_removed_writes_nothing_more(common, tmp_path, monkeypatch, capsys):
-    """Else it would make the folder anew, with what comes later alone."""
+    """Otherwise it would create the folder again, with only the later files."""
     output, keep = tmp_path / "out", TextStudy.keep
 
     def removes(self, *given):
@@ -258,7 +258,7 @@ def test_an_arm_whose_folder_is_removed_writes_nothing_more(common, tmp_path, mo
 def test_an_arm_that_was_killed_before_its_last_adapter_was_kept_keeps_it_when_it_goes_on(
     common, tmp_path, monkeypatch
 ):
-    """Its checkpoint is there: by this alone it would have ended, and could not be chosen."""
+    """Its checkpoint exists: by this alone it would count as ended, but could not be chosen."""
 
     class Killed(Exception):
         pass
@@ -276,7 +276,7 @@ def test_an_arm_that_was_killed_before_its_last_adapter_was_kept_keeps_it_when_i
 
 @pytest.mark.exhaustive
 def test_an_arm_ends_before_weights_are_saved_that_are_not_finite(common, tmp_path):
-    """Of what is saved before, though no train loss is looked at by then."""
+    """Of anything that is saved, although no training loss has been read by then."""
     command = [*common, "--method", "lora", "--learning_rate", "1e-3", "1e30", "--logging_steps", "50"]
     assert run(*command, "--max_steps", "4", "--eval_steps", "2", "--output_dir", tmp_path) == 0
     well, failed = record(tmp_path)["arms"]
@@ -303,7 +303,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
         ("--seed 3 3", "one value is given twice"),
         (
             "--method lora --shortcut input block",
-            "input block: nothing of --method lora reads",
+            "input block: no method of --method lora uses",
         ),
         ("--lora_r 2 999", "999"),
     ):
@@ -334,7 +334,7 @@ def test_arms_at_once_are_those_of_one_after_the_other(common, whole, tmp_path, 
 
 @pytest.mark.exhaustive
 def test_a_race_stops_a_run_early_and_says_so(common, tmp_path, capsys):
-    """In a few steps, a low rate learns nothing. The estimate follows six steps."""
+    """In few steps, a low learning rate learns nothing. The estimate is printed after six steps."""
     own = (*common, "--max_steps", "8", "--eval_steps", "2", "--output_dir", tmp_path / "out")
     own += ("--method", "lora", "--learning_rate", "1e-6", "5e-3")
     assert run(*own) == 0
@@ -351,7 +351,7 @@ def test_a_race_stops_a_run_early_and_says_so(common, tmp_path, capsys):
 
 @pytest.mark.exhaustive
 def test_averages_are_means_of_the_runs_adapters(common, whole, tmp_path):
-    """Added to an experiment that is finished, of which no arm is trained again."""
+    """Added to a finished experiment, of which no arm is trained again."""
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
     before, own = times(output), ("--seed", "42", "7", "--merge_and_save", "--average_checkpoints", "last:2")
     assert run(*common, *EXPERIMENT, *own, "--output_dir", output) == 0
@@ -374,7 +374,7 @@ def test_averages_are_means_of_the_runs_adapters(common, whole, tmp_path):
 
 @pytest.mark.exhaustive
 def test_two_processes_end_well(common, tmp_path):
-    """Who has trained with the main process waits while that one compares and exports."""
+    """The other process waits while the main process compares and exports."""
     words = ["--seed", "0", "1", "--learning_rate", "5e-3", "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
     printed = forked(SCRIPT, *common, *words, folder=tmp_path)
     assert "error" not in printed and printed.count("peft/ is that of") == 1, printed
@@ -404,7 +404,7 @@ def test_a_plain_run_refuses_other_examples_before_it_loads_the_model(tmp_path, 
 
 
 def test_a_folder_that_is_trained_in_is_refused_before_anything_is_encoded(common, tmp_path, capsys, monkeypatch):
-    """To encode may take minutes. With other rates as with the same ones, and by a plain run too."""
+    """Encoding may take minutes. With other rates, with the same ones, and by a single run too."""
     monkeypatch.setattr(llm, "load_tokenizer", lambda *_: pytest.fail("encoded"))
     output = tmp_path / "out"
     with locked(output):
@@ -415,7 +415,7 @@ def test_a_folder_that_is_trained_in_is_refused_before_anything_is_encoded(commo
 
 
 def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, monkeypatch):
-    """Not those that --max_train_samples leaves out."""
+    """Without those that --max_train_samples leaves out."""
     experiments: list[experiment.TextExperiment] = []
     monkeypatch.setattr(experiment_run, "train_and_conclude", lambda experiment, pool: experiments.append(experiment))
     assert run(*common, *EXPERIMENT, "--max_train_samples", "5", "--output_dir", tmp_path) == 0
@@ -424,7 +424,7 @@ def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, 
 
 
 def test_a_plan_times_the_first_steps_and_writes_nothing(common, tmp_path, capsys):
-    """With --eval_strategy no, an experiment evaluates its runs all the same."""
+    """With --eval_strategy no, an experiment evaluates its runs nevertheless."""
     flags = ("--method", "lora", "reslora", "--learning_rate", "1e-3", "--seed", "0", "1", "--eval_strategy", "no")
     assert run(*common, *flags, "--output_dir", tmp_path / "out", "--plan") == 0
     runs, steps, memory, estimate = capsys.readouterr().out.splitlines()[-4:]
@@ -435,7 +435,7 @@ def test_a_plan_times_the_first_steps_and_writes_nothing(common, tmp_path, capsy
 
 
 def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
-    """Where a share decides: a file of the task and a limit take as many as they do."""
+    """If a fraction determines the part: a file of the task or a limit determines its size instead."""
 
     def told(files, split=None, limit=None) -> list[str]:
         parts = parts_of(files, str, ExperimentOptions(test_split=split)).limited(None, limit)
@@ -457,7 +457,7 @@ def test_the_select_loss_is_measured_when_it_is_asked_for_or_ten_times():
 
 @pytest.mark.parametrize("kind", [LlmOptions, GlueOptions])
 def test_an_experiment_at_home_is_where_its_arms_are(tmp_path, monkeypatch, kind):
-    """transformers reads `~` where the shell has not, as in `--output_dir=~/out`."""
+    """transformers expands `~` where the shell has not, as in `--output_dir=~/out`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     schedule = ArmSchedule(read(kind, "x", [*EXPERIMENT, "--output_dir=~/out", "--use_cpu"]), 0.0)
     assert schedule.folder == tmp_path / "out"
@@ -467,7 +467,7 @@ def test_an_experiment_at_home_is_where_its_arms_are(tmp_path, monkeypatch, kind
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_the_compiler_forgets_earlier_arms(tmp_path, monkeypatch, compiled):
-    """Each ResLoRA is a model of its own, and beyond the eighth it would run as if it was not compiled."""
+    """Each ResLoRA is a new model, and after the eighth, torch would stop compiling."""
     heard = []
 
     def train(*_):
@@ -484,7 +484,7 @@ def test_the_compiler_forgets_earlier_arms(tmp_path, monkeypatch, compiled):
 
 
 def runner_of(grid, stop: StopRequest | None = None) -> experiment.TextExperiment:
-    """An experiment with a few examples, of which nothing was loaded."""
+    """Return an experiment with a few examples, without loading anything."""
     texts, stop = llm.LlmTexts(), stop or StopRequest()
     texts.rows, texts.encoder = [{"input_ids": [1], "labels": [1]}] * 4, Encoder(bytes_tokenizer())
     context = Context(grid.base, None, Accelerator(cpu=True), stop)
@@ -502,7 +502,7 @@ def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
 
 
 def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monkeypatch):
-    """Before anything is loaded; what one of the methods reads is not."""
+    """Before anything is loaded; options that one of the methods uses are not reported."""
     ends = InvalidArgument("--data_dir", "is not asked for", "go on")
     monkeypatch.setattr(llm.LlmTexts, "parts", lambda *_: (_ for _ in ()).throw(ends))
 
@@ -518,7 +518,7 @@ def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monk
 
 @pytest.mark.exhaustive
 def test_numbers_of_blocks_that_mean_the_same_are_told_once(common, tmp_path, capsys, monkeypatch):
-    """The chains have five blocks, one for each layer; a plain run says it too."""
+    """The chains have five blocks, one per layer; a single run prints it too."""
     same = "--pre_num 7: 2 of 2 chains are shorter (shortest: 5 blocks); the longest has 5, so this equals --pre_num 4"
     monkeypatch.setattr(experiment_run, "train_and_conclude", lambda *_: None)
     monkeypatch.setattr(loop, "train_and_export", lambda *_: (_ for _ in ()).throw(Stopped("enough is seen")))
@@ -561,7 +561,7 @@ def test_what_an_experiment_goes_on_with_has_twice_the_rank_as_alpha(tmp_path, r
 
 @pytest.mark.parametrize("script", ["llm", "glue"])
 def test_limits_hold_for_what_is_cut_out_of_the_training_examples_too(tmp_path, script):
-    """The only file beside them is what methods are compared by."""
+    """The only other file is the test split."""
     kind, study, flags, limit = {
         "llm": (LlmOptions, llm.LlmTexts, "", "--max_test_samples"),
         "glue": (GlueOptions, glue.GlueTexts, "--task_name rte", "--max_predict_samples"),

@@ -1,4 +1,4 @@
-"""train_glue.py from flags to files: metrics, data, every method and merge, resuming, two processes, bad input."""
+"""train_glue.py from options to files: metrics, data, every method and merge, resuming, two processes, refusals."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def write_model(folder: Path, kind: str = "roberta", **overrides) -> Path:
-    """A tiny encoder with random weights, and a tokenizer of whole words."""
+    """Write a tiny encoder with random weights, and a tokenizer of complete words."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -74,7 +74,7 @@ def write_model(folder: Path, kind: str = "roberta", **overrides) -> Path:
 
 
 def make_rows(task: str, count: int, seed: int = 0, labelled: bool = True) -> list[dict]:
-    """Rows in the task's columns, whose label is to be read off the words."""
+    """Return rows in the task's columns, whose label follows from the words."""
     columns, labels = TASKS[task].columns, TASKS[task].labels
     rng, rows = np.random.default_rng(seed), []
     for index in range(count):
@@ -168,7 +168,7 @@ def test_the_first_metric_is_the_papers():
 
 
 def test_both_parts_of_mnli_are_scored_each_by_itself():
-    """All are said to be of class 0, whose share of the probability is e^3 / (e^3 + 2)."""
+    """All examples are predicted as class 0, whose probability is e^3 / (e^3 + 2)."""
     parts = {"validation_matched": [0, 1], "validation_mismatched": [2, 2, 0, 1], "test_matched": [None]}
     texts = texts_of("mnli", [[3.0, 0.0, 0.0]] * 4)
     texts.sets = {
@@ -182,7 +182,7 @@ def test_both_parts_of_mnli_are_scored_each_by_itself():
 
 
 def texts_of(task: str, logits: list) -> glue.GlueTexts:
-    """Examples of a task, of which a model says these logits."""
+    """Return examples of a task for which a model returns these logits."""
     texts = glue.GlueTexts()
     texts.task = TASKS[task]
     texts.logits = lambda options, model, rows, check: torch.tensor(logits, dtype=torch.float64)[: len(rows)]
@@ -233,7 +233,7 @@ def test_every_merge_is_measured(shortcut, merges, architecture, request, rte, t
 
 
 def reached(model: Path, data: Path, output: Path) -> tuple:
-    """Accuracy and loss on the ten validation examples of the adapter that was exported, by stock PEFT, one by one."""
+    """Return accuracy and loss of the exported adapter on the ten validation examples, by stock PEFT, one by one."""
     options = parsed_glue(flags(model, data, output))
     config, tokenizer = glue.load_tokenizer(options)
     base, _ = glue.load_model(options, config)
@@ -278,7 +278,7 @@ def test_what_is_saved_loads_in_stock_libraries(method, roberta, rte, tmp_path):
 
 @pytest.mark.exhaustive
 def test_the_exported_adapter_gives_the_reported_metrics(roberta, rte, tmp_path):
-    """The row of the merge that was exported is what stock PEFT reaches."""
+    """The row of the exported merge equals the result of stock PEFT."""
     run_glue(flags(roberta, rte, tmp_path, "rte", "--shortcut", "middle", "--merge", "weights"))
     results = results_of(tmp_path)
     row = results["table"]["weights"]
@@ -296,7 +296,7 @@ def test_regression_is_trained_by_squared_error(roberta, tmp_path):
 
 @pytest.mark.exhaustive
 def test_it_learns(tmp_path):
-    """Whether a sentence has a word can be learnt on top of random weights, if they are not too small."""
+    """Whether a sentence has a word can be learned on top of random weights, if they are not too small."""
     model = write_model(tmp_path / "model", initializer_range=0.2)
     rows = [row | {"label": int("good" in row["sentence"].split())} for row in make_rows("sst2", 80)]
     write_rows(tmp_path / "data" / "train.jsonl", rows)
@@ -401,7 +401,7 @@ def test_samples_and_lengths_are_cut(roberta, tmp_path):
 
 @pytest.mark.exhaustive
 def test_a_data_set_folder_is_read_like_the_hubs(roberta, tmp_path):
-    """`--dataset_name` with a folder goes through `datasets.load_dataset`, as a name on the hub does."""
+    """`--dataset_name` with a folder uses `datasets.load_dataset`, like a name on the Hub."""
     write_data(tmp_path / "data", "rte")
     more = ("--dataset_name", str(tmp_path / "data"), "--dataset_config_name", "default", "--max_steps", "1")
     argv = [word for word in flags(roberta, tmp_path, tmp_path / "run", "rte", *more)]
@@ -454,9 +454,9 @@ def test_accumulated_batches_equal_one(roberta, rte, tmp_path):
 
 @pytest.mark.exhaustive
 def test_two_processes_agree_with_one(roberta, rte, tmp_path):
-    """DDP over gloo: the same samples per step give the same losses, and the merge is the same everywhere.
+    """DDP over gloo: the same samples per step give the same losses, and the merge is the same in all processes.
 
-    Of a last batch that fills up one process's share with examples from before, each is validated by once.
+    In the last batch, filled up with earlier examples, each validation example counts once.
     """
     two = flags(roberta, rte, tmp_path / "two", "rte", "--per_device_train_batch_size", "2", "--shortcut", "middle")
     forked(ROOT / "train_glue.py", *two, "--per_device_eval_batch_size", "3", folder=tmp_path)
@@ -530,7 +530,7 @@ def test_bad_data(capfd, roberta, rte, tmp_path):
 
 
 def test_a_score_outside_its_range(capfd, roberta, tmp_path):
-    """Its ends are inside: the third row is the first that is refused."""
+    """Its ends are valid: the third row is the first that is refused."""
     rows = [row | {"label": label} for row, label in zip(make_rows("stsb", 3), (0, 5.0, 5.5), strict=True)]
     write_data(tmp_path / "data", "stsb")
     write_rows(tmp_path / "data" / "train.jsonl", rows)

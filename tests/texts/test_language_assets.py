@@ -1,4 +1,4 @@
-"""The bundled tiny language models and their tasks: they load, they are small, and their tasks are what they say."""
+"""The bundled tiny language models and their tasks: they load, are small, and have the stated content."""
 
 import json
 import random

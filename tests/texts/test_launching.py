@@ -1,4 +1,4 @@
-"""train_llm.py below `accelerate launch`: every bundled configuration, DeepSpeed, and signals to the launcher."""
+"""train_llm.py under `accelerate launch`: every bundled configuration, DeepSpeed, and signals to the launcher."""
 
 import json
 import math
@@ -86,7 +86,7 @@ def test_sharding_by_accelerates_configuration_is_refused(tmp_path, monkeypatch)
 
 
 def running(folder: Path) -> list[int]:
-    """Processes whose command names a folder."""
+    """Return the processes whose command line names a folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:

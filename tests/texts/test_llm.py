@@ -1,4 +1,4 @@
-"""train_llm.py: whole runs of a tiny model, its data, and what is refused."""
+"""train_llm.py: complete runs of a tiny model, its data, and refusals."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ from .helpers import bytes_tokenizer, flags, row, token_loss, write_rows
 
 
 def loaded(options) -> dict[str, list[Example]]:
-    """The examples of a run."""
+    """Return the examples of a run."""
     return llm.load_examples(options.task, options.training.seed, options.validation.eval_strategy != "no")
 
 
@@ -112,7 +112,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, data, tmp_path):
 
 @pytest.mark.exhaustive
 def test_gradient_checkpointing_and_bf16_run(tiny, data, tmp_path, monkeypatch):
-    """Of the four examples to validate on one comes to seven, which is said of all."""
+    """One of the four validation examples has the answer seven, which is predicted for all."""
     answers = llm.generate
 
     def sevens(model, encoder, examples, max_new_tokens):
@@ -148,7 +148,7 @@ def numbered(count: int, start: int = 0) -> list[dict]:
 
 @pytest.mark.parametrize("splits", [["test"], ["validation"]])
 def test_a_checkpoint_is_never_chosen_by_what_it_is_tested_on(tiny, tmp_path, capsys, splits):
-    """Without examples for validation alone, a part of those for training is held out, the same for the same seed."""
+    """Without validation examples, some training examples are held out, the same ones for the same seed."""
     data = write_rows(tmp_path / "data", train=numbered(50), **{split: numbered(10, 50) for split in splits})
 
     def load(*more):
@@ -175,7 +175,7 @@ def test_validation_examples_of_their_own_are_taken(tiny, data, tmp_path, capsys
 
 
 def test_hellaswags_test_file_without_labels_counts_as_none(tiny, tmp_path, capsys):
-    """The hub's has none: what is trained is tested on the validation examples."""
+    """That of the Hub has no labels: the model is tested on the validation examples."""
     data = write_rows(tmp_path / "data", train=[swag("0")], validation=[swag("1")], test=[swag("")] * 2)
     found = loaded(parsed(flags(tiny, data, tmp_path, "--task", "hellaswag")))
     assert [example.gold for example in found["test"]] == ["1"]
@@ -498,7 +498,7 @@ def test_a_plan_counts_steps_and_memory_and_writes_nothing(tiny, data, tmp_path,
 
 
 def test_a_run_may_start_from_a_lora_of_peft(tiny, data, tmp_path, capsys):
-    """What is trained then is what was exported, until the first step; another one is not resumed with."""
+    """Until the first step, the model equals the exported one; it cannot be resumed with another LoRA."""
     assert run(flags(tiny, data, tmp_path / "first", "--method", "lora", "--lora_r", "2")) == 0
     before = json.loads((tmp_path / "first" / "results.json").read_text())["table"]["unmerged"]["loss"]
     start = ("--init_lora", tmp_path / "first" / "peft", "--max_steps", "1", "--learning_rate", "1e-12")

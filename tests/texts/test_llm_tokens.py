@@ -1,4 +1,4 @@
-"""Examples as tokens, and answers that are generated."""
+"""Examples as tokens, and generated answers."""
 
 import pytest
 import torch
@@ -89,12 +89,12 @@ SUMS = [Example(f"{'1 + ' * number}1?", "", str(number + 1)) for number in range
 
 
 def answers(model, encoder, examples: list[Example], max_new_tokens: int) -> list[str]:
-    """Stands for a model that is right about what is below four."""
+    """A stand-in for a model that answers correctly below four."""
     return [f"The answer is {example.gold if example.gold in '123' else 0}." for example in examples]
 
 
 def test_right_answers_are_counted_by_hand():
-    """By what the answer comes to; a number alone is no answer."""
+    """By the value of the answer; a number without an answer phrase does not count."""
     said = ["It is 1 + 1. The answer is 02.0.", "3", "The answer is 3. The answer is 4.", "The answer is -5.", ""]
     assert count_right(said, [Example("", "", gold) for gold in ("2", "3", "4", "-5", "2")]) == 3
     assert count_right(said, [Example("", "", gold) for gold in ("3", "3", "3", "5", "")]) == 0
@@ -102,7 +102,7 @@ def test_right_answers_are_counted_by_hand():
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_losses_of_an_experiment_are_in_the_order_of_its_examples(monkeypatch, size):
-    """They are measured in that of their lengths."""
+    """They are computed in the order of length."""
     asked = []
     monkeypatch.setattr(llm, "generate", answers)
     texts, (first, *rest) = llm.LlmTexts(), SUMS

@@ -1,4 +1,4 @@
-"""Texts are trained as stock transformers' `Trainer` trains plain LoRA by PEFT."""
+"""Texts are trained as stock transformers' `Trainer` trains PEFT's plain LoRA."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ LENGTHS = (
 
 
 def stock(folder: Path) -> Path:
-    """The script of stock transformers, which finds this checkout."""
+    """Run the script of stock transformers, which can import this checkout."""
     script, paths = folder / "script.py", [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]
     script.write_text(
         f"import sys\nsys.path[:0] = {paths}\nfrom texts import stock_trainer\nstock_trainer.main(*sys.argv[1:])\n"
@@ -30,7 +30,7 @@ def stock(folder: Path) -> Path:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("processes", [2])
 def test_losses_and_weights_are_those_of_stock_transformers(tiny, tmp_path, processes):
-    """Of texts of unequal lengths, in float32, with accumulation, clipping, warmup and a rest of the epoch."""
+    """With texts of different lengths, in float32, with accumulation, clipping, warmup and an incomplete last step."""
     rows = [
         row(n) | {"Body": "Tom has pens. " * (1 + n % 5), "Equation": "1 + " * (n % 7) + "1"} for n in range(EXAMPLES)
     ]

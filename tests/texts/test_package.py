@@ -1,4 +1,4 @@
-"""Where the package lies: it imports the core, never what trains text-to-image models, and only scripts import it."""
+"""The imports of the package: it imports the core, not the text-to-image part, and only scripts import it."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ PACKAGE = ROOT / "reslora"
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of everything that a file imports, anywhere in it; those of the package from its root."""
+    """Return dotted names of everything that a file imports, anywhere in it; those of the package from its root."""
     place, names = path.relative_to(ROOT).parts[:-1], set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -28,7 +28,7 @@ def files(folder: str) -> list[Path]:
 
 @pytest.mark.parametrize("path", files("texts"), ids=lambda path: path.name)
 def test_no_file_imports_diffusers(path):
-    """And none imports what trains text-to-image models: see tests/test_layers.py."""
+    """And no file imports the text-to-image part: see tests/test_layers.py."""
     assert "diffusers" not in {name.partition(".")[0] for name in imported(path)}
 
 

@@ -1,4 +1,4 @@
-"""The three parts of a task's examples: by its files or by content, near-duplicates never apart."""
+"""The three parts of a task's examples: by its files or by content, with near-duplicates never in two parts."""
 
 import random
 from dataclasses import replace
@@ -38,7 +38,7 @@ def test_a_tasks_own_files_choose_and_compare_and_what_repeats_them_is_left_out(
 
 
 def test_what_has_no_file_is_cut_out_by_content():
-    """An example that is added or moved moves no other one but its duplicates."""
+    """An added or moved example changes the part of no other example except its duplicates."""
     whole = parts(ExperimentOptions(select_split=0.3, test_split=0.3), train=[*WORDS, "IDA sees  a cat"])
     cut = [set(map(normalised, part)) for part in (whole.train, whole.select, whole.test)]
     assert sum(map(len, cut)) == len(set.union(*cut)) == len(WORDS) and whole.duplicates == 1
@@ -53,7 +53,7 @@ def test_what_has_no_file_is_cut_out_by_content():
 
 
 def test_one_of_several_near_duplicates_chooses_or_compares():
-    """Also in the task's own files; the same one however they are ordered. All of them are trained on."""
+    """Also in the task's own files, and in any order the same one. All of them are trained on."""
     several = [f"{word}, {number}" for word in WORDS for number in (1, 2, 30)]
     shares = ExperimentOptions(select_split=0.3, test_split=0.3)
     found, turned = parts(shares, train=several), parts(shares, train=several[::-1])

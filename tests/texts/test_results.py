@@ -1,4 +1,4 @@
-"""Merge tables that leave the model as it was, and exports that stock libraries load."""
+"""Merge tables that leave the model unchanged, and exports that stock libraries load."""
 
 import json
 
@@ -84,7 +84,7 @@ def test_the_table_in_words_has_the_mean_error_of_the_blocks_that_have_one():
 
 
 def load_from(model, other) -> None:
-    """Give `model` the weights and norms of another connected one."""
+    """Give `model` the weights and norms of another connected model."""
     with torch.no_grad():
         for mine, theirs in zip(trained_parameters(model), trained_parameters(other), strict=True):
             mine.copy_(theirs)
@@ -170,7 +170,7 @@ def test_training_goes_on_after_a_merge_table_with_gradient_checkpointing(tmp_pa
 
 
 def test_what_a_killed_export_has_left_goes(tmp_path):
-    """It would be uploaded with the rest of the folder."""
+    """They would be uploaded with the rest of the folder."""
     process, _, started = this_process().rpartition("-")
     left = tmp_path / "peft" / f".adapter_model.safetensors.{process}-{int(started) + 1}-00000000.tmp"
     left.parent.mkdir()

@@ -97,7 +97,7 @@ def test_a_stopped_run_is_saved_and_goes_on_as_if_it_never_was(tmp_path, monkeyp
 
 
 def test_minutes_save_checkpoints_that_change_nothing(tmp_path, monkeypatch):
-    """A step takes 40 seconds, so that every second one is saved, and the last."""
+    """A step takes 40 seconds, so that every second step is saved, and the last."""
     flags = {"max_steps": 5, "save_steps": 100}
     whole, now, take = trained_in(tmp_path / "whole", **flags), [0.0], loop.take_step
 
@@ -169,7 +169,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
 
 
 def test_a_schedule_free_optimizer_exports_and_measures_its_average(tmp_path):
-    """The last checkpoint holds both sets of weights."""
+    """The last checkpoint contains both sets of weights."""
     pytest.importorskip("schedulefree")
     learner = trained_in(tmp_path, "lora", "none", optim="schedule_free_adamw", **EVALUATED)
     saved, _ = build("lora", "none")
@@ -204,7 +204,7 @@ def plan(examples: int, processes: int, accumulation: int = 1, process: int = 0,
     [(20, 2, 1, 1, 3), (16, 2, 1, 1, 2), (17, 2, 1, 3, 9), (20, 2, 2, 1, 2), (20, 4, 8, 2, 2), (3, 1, 1, 2.5, 3)],
 )
 def test_a_last_batch_that_not_every_process_has_is_a_step(examples, processes, accumulation, epochs, steps):
-    """Batches of 4: 20 examples are 5 of them, for two processes 3 and 2, which are filled up."""
+    """Batches of 4: 20 examples make 5 batches; two processes have 3 and 2, which are filled up."""
     updates = plan(examples, processes, accumulation).updates
     options = resolve(LlmOptions, {"num_train_epochs": epochs, "method": ["lora"]})
     assert schedule_of(updates, options)[0].steps == steps
@@ -212,7 +212,7 @@ def test_a_last_batch_that_not_every_process_has_is_a_step(examples, processes, 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_an_epoch_has_every_example_once_and_processes_share_it(grouped):
-    """Two processes have the batches that one has in turn; 22 examples are filled up with the first two."""
+    """Two processes take the batches of one in turn; 22 examples are filled up with the first two."""
 
     def numbers(found: BatchPlan, steps: int) -> list[list[int]]:
         places = [place for step in range(1, steps + 1) for place in found.of_step(step)]
@@ -244,7 +244,7 @@ def test_numbers_of_steps_may_be_fractions_or_epochs():
 
 
 def test_biases_have_no_weight_decay():
-    """As in transformers. LoRA has none, but the classifier has."""
+    """As in transformers. LoRA has no biases, but the classifier has."""
     model = attach(tiny_bert(), adapter_of("lora"), STEPS, modules_to_save=["classifier"])
     groups, _ = groups_of(Trained({"model": model}, lambda model, batch: batch), LlmOptions().optimizer)
     decayed, biases = groups

@@ -185,12 +185,12 @@ def usable(
         others += [source] if isinstance(other, tuple) and kept(other, Size(size[1], size[0])) < ALIKE else []
     if not keep:
         example = f" (for example {left_out[0]})" if left_out else ""
-        fix = "add a metadata.jsonl, or .txt captions beside the images"
+        fix = "add a metadata.jsonl, or .txt captions next to the images"
         raise InvalidArgument(data_flag(data), f"no image with a caption in it{example}", fix)
     if others:
         example = others[0] if isinstance(others[0], str) else "the first of them"
-        what = f"{pluralize(len(others), 'reference image')} with another aspect ratio than the image"
-        found.notes.append(f"warning: {what}, such as that of {example}: it is cropped to that of the image")
+        what = f"{pluralize(len(others), 'reference image')} cropped to the aspect ratio of the image"
+        found.notes.append(f"warning: {what}, such as that of {example}")
     rows = found.rows.select(keep)
     return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked)
 
@@ -253,9 +253,9 @@ def read_folder(
     if not any(texts) and (caption is None or not files):
         if layout:
             return None
-        without = "without captions (names of folders are none)"
+        without = "without captions (folder names are not captions)"
         what = f"{pluralize(len(files), 'image')} {without}" if files else "no images"
-        fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions beside the images"
+        fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions next to the images"
         if above := above_repeated(files):
             fix = f"give {above[0]}, in which kohya's folders (10_name) set repeats and captions, or {fix}"
         raise InvalidArgument(data_flag(data), what, f"{fix}; --dataset_name reads other layouts")
@@ -270,7 +270,7 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
     found.notes += hidden_images_line(unlisted(found.rows, hidden_images(folder)))
     if not deep:
         folders = sum(path.is_dir() for path in everything)
-        found.notes += [f"{folder}: {pluralize(folders, 'folder')} in it not read"] if folders else []
+        found.notes += [f"{folder}: {pluralize(folders, 'subfolder')} not read"] if folders else []
         return found
     links = sum(path.is_symlink() and path.is_dir() for path in everything)
     repeated = above_repeated(list(filter(is_image, everything)))
@@ -278,14 +278,14 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
     of_class = options.class_data_dir is not None and folder == Path(options.class_data_dir)  # computed repeats
     if repeated and not of_class:
         found.notes.append(
-            f"{pluralize(len(repeated), 'image')} in kohya's folders (10_name), whose repeats do not count: "
-            f"they do if {repeated[0]} is named, as a folder of images without a metadata file"
+            f"{pluralize(len(repeated), 'image')} in kohya's folders (10_name), whose repeats are not used: to use "
+            f"them, give {repeated[0]} as the folder of images, without a metadata file"
         )
     return found
 
 
 def with_partners(found: Found, folder: Path, partners: Path) -> Found:
-    """Return the rows with the images of the same names in the folder `partners` as reference images.
+    """Add a reference image to each row: the file in the folder `partners` with the name of the row's image.
 
     Suffixes may differ. Raises `InvalidArgument` if the rows were not read from files.
     """
@@ -312,7 +312,7 @@ def with_partners(found: Found, folder: Path, partners: Path) -> Found:
 
 
 def above_repeated(files: Sequence[Path]) -> list[Path]:
-    """Return, for each image in one of kohya's folders (10_name), the folder that contains this folder."""
+    """Return `folder` for each image `folder/10_name/1.png`, that is, for each image in one of kohya's folders."""
     named = [(path, REPEATED.fullmatch(path.parent.name)) for path in files]
     return [path.parent.parent for path, match in named if match and 0 < int(match[1]) <= MOST_REPEATS]
 
@@ -469,7 +469,7 @@ def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: Da
     missing = unlisted(rows, list(filter(is_image, everything)))
     if captioned := [path for path in missing if caption_files(path)]:
         problem = (
-            f"{pluralize(len(captioned), 'image')} with captions beside, such as {captioned[0]}, but in no metadata"
+            f"{pluralize(len(captioned), 'image')} with caption files, such as {captioned[0]}, but not in the metadata"
         )
         raise InvalidArgument(data_flag(options), problem, f"put them into a folder of their own, and {ONE_BY_ONE}")
     return [f"{pluralize(len(missing), 'image')} not read: not in the metadata, or of another split"] if missing else []

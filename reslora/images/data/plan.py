@@ -16,7 +16,7 @@ from .sources import Source
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample of the run: the source's number, the image's number in it, the image's size, and a position.
+    """One sample of the run: index of its source, index of the image within the source, image size, and position.
 
     The position is the sample's number in the run. It seeds the noise, timestep, caption and crop.
     """

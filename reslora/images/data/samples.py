@@ -102,8 +102,8 @@ class TrainingData:
     def references(self) -> list[tuple[str, PIL.Image.Image]]:
         """Return the reference images of the samples: those of the options, or else of the first held-out images.
 
-        Without held-out images, those of the first training images; [] if there are no reference images at all. Each
-        follows the hash of its content.
+        Without held-out images, those of the first training images; [] if there are no reference images at all.
+        Each item is the hash of an image's content, and the image.
         """
         if files := self.validation.validation_image:
             return [(content_mark(file), open_image(file)) for file in files]
@@ -257,7 +257,7 @@ class FixedSamples(TrainingSamples):
         return self.timesteps[position // self.noises]
 
     def size(self, image: tuple[int, int]) -> Size:
-        """Return the size of an image, given by the source's number, and the image's number in it."""
+        """Return the size of an image; `image`: index of its source, and index of the image within the source."""
         return self.training_data.sources[image[0]].size(image[1])
 
     def batches(self, images: Sequence[tuple[int, int]], batch_size: int) -> Iterator[Batch]:
@@ -308,7 +308,7 @@ def losses_of(
 def measured(training_data: TrainingData) -> list[tuple[int, int]]:
     """Return at most --max_validation_images held-out images: those with the lowest hashes of their content.
 
-    Each is the number of its source, and its number in that source.
+    Each image is a pair: the index of its source, and the index of the image within this source.
     """
     marks = {image: training_data.sources[image[0]].images.marks[image[1]] for image in training_data.held_out}
     order = sorted(marks, key=lambda image: derive("max_validation_images", marks[image]))

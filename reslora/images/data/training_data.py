@@ -87,7 +87,7 @@ def note_images(training_data: TrainingData, context: ImageContext, resuming: bo
         there = read_object(path).get("images", used)
         if resuming and there != used:
             example = f" (left out: {left_out[0]})" if left_out else ""
-            problem = f"{context.folder} was trained on {there}, what can be used now is {used}{example}"
+            problem = f"{context.folder} was trained on {there}; now it would be {used}{example}"
             raise InvalidArgument(data_flag(options.data), problem, "restore it, or choose another --output_dir")
         write_json(path, {"images": used, "left_out": left_out})
 
@@ -256,7 +256,7 @@ def print_bucket_sizes(sources: Sequence[Source], context: ImageContext) -> None
 def print_folder_counts(training_data: TrainingData, context: ImageContext) -> None:
     """Print repeats, weight of the loss and number of masks of each source (a folder of images) that has a label.
 
-    The label names the source in the printed line; a source that is alone may have none.
+    The printed line begins with the label. If there is only one source, it may have none.
     """
     plan = training_data.plan(context.accelerator.num_processes)
     print_uneven_buckets(plan, context)

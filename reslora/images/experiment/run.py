@@ -141,7 +141,10 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
 
 
 def with_options(context: ImageContext, **values: Any) -> ImageContext:
-    """Return the context with some options replaced: itself if these are its values, so that it prints lines once."""
+    """Return the context with some options replaced.
+
+    If their values are the same, the result is `context` itself, which does not print a line a second time.
+    """
     options = context.options.replace(**values)
     return context if options == context.options else dataclasses.replace(context, options=options)
 
@@ -223,8 +226,9 @@ def with_default_evaluations(
 ) -> Schedule:
     """Return the schedule with the default number of measurements: MAX_EVALUATIONS, or as many as MEASURING permits.
 
-    Without racing, there is at most one in each epoch, but an epoch may be a single step, or half of a run. `samples`:
-    number of samples of a measurement. `before`: steps between measurements of the experiment in the folder, if any.
+    Without racing, there is at most one measurement per epoch. With racing there may be more, because an epoch may be
+    half of a run. `samples`: number of samples of a measurement. `before`: steps between measurements of the experiment
+    in the folder, if any.
     """
     trained = schedule.steps * options.gradient_accumulation_steps * options.train_batch_size
     evaluations = min(MAX_EVALUATIONS, max(MIN_EVALUATIONS, int(MEASURING * FORWARDS * trained / samples)))
@@ -241,7 +245,7 @@ def with_varied(resolved: Options, given: Grid[Options]) -> Grid[Options]:
 
 
 def check_variants(grid: Grid[Options], context: ImageContext) -> None:
-    """Validate the adapters and objectives for every combination of the values of the options that vary.
+    """Validate the adapter and the objective of every variant: every combination of values of the options that vary.
 
     The adapter in the context's options has already been validated.
     """

@@ -75,7 +75,7 @@ def shown(size: int | None, unit: int) -> str:
 
 
 def where(context: ImageContext) -> str:
-    """Return the name of the device; if several runs of an experiment share it, the name of one run's share."""
+    """Return the name of the device, or `each of 2 runs on a cpu` if several runs of an experiment share it."""
     device = context.accelerator.device
     arms = arms_a_device(context.options.experiment, device)
     return device.type if arms == 1 else f"each of {arms} runs on a {device.type}"

@@ -211,9 +211,9 @@ def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: 
 
 
 def on_each_machine(make: Callable[[], Path], accelerator: Accelerator) -> Path:
-    """Call `make`, which makes a folder once, in the main process, then in the first process of each machine.
+    """Call `make` in the main process, then in the first process of each machine, and return its folder everywhere.
 
-    The machines may share a disk. Returns the folder in every process.
+    `make` makes a folder unless it exists; the machines may share a disk.
     """
     on_all(lambda: make() if accelerator.is_main_process else None)
     on_all(lambda: make() if accelerator.is_local_main_process else None)

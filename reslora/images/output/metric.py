@@ -39,7 +39,7 @@ class Metric:
     def of(self, sources: Sequence[Source], images: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Return the embeddings of data set images: images x features. An image is embedded only the first time.
 
-        `images`: for each image, the number of its source and its number in that source.
+        `images`: for each image, the index of its source, and the index of the image within this source.
         """
         marks = [sources[source].images.marks[number] for source, number in images]
         new = {mark: image for mark, image in zip(marks, images, strict=True) if mark not in self.seen}

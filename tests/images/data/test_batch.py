@@ -1,4 +1,4 @@
-"""A batch of samples: what is stacked, what stays a list, and what a weight does to the loss."""
+"""A batch of samples: which values are stacked, which stay lists, and the effect of weights on the loss."""
 
 import dataclasses
 

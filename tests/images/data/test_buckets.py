@@ -1,4 +1,4 @@
-"""Which size an image is trained at: what is kept of it, and that nothing is scaled up."""
+"""The size at which an image is trained: how much of it remains, and that nothing is enlarged."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_nothing_is_scaled_up_or_larger_than_the_square(width):
 
 @pytest.mark.parametrize("resolution", [512, 1024])
 def test_an_image_with_as_many_pixels_as_the_square_keeps_most_of_its_area(resolution):
-    """Without scaling it up: not all buckets fit into one that has few more."""
+    """Without enlarging it, not all buckets fit into an image with few more pixels."""
     for more in (1.0, 1.02, 1.05, 1.2):
         for shape in SHAPES[::5]:
             side = resolution * more

@@ -1,4 +1,4 @@
-"""What becomes of captions: in which order, by which chance, and that every caption of a run is known beforehand."""
+"""Caption transforms: their order and probabilities, and that every caption of a run is known in advance."""
 
 import dataclasses
 import itertools
@@ -115,7 +115,7 @@ CAPTIONS = [[f"{{red|blue}} {number}, a, b, c", f"other {number}, d"] for number
 def material_with(
     transform: CaptionTransform, steps: int = 12, batch: int = 4, accumulation: int = 1, seed: int = 3
 ) -> TrainingData:
-    """Seven images with two captions each, one of them held out, and three class images."""
+    """Return seven images with two captions each, one of them held out, and three class images."""
     flags = Options.of(
         seed=seed, train_batch_size=batch, gradient_accumulation_steps=accumulation, max_train_steps=steps,
         noise_offset=0.0, cache_text_embeddings=False, dataloader_num_workers=0, max_validation_images=64,
@@ -130,7 +130,7 @@ def material_with(
 
 
 def told(training_data: TrainingData, steps: range, processes: int = 1) -> list[str]:
-    """The captions of these steps, in the order of their positions."""
+    """Return the captions of these steps, in the order of their positions."""
     loaders = [training_loader(training_data, steps, processes, rank, pin=False) for rank in range(processes)]
     return [text for batches in zip(*loaders, strict=True) for batch in batches for text in batch.caption]
 
@@ -162,7 +162,7 @@ def test_what_is_measured_and_merged_with_has_whole_captions():
 
 
 def test_processes_measure_and_merge_with_what_one_would_read():
-    """Of buckets, too, of which a forward has one."""
+    """With buckets, too; a batch has one bucket."""
 
     def read(batch: int, processes: int) -> list[tuple]:
         training_data, wide = material_with(EVERYTHING, batch=batch), Size(16, 32)
@@ -239,7 +239,7 @@ def tagged(tmp_path_factory):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("trained", [(), ("--train_text_encoder",)])
 def test_variants_that_are_encoded_in_the_steps_train_what_kept_ones_do(trained, tagged, monkeypatch, tmp_path):
-    """Flux has a text encoder that trains and one that does not, and either is encoded where it should be."""
+    """Flux has a trained and a frozen text encoder; each is run where it should be."""
     flags = ["--pretrained_model_name_or_path", flux(tmp_path / "model"), "--train_data_dir", tagged, *OPTIONS]
     flags += ["--resolution", 32, "--max_train_steps", 3, "--train_batch_size", 2, "--rank", 2, "--method", "lora"]
     flags += ["--validation_split", 0.3, "--num_validation_images", 0, "--num_inference_steps", 1, *trained]

@@ -1,4 +1,4 @@
-"""Class images: drawn where they are missing, met as often as the training images, weighted, and part of the run."""
+"""Class images: generated if missing, used as often as training images, weighted, and part of the run's identity."""
 
 import dataclasses
 from collections import Counter
@@ -40,7 +40,7 @@ def flags_for(folder: Path, model: Path, data: Path, output: str, *more: object)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "krea2"])
 def test_what_is_missing_is_drawn_by_every_family_and_the_same_again(family, data, tmp_path, capsys):
-    """An image that went is drawn as it was; one that somebody has put there counts and stays."""
+    """A removed image is generated again identically; an image that the user has added counts and stays."""
     model = FAMILIES[family](tmp_path / "model")
     flags = flags_for(tmp_path, model, data, "out", "--max_train_steps", 1)
     assert "generating 3 class images" in "".join(printed(*flags))
@@ -54,7 +54,7 @@ def test_what_is_missing_is_drawn_by_every_family_and_the_same_again(family, dat
 
 
 def test_qwen_images_class_images_are_guided(data, tmp_path):
-    """Its pipeline guides nothing without a negative prompt, and calls the scale otherwise."""
+    """Its pipeline applies no guidance without a negative prompt, and has another name for the scale."""
     model, drawn = FAMILIES["qwen_image"](tmp_path / "model"), []
     for scale in (1, 9):
         flags = parse_args([*map(str, flags_for(tmp_path / str(scale), model, data, "out", "--guidance_scale", scale))])
@@ -65,7 +65,7 @@ def test_qwen_images_class_images_are_guided(data, tmp_path):
 
 @pytest.mark.exhaustive
 def test_class_images_are_drawn_by_what_the_denoiser_predicts(data, tmp_path):
-    """The scheduler's configuration may be wrong, which --prediction_type is there for."""
+    """The scheduler's configuration may be wrong, which --prediction_type corrects."""
     drawn = []
     for said, told in (("epsilon", ()), ("v_prediction", ("--prediction_type", "epsilon")), ("v_prediction", ())):
         folder = tmp_path / str(len(drawn))
@@ -88,7 +88,7 @@ def test_blocks_that_are_swapped_draw_the_same(data, tmp_path, monkeypatch):
 
 
 def test_a_base_in_fewer_bits_draws_them_too(data, tmp_path, monkeypatch):
-    """A GPU that holds no other base could not draw them."""
+    """A GPU that can only hold the quantized base could not generate them otherwise."""
     model, packed = FAMILIES["z_image"](tmp_path / "model"), []
     pack = loading.pack
     monkeypatch.setattr(
@@ -114,7 +114,7 @@ def test_a_run_with_class_images_goes_on_as_if_it_had_not_stopped(model, data, t
 
 
 def test_class_images_that_another_run_draws_are_waited_for_and_not_drawn_over(model, data, tmp_path, capsys):
-    """That run may have read them by then: with others in their place it could not go on."""
+    """That run may have read them already: with other images in their place it could not be resumed."""
     flags = parse_args([*map(str, flags_for(tmp_path, model, data, "out"))])
     context = resolve_context(flags, Accelerator(cpu=True), StopRequest())
     theirs, asked = guard_of(tmp_path / "class" / LOCK).acquire(timeout=0), []
@@ -145,7 +145,7 @@ def test_none_are_drawn_that_a_metadata_file_does_not_list(tmp_path):
 
 @pytest.mark.parametrize("place", [".", "10_sks disc", "below/10_sks disc"])
 def test_what_is_to_be_learnt_is_no_class_image(tmp_path, place):
-    """Nor is any drawn among it; a folder of class images in one of images to be learnt is no part of that."""
+    """No class image is generated there either; a folder of class images inside the training folder is not read."""
     learnt = tmp_path / "class" / place
     learnt.mkdir(parents=True, exist_ok=True)
     flags = ["--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a disc", "--train_data_dir"]
@@ -155,7 +155,7 @@ def test_what_is_to_be_learnt_is_no_class_image(tmp_path, place):
 
 
 def test_none_are_drawn_where_they_cannot_be_kept(tmp_path):
-    """Not even the model is loaded for them."""
+    """The model is not even loaded."""
     (tmp_path / "class").write_text("")
     flags = parse_args(["--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a disc"])
     with pytest.raises(InvalidArgument, match=r"^--class_data_dir \S+/class: .* is not a writable folder"):
@@ -164,7 +164,7 @@ def test_none_are_drawn_where_they_cannot_be_kept(tmp_path):
 
 @pytest.mark.exhaustive
 def test_class_images_count_by_their_weight(model, data, tmp_path):
-    """Without any the samples are those of a run that has the same images and no weight for these: other losses."""
+    """With weight 0, the samples are those of the run with weight 1, but the losses differ."""
     for name, weight in (("one", 1), ("none", 0)):
         assert main(*flags_for(tmp_path, model, data, name, "--prior_loss_weight", weight, "--max_train_steps", 1)) == 0
     one, none = (final_weights(tmp_path / name, "lora", step=1) for name in ("one", "none"))
@@ -213,7 +213,7 @@ def test_an_epoch_meets_about_as_many_of_either_and_each_at_least_once(images, t
     "shapes", [([8] * 8, [8, 16, 24, 32, 40]), ([8, 16, 24], [32] * 48), ([8] * 3, [8] * 9), ([16, 24], [8] * 8)]
 )
 def test_images_are_balanced_with_what_fills_up_small_buckets(shapes):
-    """A forward is 16, also of a bucket that has one image. `shapes`: widths of images, and of class images."""
+    """A batch has 16 samples, also of a bucket with one image. `shapes`: widths of images, and of class images."""
     made = []
     for widths in shapes:
         sizes = tuple(Size(8, width) for width in dict.fromkeys(widths))
@@ -226,7 +226,7 @@ def test_images_are_balanced_with_what_fills_up_small_buckets(shapes):
 
 
 def test_repeats_count_where_both_are_balanced():
-    """8 images met 8 times beside 4 class images: each of these twice, whatever folders they are in."""
+    """8 images are used 8 times together with 4 class images: each of these twice, whatever their folders."""
     made = [Source(None, None, tuple(range(n)), (), (Size(8, 8),), (0,) * n, repeats=r) for n, r in ((2, 3), (2, 1))]
     of_class = [dataclasses.replace(made[1], repeats=r) for r in (1, 1)]
     plan = Plan(balanced(made, of_class, 1), 1, seed=0)
@@ -240,7 +240,7 @@ def test_what_can_be_refused_is_refused_before_any_is_drawn(model, data, tmp_pat
 
 
 def test_notes_on_what_is_refused_are_told(model, data, tmp_path, capsys):
-    """To some targets there is nothing, and the line that refuses the others says little alone."""
+    """For some targets there is no note, and the error alone would not explain it."""
     targets = ("--target_modules", "to_q", "to_nothing", "--rank_pattern", "to_k=2")
     assert main(*flags_for(tmp_path, model, data, "out", *targets)) == 2
     out, error = capsys.readouterr()

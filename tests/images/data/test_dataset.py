@@ -1,4 +1,4 @@
-"""Images and captions: every layout of a folder, and what is left out."""
+"""Images and captions: every layout of a folder, and which images are left out."""
 
 import dataclasses
 import errno
@@ -52,7 +52,7 @@ def test_a_stray_text_does_not_hide_metadata_csv(tmp_path):
 
 
 def test_cells_of_metadata_csv_are_text(tmp_path):
-    """A spreadsheet writes quotes and a byte order mark; NA and 7 are captions as good as others, nothing is none."""
+    """A spreadsheet writes quotes and a byte order mark; NA and 7 are captions too, an empty cell is none."""
     folder = image_folder(tmp_path / "p", 6, layout="none")
     rows = ["file_name,text", '0.png,"a ""red"", round', 'disc"', "1.png,NA", "2.png,7", "3.png,", "4.png", "5.png,é,"]
     (folder / "metadata.csv").write_text("\r\n".join(rows), encoding="utf-8-sig", newline="")
@@ -70,7 +70,7 @@ def test_metadata_csv_with_another_name_for_the_file_is_left_to_datasets(tmp_pat
 
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
 def test_parquet_shards_hold_images_too(tmp_path, flag):
-    """What `push_to_hub` and `to_parquet` write."""
+    """As `push_to_hub` and `to_parquet` write them."""
     folder = tmp_path / "p" / "data"
     folder.mkdir(parents=True)
     three_images().to_parquet(folder / "train-00000-of-00001.parquet")
@@ -85,7 +85,7 @@ def png_of(number: int) -> bytes:
 
 
 def file_rows(**columns: str) -> datasets.Dataset:
-    """One row that names its files by paths; `datasets` itself would write what is in them."""
+    """Return a row that names its files by paths; `datasets` itself would write their content."""
     image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     features = datasets.Features({name: image for name in columns} | {"text": datasets.Value("string")})
     rows = {name: [{"bytes": None, "path": path}] for name, path in columns.items()} | {"text": ["red disc"]}
@@ -96,7 +96,7 @@ def file_rows(**columns: str) -> datasets.Dataset:
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
 @pytest.mark.parametrize("layout", ["text", "below", "path", "saved", "mask"])
 def test_rows_name_no_file_outside_the_folder(tmp_path, flag, layout):
-    """Nor does the line tell whether there is one, or an image."""
+    """The line does not reveal whether the file exists or is an image."""
     folder, outside = tmp_path / "p", tmp_path / "secret.png"
     folder.mkdir()
     random_image(1).save(folder / "0.png")
@@ -168,7 +168,7 @@ def test_kohyas_caption_files_are_read_where_there_is_no_txt(brief_flags, tmp_pa
 
 
 def three_images() -> datasets.Dataset:
-    """Three images with captions, inside of the rows."""
+    """Three images with captions, stored in the rows."""
     rows = {"image": [random_image(number) for number in range(3)], "text": ["red disc", "blue box", "red disc"]}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     return datasets.Dataset.from_dict(rows, features)
@@ -177,7 +177,7 @@ def three_images() -> datasets.Dataset:
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
 @pytest.mark.parametrize("splits", [False, True])
 def test_what_save_to_disk_wrote_is_read(tmp_path, flag, splits):
-    """In whatever format its rows were to be seen."""
+    """In whatever format its rows were set to be returned."""
     rows = three_images()
     features = datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))})
     rows = datasets.Dataset.from_dict({"image": rows["image"], "text": [[text] for text in rows["text"]]}, features)
@@ -199,7 +199,7 @@ def test_a_saved_data_set_without_a_training_split_says_what_is_trained_on(tmp_p
 
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
 def test_a_folder_of_several_configurations_is_refused_with_their_names(tmp_path, capsys, flag):
-    """Which the hub's folders say in README.md."""
+    """Folders of the Hub list them in README.md."""
     folder, cache = tmp_path / "p", ("--cache_dir", str(tmp_path / "cache"))
     named = [{"config_name": name, "data_files": f"{name}/*.parquet"} for name in "ab"]
     for name in "ab":
@@ -227,7 +227,7 @@ def test_json_tables_name_images_of_the_folder(tmp_path, capsys):
 
 
 def test_many_columns_are_not_all_listed(tmp_path, capsys):
-    """Kohya's JSON is one object with a key for each image."""
+    """kohya's JSON is one object with a key for each image."""
     folder = tmp_path / "p"
     folder.mkdir()
     (folder / "meta.json").write_text(json.dumps({f"image{number}": {"caption": "x"} for number in range(100)}))
@@ -275,7 +275,7 @@ def test_a_folder_inside_the_runs_own_is_read_where_it_is_named(tmp_path):
 
 
 def test_a_pipe_among_the_images_is_not_opened(tmp_path):
-    """Whoever opens a FIFO for reading waits for a writer; here one waits for readers, so that nothing can hang."""
+    """Opening a FIFO for reading waits for a writer; here a writer waits for a reader, so that the test cannot hang."""
     folder = image_folder(tmp_path / "p", 2, layout="txt")
     fifo = folder / "2.png"
     (folder / "2.txt").write_text("red disc")
@@ -297,7 +297,7 @@ def test_a_pipe_among_the_images_is_not_opened(tmp_path):
 
 @pytest.mark.parametrize("named", ["0.png", "mask.png"])
 def test_an_image_that_cannot_be_read_just_now_ends_the_run(tmp_path, monkeypatch, named):
-    """Left out, it would be missing from all that goes on from this run."""
+    """If it were left out, it would be missing from all runs that resume this one."""
     folder = image_folder(tmp_path / "p", 2, layout="none")
     random_image(1).save(folder / "mask.png")
     rows = [{"file_name": "0.png", "text": "disc"}, {"file_name": "1.png", "text": "box", "mask": "mask.png"}]
@@ -316,7 +316,7 @@ def test_an_image_that_cannot_be_read_just_now_ends_the_run(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", ["more", "lost+found"])
 def test_a_folder_that_cannot_be_listed_ends_the_run(tmp_path, monkeypatch, name):
-    """But for a disk's own, which only root may list."""
+    """Except lost+found, which only root may list."""
     folder = image_folder(tmp_path / "p", 2, layout="txt")
     inner = image_folder(folder / name, 2, layout="txt")
     read = os.scandir
@@ -335,7 +335,7 @@ def test_a_folder_that_cannot_be_listed_ends_the_run(tmp_path, monkeypatch, name
 
 
 def test_a_name_that_is_too_long_is_no_image(tmp_path):
-    """That does not pass."""
+    """This is a permanent error."""
     folder = image_folder(tmp_path / "p", 2)
     with (folder / "metadata.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"file_name": "9" * 300, "text": "disc"}))
@@ -379,7 +379,7 @@ def test_images_of_less_than_a_latent_are_left_out(tmp_path, capsys):
 
 
 def test_names_that_are_not_utf_8_are_left_out(tmp_path, capsys):
-    """As an old archive has them; Arrow, which holds the rows, does not take them."""
+    """As in an old archive; Arrow, which stores the rows, does not accept them."""
     folder = image_folder(tmp_path / "p", 3, layout="none")
     (folder / "1.png").rename(folder / os.fsdecode(b"caf\xe9.png"))
     (folder / "2.png").rename(folder / os.fsdecode(b"\x82.png"))
@@ -405,7 +405,7 @@ def test_images_that_metadata_does_not_list_are_counted(brief_flags, tmp_path, l
 
 @pytest.mark.exhaustive
 def test_folders_that_are_not_followed_and_repeats_that_do_not_count_are_said(brief_flags, tmp_path):
-    """Kohya's scripts would not look for `10_disc` so deep; where they do, see test_sources.py."""
+    """kohya's scripts would not search so deep for `10_disc`; see test_sources.py for folders where they do."""
     folder = image_folder(tmp_path / "p" / "deep" / "10_disc", 2, layout="txt").parents[1]
     image_folder(folder / "deep" / "3_box", 1, layout="txt")
     image_folder(tmp_path / "elsewhere", 1, layout="txt")
@@ -470,7 +470,7 @@ def test_bad_metadata_is_refused(tmp_path, capsys, content):
 
 @pytest.mark.parametrize("first", ["file_name;text", '"file_name";"text"', "text;file_name"])
 def test_semicolons_in_metadata_csv_are_named(tmp_path, capsys, first):
-    """Excel writes them where numbers have commas."""
+    """Excel writes them where numbers have decimal commas."""
     folder = image_folder(tmp_path / "p", 1, layout="none")
     (folder / "metadata.csv").write_text(f"{first}\n0.png;red disc, blue box\n", encoding="utf-8-sig")
     line = refused(capsys, "--train_data_dir", folder)
@@ -498,7 +498,7 @@ def test_a_first_line_of_metadata_csv_without_columns_is_named(tmp_path, capsys,
 
 @pytest.mark.parametrize("text", ["red disc", "red, disc"])
 def test_blank_lines_before_the_columns_of_metadata_csv_are_passed_over(tmp_path, capsys, text):
-    """And counted, where a line is named."""
+    """They still count in the line numbers of messages."""
     folder = image_folder(tmp_path / "p", 1, layout="none")
     (folder / "metadata.csv").write_bytes(f"\r\n\r\nfile_name,text\r\n\r\n0.png,{text}\r\n".encode())
     if "," in text:
@@ -537,7 +537,7 @@ def test_folder_without_captions_is_refused(tmp_path, capsys):
 def test_the_folder_above_kohyas_folders_is_named(tmp_path, capsys, named):
     image_folder(tmp_path / "p" / "img" / "10_sks cat", 2, layout="none")
     line = refused(capsys, "--train_data_dir", tmp_path / "p" / named)
-    assert f"2 images without captions (names of folders are none); give {tmp_path / 'p' / 'img'}, in which" in line
+    assert f"2 images without captions (folder names are not captions); give {tmp_path / 'p' / 'img'}, in which" in line
     for number, other in enumerate(("0_none", "2024_summer")):  # which are not kohya's
         image_folder(tmp_path / f"q{number}" / other, 1, layout="none")
         assert "in which kohya's" not in refused(capsys, "--train_data_dir", tmp_path / f"q{number}")

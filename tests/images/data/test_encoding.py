@@ -1,4 +1,4 @@
-"""Captions and images are encoded as the pipeline itself encodes them, cached or not, with workers or without."""
+"""Captions and images are encoded as the pipeline itself encodes them, with and without cache and workers."""
 
 import dataclasses
 import errno
@@ -34,7 +34,7 @@ from reslora.runtime.signals import StopRequest
 
 
 def trained_without_noise(folder: Path, images: int, log_variance: float) -> tuple[DiffusionPipeline, Path]:
-    """A pipeline whose only timestep adds hardly any noise, and a run that it trained: noisy latents are latents.
+    """A pipeline whose only timestep adds hardly any noise, and a run that it trained: noisy latents equal latents.
 
     The VAE gives every latent the same variance.
     """
@@ -54,7 +54,7 @@ def trained_without_noise(folder: Path, images: int, log_variance: float) -> tup
 
 
 def latents_of(pipeline: DiffusionPipeline, number: int) -> torch.Tensor:
-    """The mean of the latents of an image's centre: images are 32 high and 32, 40 or 48 wide."""
+    """Return the mean latents of an image's center crop: images are 32 high and 32, 40 or 48 wide."""
     left = 4 * (number % 3)
     pixels = np.asarray(random_image(number))[:, left : left + 32]
     pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -85,7 +85,7 @@ def test_latents_are_the_vaes_times_its_scaling_factor(pure_latents):
 
 @pytest.mark.exhaustive
 def test_latents_are_drawn_from_the_vaes_distribution(tmp_path):
-    """Their mean and the standard deviation that the VAE gives them, here 0.5, times the scaling factor."""
+    """With their mean and the VAE's standard deviation, here 0.5, times the scaling factor."""
     pipeline, output = trained_without_noise(tmp_path, images=1, log_variance=2 * math.log(0.5))
     samples = read_by_the_merge(output)["sample"]
     drawn = (samples / 3.7 - latents_of(pipeline, 0)).flatten()
@@ -116,7 +116,7 @@ def test_captions_are_encoded_as_the_pipeline_encodes_a_prompt(pure_latents):
 
 @pytest.mark.exhaustive
 def test_a_second_run_encodes_nothing(brief_flags, tmp_path, monkeypatch):
-    """What is in --cache_dir is enough: neither the images nor the captions are encoded again."""
+    """The content of --cache_dir is enough: neither images nor captions are encoded again."""
     flags = [*brief_flags, "--cache_dir", tmp_path / "cache"]
     assert main(*flags, "--output_dir", tmp_path / "one") == 0
     with monkeypatch.context() as patch:
@@ -133,7 +133,7 @@ def test_a_second_run_encodes_nothing(brief_flags, tmp_path, monkeypatch):
     ("part", "encoder"), [("text_encoder/model", CLIPTextModel), ("vae/diffusion_pytorch_model", AutoencoderKL)]
 )
 def test_what_another_encoder_made_is_not_used(brief_flags, model, tmp_path, monkeypatch, part, encoder):
-    """One tensor in the middle of its file is another."""
+    """One tensor in the middle of the encoder's file differs."""
     there = shutil.copytree(model, tmp_path / "model")
     flags = [*brief_flags, "--cache_dir", tmp_path / "cache", "--pretrained_model_name_or_path", there]
     assert main(*flags, "--output_dir", tmp_path / "one") == 0
@@ -148,7 +148,7 @@ def test_what_another_encoder_made_is_not_used(brief_flags, model, tmp_path, mon
 
 @pytest.mark.exhaustive
 def test_what_an_interrupted_run_has_encoded_is_kept(brief_flags, tmp_path, monkeypatch):
-    """Encoding is stopped in the second of three parts: the next run encodes what is missing, no more."""
+    """Encoding is stopped in the second of three parts; the next run encodes only the rest."""
     monkeypatch.setattr(encoding, "PART_OF_IMAGES", 2)
     flags, calls, encode = [*brief_flags, "--output_dir", tmp_path / "out"], [], AutoencoderKL.encode
 
@@ -172,7 +172,7 @@ def test_what_an_interrupted_run_has_encoded_is_kept(brief_flags, tmp_path, monk
 
 @pytest.mark.exhaustive
 def test_an_image_that_breaks_off_is_left_out_and_the_cache_knows(brief_flags, capsys, tmp_path):
-    """Its header is whole, so that only decoding it tells."""
+    """Its header is complete, so that only decoding finds the damage."""
     folder = image_folder(tmp_path / "images", 3)
     cut(folder / "1.png")
     flags = [*brief_flags, "--train_data_dir", folder, "--cache_dir", tmp_path / "cache"]
@@ -189,7 +189,7 @@ def test_an_image_that_breaks_off_is_left_out_and_the_cache_knows(brief_flags, c
 
 @pytest.mark.exhaustive
 def test_an_uncached_run_sees_the_same_captions(brief_flags, tmp_path):
-    """Captions are encoded in the step, to the same states: with square crops in their middle all is the same."""
+    """Captions are encoded in each step, to the same states; with center crops, everything is the same."""
     flags = [*brief_flags, "--center_crop", "--max_train_steps", 2, "--validation_split", "0.3"]
     flags += ["--validation_steps", 1]
     uncached = ["--no-cache_text_embeddings", "--no-cache_latents"]
@@ -203,7 +203,7 @@ def test_an_uncached_run_sees_the_same_captions(brief_flags, tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("cached", [True, False])
 def test_half_precision_and_uncached_encoders_train(runs, tmp_path, cached):
-    """In a process of its own: accelerate keeps the precision it was first started with."""
+    """In its own process: accelerate keeps its first precision."""
     uncached = ["--no-cache_latents", "--no-cache_text_embeddings", "--dataloader_num_workers", "1"]
     flags = ["--snr_gamma", "5", "--noise_offset", "0.1", "--gradient_checkpointing", "--mixed_precision", "bf16"]
     assert runs.finish(tmp_path / "out", *flags, *([] if cached else uncached), "--max_train_steps", "2") == 0
@@ -214,7 +214,7 @@ def test_half_precision_and_uncached_encoders_train(runs, tmp_path, cached):
 
 @pytest.mark.exhaustive
 def test_a_killed_loader_process_ends_the_run_in_one_line(runs, tmp_path):
-    """As the system kills it where memory is short."""
+    """As the system kills it if memory is short."""
     log = tmp_path / "out" / "reslora" / "log.jsonl"
     flags = ("--dataloader_num_workers", "1", "--max_train_steps", "100000", "--checkpointing_steps", "100000")
     process = runs.start(tmp_path / "out", *flags)
@@ -229,7 +229,7 @@ def test_a_killed_loader_process_ends_the_run_in_one_line(runs, tmp_path):
 
 
 class Counting:
-    """Encodes to what tells images and captions apart, and counts."""
+    """An encoder that distinguishes images and captions, and counts its calls."""
 
     def __init__(self) -> None:
         self.images, self.captions = [], []
@@ -256,7 +256,7 @@ def setting(tmp_path) -> ImageContext:
 
 
 def images_encoded(setting: ImageContext, key: object = "vae", size: Size | None = None, **flags) -> list[int]:
-    """How many variants of each image that had to be encoded; all are checked."""
+    """Return how many variants of each image had to be encoded; all are checked."""
     setting = dataclasses.replace(setting, options=setting.options.replace(**flags))
     family, images = (
         setting.model.family,
@@ -279,7 +279,7 @@ def images_encoded(setting: ImageContext, key: object = "vae", size: Size | None
 
 
 def captions_encoded(setting: ImageContext, captions: list[str], key: object = "encoders", **flags) -> list[str]:
-    """The captions that had to be encoded; all are checked."""
+    """Return the captions that had to be encoded; all are checked."""
     setting = dataclasses.replace(setting, options=setting.options.replace(**flags))
     family = setting.model.family
     family.captions.clear()
@@ -294,7 +294,7 @@ def add_image(folder: Path, number: int) -> None:
 
 
 def test_one_more_image_is_encoded_alone(setting):
-    """The crops of the others are theirs wherever they are, and be it before them."""
+    """The crops of the other images do not change, even if the new image precedes them."""
     folder = Path(*setting.options.data.train_data_dir)
     assert images_encoded(setting) == [1, 4, 4, 1, 4]
     assert images_encoded(setting) == []
@@ -347,7 +347,7 @@ def test_all_crops_but_the_centre_are_drawn_by_the_seed(setting):
 
 
 def test_a_bucket_that_cuts_much_off_has_random_crops_too(setting):
-    """Of the images, 32 high and 32, 40 or 48 wide, the others would never be seen whole."""
+    """Images are 32 high and 32, 40 or 48 wide; with center crops only, parts of them would never be used."""
     images, flags = (
         load_images(setting.options),
         setting.options.replace(use_aspect_ratio_buckets=True),
@@ -389,7 +389,7 @@ def test_an_image_that_cannot_be_read_just_now_is_not_remembered_as_damaged(sett
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_where_no_latents_are_kept_damaged_images_are_found_once_before_training(setting, monkeypatch, masked):
-    """Else they would end the run when they are drawn, and again whenever it goes on."""
+    """Otherwise they would end the run when they are sampled, and again after each resume."""
     folder = Path(*setting.options.data.train_data_dir)
     random_image(1).convert("RGBA").save(folder / "1.png")
     cut(folder / "1.png")
@@ -429,7 +429,7 @@ def test_encoding_goes_on_behind_the_last_whole_part(setting, monkeypatch):
 
 
 def test_a_process_that_was_asked_to_stop_and_finds_another_gone_was_stopped(setting, monkeypatch):
-    """Of few images process 0 encodes all, and leaves when it is asked to; the others wait for it."""
+    """With few images, process 0 encodes all of them, and exits when it is asked to; the others wait for it."""
     monkeypatch.setattr(store, "wait", Mock(side_effect=RunFailed("another process of this run has ended")))
     for asked, kind in ((None, RunFailed), (signal.SIGINT, Stopped)):
         setting.stop.signal = asked

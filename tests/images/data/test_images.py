@@ -1,4 +1,4 @@
-"""How an image becomes pixels: every kind of file as 8-bit RGB, and its square at a place."""
+"""How an image becomes pixels: every file type as 8-bit RGB, and its crops."""
 
 from io import BytesIO
 
@@ -14,7 +14,7 @@ from reslora.images.data.size import Size
 
 
 def solid(mode: str, colour, **save) -> np.ndarray:
-    """What an image of one colour, written in `mode`, is read as."""
+    """Return the color that an image of one color, written in `mode`, is read as."""
     file = BytesIO()
     PIL.Image.new(mode, (8, 4), colour).save(file, **({"format": "PNG"} | save))
     return np.asarray(open_image(file.getvalue()))
@@ -38,7 +38,7 @@ def test_every_kind_of_image_is_read_right():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_image_with_a_pixel_that_is_no_number_is_damaged(value):
-    """Its largest value would say that all others are white, or black."""
+    """Scaled by its largest value, all other pixels would be white or black."""
     pixels, file = np.full((4, 8), 100.0, np.float32), BytesIO()
     pixels[2, 3] = value
     PIL.Image.fromarray(pixels).save(file, format="TIFF")
@@ -50,7 +50,7 @@ ORIENTATION = PIL.ExifTags.Base.Orientation
 
 
 def turned(orientation: int, name: str) -> bytes:
-    """A file of an image 8 wide and 4 high that is shown as its orientation says."""
+    """Write an image 8 wide and 4 high with this EXIF orientation."""
     exif, file = PIL.Image.Exif(), BytesIO()
     exif[ORIENTATION] = orientation
     PIL.Image.new("RGB", (8, 4)).save(file, format=name, exif=exif)
@@ -87,7 +87,7 @@ def test_the_sizes_that_sdxl_is_told_are_the_upright_images():
 
 @pytest.mark.parametrize("brand", [b"heic", b"mp42"])
 def test_an_iphones_photo_is_told_from_what_is_no_image(tmp_path, brand):
-    """Pillow reads neither; the first is not damaged, and there is a way to read it."""
+    """Pillow reads neither; the first is not damaged, and the message says how to convert it."""
     content = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic"
     (tmp_path / "a.heic").write_bytes(content)
     found = {image_size(content), image_size(tmp_path / "a.heic")}
@@ -128,7 +128,7 @@ def test_a_crop_is_the_square_at_its_place_and_a_flip_its_mirror_image():
     ],
 )
 def test_sizes_are_heights_before_widths_and_a_flip_counts_from_the_other_side(size, crop, flip, expected):
-    """Height and width of the image, top and left of the crop once it is scaled, height and width of the crop."""
+    """Height and width of the image, top and left of the crop in the scaled image, height and width of the crop."""
     assert crop_sizes(size, crop, flip, Size(64, 64)) == expected
 
 
@@ -136,7 +136,7 @@ def test_sizes_are_heights_before_widths_and_a_flip_counts_from_the_other_side(s
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("place", [0.0, 0.25, 1.0])
 def test_a_crop_is_where_its_sizes_say(flip, turned, place):
-    """Top and left find the crop in the image as SDXL thinks of it: mirrored first, then cropped."""
+    """Top and left locate the crop as SDXL defines it: the image is first mirrored, then cropped."""
     image = random_image(2)  # 48 x 32
     image = image.transpose(PIL.Image.Transpose.ROTATE_90) if turned else image
     crop = (0.0, place) if turned else (place, 0.0)

@@ -1,4 +1,4 @@
-"""Captions longer than what text encoders read: counted as the pipelines cut them, and told in one line."""
+"""Captions longer than the text encoder's limit: counted as the pipelines truncate them, and printed in one line."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_without_t5_stable_diffusion_3_is_measured_by_clip(tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("more", [(), ("--train_text_encoder", "--strict")])
 def test_one_line_tells_how_many_captions_are_cut_and_which_is_the_longest(brief_flags, tmp_path, more):
-    """Encoded in this run, in an earlier one, or in every step."""
+    """If captions are encoded in this run, in an earlier one, or in every step."""
     data = image_folder(tmp_path / "data", 3, ["red " * 7, "blue " * 30, "red disc"].__getitem__)
     flags = [*brief_flags, "--train_data_dir", data, "--validation_prompt", "disc", *more]
     for output in ("first", "second"):

@@ -1,4 +1,4 @@
-"""What is passed over among images: hidden folders, which hold stale copies and what was deleted, and class images."""
+"""Files that are skipped among images: hidden folders with copies and deleted images, and class images."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ HIDDEN = ("hidden image",)
 
 
 def with_hidden(folder: Path, layout: str = "txt") -> Path:
-    """Two images; two more of another caption in hidden folders, and one in the trash."""
+    """Two images; two more with another caption in hidden folders, and one in the trash."""
     image_folder(folder, 2, layout=layout)
     for place, count in ((".ipynb_checkpoints", 1), (".Trash-1000/files", 1), (TRASH, 1)):
         image_folder(folder / place, count, lambda _: "OLD", layout="txt")
@@ -52,7 +52,7 @@ def missing_of_three(folder: Path) -> int:
 
 
 def test_hidden_class_images_are_none(tmp_path):
-    """There the caption is that of all, whether there is one beside an image or not."""
+    """There, all images have the same caption, whether or not they have a caption file."""
     folder = with_hidden(tmp_path / "p", "none")
     assert missing_of_three(folder) == 1
     (found,) = gather(folder, caption="a disc")
@@ -61,7 +61,7 @@ def test_hidden_class_images_are_none(tmp_path):
 
 @pytest.mark.parametrize("layout", ["txt", "none"])
 def test_hidden_files_are_no_images(tmp_path, layout):
-    """A Mac leaves one beside each file on disks of other systems: it is called as an image, and is none."""
+    """On disks of other systems, macOS writes one next to each file, with an image's name, but it is no image."""
     folder = image_folder(tmp_path / "p", 2, layout=layout)
     for path in list(folder.iterdir()):
         path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
@@ -75,7 +75,7 @@ def test_hidden_folders_in_kohyas_are_told_of_as_others_are(tmp_path):
     with_hidden(tmp_path / "p" / "2_sks")
     (found,) = gather(tmp_path / "p")
     assert len(found) == 2 and only(found.notes, *HIDDEN).startswith("2 ")
-    assert not [note for note in found.notes if "in it not read" in note]
+    assert not [note for note in found.notes if "subfolder" in note]
     image_folder(tmp_path / "p" / ".old", 1)
     (found,) = gather(tmp_path / "p")
     lines = [note for note in found.notes if HIDDEN[0] in note]
@@ -83,7 +83,7 @@ def test_hidden_folders_in_kohyas_are_told_of_as_others_are(tmp_path):
 
 
 def test_where_nothing_is_hidden_the_rows_are_not_read_for_it():
-    """A data set may hold its images in its rows."""
+    """A data set may store its images in its rows."""
     assert unlisted(None, []) == []
 
 
@@ -106,7 +106,7 @@ def test_where_the_datasets_library_reads_a_folder_hidden_ones_are_told_of_too(t
 
 
 def test_class_images_in_one_of_kohyas_folders_are_no_images_to_be_learnt(tmp_path):
-    """The folder is there from the second start on, once they are drawn: the data are those of the first start."""
+    """From the second start on, the folder has generated images, but the training data is that of the first start."""
     folder, of_class = tmp_path / "p", tmp_path / "p" / "1_red box"
     flags = ["--class_data_dir", str(of_class), "--class_prompt", "red box"]
     image_folder(folder / "10_red disc", 2, layout="none")
@@ -133,7 +133,7 @@ def test_class_images_are_not_refused_for_the_captions_that_they_need_not_have(t
     ("named", "other"), [("../p", "{}/p/1_box"), ("{}/p", "../p/1_box"), ("../p", "../box"), ("../link", "{}/p/1_box")]
 )
 def test_folders_are_the_same_however_they_are_written(tmp_path, monkeypatch, flag, named, other):
-    """With `..`, whole, and through links from elsewhere."""
+    """With `..`, as an absolute path, and through links."""
     folder = image_folder(tmp_path / "p" / "2_red disc", 2, layout="none").parent
     image_folder(folder / "1_box", 1, layout="none")
     (tmp_path / "link").symlink_to(folder)
@@ -146,7 +146,7 @@ def test_folders_are_the_same_however_they_are_written(tmp_path, monkeypatch, fl
 
 
 def test_a_link_to_class_images_is_their_folder(tmp_path):
-    """kohya's folders may be links, which are read where they lead."""
+    """kohya's folders may be links, which are followed."""
     folder = image_folder(tmp_path / "p" / "2_red disc", 2, layout="none").parent
     (folder / "1_box").symlink_to(image_folder(tmp_path / "boxes", 1, layout="none"))
     (found,) = gather(folder, "--class_data_dir", str(folder / "1_box"), "--class_prompt", "a box")

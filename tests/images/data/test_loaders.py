@@ -1,4 +1,4 @@
-"""Loading in this process or others: what cannot be loaded is said in one line, and no process is left behind."""
+"""Loading in this process or in workers: errors are one line, and no process remains."""
 
 import contextlib
 import multiprocessing
@@ -16,7 +16,7 @@ from reslora.training import loop
 
 
 class Items(Dataset):
-    """Ten numbers; one of them cannot be loaded, or kills the process that loads it."""
+    """Ten numbers; one of them cannot be loaded, or kills the worker that loads it."""
 
     def __init__(self, trouble: str = "") -> None:
         self.trouble = trouble
@@ -58,7 +58,7 @@ def test_a_process_that_dies_is_a_failed_run_and_no_handler_stays():
 
 
 def test_processes_end_when_the_rest_is_not_wanted():
-    """They ignore SIGTERM: the end of the program would wait for them for good."""
+    """They ignore SIGTERM: the program would wait for them forever."""
     kept = []
     with pytest.raises(ZeroDivisionError), contextlib.closing(stream(loader(2))) as items:
         kept.append(next(items))
@@ -67,7 +67,7 @@ def test_processes_end_when_the_rest_is_not_wanted():
 
 
 def test_an_image_that_is_damaged_while_training_ends_the_run_in_one_line(brief_flags, data, capsys, tmp_path):
-    """Without cached latents images are read in every step."""
+    """Without cached latents, images are read in every step."""
     folder = shutil.copytree(data, tmp_path / "images")
     flags = [*brief_flags, "--train_data_dir", folder, "--no-cache_latents", "--output_dir", tmp_path / "out"]
     train = loop.train

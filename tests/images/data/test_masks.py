@@ -1,4 +1,4 @@
-"""Masks: from alpha channels and from files, through the crops and mirror images of their images, into the loss."""
+"""Masks from alpha channels and files, cropped and mirrored like their images, in the loss."""
 
 import json
 from io import BytesIO
@@ -32,7 +32,7 @@ def png(mode: str, colour, **save) -> bytes:
 
 
 def opened(image: bytes, mask: bytes = b"") -> tuple:
-    """The colour of an image's pixels, and how much they count."""
+    """Return the color of an image's pixels, and their mask."""
     return tuple(found.getpixel((3, 2)) for found in open_masked(image, mask))
 
 
@@ -51,7 +51,7 @@ def test_a_mask_counts_before_the_alpha_channel_which_is_transparency_then():
 
 
 def test_what_is_transparent_of_a_mask_counts_nothing():
-    """As editors export a selection: white on nothing."""
+    """As editors export a selection: white on a transparent ground."""
     assert opened(png("RGB", (1, 2, 3)), png("RGBA", (255, 255, 255, 100))) == ((1, 2, 3), 100)
     assert opened(png("RGB", (1, 2, 3)), png("LA", (255, 0))) == ((1, 2, 3), 0)
     assert opened(png("RGB", (1, 2, 3)), png("L", 255, transparency=255)) == ((1, 2, 3), 0)
@@ -60,7 +60,7 @@ def test_what_is_transparent_of_a_mask_counts_nothing():
 
 @pytest.mark.parametrize("side", [4, 8, 16, 32])
 def test_what_is_black_counts_nothing_up_to_its_edge_whatever_the_scale(side):
-    """Lanczos would ring across it."""
+    """Lanczos resampling would overshoot at the edge."""
     mask = PIL.Image.fromarray(np.repeat([[0] * 8 + [255] * 8], 16, 0).astype(np.uint8))
     found = crop_mask(mask, (0.5, 0.5), False, Size(side, side))
     assert found.shape == (1, side, side)
@@ -72,7 +72,7 @@ def test_what_is_black_counts_nothing_up_to_its_edge_whatever_the_scale(side):
 
 
 def add_masks(folder: Path, masks: dict[int, PIL.Image.Image]) -> Path:
-    """Writes masks, and their names into metadata.jsonl."""
+    """Write masks, and their names into metadata.jsonl."""
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     for number, mask in masks.items():
         mask.save(folder / f"mask-{number}.png")
@@ -82,7 +82,7 @@ def add_masks(folder: Path, masks: dict[int, PIL.Image.Image]) -> Path:
 
 
 def red_of(number: int) -> PIL.Image.Image:
-    """A mask that is its image's red channel."""
+    """Return a mask that is the red channel of its image."""
     return random_image(number).getchannel("R")
 
 
@@ -100,7 +100,7 @@ def found_in(folder: Path, *flags: object) -> list:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Three images: with a mask, with an alpha channel, with neither."""
+    """Three images: with a mask, with an alpha channel, and with neither."""
     folder = add_masks(image_folder(tmp_path / "images", 3), {0: red_of(0)})
     image = random_image(1)
     image.putalpha(red_of(1))
@@ -109,7 +109,7 @@ def folder(tmp_path) -> Path:
 
 
 def check(images) -> None:
-    """Whether image and mask of each image are what they should be."""
+    """Check image and mask of each image."""
     for number, mask in enumerate([red_of(0), red_of(1), PIL.Image.new("L", random_image(2).size, 255)]):
         image, found = images.open_masked(number)
         assert image.tobytes() == random_image(number).tobytes() and found.tobytes() == mask.tobytes()
@@ -172,7 +172,7 @@ def test_a_mask_that_is_not_in_the_folder_is_refused(name, folder, capsys):
 
 
 def test_masks_are_cropped_scaled_and_mirrored_as_their_images(tmp_path):
-    """Their images' red channel is what they are."""
+    """The mask is the image's red channel, so both can be compared."""
     folder = add_masks(image_folder(tmp_path / "images", 3), {number: red_of(number) for number in range(3)})
     words = ["--train_data_dir", str(folder), "--random_flip", "--image_interpolation_mode", "box", "--seed", "4"]
     flags = parse_args([*MODEL, *words, "--no-cache_text_embeddings", "--train_batch_size", "1"])
@@ -204,7 +204,7 @@ def test_an_image_of_which_nothing_counts_is_left_out_or_refused(kept, brief_fla
 
 @pytest.mark.exhaustive
 def test_kept_masks_train_what_fresh_ones_do(brief_flags, folder, tmp_path):
-    """Kept in the size of the latents, or scaled to it in the step."""
+    """Cached at the size of the latents, or scaled to it in the step."""
     add = ["--train_data_dir", folder, "--center_crop", "--masked_loss"]
     add += ["--loss_type", "huber", "--max_train_steps", 2, "--validation_split", 0.3, "--num_validation_images", 0]
     lines = printed(*brief_flags, *add, "--output_dir", tmp_path / "kept")

@@ -1,4 +1,4 @@
-"""A folder whose metadata is in folders below it, which the datasets library reads: no image is lost to that."""
+"""A folder with metadata in subfolders, which the datasets library reads: no image is lost."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from reslora.images.settings import parse_args
 
 
 def nested(folder: Path, layout: str, inner: str) -> Path:
-    """Two images in a folder, with captions in `layout`, and two below it with captions in `inner`."""
+    """Write two images into a folder with captions in `layout`, and two into a subfolder with captions in `inner`."""
     image_folder(folder, 2, layout=layout)
     image_folder(folder / "below", 2, layout=inner)
     return folder
@@ -20,7 +20,7 @@ def nested(folder: Path, layout: str, inner: str) -> Path:
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
 @pytest.mark.parametrize("inner", ["jsonl", "csv"])
 def test_captions_beside_images_are_not_lost_to_metadata_below(tmp_path, capsys, flag, inner):
-    """`datasets`, which reads metadata below, takes what it lists and nothing else."""
+    """`datasets` reads the metadata in subfolders, and takes only the images that it lists."""
     folder, cache = nested(tmp_path / "p", "txt", inner), ("--cache_dir", str(tmp_path / "cache"))
     line = refused(capsys, flag, folder, *cache)
     assert "2 images with captions" in line and f"{folder}/0.png" in line and "one by one" in line

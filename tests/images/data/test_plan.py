@@ -1,4 +1,4 @@
-"""Which images a forward reads: rounds, epochs, buckets, processes, repeats."""
+"""The images of each batch: rounds, epochs, buckets, processes, repeats."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ SIZES = (Size(64, 64), Size(64, 96), Size(96, 64))
 
 
 def source(*bucket: int, repeats: int = 1, held_out: tuple[int, ...] = ()) -> Source:
-    """A source whose images are in these buckets."""
+    """Return a source whose images are in these buckets."""
     train = tuple(index for index in range(len(bucket)) if index not in held_out)
     return Source(None, None, train, held_out, SIZES, bucket, repeats=repeats)
 
@@ -28,7 +28,7 @@ def images(draws: list[Draw]) -> list[int]:
 
 @pytest.mark.parametrize("per_forward", [1, 2, 4, 5, 16])
 def test_one_bucket_is_round_after_round(per_forward):
-    """Sample p is that of place p of the rounds, one after the other: what fills a forward is not met twice."""
+    """Sample p is at position p of the concatenated rounds: images that fill up a batch are not used twice."""
     plan, count = Plan([source(*[0] * 5)], per_forward, seed=3), 5
     found = [draw for number in range(12) for draw in plan.forward(number)]
     for position, draw in enumerate(found):
@@ -36,7 +36,7 @@ def test_one_bucket_is_round_after_round(per_forward):
 
 
 def test_each_bucket_has_an_order_of_its_own_and_so_have_forwards():
-    """The same in every version: a run goes on where one of an earlier version has stopped."""
+    """The order is the same in every version, so that runs of earlier versions can be resumed."""
     plan = Plan([source(*[0] * 8, *[1] * 8)], 1, seed=3)
     uses_per_epoch = [plan.forward(number)[0] for number in range(16)]
     orders = [[draw.image % 8 for draw in uses_per_epoch if draw.size == size] for size in SIZES[:2]]
@@ -78,7 +78,7 @@ def test_several_folders_and_resolutions_are_met_as_often_as_they_repeat_and_nev
 
 @pytest.mark.parametrize("sources", [[source(*[0] * 7)], [MIXED], FOLDERS])
 def test_n_processes_read_what_one_reads_with_n_times_the_batch(sources):
-    """A plan knows the samples of all processes; its order and sizes do not depend on who reads which."""
+    """A plan contains the samples of all processes; its order and sizes do not depend on their number."""
     together = Plan(sources, 6, seed=0)
     again = Plan(sources, 6, seed=0)
     for number in (40, 3, 17, 3):  # in any order: nothing is remembered

@@ -1,4 +1,4 @@
-"""Sample number n of a run is a function of the seed and n: the same for every method, batch size and process."""
+"""Sample n of a run is a function of the seed and n: the same for every method, batch size and process."""
 
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ from reslora.options.images import Options
 
 @pytest.mark.exhaustive
 def test_methods_share_initial_weights(brief_flags, tmp_path):
-    """At this learning rate nothing moves: float32 keeps A as it was drawn, and B below any rounding of a product."""
+    """At this learning rate, float32 rounds every update of A away, and B stays negligible."""
     flags = [*brief_flags, "--method", "lora", "lora_x2", "reslora", "--merge", "none", "--learning_rate", "1e-30"]
     assert main(*flags, "--output_dir", tmp_path / "out") == 0
     states = []
@@ -44,7 +44,7 @@ def test_methods_share_initial_weights(brief_flags, tmp_path):
 
 @pytest.mark.exhaustive
 def test_methods_share_the_samples(run):
-    """B is zero at first, so that the first training loss is the base model's on the same noise: equal to the bit."""
+    """B is zero at first, so the first training loss is the base model's on the same noise: bitwise equal."""
     first = {method: [row for row in losses(run, method) if row[0] <= 1] for method in ("lora", "reslora")}
     assert len(first["lora"]) == 2 and first["lora"] == first["reslora"]
     assert digests(run / "lora", "samples/step-000000/*") == digests(run / "reslora", "samples/step-000000/*")
@@ -56,7 +56,7 @@ def test_methods_share_the_samples(run):
 
 @pytest.fixture(scope="module")
 def pure_noise(tmp_path_factory) -> list[str]:
-    """Options for a model whose only timestep leaves nothing of the image: its noisy latents are the noise."""
+    """Return options for a model whose only timestep leaves nothing of the image: noisy latents equal the noise."""
     folder = tmp_path_factory.mktemp("noise")
     scheduler = {
         "num_train_timesteps": 1,
@@ -96,7 +96,7 @@ def by_step(output, method: str = "reslora") -> dict[tuple[int, str], float]:
 
 @pytest.mark.exhaustive
 def test_noise_offset_shifts_each_channel_of_each_sample(with_and_without_offset):
-    """0.5 times a normal number for each sample and channel, the same over the whole image; the noise stays."""
+    """By 0.5 times a normal number per sample and channel, constant over the image; the noise itself is unchanged."""
     noises = {
         offset: load_file(output / "reslora" / "calibration.safetensors")["sample"]
         for offset, output in with_and_without_offset.items()
@@ -112,7 +112,7 @@ def test_noise_offset_shifts_each_channel_of_each_sample(with_and_without_offset
 
 @pytest.mark.exhaustive
 def test_validation_loss_is_without_the_noise_offset(with_and_without_offset):
-    """Losses of runs with and without it could not be compared otherwise."""
+    """Otherwise losses of runs with and without it could not be compared."""
     before, after = (by_step(with_and_without_offset[offset]) for offset in (0.0, 0.5))
     assert after[0, "validation"] == before[0, "validation"]
     assert after[1, "train"] != before[1, "train"]
@@ -120,7 +120,7 @@ def test_validation_loss_is_without_the_noise_offset(with_and_without_offset):
 
 @pytest.mark.exhaustive
 def test_the_loss_is_weighted_in_training_alone(pure_noise, with_and_without_offset, tmp_path):
-    """A millionth of the image is left: for v the min-SNR weight is snr / (snr + 1), a millionth too."""
+    """A millionth of the image remains: for v, the min-SNR weight snr / (snr + 1) is a millionth too."""
     assert main(*pure_noise, "--snr_gamma", 5, "--output_dir", tmp_path / "out") == 0
     before, after = by_step(with_and_without_offset[0.0]), by_step(tmp_path / "out")
     assert after[0, "validation"] == before[0, "validation"]
@@ -131,7 +131,7 @@ def test_the_loss_is_weighted_in_training_alone(pure_noise, with_and_without_off
 
 
 def validation(limit: int, seed: int = 0, count: int = 100) -> list[Batch]:
-    """What the validation loss of `count` images, a fifth of them held out, is measured on."""
+    """Return the validation samples of `count` images, a fifth of them held out."""
     flags = Options.of(
         seed=seed, validation_split=0.2, max_validation_images=limit, noise_offset=0.0, cache_text_embeddings=False
     )
@@ -169,7 +169,7 @@ def test_an_image_is_measured_with_the_same_noises_whichever_others_are():
 
 @pytest.mark.exhaustive
 def test_loss_png_says_on_how_many_images_the_loss_was_measured(brief_flags, tmp_path, monkeypatch):
-    """The others are held out all the same: the first step trains on the same images."""
+    """The other held-out images are not trained on either: the first step is the same."""
     said, drawn = [], []
     monkeypatch.setattr(showing, "loss_curves", lambda path, logs, held_out: said.append(held_out))
     for limit in (1, 2, 64):
@@ -182,7 +182,7 @@ def test_loss_png_says_on_how_many_images_the_loss_was_measured(brief_flags, tmp
 
 
 def test_images_to_be_looked_at_are_those_trained_on_from_all_over_the_data():
-    """Made as large as they are numbered; number 40 cannot be read, and class images are not learnt."""
+    """Image n has size n; number 40 cannot be read, and class images are left out."""
 
     def opened(number: int) -> PIL.Image.Image:
         if number == 40:
@@ -204,7 +204,7 @@ def test_images_to_be_looked_at_are_those_trained_on_from_all_over_the_data():
 
 
 def one_image(latents: SimpleNamespace | None, images: SimpleNamespace) -> list[Batch]:
-    """What 200 training samples are made of where there is but one image."""
+    """Return 200 training samples of a single image."""
     flags = Options.of(
         seed=0, noise_offset=0.0, cache_text_embeddings=False, masked_loss=False, center_crop=False, random_flip=True,
         image_interpolation_mode="box",
@@ -222,7 +222,7 @@ def test_every_variant_that_is_kept_is_trained():
 
 
 def test_without_kept_latents_every_sample_has_a_crop_of_its_own_and_half_are_mirrored():
-    """The image is dark on the left, and twice as wide as what is cropped from it: 0 to 16 pixels lie left of that."""
+    """The image is dark on the left and twice as wide as the crop, so 0 to 16 pixels lie left of the crop."""
     image = PIL.Image.linear_gradient("L").transpose(PIL.Image.Transpose.TRANSPOSE).resize((64, 32)).convert("RGB")
     samples = one_image(None, SimpleNamespace(captions=[["box"]], open=lambda index: image, paired=False))
     assert 70 < sum(bool(sample.pixels[0, 0, 0] > sample.pixels[0, 0, -1]) for sample in samples) < 130
@@ -233,7 +233,7 @@ def test_without_kept_latents_every_sample_has_a_crop_of_its_own_and_half_are_mi
 
 
 def test_training_calibration_and_validation_have_noises_of_their_own(model):
-    """The merge would be judged on what was trained, and validation on the noise that was learnt, otherwise."""
+    """Otherwise merge and validation would be measured on the noise that was trained on."""
     training_data, *_ = exact_steps.setting(model)
     kinds = (TrainingSamples, CalibrationSamples, ValidationSamples)
     draws = Plan(training_data.sources, 3, 0).forward(0)

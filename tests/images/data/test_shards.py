@@ -1,4 +1,4 @@
-"""A webdataset: which of its files are read, and what of them."""
+"""Webdatasets: which of their files are read, and which entries."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def png(number: int) -> bytes:
 
 @pytest.mark.exhaustive
 def test_a_webdataset_is_read(brief_flags, tmp_path):
-    """Its columns are suffixes; with a train split, the other is passed over and that is said."""
+    """Its columns are suffixes; with a train split, the other split is skipped with a note."""
     folder, flags = tmp_path / "p", ("--cache_dir", str(tmp_path / "cache"))
     for number, name in enumerate(["train-0.tar", "train-1.tar", "test-0.tar"]):
         webdataset(folder / name, {f"{number}.png": png(number), f"{number}.txt": f"box {number}".encode()})
@@ -46,7 +46,7 @@ def test_a_webdataset_is_read(brief_flags, tmp_path):
 
 
 def test_a_table_of_something_else_does_not_hide_what_a_readme_names(tmp_path):
-    """Where --dataset_name is given, the folder says itself how it is read."""
+    """With --dataset_name, the folder's README.md says how it is read."""
     folder = tmp_path / "p"
     webdataset(folder / "data" / "0.tar", {"0.png": png(0), "0.txt": b"red disc"})
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data/*.tar\n---\n")
@@ -75,7 +75,7 @@ def test_a_damaged_webdataset_is_refused(tmp_path, capsys, content):
 
 @pytest.mark.parametrize("suffixes", [("caption",), ("txt", "caption")])
 def test_kohyas_captions_in_a_webdataset_are_read(tmp_path, suffixes):
-    """Whose suffix `datasets` does not decode; the .txt counts where there are both, as beside images."""
+    """`datasets` does not decode their suffix; if both exist, the .txt is used, as with files next to images."""
     texts = ["box".encode("utf-16"), "rötlich".encode(), b"\xff\xfe\xff"]
     members = {}
     for number, text in enumerate(texts):
@@ -90,7 +90,7 @@ def test_kohyas_captions_in_a_webdataset_are_read(tmp_path, suffixes):
 
 
 def test_captions_in_a_webdataset_are_those_beside_images(tmp_path):
-    """Without byte order marks and ends of lines, of which tokenizers may make unknown words."""
+    """Without byte order marks and line ends, of which tokenizers may make unknown words."""
     texts = [b"\xef\xbb\xbfred disc\r\n", b"blue box\n"]
     members = {
         f"{n}.{kind}": content for n, text in enumerate(texts) for kind, content in (("png", png(n)), ("txt", text))
@@ -102,7 +102,7 @@ def test_captions_in_a_webdataset_are_those_beside_images(tmp_path):
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 @pytest.mark.parametrize("suffix", ["txt", "TXT", "text", "transcript"])
 def test_a_text_in_another_encoding_in_a_webdataset_is_named(tmp_path, capsys, encoding, suffix):
-    """`datasets` decodes it before anybody can ask."""
+    """`datasets` would raise its own error while it decodes the text."""
     members = {"0.png": png(0), f"0.{suffix}": b"box", "1.png": png(1), f"1.{suffix}": "café".encode(encoding)}
     folder = webdataset(tmp_path / "p" / "0.tar", members)
     line = refused(capsys, "--train_data_dir", folder, "--cache_dir", tmp_path / "cache", quiet=False)
@@ -119,7 +119,7 @@ def test_captions_in_a_webdatasets_json_are_refused_with_what_helps(tmp_path, ca
 
 @pytest.mark.parametrize("damage", ["cut", "header"])
 def test_an_archive_that_is_cut_between_its_files_is_noted(tmp_path, damage):
-    """tarfile ends there without a word, and so does `datasets`."""
+    """tarfile ends there without an error, and so does `datasets`."""
     members = {f"{number}.{kind}": content for number in range(3) for kind, content in contents(number)}
     flags = ("--cache_dir", str(tmp_path / "cache"))
     path = webdataset(tmp_path / "p" / "0.tar", members) / "0.tar"

@@ -1,4 +1,4 @@
-"""Several folders, repeats, weights, kohya's folders, several resolutions: what is trained, how often and how large."""
+"""Several folders, repeats, weights, kohya's folders and several resolutions: what is trained, and how often."""
 
 import json
 from collections import Counter
@@ -79,7 +79,7 @@ def test_as_many_as_max_train_samples_are_taken_of_all_folders(folders):
 
 
 def kohyas(folder: Path) -> Path:
-    """Two folders as kohya's scripts read them, and what these pass over."""
+    """Two folders as kohya's scripts read them, and files that these scripts skip."""
     image_folder(folder / "10_sks cat", 2, layout="txt")
     (folder / "10_sks cat" / "0.txt").unlink()
     image_folder(folder / "10_sks cat" / "inside", 1)
@@ -94,12 +94,12 @@ def kohyas(folder: Path) -> Path:
 
 
 def test_kohyas_folders_say_repeats_and_captions(tmp_path):
-    """As sd-scripts' DreamBooth method has it: a name is the caption where none is there; all else is passed over."""
+    """As in sd-scripts' DreamBooth method: the folder's name is the default caption; other files are skipped."""
     cat, letters = gather("--train_data_dir", kohyas(tmp_path / "p"), "--train_data_repeats", 2)
     assert (cat.repeats, cat.captions) == (20, [["sks cat"], ["blue box"]])
     assert (letters.repeats, letters.captions) == (4, [["a_b"]])
     assert "not 0_none, 3_empty, loose.png, plain" in only(cat.notes, "only kohya's folders")
-    only(cat.notes, "10_sks cat: 1 folder in it not read")
+    only(cat.notes, "10_sks cat: 1 subfolder not read")
     assert cat.label == f"{tmp_path}/p/10_sks cat (1 of 2 images with its name as caption: sks cat)"
     assert letters.label == f"{tmp_path}/p/2_a_b (1 of 1 image with its name as caption: a_b)"
 
@@ -124,7 +124,7 @@ def test_a_number_alone_says_no_repeats_and_that_is_told(tmp_path, beside):
 
 
 def test_captions_in_capitals_are_read_and_missing_ones_counted(tmp_path):
-    """As cameras and Windows name them."""
+    """As cameras and Windows write suffixes."""
     folder = image_folder(tmp_path / "p" / "4_sks dog", 3, layout="none")
     for number in range(3):
         (folder / f"{number}.png").rename(folder / f"{number}.PNG")
@@ -140,7 +140,7 @@ def test_metadata_says_more_than_kohyas_names(tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "2_a_b/0.png", "text": "red disc"}))
     (found,) = gather("--train_data_dir", folder)
     assert (found.captions, found.repeats) == ([["red disc"]], 1)
-    only(found.notes, f"whose repeats do not count: they do if {folder} is named")
+    only(found.notes, f"whose repeats are not used: to use them, give {folder} as")
 
 
 def test_a_year_is_no_number_of_repeats(tmp_path, brief_flags, capsys):
@@ -186,7 +186,7 @@ def test_a_configuration_gives_lists_back(folders, tmp_path):
 
 
 def made(sizes: list[tuple[int, int]], *words: object, least: int = 1, **counted: object) -> list[Source]:
-    """Sources of images of these widths and heights, which nobody encodes."""
+    """Return sources of images with these widths and heights, without encoding them."""
     flags = parse_args(list(map(str, words)))
     family = SimpleNamespace(pixel_multiple=lambda pipeline: 8)
     rows = [{"image": None, "captions": [""]}] * len(sizes)
@@ -240,7 +240,7 @@ def test_the_share_that_is_held_out_is_rounded_and_leaves_one_to_train_on(count,
 
 
 def test_each_folder_holds_out_its_share_and_class_images_nothing():
-    """Twenty images and half of a fifth, as folders of 20, 2 and 1: a small folder need not hold out any."""
+    """Half of a fifth of folders with 20, 2 and 1 images: a small folder need not hold out any."""
     counts = [(20, 1), (2, 0), (1, 0)]
     held = [len(made([(64, 64)] * n, "--validation_split", 0.1, least=least)[0].held_out) for n, least in counts]
     assert held == [2, 0, 0]
@@ -249,7 +249,7 @@ def test_each_folder_holds_out_its_share_and_class_images_nothing():
 
 
 def test_repeats_and_weights_are_those_of_the_folder_at_every_resolution():
-    """Class images count by their own weight as well."""
+    """Class images have the class weight as well."""
     words = ("--resolution", 64, 96, "--prior_loss_weight", 0.5, "--class_data_dir", ".", "--class_prompt", "disc")
     for of_class, weight in ((False, 3.0), (True, 1.5)):
         sources = made([(64, 64)] * 3, *words, repeats=2, weight=3, of_class=of_class)
@@ -266,7 +266,7 @@ def told(sources: list[Source], *words: object) -> list[str]:
 
 
 def test_what_is_told_of_folders_is_what_an_epoch_meets_and_counts():
-    """Class images are repeated where they are fewer, and have a weight of their own; what is held out is not met."""
+    """Class images are repeated if there are fewer, and have their own weight; held-out images are not used."""
     words = ("--validation_split", 0.25, "--prior_loss_weight", 0.5, "--class_data_dir", ".", "--class_prompt", "disc")
     learnt = made([(64, 64)] * 8, *words, label="mine", repeats=3)
     of_class = made([(64, 64)] * 3, *words, label="of class", of_class=True)
@@ -278,7 +278,7 @@ def test_what_is_told_of_folders_is_what_an_epoch_meets_and_counts():
 
 
 def test_what_is_told_of_small_buckets_is_what_an_epoch_meets():
-    """Nine squares at batch 16 are 16 samples, and so is a wide image that is alone."""
+    """Nine square images at batch size 16 give 16 samples, and so does a single wide image."""
     words = ("--resolution", 64, "--use_aspect_ratio_buckets", "--train_batch_size", 16, "--validation_split", 0)
     sizes = [(64, 64)] * 9 + [(128, 64)]
     uneven, line = told(made(sizes, *words, label="mine"), *words)
@@ -303,7 +303,7 @@ def test_what_is_told_of_masks_is_what_is_left_of_them():
 
 @pytest.mark.exhaustive
 def test_a_run_with_all_of_it_goes_on_as_if_it_had_not_stopped(model, capsys, tmp_path):
-    """Kohya's folders, also of class images, repeats, a held-out share and two resolutions."""
+    """With kohya's folders, also of class images, repeats, held-out images and two resolutions."""
     for name, count in (("2_disc", 2), ("1_box", 3)):
         image_folder(tmp_path / "images" / name, count, layout="none")
     image_folder(tmp_path / "class" / "1_red box", 1, layout="none")

@@ -1,4 +1,4 @@
-"""Files of encoded items: what is written is read back by key, whole files only, one item in memory at a time."""
+"""Files of encoded items: read back by key, only if complete, with one item in memory at a time."""
 
 import threading
 import weakref
@@ -29,7 +29,7 @@ def numbered(key: int) -> dict[str, torch.Tensor]:
 
 
 def filled(folder: Path, keys: Sequence[int], accelerator, part: int = 4, made: list | None = None) -> Encoded:
-    """Items whose value is their key; keys whose items were made now are added to `made`."""
+    """Return items whose value is their key; keys of items that are made now are added to `made`."""
     encoded = Encoded(folder, "kind", keys)
 
     def make(numbers: Sequence[int]):
@@ -75,7 +75,7 @@ def test_items_that_cannot_be_encoded_are_told_with_their_reason(tmp_path, accel
 
 
 def test_only_keys_that_are_in_no_file_are_made(tmp_path, accelerator):
-    """One more, fewer, another order and one twice; other kinds are of no use."""
+    """With one more item, fewer items, another order, and one item twice; files of other kinds are not used."""
     for keys, expected in (([1, 2, 3], [1, 2, 3]), ([1, 4, 2, 3], [4]), ([3, 1], []), ([4, 3, 2, 1, 4], [])):
         made = []
         assert values(filled(tmp_path, keys, accelerator, made=made)) == keys
@@ -93,7 +93,7 @@ def test_a_file_that_was_cut_short_is_made_again(tmp_path, accelerator, rest):
 
 
 def test_a_file_that_is_damaged_in_its_middle_is_named_with_what_helps(tmp_path, accelerator):
-    """Its end says what it holds, and is whole."""
+    """Its footer and index are intact."""
     found = filled(tmp_path, [5, 6], accelerator)
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
@@ -139,7 +139,7 @@ def test_files_that_cannot_be_found_once_they_are_written_end_the_run_in_one_lin
 
 
 def test_a_file_that_another_run_puts_into_the_place_of_ours_is_read_rightly(tmp_path, accelerator):
-    """It holds the same keys, but not in the same order, nor as many variants."""
+    """It has the same keys, but in another order and with another number of variants."""
     mine = filled(tmp_path, [1, 2, 3], accelerator)
     (path,) = tmp_path.iterdir()
     Encoded(tmp_path, "kind", [3, 2, 1]).write(
@@ -154,7 +154,7 @@ def test_a_file_that_another_run_puts_into_the_place_of_ours_is_read_rightly(tmp
 
 
 def test_all_processes_share_the_work(tmp_path, accelerator, monkeypatch):
-    """Those of all machines, whatever their number on this one."""
+    """The processes of all machines, whatever their number on this one."""
     filled(tmp_path, [2, 12], accelerator)
     encoded = Encoded(tmp_path, "kind", range(14))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -169,7 +169,7 @@ def test_all_processes_share_the_work(tmp_path, accelerator, monkeypatch):
 
 @pytest.mark.parametrize("folders", [["here"] * 4, ["here", "here", "there", "there"], ["1", "2", "3", "4"]])
 def test_each_item_is_made_once_in_each_folder_that_processes_share(tmp_path, monkeypatch, folders):
-    """Two machines with two processes each, as threads: on one disk, on one each, or on one for each process.
+    """Two machines with two processes each, as threads: on a shared disk, on one disk each, or on one per process.
 
     The first folder has some of the items already.
     """
@@ -220,7 +220,7 @@ for name in ("shared", f"disk-{accelerator.process_index}"):
 
 @pytest.mark.exhaustive
 def test_two_machines_make_each_item_once_on_a_shared_disk_and_all_on_their_own(tmp_path):
-    """Two launchers, which know each other by the network alone; then two items more."""
+    """Two launchers that share only the network; then two items more."""
     (tmp_path / "machine.py").write_text(MACHINE)
     printed = launch("two_nodes.yaml", tmp_path / "machine.py", str(tmp_path), folder=tmp_path)
     lines = sorted(line for line in printed.splitlines() if line.startswith("MADE"))
@@ -251,7 +251,7 @@ def test_one_item_is_in_memory_while_a_file_is_written(tmp_path):
 
 
 def test_an_item_is_read_without_its_neighbours(tmp_path, accelerator):
-    """All the rest of the file is wiped out but its beginning and the footer: nothing misses it."""
+    """The rest of the file is overwritten except its beginning and the footer, without any effect."""
     items = ([{"value": torch.full((4096,), number)}] for number in range(32))
     Encoded(tmp_path, "kind", range(32)).write(range(32), items)
     (path,) = tmp_path.iterdir()

@@ -1,4 +1,4 @@
-"""The images in an experiment's report, whose prompts may be others when it goes on."""
+"""The gallery of an experiment's report, whose prompts may differ after a resume."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def draw(folder: Path, steps: dict[int, list[str]]) -> None:
 
 
 def experiment(prompts: list[str], *folders: str) -> dict:
-    """LoRA at one rate, chosen at step 4, with a seed in each folder."""
+    """LoRA at one rate, chosen at step 4, with a folder for each seed."""
     arms = [
         {"label": "lora", "status": "finished", "learning_rate": 1e-4, "seed": seed, "folder": name}
         for seed, name in enumerate(folders)
@@ -24,7 +24,7 @@ def experiment(prompts: list[str], *folders: str) -> dict:
 
 
 def test_no_image_is_shown_under_a_prompt_that_it_was_not_drawn_of(tmp_path):
-    """What is shown is of today's prompts where some arm has that, the first seed's if possible."""
+    """Samples of the current prompts are shown if any arm has them, of the first seed if possible."""
     draw(tmp_path / "one", {0: ["a cat", "a dog"], 4: ["a cat", "a dog"]})
     draw(tmp_path / "two", {0: ["a cat", "a fox"], 2: ["a cat", "a fox"], 4: ["a bird", "a bird"]})
     both = gallery(experiment(["a cat", "a fox"], "one", "two"), tmp_path)

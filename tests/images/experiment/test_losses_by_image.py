@@ -1,4 +1,4 @@
-"""The losses by test image in an experiment's report: formula, order and pictures."""
+"""The losses by test image in an experiment's report: formula, order and thumbnails."""
 
 import re
 from functools import partial
@@ -57,7 +57,7 @@ def test_each_image_stands_with_its_picture_and_a_missing_one_with_its_name(expe
 
 
 def doubled(arm: dict) -> dict:
-    """The arm with twice as many test images."""
+    """Return the arm with twice as many test images."""
     if not (test := arm["test"]):
         return arm
     names = [*test["images"], *(f"{name}x" for name in test["images"])]

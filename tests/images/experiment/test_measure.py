@@ -1,4 +1,4 @@
-"""Losses at fixed timesteps and noises: the formula by hand, and what they do not depend on."""
+"""Losses at fixed timesteps and noises: the formula by hand, and their independence of other images."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from reslora.runtime.signals import StopRequest
 
 @pytest.fixture(scope="module")
 def setting(model):
-    """Training data, loss and denoiser in float64; images have contents."""
+    """Training data, loss and denoiser in float64; images have content hashes."""
     training_data, loss, denoiser = exact_steps.setting(model)
     marks = [f"mark {number}" for number in range(exact_steps.IMAGES)]
     (source,) = training_data.sources
@@ -25,7 +25,7 @@ def setting(model):
 
 
 def samples(training_data, image: int = 0, batch_size: int = TIMESTEPS * NOISES) -> list:
-    """All that is measured of an image, in one batch by default."""
+    """Return all validation samples of an image, in one batch by default."""
     return list(FixedSamples(training_data).batches([(0, image)], batch_size))
 
 
@@ -59,7 +59,7 @@ def test_noises_depend_on_content_and_number_alone(setting):
 
 
 def test_losses_are_means_over_noises_by_hand(setting):
-    """v = sqrt(a) e - sqrt(1 - a) x, and the mean squared error of it, without the weights of training."""
+    """The mean squared error of v = sqrt(a) e - sqrt(1 - a) x, without the weights of training."""
     training_data, loss, denoiser = setting
     images = [(0, 4), (0, 2)]
     found = losses_of(lambda batch: loss(denoiser, batch, weighted=False), training_data, images)
@@ -81,7 +81,7 @@ def test_losses_are_means_over_noises_by_hand(setting):
 
 @pytest.mark.parametrize("noises", [2, NOISES])
 def test_a_validation_that_steers_is_by_the_same_losses(setting, noises):
-    """The mean by timestep is told beside it."""
+    """The means by timestep are logged with it."""
     training_data, loss, denoiser = setting
     training_data = with_options(training_data, validation_noises=noises)
     validation = Validation(loss, training_data, None, Accelerator(cpu=True), StopRequest())
@@ -114,7 +114,7 @@ def test_where_memory_ends_batches_are_smaller_and_losses_the_same(setting):
 
 
 def test_small_batches_have_several_images_of_one_size_and_losses_are_the_same(setting):
-    """Each image keeps its place, also where images of other sizes are between."""
+    """Each image keeps its position, also if images of other sizes are between."""
     training_data, loss, denoiser = setting
     (source,) = training_data.sources
     sizes = (source.buckets[0], dataclasses.replace(source.buckets[0], width=source.buckets[0].width + 1))

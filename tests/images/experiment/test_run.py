@@ -1,4 +1,4 @@
-"""Experiments from the command line: arms are plain runs, are trained once, and outlive a kill."""
+"""Experiments from the command line: arms equal single runs, are trained once, and survive a kill."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def flags(model, images, tmp_path_factory) -> list[str]:
-    """Two steps, each a checkpoint that may be chosen; what is encoded is shared."""
+    """Flags of two steps, each with a checkpoint that may be chosen; the cache is shared."""
     return [
         *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images), "--resolution", "32"),
         *("--max_train_steps", "2", "--validation_steps", "1", "--train_batch_size", "2", "--rank", "2"),
@@ -69,7 +69,7 @@ def flags(model, images, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def small(flags, tmp_path_factory) -> Path:
-    """Plain LoRA at two rates; the time was up after the first, and the same command went on."""
+    """Plain LoRA at two rates; the time limit was reached after the first, and the same command resumed."""
     output = tmp_path_factory.mktemp("small") / "out"
     lines = printed(*flags, *SMALL, "--output_dir", output, "--experiment_minutes", "0.0001")
     line = "not finished: 1 of 2 runs is still to be trained, none within --experiment_minutes 0.0001"
@@ -90,7 +90,7 @@ MERGES: list[str] = []
 
 @pytest.fixture(scope="module")
 def whole(flags, small, tmp_path_factory) -> tuple[Path, list[str]]:
-    """The small one, to which a method and a seed were added, with one of its rates; and what was printed."""
+    """The experiment `small`, extended by a method and a seed at one of its rates; and the printed lines."""
 
     def export(step: int, study: ImageStudy) -> list[str]:
         EXPORTED.append((step, study))
@@ -117,7 +117,7 @@ def files(folder: Path) -> dict[str, int]:
 
 
 def of_a_plain_run(flags: list[str]) -> list[str]:
-    """The flags without what an experiment alone reads; it draws no samples that could be measured otherwise."""
+    """Return the flags without those that only experiments use; the run generates no samples."""
     return without([flag for flag in flags if flag not in ("--select_split", "--test_split", "0.2")], "--metric_model")
 
 
@@ -181,7 +181,7 @@ def test_the_file_on_top_is_of_the_arm_that_the_select_images_choose(whole):
 
 @pytest.mark.exhaustive
 def test_where_the_best_is_no_plain_lora_no_file_of_an_earlier_choice_stays(flags, small, tmp_path):
-    """What PEFT reads is always there."""
+    """The PEFT folder is always there."""
     output = shutil.copytree(small, tmp_path / "out", copy_function=shutil.copy2)
     assert (output / "kohya.safetensors").is_file()
     lines = printed(*flags, "--method", "loha", "--learning_rate", "1e-2", "3e-2", "--output_dir", output)
@@ -216,7 +216,7 @@ def test_the_test_losses_are_those_of_the_file_in_stock_diffusers(whole, model):
 
 
 def test_an_arm_is_merged_once_for_its_test_its_samples_and_its_exports(whole):
-    """The files on top are copies of the best arm's."""
+    """The files in the experiment's folder are copies of the best arm's."""
     output, _ = whole
     assert sorted(MERGES) == ["lora", "lora", "reslora", "reslora"]
     best = experiment(output)["best"]
@@ -293,7 +293,7 @@ def test_an_experiment_whose_folder_is_moved_while_it_compares_does_not_make_it_
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("method", "seed"), [("reslora", 0), ("lora", 1)])
 def test_an_arm_is_a_plain_run_on_the_images_to_train_on(flags, whole, images, tmp_path, method, seed):
-    """Bit for bit, also where a seed has random crops of its own."""
+    """Bit for bit, also if a seed has its own random crops."""
     output, _ = whole
     plain = of_a_plain_run(flags)
     folder = train_images(output, images, tmp_path / "images")
@@ -312,13 +312,13 @@ def test_an_arm_is_a_plain_run_on_the_images_to_train_on(flags, whole, images, t
 
 
 def weights(folder: Path) -> dict:
-    """What a method or an arm has trained."""
+    """Return what a method or an arm has trained."""
     (path,) = (path for path in (folder / "checkpoint-2").glob("*.safetensors"))
     return load_file(path)
 
 
 def train_images(output: Path, images: Path, folder: Path) -> Path:
-    """A folder with the images alone that an experiment trains on."""
+    """Return a folder with only the images that an experiment trains on."""
     held_out = held_out_of(output, images)
     folder.mkdir()
     rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
@@ -331,7 +331,7 @@ def train_images(output: Path, images: Path, folder: Path) -> Path:
 
 
 def held_out_of(output: Path, images: Path) -> set[str]:
-    """The files that an experiment does not train on, by the split itself."""
+    """Return the files that an experiment does not train on, computed by the split itself."""
     splits = ("--select_split", "0.2", "--test_split", "0.2")
     flags = parse_args(["--train_data_dir", str(images), "--seed", "0", "1", *splits]).base
     found = load_images(flags)
@@ -442,9 +442,9 @@ def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):
 
 @pytest.mark.exhaustive
 def test_killed_at_bad_moments(runs, images, tmp_path):
-    """Within an arm, before it is noted as ended, between two arms, and while test losses are written.
+    """Within an arm, before it is recorded as ended, between two arms, and while test losses are written.
 
-    The same command goes on.
+    The same command resumes.
     """
     words = "--learning_rate 1e-2 3e-2 --seed 0 1 --method lora --max_train_steps 2 --validation_steps 1"
     own = [*words.split(), "--num_validation_images", "0", "--train_data_dir", str(images)]
@@ -463,7 +463,7 @@ def test_killed_at_bad_moments(runs, images, tmp_path):
 
 
 def same_results(output: Path) -> dict:
-    """All of experiment.json that does not tell the time."""
+    """Compare experiment.json without times."""
     found = experiment(output)
     times = ("seconds", "wall_seconds", "measuring_seconds", "seconds_by_step", "memory_bytes")
     arms = [{key: value for key, value in arm.items() if key not in times} for arm in found["arms"]]
@@ -540,7 +540,7 @@ def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
 
 @pytest.mark.exhaustive
 def test_switches_and_lists_vary(flags, tmp_path):
-    """Each arm is the same run alone, also where text encoders are trained and images are mirrored."""
+    """Each arm equals a single run, also if text encoders are trained and images are mirrored."""
     own = [*flags, "--method", "lora", "--learning_rate", "1e-2", "--seed", "0", "1"]
     vary = ("train_text_encoder=false,true", "random_flip=true,false", "target_modules=to_q,to_q+to_k")
     printed(*own, "--vary", *vary, "--output_dir", tmp_path / "varied")
@@ -593,7 +593,7 @@ def test_samples_are_generated_at_the_ends_of_an_arm():
 
 @pytest.mark.exhaustive
 def test_the_base_model_is_sampled_by_the_first_arm_alone(flags, tmp_path):
-    """The gallery shows the merged model of the chosen step in the others' columns."""
+    """In the gallery, the columns of other methods show the merged model of the chosen step."""
     own = [*flags, *SMALL, "--num_validation_images", "1", "--seed", "0", "1", "--max_train_steps", "3"]
     printed(*own, "--output_dir", tmp_path)
     found = {arm.parent.relative_to(tmp_path).as_posix(): by_step(arm) for arm in tmp_path.rglob("samples")}
@@ -608,7 +608,7 @@ RACE = ("--method", "lora", "--learning_rate", "1e-4", "0.3", "--max_train_steps
 
 
 def test_a_race_stops_a_run_early_and_says_so(flags, tmp_path, capsys):
-    """The same command trains nothing again; the estimate follows six steps."""
+    """The same command trains nothing again; the estimate is printed after six steps."""
     own = [*flags, *RACE, "--output_dir", tmp_path / "out"]
     lines = printed(*own)
     only(lines, "2 runs, 2 to choose learning rates; 8 steps, measured every 2 steps")
@@ -628,7 +628,7 @@ def test_a_race_stops_a_run_early_and_says_so(flags, tmp_path, capsys):
 
 @pytest.mark.exhaustive
 def test_arms_at_once_are_those_of_one_after_the_other(flags, small, whole, tmp_path, monkeypatch, capfd):
-    """To the last bit, also tests and exports: each process has as many threads as the tests have."""
+    """To the last bit, with tests and exports: each process has as many threads as the tests."""
     told, threads = [], torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2 * threads)  # of which each process has half
     monkeypatch.setattr(Status, "say", lambda self, what, name="": told.append(what))
@@ -652,7 +652,7 @@ def test_arms_at_once_are_those_of_one_after_the_other(flags, small, whole, tmp_
 
 
 def test_a_plan_times_the_first_steps_and_leaves_no_files(flags, tmp_path, monkeypatch):
-    """It prints what the experiment itself does, by the same function."""
+    """It prints the same lines as the experiment itself, by the same function."""
     places = tmp_path / "temporary"
     places.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(places))
@@ -674,7 +674,7 @@ def test_two_processes_stop_an_arm_together(flags, tmp_path):
 
 @pytest.mark.exhaustive
 def test_two_processes_train_what_one_does(flags, small, tmp_path):
-    """Half the batch each; equal but for rounding."""
+    """With half of the batch each; equal up to rounding."""
     own = [*flags, *SMALL, "--output_dir", str(tmp_path / "out")]
     own[own.index("--train_batch_size") + 1] = "1"
     forked(SCRIPT, *own, folder=tmp_path)
@@ -695,12 +695,12 @@ def test_a_damaged_record_is_refused_before_anything_is_loaded(tmp_path):
 
 @pytest.mark.exhaustive
 def test_arms_that_vary_are_trained_with_their_own_values(flags, tmp_path):
-    """The loss's weights, the batches and the optimizer's state are those of the same run without --vary."""
+    """Loss weights, batches and optimizer state equal those of the same run without --vary."""
     own = [*without(flags, "--train_batch_size"), "--method", "lora", "--learning_rate", "1e-2"]
     words = ("--vary", "train_batch_size=2,1", "snr_gamma=0,5")
     lines = printed(*own, *words, "--seed", "0", "1", "--output_dir", tmp_path / "varied")
     found = experiment(tmp_path / "varied")
-    note = "train_batch_size varies: runs of a seed do not share the images of a step and their noise"
+    note = "train_batch_size varies: runs with the same seed do not share the images of a step and their noise"
     assert sum(note in line for line in found["notes"]) == 1 and any(note in line for line in lines)
     names = [f"lora train_batch_size={size} snr_gamma={gamma}" for size in (2, 1) for gamma in (0, 5)]
     assert list(found["chosen"]) == names and found["references"] == names
@@ -719,7 +719,7 @@ def test_arms_that_vary_are_trained_with_their_own_values(flags, tmp_path):
 
 @pytest.mark.exhaustive
 def test_pissa_and_gates_are_arms_next_to_lora(flags, tmp_path):
-    """PiSSA starts as the base model that the arms share, and leaves it to the next arm as it was."""
+    """PiSSA starts from the base model that the arms share, and leaves it unchanged for the next arm."""
     words = ["--learning_rate", "1e-2", "--seed", "0", "1", "--no-racing"]
     together, alone = tmp_path / "together", tmp_path / "alone"
     methods = ["--method", "pissa", "lora", "reslora", "--shortcut", "block", "gated"]

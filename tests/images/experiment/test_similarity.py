@@ -1,4 +1,4 @@
-"""What an arm draws, by hand: similarities of vectors that stand for images, with adapters and without."""
+"""Similarities of an arm's samples by hand: vectors stand for images, with and without adapters."""
 
 import dataclasses
 import math
@@ -102,7 +102,7 @@ class ReferenceSampler(Sampler):
 
 
 def test_samples_of_test_images_have_their_reference_images(monkeypatch):
-    """Those of unrelated prompts have the references of all samples."""
+    """Samples of unrelated prompts have the references of all samples."""
     monkeypatch.setattr(drawn, "load_metric", lambda *_: Metric())
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(r=1, target_modules=["0"]))
     one, found = setting(), []

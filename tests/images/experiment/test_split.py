@@ -1,4 +1,4 @@
-"""The three parts of the images: by content alone, near-duplicates together."""
+"""The three parts of the images: assigned by content, with near-duplicates in the same part."""
 
 import dataclasses
 import io
@@ -26,7 +26,7 @@ SHARES = Options.of(select_split=0.2, test_split=0.3, max_validation_images=64, 
 
 
 def picture(number: int) -> PIL.Image.Image:
-    """Smooth colours, as a photograph has, 96 x 80."""
+    """Return smooth colors, as in a photograph, 96 x 80."""
     colours = np.random.default_rng(number).integers(0, 255, (6, 5, 3), dtype=np.uint8)
     return PIL.Image.fromarray(colours).resize((96, 80), PIL.Image.Resampling.BICUBIC)
 
@@ -38,14 +38,14 @@ def encoded(image: PIL.Image.Image, format: str = "PNG", **options) -> bytes:
 
 
 def dataset(contents: list[bytes]) -> ImageDataset:
-    """Images by their content."""
+    """Return a dataset of images by their content."""
     rows = {"image": [{"path": None, "bytes": content} for content in contents], "captions": [["a"]] * len(contents)}
     return ImageDataset(datasets.Dataset.from_dict(rows, features=FEATURES), [["a"]] * len(contents),
                         marks=[content_mark(content) for content in contents])  # fmt: skip
 
 
 def parts_by_content(contents: list[bytes]) -> dict[bytes, str]:
-    """Which part each content is in."""
+    """Return the part of each content."""
     found = parts_of({0: dataset(contents)}, SHARES.data, SHARES.validation, SHARES.experiment)
     named = {"train": found.train, "select": found.select, "test": found.test}
     return {contents[image]: name for name, part in named.items() for _, image in part}
@@ -74,7 +74,7 @@ def test_each_part_has_an_image(count):
 
 
 def test_more_than_one_compares_where_that_can_be():
-    """By one image nothing tells how much images differ, whatever the seeds; but two at least are trained on."""
+    """A single image shows nothing about the variation between images; at least two images are trained on."""
     tested = {
         count: {len(cut([f"{start} {n}" for n in range(count)], 0.1, 0.1)[2]) for start in range(30)}
         for count in (3, 4, 5, 12)
@@ -85,7 +85,7 @@ def test_more_than_one_compares_where_that_can_be():
 
 
 def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
-    """How many a share takes is luck, of which the advice knows."""
+    """The hash decides how many images a fraction gives, which the advice takes into account."""
     contents = [encoded(picture(number)) for number in range(40)]
     for tested, fix in ((1, "1 image compares: .*, or with"), (5, "5 images compare: .*, or with")):
         enough = parts_of({0: dataset(contents)}, SHARES.data, SHARES.validation, SHARES.experiment).enough
@@ -101,7 +101,7 @@ def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
 
 
 def test_near_duplicates_are_together_and_tested_once():
-    """As JPEG, scaled, brighter; and the file itself once more."""
+    """As JPEG, scaled, brighter; and the same file again."""
     image = picture(0)
     copies = [encoded(image), encoded(image, "JPEG", quality=60), encoded(image.resize((144, 120))), encoded(image)]
     copies.append(encoded(image.point(lambda value: value * 0.9 + 10)))
@@ -117,7 +117,7 @@ def test_near_duplicates_are_together_and_tested_once():
 
 @pytest.mark.parametrize("at_once", [2, 1024])
 def test_duplicates_of_duplicates_are_together(monkeypatch, at_once):
-    """However many images are compared with all others at once."""
+    """However many images are compared at a time."""
     monkeypatch.setattr(split, "AT_ONCE", at_once)
     looks = np.zeros((4, BITS + 192), np.float32)
     looks[1, :12] = looks[2, :24] = 1  # the last is 24 away from the first, and 12 from the one between
@@ -127,12 +127,12 @@ def test_duplicates_of_duplicates_are_together(monkeypatch, at_once):
 
 
 def groups(images: list[PIL.Image.Image]) -> list[list[int]]:
-    """Of images that are each a content of its own."""
+    """Return groups of images that all have different content."""
     return groups_of([str(number) for number in range(len(images))], np.stack(list(map(features_of, images))))
 
 
 def sketch(number: int) -> PIL.Image.Image:
-    """A few thin lines on white."""
+    """Return a few thin lines on white."""
     image = PIL.Image.new("RGB", (512, 512), "white")
     points = np.random.default_rng(number).integers(40, 472, (6, 2)).tolist()
     PIL.ImageDraw.Draw(image).line([tuple(point) for point in points], fill=(60, 60, 60), width=2)
@@ -140,7 +140,7 @@ def sketch(number: int) -> PIL.Image.Image:
 
 
 def icon(number: int) -> PIL.Image.Image:
-    """A small shape in the middle of a white ground: one of three, in one of eight colours."""
+    """Return a small shape on a white ground: one of three, in one of eight colors."""
     image, colour = PIL.Image.new("RGB", (256, 256), "white"), tuple(255 * (number // 3 >> k & 1) for k in range(3))
     pen, box = PIL.ImageDraw.Draw(image), (98, 98, 158, 158)
     if number % 3 == 0:
@@ -153,7 +153,7 @@ def icon(number: int) -> PIL.Image.Image:
 
 
 def dark(number: int) -> PIL.Image.Image:
-    """A few small lights at night."""
+    """Return a few small lights at night."""
     levels = np.random.default_rng(number).normal(14, 5, (8, 8, 3)).clip(0, 255).astype(np.uint8)
     image = PIL.Image.fromarray(levels).resize((256, 256), PIL.Image.Resampling.NEAREST)
     for x, y in np.random.default_rng(number).integers(0, 250, (12, 2)).tolist():
@@ -167,14 +167,14 @@ def test_other_images_are_no_duplicates():
 
 
 def test_other_drawings_on_a_plain_ground_are_no_duplicates():
-    """Of the icons each has its own colour or its own shape; white ones show nothing."""
+    """Icons have different colors or shapes; white icons show nothing."""
     for drawn, count in ((sketch, 24), (icon, 21), (dark, 24)):
         assert len(groups([drawn(number) for number in range(count)])) == count, drawn
 
 
 @pytest.mark.parametrize("drawn", [picture, sketch, icon, dark])
 def test_copies_are_found_whatever_is_drawn(drawn):
-    """As JPEG, scaled, darker, with less contrast, and with a hundredth less at each side."""
+    """As JPEG, scaled, darker, with less contrast, and cropped by a hundredth at each side."""
     image = drawn(0)
     width, height = image.size
     copies = [
@@ -189,7 +189,7 @@ def test_copies_are_found_whatever_is_drawn(drawn):
 
 
 def test_one_of_several_that_look_alike_chooses_or_compares():
-    """The one with the lowest mark, and none of them where others are trained on."""
+    """The one with the lowest hash; none of them if others are trained on."""
     contents = [
         encoded(picture(number), "JPEG", quality=quality) for number in range(30) for quality in (60, 70, 80, 90)
     ]
@@ -202,7 +202,7 @@ def test_one_of_several_that_look_alike_chooses_or_compares():
 
 
 def test_an_image_at_several_resolutions_is_one_of_those_that_are_trained_on():
-    """Each resolution is a source of its own, with what is large enough for it."""
+    """Each resolution is its own source, with the images that are large enough for it."""
     contents = [encoded(picture(number)) for number in range(20)]
     once = parts_of({0: dataset(contents)}, SHARES.data, SHARES.validation, SHARES.experiment)
     found = parts_of(
@@ -217,7 +217,7 @@ def test_an_image_at_several_resolutions_is_one_of_those_that_are_trained_on():
 
 
 def test_no_more_images_choose_than_are_measured():
-    """By the hash's order; what is told of the part is what is measured of it."""
+    """In the order of the hash; the printed size of the part is that of the measured images."""
     images = {0: dataset([encoded(picture(number)) for number in range(40)])}
     whole, found = (
         parts_of(

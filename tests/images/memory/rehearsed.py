@@ -1,4 +1,4 @@
-"""A planned step beside a real one: bytes that the CPU's allocator has handed out, as PyTorch's profiler notes them."""
+"""Compare an estimated step with a real one, by the bytes that PyTorch's profiler records for the CPU allocator."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from reslora.training.trained import Trained
 
 
 def resolved(model: Path, data: Path, output: Path, *flags: str) -> tuple[list[ImageDataset], ImageContext]:
-    """The images and the context of a run with 64 x 64 images, batch 4 and LoRA of rank 4 where no flag says else."""
+    """Return images and context of a run; by default 64 x 64 images, batch size 4, and LoRA of rank 4."""
     given = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--output_dir", str(output)]
     given += ["--resolution", "64", "--train_batch_size", "4", "--rank", "4", "--method", "lora", "--report_to", "none"]
     parsed = parse_args([*given, "--num_inference_steps", "2", *flags])
@@ -39,7 +39,7 @@ def resolved(model: Path, data: Path, output: Path, *flags: str) -> tuple[list[I
 
 
 def real(batch: Batch) -> Batch:
-    """A batch of the same shapes with numbers in it."""
+    """Return a batch of the same shapes with real values."""
 
     def filled(value: torch.Tensor) -> torch.Tensor:
         like = torch.empty(value.shape, dtype=value.dtype)
@@ -50,7 +50,7 @@ def real(batch: Batch) -> Batch:
 
 @dataclass(frozen=True)
 class Taken:
-    """Bytes of a real step."""
+    """Bytes that a real step allocates."""
 
     base: int
     adapter: int
@@ -60,7 +60,7 @@ class Taken:
 
 
 def consume_request(rehearsal: Rehearsal, context: ImageContext) -> Taken:
-    """A real step of what is rehearsed."""
+    """Run a real step of the rehearsed run."""
     trained = real_parts(context, rehearsal)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = new_optimizer(parameters, context.options.training, context.options.optimizer, context.accelerator)
@@ -81,7 +81,7 @@ def consume_request(rehearsal: Rehearsal, context: ImageContext) -> Taken:
 
 
 def real_parts(context: ImageContext, rehearsal: Rehearsal) -> Trained:
-    """What trains, with weights."""
+    """Return the trained modules with weights."""
     model, flags, device = context.model, context.options, torch.device("cpu")
     pipeline = model.load_pipeline(context.dtype, device, encoders=bool(context.encoders))
     denoiser = model.load_denoiser(context.dtype, device, flags.model.base_precision)
@@ -98,14 +98,14 @@ def real_parts(context: ImageContext, rehearsal: Rehearsal) -> Trained:
 
 
 def most_allocated(work: Callable[[], object]) -> int:
-    """Bytes that `work` has at the most of what it takes from the CPU's allocator."""
+    """Return the most bytes that `work` has allocated from the CPU allocator at a time."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         work()
     return highest([e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"])
 
 
 def highest(events: Sequence) -> int:
-    """The highest sum on the way of bytes that were taken and given back."""
+    """Return the maximum of the running sum of allocated and freed bytes."""
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()

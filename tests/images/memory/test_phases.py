@@ -1,4 +1,4 @@
-"""What a rehearsed run holds is what a real one holds: weights and states to the byte, what is computed with nearly."""
+"""A rehearsed run needs the memory of a real one: weights and states exactly, activations approximately."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ FLAGS = {  # of each family's run
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_takes_what_is_planned(family, data, tmp_path):
-    """Real weights and tensors, and the bytes that the allocator hands out; and a guess of shapes is never too low."""
+    """Compared with the bytes that the allocator hands out for real tensors; the upper bound is never too low."""
     flags = ["--validation_prompt", "red disc", "--num_validation_images", "1", *FLAGS.get(family, [])]
     images, context = resolved(FAMILIES[family](tmp_path / "model"), data, tmp_path / "out", *flags)
     plan = plan_of(images, context, None)
@@ -75,7 +75,7 @@ def assert_planned(planned: Phase, rehearsal: Rehearsal, context: ImageContext) 
 
 @pytest.mark.exhaustive
 def test_what_cannot_be_gone_through_is_unknown(model, data, tmp_path, monkeypatch):
-    """A forward that asks a tensor for its numbers."""
+    """A forward pass that reads values of a tensor."""
     images, context = resolved(model, data, tmp_path / "out")
     asking = lambda self, batch: batch.noise * float(batch.noise.sum())  # noqa: E731
     monkeypatch.setattr(phases.Trained, "forward", asking)
@@ -96,7 +96,7 @@ def test_nothing_of_a_rehearsal_takes_memory_or_is_left_behind(model, data, tmp_
 
 @pytest.mark.exhaustive
 def test_swapped_blocks_are_planned(model, data, tmp_path):
-    """On a CPU their codes count as the weights do; on a GPU they would be in the other memory."""
+    """On a CPU, their codes count like the weights; on a GPU they would be in the other memory."""
     images, context = resolved(model, data, tmp_path / "out", "--blocks_to_swap", "2")
     swapped = Rehearsal(images, context).training("lora").held
     images, context = resolved(model, data, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The table, the refusal of a run that does not fit, and the flags that make it fit."""
+"""The table of the memory estimate, the refusal of a run that does not fit, and options that make it fit."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from reslora.images.memory.plan import Plan, check_memory, plan_of
 
 @pytest.fixture
 def large(model, data, tmp_path) -> list[str]:
-    """A run of which a step takes more than exports and encoding do."""
+    """A run of which a step needs more memory than exports and encoding."""
     return [
         *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "64"),
         *("--train_batch_size", "16", "--rank", "4", "--method", "lora", "--max_train_steps", "1", "--center_crop"),
@@ -25,12 +25,12 @@ def large(model, data, tmp_path) -> list[str]:
 
 @pytest.fixture
 def prepared(large, tmp_path) -> tuple:
-    """The images and the context of that run."""
+    """Return the images and the context of that run."""
     return resolved(large[1], large[3], tmp_path / "out", *large)
 
 
 def give(monkeypatch, free: float) -> None:
-    """A device that has so many bytes free."""
+    """Let the device have this many free bytes."""
     monkeypatch.setattr(planning, "free_memory", lambda device: int(free))
 
 
@@ -69,7 +69,7 @@ def test_a_run_that_does_not_fit_is_refused_with_a_flag_that_helps(prepared, lar
 
 
 def test_where_one_flag_is_not_enough_several_are_named(prepared, monkeypatch):
-    """By what a stand-in says of checkpointing (half), a batch of one (half), and the rest (nothing)."""
+    """By a stand-in: checkpointing halves the memory, batch size 1 halves it, other options change nothing."""
     images, context = prepared
 
     def half(images, context, free) -> Plan:
@@ -137,5 +137,5 @@ def test_a_model_that_is_not_gone_through_is_trained_all_the_same(prepared, caps
 
 
 def with_flags(context, **changes):
-    """The context with other flags."""
+    """Return the context with other flags."""
     return dataclasses.replace(context, options=context.options.replace(**changes))

@@ -34,7 +34,7 @@ def small(lora: dict[str, Factors]) -> dict[str, Factors]:
 
 
 def assistant() -> dict[str, Factors]:
-    """Of attention, feed-forward and time layers and of convolutions, one of them with a stride."""
+    """A LoRA of attention, feed-forward and time layers and of convolutions, one of them with a stride."""
     parts = ("attn", "ff.", "conv_in", "downsamplers", "time_emb")
     return small(random_lora("stable_diffusion", lambda name: any(part in name for part in parts))["unet"])
 
@@ -45,7 +45,7 @@ def base() -> torch.nn.Module:
 
 @torch.no_grad()
 def fuse(unet: torch.nn.Module, layers: dict[str, Factors]) -> torch.nn.Module:
-    """The base with `W + s B A` in the place of W, by the formula."""
+    """Replace W by `W + s B A` in the base, by the formula."""
     for name, factors in layers.items():
         weight = unet.get_submodule(name).weight
         weight += update(factors).reshape(weight.shape).to(weight)
@@ -234,5 +234,5 @@ def test_refusals(flags, file, capsys, tmp_path):
     parts = some_lora() | {"text_encoder": {"text_model.encoder.layers.0.mlp.fc1": random_factors((32, 16), 2, 1.0, 0)}}
     write_diffusers(tmp_path / "text.safetensors", parts)
     line = refused(capsys, *words, "--assistant_lora", tmp_path / "text.safetensors")
-    assert "layers of text_encoder, and only the denoiser has an assistant" in line
+    assert "layers of text_encoder, and only the denoiser can have an assistant" in line
     assert "and give --assistant_lora FOLDER" in line

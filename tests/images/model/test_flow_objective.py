@@ -43,7 +43,7 @@ def test_noisy_target_and_weight():
 
 @pytest.mark.parametrize(("scheduler", "shift", "by"), [(SHIFTED, None, 3), (DYNAMIC, None, 1), (DYNAMIC, 2.0, 2)])
 def test_uniform_draws_come_from_the_schedulers_table(scheduler, shift, by):
-    """The static shift is in the table; a dynamic one is ignored in training, as diffusers' scripts do."""
+    """The static shift is in the table; a dynamic shift is ignored in training, as in diffusers' scripts."""
     objective = FlowObjective(scheduler, "uniform", shift=shift)
     for fraction in (0.0, 0.25, 0.999):
         s = 1 - int(fraction * 1000) / 1000
@@ -101,7 +101,7 @@ def test_draws_lie_within_the_flow_and_repeat(sampling):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_draws_are_squeezed_into_the_timesteps_asked_for(sampling):
-    """Evenly: t of all timesteps becomes 200 + t * 300 / 1000."""
+    """Linearly: t of all timesteps becomes 200 + t * 300 / 1000."""
     drawn = draws(FlowObjective(SHIFTED, sampling, between=(200, 500)), 200)
     torch.testing.assert_close(drawn, 0.2 + 0.3 * draws(FlowObjective(SHIFTED, sampling), 200), rtol=1e-5, atol=0)
 
@@ -132,7 +132,7 @@ def of(words: list[str], family, pipeline) -> FlowObjective:
     ],
 )
 def test_each_flag_says_what_its_name_says(words, own):
-    """Two that change places would train other timesteps without a word."""
+    """Two exchanged options would silently train other timesteps."""
     found, expected = objective_for(f"--snr_gamma 0 --weighting_scheme none {words}"), FlowObjective(SHIFTED, **own)
     timesteps = draws(found, 50)
     assert torch.equal(timesteps, draws(expected, 50)) and not torch.equal(timesteps, draws(FlowObjective(SHIFTED), 50))

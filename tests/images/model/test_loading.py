@@ -1,4 +1,4 @@
-"""The model: what cannot be trained is refused before anything is encoded, and what is one file becomes a folder."""
+"""The model: refusals before anything is encoded, and single files that become a folder."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from reslora.options.images import Options
 
 
 def refused_model(capsys, base_flags, folder: Path) -> str:
-    """The line with which the model is refused, before anything is encoded or written."""
+    """Return the line with which the model is refused, before anything is encoded or written."""
     output = folder.parent / "out"
     line = refused(capsys, *base_flags, "--pretrained_model_name_or_path", folder, "--output_dir", output)
     assert f"--pretrained_model_name_or_path {folder}" in line
@@ -124,7 +124,7 @@ def test_a_missing_tokenizer_is_named(base_flags, model, capsys, tmp_path):
 
 
 def test_predictions_of_the_image_itself_are_refused(base_flags, model, capsys, tmp_path):
-    """Trained on the noise it would unlearn what it can."""
+    """Training it on the noise would destroy what it has learned."""
     folder = shutil.copytree(model, tmp_path / "model")
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
@@ -133,7 +133,7 @@ def test_predictions_of_the_image_itself_are_refused(base_flags, model, capsys, 
 
 
 def test_noise_is_not_predicted_where_the_schedule_ends_in_noise_alone(base_flags, model, capsys, tmp_path):
-    """By the scheduler's configuration: no weights are read, which are damaged here. Sampling would divide by zero."""
+    """Decided by the scheduler's configuration: no weights are read, and sampling would divide by zero."""
     folder = shutil.copytree(model, tmp_path / "model")
     damage_cut_off(folder / "unet")
     config = folder / "scheduler" / "scheduler_config.json"
@@ -167,7 +167,7 @@ EXAMPLE = ASSETS.parent / "app" / "example" / "lora" / "pytorch_lora_weights.saf
     ],
 )
 def test_a_lora_or_a_part_of_a_model_is_refused_by_what_it_is(data, model, capsys, part, what):
-    """As a file and as a folder, by its header alone: nothing is asked of the hub."""
+    """As a file and as a folder, by its header only, without asking the Hub."""
     (file,) = (model / part).glob("*.safetensors") if part else [EXAMPLE]
     for path, where in ((file, "it"), (file.parent, f"it has no model_index.json, and its {file.name}")):
         flag = ("--pretrained_model_name_or_path", path)
@@ -208,11 +208,11 @@ REFINER = {"projection_class_embeddings_input_dim": 16 + 5 * 8, "cross_attention
     [
         (REFINER, "refiner"),
         ({"cross_attention_dim": 24}, "24 wide, its text encoders give 40"),
-        ({"projection_class_embeddings_input_dim": 16 + 7 * 8}, "not six sizes"),
+        ({"projection_class_embeddings_input_dim": 16 + 7 * 8}, "not the six sizes"),
     ],
 )
 def test_a_refiners_unet_among_sdxls_parts_is_refused(data, capsys, tmp_path, unet, words):
-    """The pipeline's class is SDXL's own, and its U-Net would fail only once everything is encoded."""
+    """The pipeline's class is SDXL's, so its U-Net would fail only after everything is encoded."""
     folder = sdxl(tmp_path / "model", unet=unet)
     flags = ["--train_data_dir", str(data), "--resolution", "32", "--rank", "2", "--report_to", "none"]
     line = refused_model(capsys, flags, folder)
@@ -239,7 +239,7 @@ def test_hub_that_cannot_be_reached_is_said_at_once(capsys, data, tmp_path, monk
 
 @pytest.mark.exhaustive
 def test_a_single_file_is_made_a_folder_once(brief_flags, model, tmp_path, monkeypatch):
-    """diffusers' conversion, which wants the configurations of the hub, is replaced by what it would return."""
+    """diffusers' conversion, which needs configurations from the Hub, is replaced by its result."""
     path, converted = tmp_path / "model.safetensors", []
     save_file({"weight": torch.zeros(3)}, path)
 

@@ -20,7 +20,7 @@ OBJECTIVES = {
 
 
 def thresholds(kind: str, schedule: str, c: float, scale: float) -> np.ndarray:
-    """As kohya's scripts have them; where these know no signal-to-noise ratio of a flow, it is ((1 - s) / s)^2."""
+    """Return thresholds as in kohya's scripts; for flows, the signal-to-noise ratio is ((1 - s) / s)^2."""
     t = TIMESTEPS[kind].double().numpy()
     if schedule == "constant":
         return np.full(len(t), c * scale)
@@ -65,7 +65,7 @@ def test_where_nothing_of_the_image_is_left_the_threshold_is_c():
 
 
 def test_small_errors_are_squared_and_their_gradients_are_finite():
-    """In float32, where the difference of the roots would be rounding alone; and where there is no error at all."""
+    """In float32, where the difference of the roots would be mere rounding; and with an error of zero."""
     prediction = torch.tensor([[[[1e-4, 0.0]]]], requires_grad=True)
     loss = Huber(OBJECTIVES["flow"], "huber", "constant", 1.0)(prediction, torch.zeros(1, 1, 1, 2), torch.tensor([5.0]))
     loss.sum().backward()

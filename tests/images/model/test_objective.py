@@ -1,4 +1,4 @@
-"""What the denoiser learns to predict, against the formulas of DDPM, v-prediction and min-SNR written out by hand."""
+"""Prediction targets against the formulas of DDPM, v-prediction and min-SNR, written out by hand."""
 
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ def scheduler(**config) -> DDPMScheduler:
 
 
 def remaining(schedule: str = "scaled_linear") -> torch.Tensor:
-    """The share of the signal's variance that is left at each timestep, the product of (1 - beta), in float64."""
+    """Return the product of (1 - beta) at each timestep, the fraction of the signal's variance that remains."""
     return torch.from_numpy(np.cumprod(1 - BETAS[schedule]))[TIMESTEPS]
 
 
@@ -65,7 +65,7 @@ def test_v_is_the_velocity_from_the_latents_to_the_noise():
 
 
 def test_noise_and_v_give_the_latents_back():
-    """x_0 = sqrt(a) x_t - sqrt(1 - a) v: the target belongs to the noisy latents beside it."""
+    """x_0 = sqrt(a) x_t - sqrt(1 - a) v: the target belongs to the noisy latents."""
     latents, noise = tensors()
     objective, left = DdpmObjective(scheduler(prediction_type="v_prediction")), column(remaining())
     noisy, v = (make(latents, noise, TIMESTEPS) for make in (objective.noisy, objective.target))
@@ -93,7 +93,7 @@ def test_min_snr_weights(prediction_type, gamma):
 
 @pytest.mark.parametrize(("prediction_type", "last"), [("epsilon", 1.0), ("v_prediction", 0.0)])
 def test_min_snr_weights_are_finite_where_nothing_of_the_image_is_left(prediction_type, last):
-    """A schedule that ends in pure noise has snr 0 there; the weight is the formula's limit."""
+    """A schedule that ends in pure noise has snr 0 there; the weight is the limit of the formula."""
     objective = DdpmObjective(scheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True), snr_gamma=5.0)
     assert objective.weight(torch.tensor([999])).item() == pytest.approx(last, abs=1e-3)
 

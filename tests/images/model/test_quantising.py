@@ -1,4 +1,7 @@
-"""--base_precision, --blocks_to_swap: a base computes what its weights compute, and exports have the whole base."""
+"""--base_precision and --blocks_to_swap: a quantized base computes with the dequantized weights.
+
+Exports have the complete base.
+"""
 
 import dataclasses
 import json
@@ -38,7 +41,7 @@ NF4 += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.722
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """A tiny pipeline of each family, made when it is first asked for."""
+    """Tiny pipelines of each family, made when they are first requested."""
     made: dict[str, Path] = {}
 
     def folder(family: str) -> Path:
@@ -60,7 +63,7 @@ def packed_layers(denoiser: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
 
 
 def packed_and_by_hand(folder: Path, precision: str, dtype: torch.dtype = torch.float32):
-    """A family, its denoiser with a packed base, and a stock one whose weights are what was packed."""
+    """A family, its denoiser with a quantized base, and a stock one with the dequantized weights."""
     (family, packed), (_, by_hand) = load(folder, dtype), load(folder, dtype)
     pack(packed, precision, HERE)
     for name, layer in packed_layers(packed):
@@ -111,7 +114,7 @@ def packed(weight: torch.Tensor, precision: str) -> PackedLinear:
 
 
 def by_hand(weight: torch.Tensor, precision: str) -> torch.Tensor:
-    """Weights as their nearest codes, scaled so that the largest of a row, or of a block of 64, is the largest code."""
+    """Return weights as their nearest codes; the largest of a row, or of a block of 64, gets the largest code."""
     if precision == "nf4":
         blocks = weight.reshape(-1, 64)
         largest = blocks.abs().amax(dim=1, keepdim=True)
@@ -162,7 +165,7 @@ def test_no_cast_of_the_model_changes_what_is_packed(precision):
 
 @precisions
 def test_nothing_unpacked_waits_for_the_backward(precision):
-    """Else a packed base would take more memory than a plain one."""
+    """Otherwise a quantized base would need more memory than a plain one."""
     layer, made = packed(torch.randn(8, 64), precision), []
     unpack = layer.unpacked
     layer.unpacked = lambda dtype: made.append(weakref.ref(weight := unpack(dtype))) or weight
@@ -281,7 +284,7 @@ def flat(alphas: list) -> list[float]:
 
 
 class Apart(TorchDispatchMode):
-    """Stands for a GPU with memory of its own: codes of swapped layers may be copied there, and any other use fails."""
+    """A stand-in for a GPU's memory: codes of swapped layers may be copied to it, any other use fails."""
 
     def __init__(self, denoiser: nn.Module, monkeypatch) -> None:
         super().__init__()
@@ -383,7 +386,7 @@ def test_what_waits_for_a_gpu_is_pinned(monkeypatch):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiler_keeps_whole_weights_unless_they_are_recomputed(checkpointing):
-    """Why --compile is refused without --gradient_checkpointing."""
+    """This is why --compile is refused without --gradient_checkpointing."""
     linear = nn.Linear(64, 64, bias=False).requires_grad_(False)
     layer, kept = PackedLinear(linear, FORMATS["int8"], HERE), []
 
@@ -411,7 +414,7 @@ def flags_of(model: Path, data: Path, output: Path, *more) -> list:
     ("family", "precision"), [("stable_diffusion", "fp8"), ("stable_diffusion", "int8"), ("z_image", "nf4")]
 )
 def test_a_run_exports_the_whole_base_and_the_update(folders, data, tmp_path, monkeypatch, family, precision):
-    """Z-Image's as a large one does, whose weights stay in their files."""
+    """For Z-Image as for a large model, whose weights stay in their files."""
     monkeypatch.setattr(stored, "IN_MEMORY", 0 if family == "z_image" else stored.IN_MEMORY)
     folder, out = folders(family), tmp_path / "out"
     more = ["--gradient_checkpointing", "--base_precision", precision]
@@ -461,7 +464,7 @@ def test_a_run_goes_on_with_the_precision_it_had(folders, data, tmp_path, capsys
 
 @pytest.mark.exhaustive
 def test_swapped_blocks_go_on_from_a_plain_run_and_write_the_same_bytes(folders, data, tmp_path, monkeypatch):
-    """Merged weights too where they are written from memory, as of a base whose files have other names."""
+    """Merged weights too, if they are written from memory, as for a base whose files have other names."""
     monkeypatch.setattr(quantising, "on_device", lambda codes, device: codes.clone())  # as on a GPU
     monkeypatch.setattr(Model, "stored_denoiser", lambda model: {})
     plain, swapped = tmp_path / "plain", tmp_path / "swapped"

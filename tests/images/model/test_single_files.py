@@ -1,4 +1,4 @@
-"""Base models in single files: a transformer's weights are those of the folder that it was written from, or refused."""
+"""Base models in single files: a transformer's weights equal those of the folder that it was written from."""
 
 import json
 import re
@@ -53,7 +53,7 @@ SMALL = [family for family in OTHERS if family not in IN_PUBLISHED_SIZE]
 
 
 def original_layout(family: str, known, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights by their names in the model's own code: q, k and v are one, and some halves are swapped."""
+    """Return weights by their names in the model's own code: q, k and v are fused, and some halves are swapped."""
     left, found = dict(state), {}
     fused = known.original if known.family.original else {}
     for name, layer in fused.items():
@@ -76,7 +76,7 @@ def original_layout(family: str, known, state: dict[str, torch.Tensor]) -> dict[
 
 
 def file_of(family: str, folder: Path, path: Path, prefix: str = "", **more: torch.Tensor) -> Path:
-    """Writes the transformer of a pipeline's folder as one file in the model's own layout."""
+    """Write the transformer of a pipeline's folder as one file in the model's own layout."""
     state = load_file(next((folder / "transformer").glob("*.safetensors")))
     layout = original_layout(family, names(family), state)
     save_file({f"{prefix}{name}": value.contiguous() for name, value in layout.items()} | more, path)
@@ -90,7 +90,7 @@ def read(family: str, path: Path, config: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", SMALL)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_weights_are_those_of_the_folder_to_the_last_bit(family, prefix, tmp_path):
-    """With the autoencoder's beside them, as ComfyUI's complete files have it."""
+    """With the autoencoder's weights in the same file, as in ComfyUI's complete files."""
     more = {"first_stage_model.decoder.conv_in.weight": torch.zeros(1)} if prefix else {}
     folder = tiny(family)
     path = file_of(family, folder, tmp_path / "in.safetensors", prefix, **more)
@@ -164,7 +164,7 @@ def test_a_run_from_a_file_is_the_run_from_the_folder_and_goes_on_in_it(family, 
 
 
 def test_of_a_pipeline_on_the_hub_the_transformers_weights_are_not_downloaded(images, tmp_path, monkeypatch):
-    """Its configuration is."""
+    """Only its configuration is downloaded."""
     folder, asked = tiny("sd3"), []
     base = shutil.copytree(folder, tmp_path / "base")
     next((base / "transformer").glob("*.safetensors")).unlink()
@@ -263,7 +263,7 @@ def another_width(layout: dict, config: dict) -> None:
     ],
 )
 def test_weights_that_do_not_fit_are_an_error(family, change, words, tmp_path):
-    """diffusers' own loader only warns of what is in the file alone."""
+    """diffusers' own loader only warns of additional weights."""
     folder = tiny(family) / "transformer"
     config = json.loads((folder / "config.json").read_text())
     layout = load_file(file_of(family, tiny(family), tmp_path / "in.safetensors"))

@@ -1,4 +1,4 @@
-"""A denoiser whose weights stay in its files computes, traces and merges as one in memory does."""
+"""A denoiser whose weights stay in its files computes, traces and merges like one in memory."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ HERE = torch.device("cpu")
 
 @pytest.fixture(scope="module", params=["stable_diffusion", "z_image"])
 def base(request, tmp_path_factory) -> tuple[Family, Path]:
-    """A family, and its denoiser's folder with weights in bf16, in several files."""
+    """A family, and the folder of its denoiser with weights in bf16, in several files."""
     pipeline = FAMILIES[request.param](tmp_path_factory.mktemp(request.param) / "model")
     family = load_family(read_index(pipeline, "")["_class_name"])
     denoiser = family.denoiser_class.from_pretrained(pipeline, subfolder=family.denoiser)

@@ -1,4 +1,4 @@
-"""The file of calibration batches: whatever a denoiser is given comes back as it was."""
+"""The file of calibration batches: any arguments of a denoiser are read back unchanged."""
 
 import json
 
@@ -12,7 +12,7 @@ from reslora.images.output.calibration_file import read_calibration, write_calib
 
 
 def batch(size: int, captions: list[int], side: int = 4) -> dict:
-    """Every kind of argument there is."""
+    """Return a batch with every kind of argument."""
     return {
         "sample": torch.randn(size, 2, side, side),
         "timestep": torch.randint(0, 1000, (size,)),

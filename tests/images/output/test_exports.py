@@ -1,4 +1,4 @@
-"""What a run leaves: the documented files, exports that stock libraries read, figures, and the folder on the hub."""
+"""The output of a run: documented files, exports that stock libraries read, figures, and the folder on the Hub."""
 
 import contextlib
 import dataclasses
@@ -108,7 +108,7 @@ def test_other_adapters_train_and_export(brief_flags, tmp_path):
 
 @pytest.mark.exhaustive
 def test_no_validation_images_are_drawn_where_none_are_asked_for(brief_flags, tmp_path):
-    """diffusers' own test command asks for that."""
+    """As in the command of diffusers' own test."""
     flags = [*brief_flags, "--num_validation_images", "0", "--validation_prompt", "red disc", "--validation_steps", "1"]
     assert main(*flags, "--output_dir", tmp_path / "out") == 0
     assert not (tmp_path / "out" / "lora" / "samples").exists()
@@ -131,7 +131,7 @@ def test_prompts_in_other_scripts_and_fewer_images_than_a_batch(brief_flags, cap
 def test_an_export_that_does_not_draw_what_the_merged_model_draws_fails(
     brief_flags, capsys, tmp_path, monkeypatch, value, word
 ):
-    """What is read back is spoilt here; a black image of what is not a number must not pass for a match."""
+    """The export is damaged here; a black image of NaN must not count as equal."""
     load = StableDiffusionPipeline.load_lora_weights
 
     def spoil(pipeline, *args, **more):
@@ -150,7 +150,7 @@ def test_an_export_that_does_not_draw_what_the_merged_model_draws_fails(
 
 
 class Picture:
-    """A denoiser by what it draws; a drawer of such denoisers."""
+    """A denoiser that stands for its image, and a sampler of such denoisers."""
 
     def __init__(self, value: float, chaos: int = 0) -> None:
         self.value, self.chaos = value, chaos
@@ -164,7 +164,7 @@ class Picture:
         return [(dataclasses.replace(prompts[0], guidance_scale=4.0), 7)] * images
 
     def draw(self, denoiser: "Picture", prompts: list[Prompt], images: int) -> list[np.ndarray]:
-        """`chaos`: what an image moves by for every millionth that the guidance changes."""
+        """Return the image; `chaos`: its change for every millionth by which the guidance changes."""
         nudged = ((prompts[0].guidance_scale or 4.0) / 4 - 1) * 1e6
         return [np.full((2, 2, 3), (denoiser.value + self.chaos * round(nudged)) / 255)] * len(prompts) * images
 
@@ -175,7 +175,7 @@ def folder_of(path: Path) -> Path:
 
 
 def compared(folder: Path, monkeypatch, drawn: float, read: float, chaos: int = 0, told: list | None = None) -> dict:
-    """What `export_method` finds where the merged model draws one value, and an export of it another."""
+    """Return the result of `export_method` if the merged model generates one value, and an export another."""
     for path in (folder / "exports.json", folder.parent / "loss.png"):
         path.write_text("{}")  # of an earlier merge
     monkeypatch.setattr(results, "exact_parts", lambda *_: {"unet": Picture(drawn)})
@@ -192,7 +192,7 @@ def compared(folder: Path, monkeypatch, drawn: float, read: float, chaos: int = 
 
 
 def test_earlier_adapters_stay_until_the_new_ones_are_there(tmp_path, monkeypatch):
-    """A full disk loses none of them; afterwards those go that are written no more."""
+    """A full disk loses none of them; afterwards, files of formats that are no longer written are removed."""
     family, config = SimpleNamespace(denoiser="unet", lora_files=(KOHYA_FILE,)), "adapter_config.json"
     files = [DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, f"peft/{config}", f"peft/text_encoder/{config}"]
     for file in files:
@@ -234,7 +234,7 @@ def test_exports_that_differ_by_more_fail(tmp_path, monkeypatch, difference):
 
 
 def test_a_model_that_rounding_alone_moves_is_exported_and_a_line_says_so(tmp_path, monkeypatch):
-    """As LoRA at 6e-3 on the bundled U-Net: what the file draws says nothing then, and the training is not lost."""
+    """Such as LoRA at 6e-3 on the bundled U-Net: images cannot verify the file, but the training is not lost."""
     folder, told = folder_of(tmp_path), []
     assert compared(folder, monkeypatch, 100, 150, chaos=3, told=told) == {"peft": 50}
     assert "rounding alone moves it by 3/255" in told[-1] and "--learning_rate" in told[-1]
@@ -261,7 +261,7 @@ def test_every_image_must_be_finite(tmp_path, monkeypatch):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("base", ["no", "fp8"])
 def test_the_average_of_a_schedule_free_optimizer_is_saved_and_exported(model, base_flags, tmp_path, base):
-    """As samples are drawn with it: x, and not what is trained, y = beta x + (1 - beta) z."""
+    """Samples are generated with it too: x, not the trained y = beta x + (1 - beta) z."""
     flags = [*base_flags, "--method", "lora", "--optimizer", "schedulefree", "--learning_rate", "0.01"]
     assert main(*flags, "--base_precision", base, "--num_validation_images", "0", "--output_dir", tmp_path) == 0
     saved, state = final_weights(tmp_path, "lora"), training_state(tmp_path, 4, "lora")

@@ -1,4 +1,4 @@
-"""What is uploaded of a run, and the model card that says what it is."""
+"""The files of a run that are uploaded, and the model card."""
 
 import fnmatch
 import io
@@ -26,7 +26,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 class Hub:
-    """A stand-in for the hub: one repository, and what was uploaded to it."""
+    """A stand-in for the Hub: one repository, and the uploaded files."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -48,7 +48,7 @@ class Hub:
         return self.files["README.md"].decode()
 
     def download(self) -> None:
-        """Writes the repository where its name is a path from here: libraries read that as they read the hub."""
+        """Write the repository to a relative path with its name: libraries read it as from the Hub."""
         for name, content in self.files.items():
             path = Path("me/run", name)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def height(content: bytes) -> int:
 
 @pytest.mark.exhaustive
 def test_upload_is_tried_again_by_the_same_command(run, base_flags, hub, monkeypatch, capsys):
-    """What is uploaded, under what card, and what a failure leaves."""
+    """The uploaded files, the model card, and the state after a failure."""
     flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", run, "--push_to_hub"]
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub, "create_commit", lambda *_, **__: 1 / 0)
@@ -88,7 +88,7 @@ def test_upload_is_tried_again_by_the_same_command(run, base_flags, hub, monkeyp
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("prompts", [["red disc", "blue box"], ["green star"], []])
 def test_the_comparison_that_is_uploaded_shows_what_was_drawn_and_no_training_images(run, base_flags, hub, prompts):
-    """Whatever prompts the upload of a finished run is asked for with; the run's own file stays as it is."""
+    """Whatever prompts the upload of a finished run is given; the run's own figure is unchanged."""
     before = (run / "comparison.png").read_bytes()
     at = base_flags.index("--validation_prompt")
     flags = [*base_flags[:at], "--validation_prompt", *prompts] if prompts else base_flags[:at]
@@ -124,12 +124,12 @@ def test_settings_notes_and_what_tells_of_the_images_are_not_uploaded(brief_flag
 
 
 def examples(card: str) -> list[str]:
-    """The card's blocks of Python."""
+    """Return the Python blocks of the card."""
     return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
 
 
 def test_the_cards_lines_load_each_methods_weights(run, base_flags, hub, model):
-    """As they stand, beside the base model's folder."""
+    """Unchanged, next to the folder of the base model."""
     assert main(*base_flags, "--method", "lora", "reslora", "--output_dir", run, "--push_to_hub") == 0
     hub.download()
     Path(model.name).symlink_to(model)
@@ -138,7 +138,7 @@ def test_the_cards_lines_load_each_methods_weights(run, base_flags, hub, model):
 
 
 def assert_loads(code: str, weights: Path) -> None:
-    """The lines put these weights into the denoiser."""
+    """Assert that the lines load these weights into the denoiser."""
     names = {}
     exec(code, names)
     loaded = {name.replace(".default_0", ""): value for name, value in names["pipeline"].unet.state_dict().items()}
@@ -148,7 +148,7 @@ def assert_loads(code: str, weights: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_the_cards_lines_load_with_peft_what_is_no_plain_lora(brief_flags, hub, model, tmp_path):
-    """The text encoder too, where it was trained."""
+    """Into the text encoder too, if it was trained."""
     flags = [*without(brief_flags, "--method"), "--method", "dora", "--train_text_encoder", "--caption_prefix", "sks"]
     assert main(*flags, "--output_dir", tmp_path / "out", "--push_to_hub") == 0
     hub.download()

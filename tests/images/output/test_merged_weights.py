@@ -1,4 +1,4 @@
-"""Merged weights that are written tensor by tensor are those that diffusers writes of the model in memory."""
+"""Merged weights written tensor by tensor equal those that diffusers writes of the model in memory."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from reslora.images.output.merged_weights import write_merged
 
 @pytest.fixture
 def unet(model) -> UNet2DConditionModel:
-    """With a LoRA of linear layers and convolutions."""
+    """A U-Net with a LoRA of linear layers and convolutions."""
     return with_adapter(model, LoraConfig(r=2, target_modules=["to_q", "to_out.0", "conv1"], init_lora_weights=False))
 
 

@@ -1,4 +1,4 @@
-"""Similarities by CLIP and DINOv2, by hand; and what an arm draws, compared with what the base model draws."""
+"""Similarities by CLIP and DINOv2, by hand, and those of an arm's samples to the base model's samples."""
 
 from types import SimpleNamespace
 

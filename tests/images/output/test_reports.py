@@ -1,4 +1,4 @@
-"""The log and the trackers: a row for every step, read off the device late, and nothing saved that is not finite."""
+"""The log and the trackers: a row for every step, losses read late from the device, nothing non-finite saved."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ from reslora.training.schedule import Schedule
 
 @pytest.fixture
 def steps(monkeypatch) -> Callable:
-    """Has every step's loss replaced by what a function makes of the step's number and the loss."""
+    """Replace every step's loss by a function of the step's number and the loss."""
 
     def replace(change: Callable) -> None:
         take_step = training.take_step
@@ -46,7 +46,7 @@ def trained(output: Path) -> list[int]:
 
 
 class Unread:
-    """A loss that says when it is read."""
+    """A loss that records when it is read."""
 
     def __init__(self, step: int, loss: object, events: list[str]) -> None:
         self.step, self.loss, self.events = step, loss, events
@@ -102,7 +102,7 @@ def test_a_run_that_fails_keeps_the_rows_of_all_its_steps(brief_flags, tmp_path,
 
 @pytest.mark.exhaustive
 def test_tensorboard_has_the_rows_of_the_log(brief_flags, tmp_path):
-    """Of both methods, from step 1 again."""
+    """Of both methods; the steps of the second begin at 1 again."""
     flags = [*brief_flags, "--max_train_steps", "3", "--report_to", "tensorboard", "--validation_split", "0.3"]
     assert main(*flags, "--method", "lora", "lora_x2", "--output_dir", tmp_path / "out") == 0
     found = EventAccumulator(str(tmp_path / "out" / "logs" / "train_sd"))
@@ -122,7 +122,7 @@ def test_tensorboard_has_the_rows_of_the_log(brief_flags, tmp_path):
 
 
 def test_validation_loss_is_the_unweighted_mean_over_all_noises_of_all_held_out_images(model):
-    """One sample at a time, its min-SNR weight divided out; batches of three leave a smaller one at the end."""
+    """One sample at a time, divided by its min-SNR weight; batches of three leave a smaller one at the end."""
     training_data, loss, denoiser = exact_steps.setting(model, None, "--train_batch_size", "3")
     samples, expected = ValidationSamples(training_data), []
     assert len(samples.draws) == 4 * len(training_data.held_out) == 8
@@ -159,9 +159,9 @@ def test_a_row_that_is_not_finite_is_an_error_and_not_written(tmp_path, loss):
 @pytest.mark.parametrize("exported", [False, True])
 @pytest.mark.parametrize(("step", "kept"), [(0, set()), (2, {"step-000000", "step-000002", "step-best"})])
 def test_samples_of_what_the_log_forgets_go_as_well(tmp_path, step, kept, exported):
-    """Of another training, that was killed before its first checkpoint, or of steps behind the one it goes on from.
+    """Samples of another training that was killed before its first checkpoint, or of steps after the resumed one.
 
-    Those of the merged model stay with what is exported: a stop may leave that as it is.
+    Samples of the merged model stay if the method is exported.
     """
     for name in ("step-000000", "step-000002", "step-000003", "step-best"):
         save_images(tmp_path / "samples" / name, [Image.new("RGB", (8, 8))], ["red disc"])
@@ -177,7 +177,7 @@ def test_samples_of_what_the_log_forgets_go_as_well(tmp_path, step, kept, export
 
 
 def test_similarities_by_hand(monkeypatch):
-    """Each of four samples to both held-out images, and each to the prompt that it was drawn for, two of either."""
+    """Two prompts with two samples each: each sample to both held-out images, and to its own prompt."""
     images = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.8, 0.6]])
     metric = SimpleNamespace(
         reads_captions=True,

@@ -1,4 +1,4 @@
-"""Samples: what the pipeline is given."""
+"""Samples: the arguments of the pipeline."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def index_of(folder: Path) -> dict:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", FAMILIES)
 def test_text_states_of_half_precision_are_drawn_in_the_pipelines_at_any_size(tmp_path, name):
-    """As the export does: in float32 whatever the precision of training. Samples need not be squares."""
+    """As for exports: in float32, whatever the precision of training. Samples need not be square."""
     folder = FAMILIES[name](tmp_path / "model")
     family = load_family(index_of(folder)["_class_name"])
     pipeline = family.pipeline.from_pretrained(folder)
@@ -47,7 +47,7 @@ def test_text_states_of_half_precision_are_drawn_in_the_pipelines_at_any_size(tm
 
 @pytest.mark.parametrize("name", ["qwen_image", "krea2"])
 def test_samples_are_guided_by_the_scale_that_is_given(tmp_path, name):
-    """By other arguments than Stable Diffusion's, and away from a caption of another length."""
+    """With other arguments than Stable Diffusion's, and a negative prompt of another length."""
     family = load_family(index_of(FAMILIES[name](tmp_path / "model"))["_class_name"])
     pipeline = family.pipeline.from_pretrained(tmp_path / "model")
     pipeline.set_progress_bar_config(disable=True)
@@ -68,7 +68,7 @@ def test_samples_are_guided_by_the_scale_that_is_given(tmp_path, name):
 
 
 class Recorder:
-    """Stands for a pipeline: keeps the seeds that it is to draw from, and how it is to draw each batch."""
+    """A stand-in for a pipeline that records the seeds and the arguments of each batch."""
 
     def __init__(self) -> None:
         self.seeds, self.unet, self.batches = [], None, []

@@ -1,4 +1,4 @@
-"""A run that its validation steers: the best adapter is exported, it ends early, and a resumed one is the same."""
+"""Validation decides: the best adapter is exported, training ends early, and a resumed run is the same."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def whole(flags, tmp_path_factory) -> tuple[Path, list[str]]:
 
 @pytest.fixture(scope="module")
 def resumed(flags, tmp_path_factory) -> Path:
-    """A checkpoint and samples after the first step, for which files asked; stopped after step 5, resumed from 2."""
+    """A run with a requested checkpoint and samples after the first step; stopped after step 5, resumed from 2."""
     output = tmp_path_factory.mktemp("resumed") / "out"
     output.mkdir()
     for name in ("save.now", "sample.now"):
@@ -90,7 +90,7 @@ def test_it_ends_when_patience_does_and_exports_the_best(whole):
 
 
 def exported_of(output: Path, best: Path) -> dict[str, torch.Tensor]:
-    """The adapter in `best`, after a look whether it is the exported one."""
+    """Return the adapter in `best`, after a check that it is the exported one."""
     kept = load_file(best / "adapter.safetensors")
     exported = load_file(output / "lora" / "peft" / "adapter_model.safetensors")
     assert_same(exported, {f"base_model.model.{name.replace('.default', '')}": value for name, value in kept.items()})
@@ -99,7 +99,7 @@ def exported_of(output: Path, best: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.exhaustive
 def test_a_run_that_diverges_exports_the_best(flags, monkeypatch, capsys, tmp_path):
-    """With the status of one that has diverged, and unfinished: it can go on from a checkpoint."""
+    """With the exit status of a diverged run, and unfinished: it can be resumed from a checkpoint."""
     take_step = loop.take_step
 
     def diverges(learner: Learner, *rest) -> torch.Tensor:
@@ -131,7 +131,7 @@ def test_the_log_has_losses_by_timestep_and_similarities(whole):
 
 @pytest.mark.exhaustive
 def test_a_resumed_run_is_an_uninterrupted_one(whole, resumed):
-    """Samples and checkpoints in between change nothing of it."""
+    """Additional samples and checkpoints change nothing."""
     assert (resumed / "lora" / "samples" / "step-000001" / "1-0.png").is_file()
     assert (resumed / "lora" / "checkpoint-1").is_dir() and not list(resumed.glob("*.now"))
     assert losses_of(resumed) == losses_of(whole[0])

@@ -1,4 +1,4 @@
-"""The figures of a run: what they show, and which file says that it is finished."""
+"""The figures of a run, and the file that marks it as finished."""
 
 import errno
 from pathlib import Path
@@ -25,7 +25,7 @@ def draw(folder: Path, prompts: list[str]) -> None:
 
 
 def test_where_loss_png_is_the_weights_are_in_their_place(tmp_path, monkeypatch):
-    """It says that nothing is left to do: a disk that is full while they are copied must not leave it."""
+    """`loss.png` marks the run as finished: it must not exist if the disk is full while the weights are copied."""
     weights = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"weights")

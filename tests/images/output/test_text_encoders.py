@@ -1,4 +1,4 @@
-"""What is exported of trained text encoders: read by stock diffusers, transformers and PEFT, and merged once more."""
+"""Exports of trained text encoders: read by stock diffusers, transformers and PEFT, and merged again."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ PREFIXES = {"stable_diffusion": ["lora_te_"], "sdxl": ["lora_te1_", "lora_te2_"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of each family, made when it is first asked for; the first encoder has the names of CLIP's own files."""
+    """Runs of each family, made when first requested; the first encoder has the names of CLIP's own files."""
     made: dict[str, Path] = {}
 
     def run(family: str) -> Path:
@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
 
 
 def with_prefix(path: Path) -> None:
-    """CLIP's files have `text_model.` before their names, which newer transformers leave out."""
+    """Return names with the prefix `text_model.` of CLIP's files, which newer versions of transformers leave out."""
     tensors = {name.removeprefix("text_model."): value for name, value in load_file(path).items()}
     inner = {name: value for name, value in tensors.items() if not name.startswith("text_projection")}
     outer = {name: value for name, value in tensors.items() if name not in inner}
@@ -48,7 +48,7 @@ def with_prefix(path: Path) -> None:
 
 
 def pipeline_of(folder: Path, *merged: str) -> DiffusionPipeline:
-    """The stock pipeline, with merged parts of the run in it."""
+    """Return the stock pipeline with merged parts of the run."""
     pipe = DiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32)
     for name in merged:
         made = type(getattr(pipe, name)).from_pretrained(folder / "out" / "reslora" / name)
@@ -60,7 +60,7 @@ def pipeline_of(folder: Path, *merged: str) -> DiffusionPipeline:
 
 @torch.no_grad()
 def seen(pipe: DiffusionPipeline, names) -> list[torch.Tensor]:
-    """What each text encoder makes of a prompt: all layers, and what is pooled."""
+    """Return the output of each text encoder for a prompt: all layers, and the pooled state."""
     found = []
     for name in names:
         tokens = getattr(pipe, name.replace("text_encoder", "tokenizer"))(["red blue"], return_tensors="pt").input_ids
@@ -110,7 +110,7 @@ def test_every_file_gives_the_text_states_and_images_of_the_merged_weights(runs,
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ENCODERS)
 def test_what_is_written_of_each_part(runs, family):
-    """Of the denoiser as ever, and below its name of each encoder, whose chains are its own."""
+    """For the denoiser as usual, and for each encoder in a subfolder of its name; encoders have their own chains."""
     folder, names = runs(family), ENCODERS[family]
     out = folder / "out" / "reslora"
     chains, report = (json.loads((out / name).read_text()) for name in ("chains.json", "merge.json"))

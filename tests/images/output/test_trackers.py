@@ -1,4 +1,4 @@
-"""Trackers, which may not start: without a login, or without room."""
+"""Trackers that cannot start: without a login, or without disk space."""
 
 import pytest
 from accelerate.tracking import TensorBoardTracker
@@ -8,7 +8,7 @@ from reslora.images import run
 
 
 def test_a_tracker_that_cannot_start_is_refused_before_anything_is_encoded(brief_flags, capsys, tmp_path, monkeypatch):
-    """As wandb without a login, where nobody can be asked for one."""
+    """Such as wandb without a login, if the user cannot be asked."""
 
     def start(tracker: TensorBoardTracker) -> None:
         raise RuntimeError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])\nmore")

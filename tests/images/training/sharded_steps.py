@@ -25,7 +25,7 @@ RUNS = {
 
 
 def main(model: Path, folder: Path) -> None:
-    """Two samples of each process a step; once, one sample twice."""
+    """Train with two samples per process and step; once, with the same sample twice."""
     for name, flags in RUNS.items():
         batch = 1 if name == "middle" else 2
         found = exact_steps.trained(model, batch, 2 // batch, *flags)

@@ -1,4 +1,4 @@
-"""DoRA, and ranks and alphas of single layers, as a run: resumed, merged, exported; what is refused."""
+"""DoRA, and ranks and alphas of single layers, in runs: resumed, merged, exported; refusals."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def test_files_have_the_ranks_and_scales_of_each_layer(trained, method):
 
 @pytest.mark.exhaustive
 def test_who_draws_with_a_checkpoint_finds_its_ranks(trained, model):
-    """As the application does: what is recorded beside the weights fits them."""
+    """As the application reads them: the stored configuration fits the weights."""
     record = json.loads((trained / "dora" / "checkpoint-2" / "trainer.json").read_text())
     found = {name: record[name] for name in PATTERNS}
     denoiser = UNet2DConditionModel.from_pretrained(model, subfolder="unet")

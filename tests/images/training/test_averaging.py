@@ -32,7 +32,7 @@ WEIGHTS = [1 / 7, 2 / 7, 4 / 7]
 
 
 def adapted(model: Path, method: str) -> Trained:
-    """The tiny U-Net in float64 with an adapter, and its loss, which nothing calls."""
+    """The tiny U-Net in float64 with an adapter, and its unused loss."""
     unet = UNet2DConditionModel.from_pretrained(model / "unet").double()
     settings = AdapterSettings(r=2, alpha=4, dropout=0.0, targets=["to_q", "to_v"], total_steps=10)
     config = ResLoraConfig("input") if method == "reslora" else None
@@ -62,7 +62,7 @@ def test_factors_are_averaged(model, tmp_path, method):
 
 
 def test_only_regular_checkpoints_are_averaged_and_they_are_retained():
-    """Of steps 5, 10, ...; one of step 12 that a stop left, and that of step 17, with which training ends."""
+    """Those of steps 5, 10, ... and of the last step, 17; not that of step 12, where the run was stopped."""
 
     def paths(*steps: int) -> list[Path]:
         return [Path(f"checkpoint-{step}") for step in steps]
@@ -97,7 +97,7 @@ def test_the_lowest_loss_is_exported(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def steps_lose():
-    """In this process, the losses of single steps count twice, so that an average has the lowest."""
+    """Double the losses of single steps in this process, so that an average has the lowest loss."""
     losses_of = Validation._losses_of
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Validation, "_losses_of", lambda *args: 2 * losses_of(*args))
@@ -132,7 +132,7 @@ def test_a_run_exports_its_best_average(whole):
         for key in [key for key in kept if "lora_" in key]:
             by_hand = sum(weight * step[key].double() for weight, step in zip(weights, steps, strict=True))
             assert torch.equal(kept[key], by_hand.float())
-        only(lines, f"reslora: {found[name]}: validation loss {found[name].loss:.5f}")
+        only(lines, f"reslora: validation loss {found[name].loss:.5f} with {found[name]}")
     lowest = min(found.values(), key=lambda best: best.loss)
     best = best_of(output / "reslora")
     assert lowest.loss < best.loss and best.step == 5
@@ -148,7 +148,7 @@ def test_a_run_exports_its_best_average(whole):
 
 @pytest.mark.exhaustive
 def test_a_resumed_run_averages_the_same(flags, whole, tmp_path, monkeypatch):
-    """Stopped after step 3, of which it has a checkpoint, with a limit that this one would push an older one out of."""
+    """Stopped after step 3, whose checkpoint would push an older one out of --checkpoints_total_limit."""
     output, limit = tmp_path / "out", ("--checkpoints_total_limit", "3")
     after_step, steps = Requests.after_step, []
 
@@ -173,7 +173,7 @@ def test_a_resumed_run_averages_the_same(flags, whole, tmp_path, monkeypatch):
 
 @pytest.mark.exhaustive
 def test_a_run_that_goes_on_forgets_its_averages(flags, whole, tmp_path):
-    """Trained on to step 7, it averages what a run of 7 steps averages: not the one of step 5."""
+    """Extended to step 7, it averages the same checkpoints as a run of 7 steps, not the one of step 5."""
     direct, longer = tmp_path / "direct", ("--max_train_steps", "7")
     assert main(*flags, *longer, "--method", "lora", "--output_dir", direct) == 0
     output = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""The best adapter so far: which one is kept, what a resumed run has of it, and when there has been none for long."""
+"""The best adapter so far: which one is saved, what a resumed run has of it, and early stopping."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from reslora.training.best import all_best, best_of, forget_beaten, go_on_from, 
 
 @pytest.fixture(autouse=True)
 def adapters(monkeypatch):
-    """An adapter is one number in a file."""
+    """An adapter that is one number in a file."""
 
     def save(part: torch.Tensor, folder: Path) -> None:
         (folder / "adapter").write_text(str(float(part)))
@@ -23,7 +23,7 @@ def adapters(monkeypatch):
 
 
 def validate(folder: Path, step: int, loss: float) -> None:
-    """A validation at a step, where the adapter is ten times the step."""
+    """Validate at a step, at which the adapter is ten times the step."""
     part = torch.tensor(10.0 * step)
     learner = SimpleNamespace(step=step, trained=SimpleNamespace(places=lambda path: [(path, part)]))
     keep_if_best(learner, folder, loss)
@@ -50,7 +50,7 @@ def test_what_is_lower_is_kept_with_its_loss(tmp_path):
 
 
 def test_a_resumed_run_has_the_best_up_to_its_checkpoint(tmp_path, capsys):
-    """Saved after steps 2 and 4, killed after 5: it goes on from 4, or, where that one is damaged, from 2."""
+    """Saved after steps 2 and 4, killed after 5: it resumes from 4 or, if that checkpoint is damaged, from 2."""
     validate(tmp_path, 1, 0.5)
     validate(tmp_path, 2, 0.4)
     forget_beaten(tmp_path)

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: bit for bit where nothing changed, a warning where it is damaged, else one line."""
+"""Resuming: bit for bit without changes, a warning for a damaged checkpoint, or an error of one line."""
 
 import contextlib
 import errno
@@ -60,7 +60,7 @@ from reslora.training.checkpoints import (
 
 
 def unfinished(run: Path, output: Path, *methods: str) -> Path:
-    """A copy of the run that has still to export what it trained."""
+    """A copy of the run in which the trained method is not exported yet."""
     for method in methods:
         shutil.copytree(run / method, output / method)
         (output / method / "exports.json").unlink()
@@ -151,7 +151,7 @@ def test_pissa_leaves_the_base_model_to_the_next_method(base_flags, tmp_path):
 
 
 def factor_of(checkpoint: Path) -> float:
-    """The factor of the shortcut terms that a checkpoint stores."""
+    """Return the factor of the shortcut terms that a checkpoint stores."""
     if (checkpoint / "reslora_config.json").is_file():
         return read_object(checkpoint / "reslora_config.json")["factor"]
     with safe_open(checkpoint / "adapter.safetensors", "pt") as file:
@@ -160,7 +160,7 @@ def factor_of(checkpoint: Path) -> float:
 
 @pytest.mark.exhaustive
 def test_latest_with_nothing_to_go_on_from_says_so_and_starts_afresh(brief_flags, tmp_path):
-    """Otherwise a slip in --output_dir costs hours."""
+    """Otherwise a typing error in --output_dir would cost hours."""
     lines = printed(*brief_flags, "--output_dir", tmp_path / "out", *RESUME)
     only(lines, "--resume_from_checkpoint latest", str(tmp_path / "out"))
     assert (tmp_path / "out" / "lora" / "exports.json").is_file()
@@ -174,7 +174,7 @@ def test_missing_named_checkpoint_is_an_error(base_flags, capsys, tmp_path):
 @pytest.mark.parametrize("words", [("--max_train_steps", "6"), ("--num_train_epochs", "5"), ("--max_train_steps", "4")])
 @pytest.mark.parametrize("resume", [(), RESUME])
 def test_a_finished_method_without_its_checkpoints_is_not_trained_over(tmp_path, words, resume):
-    """They were removed to save disk. With the same steps, a file that was exported is gone too."""
+    """They were removed to save disk space. With the same steps, an exported file is missing too."""
     record = {"step": 4, "num_train_epochs": 100, "by_epochs": False, "difference_of_255": {"unet": 0}}
     write_json(tmp_path / "lora" / "exports.json", record)
     flags = parse_args(["--output_dir", str(tmp_path), "--method", "lora", *words, *resume])
@@ -214,7 +214,7 @@ def test_one_flipped_bit_is_damage(run, base_flags, tmp_path):
 
 @pytest.mark.exhaustive
 def test_one_flipped_bit_is_damage_in_every_file(runs, whole, tmp_path):
-    """Each in a checkpoint of its own, and all the newest of them."""
+    """Each file in its own checkpoint, which are all the newest ones."""
     output = tmp_path / "out"
     shutil.copytree(whole / "reslora", output / "reslora")
     (output / "reslora" / "exports.json").unlink()
@@ -247,7 +247,7 @@ DAMAGES = {
 
 @pytest.mark.exhaustive
 def test_latest_goes_back_to_the_newest_that_is_whole(runs, whole, tmp_path):
-    """Every kind of damage at once, each in a checkpoint of its own, the newest in all of them."""
+    """Every kind of damage in its own checkpoint, and the newest checkpoint with all of them."""
     output = tmp_path / "out"
     shutil.copytree(whole, output)
     (output / "reslora" / "exports.json").unlink()
@@ -269,7 +269,7 @@ def test_named_checkpoint_that_is_damaged_is_refused(runs, whole, tmp_path, dama
 
 @pytest.mark.exhaustive
 def test_where_no_checkpoint_is_whole_nothing_is_trained_over_them(runs, whole, tmp_path):
-    """Weeks of training may be in them: to start afresh is for the user to say."""
+    """They may contain weeks of training: only the user may decide to start again."""
     output = tmp_path / "out"
     shutil.copytree(whole / "reslora", output / "reslora")
     (output / "reslora" / "exports.json").unlink()
@@ -307,7 +307,7 @@ FAILURES = {
 
 @pytest.mark.exhaustive
 def test_a_resume_that_fails_keeps_everything_and_succeeds_later(run, base_flags, capsys, tmp_path, monkeypatch):
-    """It may be another process's memory: nothing is passed over, started afresh, overwritten or removed."""
+    """The cause may be another process's memory: nothing is skipped, restarted, overwritten or removed."""
     output = unfinished(run, tmp_path / "out", "lora")
     before = digests(output, "**/checkpoint-*/*")
     flags = [*base_flags, "--method", "lora", "--output_dir", output, "--checkpoints_total_limit", "1", *RESUME]
@@ -328,7 +328,7 @@ def test_a_resume_that_fails_keeps_everything_and_succeeds_later(run, base_flags
 
 @pytest.mark.exhaustive
 def test_going_back_keeps_what_was_trained_from_there_before(run, base_flags, tmp_path):
-    """Neither overwritten when the step comes again, nor removed by the limit, nor taken for the newest."""
+    """Later checkpoints are not overwritten at the same step, not removed by the limit, and not the newest."""
     output = unfinished(run, tmp_path / "out", "lora")
     (output / "lora" / "checkpoint-6").mkdir()  # somebody's, in the way of a later one
     (output / "lora" / "checkpoint-6" / "mine.txt").write_text("mine")
@@ -355,7 +355,7 @@ def test_a_checkpoint_from_elsewhere_takes_no_places(run, base_flags, tmp_path):
 
 @pytest.mark.exhaustive
 def test_a_last_checkpoint_that_was_set_aside_is_exported(run, base_flags, tmp_path):
-    """No step is left. With blocks swapped, as in half precision, exports read the checkpoint of this folder."""
+    """No step remains. With swapped blocks, as in half precision, exports read the checkpoint of this folder."""
     output = unfinished(run, tmp_path / "out", "lora")
     aside = set_aside(output / "lora" / "checkpoint-4")
     flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", aside.name]
@@ -380,7 +380,7 @@ def test_only_the_newest_checkpoints_are_kept(base_flags, tmp_path):
 
 @pytest.mark.exhaustive
 def test_rotation_keeps_the_newest_and_leaves_the_rest_alone(runs, tmp_path):
-    """Neither stray folders nor unfinished checkpoints are counted or removed."""
+    """Other folders and unfinished checkpoints are neither counted nor removed."""
     method = tmp_path / "out" / "reslora"
     for name in ("checkpoint-best", "checkpoint-3-backup", "checkpoint-99"):
         (method / name).mkdir(parents=True)
@@ -393,7 +393,7 @@ def test_rotation_keeps_the_newest_and_leaves_the_rest_alone(runs, tmp_path):
 
 @pytest.mark.exhaustive
 def test_rotation_does_not_count_what_is_damaged(runs, whole, tmp_path):
-    """The newest was damaged, the run goes on from before it: what it saves from then on must stay."""
+    """The newest one was damaged, and the run resumes from before it: its new checkpoints must stay."""
     output, snapshots = tmp_path / "out", tmp_path / "snapshots"
     snapshots.mkdir()
     shutil.copytree(whole / "reslora", output / "reslora")
@@ -433,14 +433,14 @@ def test_a_damaged_newest_checkpoint_does_not_hide_other_settings(run, base_flag
 
 
 def flags_in(folder: Path) -> list[str]:
-    """Of a run that has its model and its images beside it."""
+    """Return the flags of a run with its model and images next to it."""
     places = {"--pretrained_model_name_or_path": "model", "--train_data_dir": "images", "--output_dir": "out"}
     return [word for flag, name in places.items() for word in (flag, str(folder / name))]
 
 
 @pytest.fixture(scope="module")
 def one_step(brief_flags, model, tmp_path_factory) -> Path:
-    """The folder of a run of one step that has its model and its images beside it."""
+    """Return the folder of a run of one step with its model and images next to it."""
     folder = tmp_path_factory.mktemp("one_step")
     shutil.copytree(model, folder / "model")
     image_folder(folder / "images")
@@ -450,7 +450,7 @@ def one_step(brief_flags, model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def again(one_step, brief_flags, tmp_path) -> list[str]:
-    """The flags to go on with for a second step, in a copy of that folder in `tmp_path`."""
+    """Return the flags to resume for a second step, in a copy of that folder in `tmp_path`."""
     shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
     return [*brief_flags, *flags_in(tmp_path), "--max_train_steps", "2", *RESUME]
 
@@ -483,7 +483,7 @@ def test_resume_refuses_an_image_that_was_replaced_by_one_of_as_many_bytes(brief
 
 @pytest.mark.exhaustive
 def test_a_run_goes_on_where_its_model_and_images_have_moved(brief_flags, model, data, tmp_path):
-    """Bit for bit as if they had stayed: what they are decides, and where they were is a note."""
+    """Bit for bit as without moving: their content decides, and their place is only recorded."""
     here, there = tmp_path / "here", tmp_path / "there"
     shutil.copytree(model, here / "model")
     shutil.copytree(data, here / "images")
@@ -502,7 +502,7 @@ def test_a_run_goes_on_where_its_model_and_images_have_moved(brief_flags, model,
 
 @pytest.mark.exhaustive
 def test_resume_refuses_another_model_at_the_same_place(again, capsys, tmp_path):
-    """Every weight is another, then queries and values alone, all over the file; and then the model is back."""
+    """All weights differ, then only queries and values in all blocks; then the first model is back."""
     weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     before, tensors = weights.read_bytes(), load_file(weights)
     for factor, parts in ((2, ("",)), (-3, (".to_q.", ".to_v."))):
@@ -552,7 +552,7 @@ def test_resume_refuses_another_schedule_of_noise_at_the_same_place(again, capsy
 
 @pytest.fixture
 def keep(model, tmp_path):
-    """Saves the learner at a step, with these flags; returns the checkpoint. `keep.learner` is a fresh ResLoRA."""
+    """Save the learner at a step, with these flags; return the checkpoint. `keep.learner` is a new ResLoRA."""
     training_data, loss, denoiser = exact_steps.setting(model)
     accelerator = Accelerator(cpu=True)
     learner = exact_steps.learner_of(denoiser, loss, accelerator)
@@ -574,7 +574,7 @@ def keep(model, tmp_path):
 
 
 def restored(learner, candidates: list[Path], output, accelerator) -> None:
-    """Restores the learner in the directory of its name."""
+    """Restore the learner in the directory of its name."""
     options, folder = SimpleNamespace(output=output), Path(output.output_dir) / learner.name
     restore(learner, candidates, SimpleNamespace(options=options, accelerator=accelerator, folder_of=lambda _: folder))
 
@@ -596,11 +596,11 @@ def test_other_content_is_named_by_its_own_option(there, flag):
 def test_changed_options_without_effect_on_a_finished_method_are_noted(keep):
     finished = {"shown": {"num_validation_images": 4, "rank": 99}}
     (note,) = notes_of(keep.options.replace(num_validation_images=2), Path("out"), finished)
-    assert note == "out is finished, --num_validation_images has no effect any more: it was 4"
+    assert note == "out is finished, so --num_validation_images has no effect: it was 4"
 
 
 def test_a_checkpoint_that_loads_but_differs_from_its_checksums_is_passed_over(keep, capsys):
-    """A digit of its seconds, a weight's last bit: every reader would take these."""
+    """A digit of its training time or the last bit of a weight: it could still be read."""
     paths = [keep(step) for step in (1, 2, 3)]
     record = paths[2] / "trainer.json"
     record.write_text(record.read_text().replace("30.0", "31.0"))
@@ -621,7 +621,7 @@ def test_a_checkpoint_that_loads_but_differs_from_its_checksums_is_passed_over(k
 
 @pytest.mark.exhaustive
 def test_a_checkpoint_without_its_record_is_damaged_and_not_nothing(keep, tmp_path):
-    """Where none else is there, training would start from zero beside it."""
+    """If it is the only one, training must not start from zero next to it."""
     first, second = [keep(step, max_train_steps=9) for step in (1, 2)]
     keep.learner.name, named = tmp_path.name, {"output_dir": str(tmp_path.parent), "method": [tmp_path.name]}
     flags = keep.options.replace(**named, max_train_steps=9, resume_from_checkpoint="latest")
@@ -647,7 +647,7 @@ def test_a_checkpoint_that_cannot_be_loaded_sets_no_others_aside(keep, tmp_path,
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_who_is_killed_after_going_back_goes_on_from_there(keep, tmp_path, elsewhere):
-    """Before the next checkpoint: `latest` is the chosen one, and not a start from zero."""
+    """Before the next checkpoint, `latest` is the chosen one, and training does not start from zero."""
     flags = keep.options.replace(output_dir=str(tmp_path.parent), method=[tmp_path.name], max_train_steps=9)
     _, second, _ = [keep(step, max_train_steps=9) for step in (1, 2, 3)]
     chosen = second.rename(tmp_path / "kept") if elsewhere else set_aside(second)
@@ -662,7 +662,7 @@ def test_who_is_killed_after_going_back_goes_on_from_there(keep, tmp_path, elsew
 
 
 def test_log_and_best_adapter_of_another_line_are_not_taken_for_its_own(keep, tmp_path):
-    """Else --save_best would export what that one was at its best."""
+    """Otherwise --save_best would export the best adapter of the other training history."""
     flags = keep.options.replace(output_dir=str(tmp_path.parent))
     keep.learner.name = tmp_path.name
     aside = set_aside(keep(2))
@@ -677,7 +677,7 @@ def test_log_and_best_adapter_of_another_line_are_not_taken_for_its_own(keep, tm
 
 
 def test_what_a_checkpoint_was_merged_into_steps_aside_with_it(keep, tmp_path):
-    """Else the application would hand out and draw with that of another line, under the step's name."""
+    """Otherwise the application would offer merged weights of another training history, under the step's name."""
     flags = keep.options.replace(output_dir=str(tmp_path.parent))
     keep.learner.name = tmp_path.name
     checkpoints = [keep(step) for step in (1, 2, 3)]
@@ -741,7 +741,7 @@ def test_batch_accumulation_and_processes_may_change_as_long_as_a_steps_samples_
 
 @pytest.mark.parametrize("steering", [{"save_best": True}, {"early_stopping_patience": 3}])
 def test_what_steers_is_not_added_half_way_and_named_itself(keep, steering):
-    """Nobody has given --validation_noises. Where these were measured, patience may come, change and go."""
+    """--validation_noises was not given, so it is not named. If it was measured, patience may be added or changed."""
     plain, measured = keep(1), keep(2, validation_noises=4, save_best="save_best" in steering)
     flags = keep.options.replace(validation_noises=4, **steering)
     (name,) = steering
@@ -778,7 +778,7 @@ def test_several_values_are_told_as_they_are_typed(keep, name, before, value, wo
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("sizes", [{"use_aspect_ratio_buckets": True}, {"resolution": [32, 64]}])
 def test_where_images_have_several_sizes_a_forwards_samples_stay_too(keep, monkeypatch, sizes):
-    """Each forward has images of one size, so which ones make up a step is a matter of how many there are in one."""
+    """A batch has images of one size, so the images of a step depend on the number of images per batch."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     checkpoint = keep(1, train_batch_size=8, gradient_accumulation_steps=1, **sizes)
     record, flags = read_checkpoint(checkpoint), keep.options.replace(gradient_accumulation_steps=1, **sizes)

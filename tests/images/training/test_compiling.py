@@ -1,4 +1,4 @@
-"""--compile: the first gradients are compared with those without a compiler, and nothing is left of that."""
+"""--compile: the first gradients are compared with those of the uncompiled model, without side effects."""
 
 import contextlib
 import shutil
@@ -44,7 +44,7 @@ def test_gradients_pass_an_upsampling_when_it_is_compiled(monkeypatch):
 
 
 def forward_only_right(factor: float) -> Callable:
-    """A compiler, without code generation, whose backward returns `factor` times every gradient."""
+    """Return a compiler without code generation, whose backward pass returns `factor` times every gradient."""
 
     def backward(graph, inputs):
         return make_boxed_func(
@@ -55,7 +55,7 @@ def forward_only_right(factor: float) -> Callable:
 
 
 class Checked:
-    """What `checked` makes of `BATCHES` for a stack with input-shortcuts and a compiler."""
+    """The result of `checked` with `BATCHES` for a stack with input-shortcuts and a compiler."""
 
     def __init__(self, backend: str | Callable, precision: str = "no", dropout: float = 0.0, fits: bool = True) -> None:
         wrapped = lora_stack(lora_dropout=dropout)
@@ -110,14 +110,14 @@ def test_gradients_in_half_precision_may_differ_by_its_rounding():
 
 
 def test_no_single_batch_condemns_a_compiler(monkeypatch):
-    """Rounding alone takes some batches far off."""
+    """Rounding errors exceed the tolerance in some batches."""
     case, errors = Checked("eager"), iter([0.9, 0.7, 0.01])
     monkeypatch.setattr(compiling, "_error", lambda *args: next(errors))
     assert case.batches() == BATCHES and list(errors) == []
 
 
 def test_dropout_is_not_compared(capsys):
-    """A compiler draws other masks."""
+    """Compiled dropout masks differ."""
     case = Checked("eager", dropout=0.5)
     assert case.batches() == BATCHES and case.forwards == 0
     assert "--compile: gradients are not compared" in capsys.readouterr().out

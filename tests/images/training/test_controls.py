@@ -1,4 +1,4 @@
-"""Controls as runs: measured before the first step, resumed as they were, exported as plain LoRA."""
+"""Control methods in runs: calibrated before the first step, resumed unchanged, exported as plain LoRA."""
 
 import json
 import shutil
@@ -77,4 +77,4 @@ def test_a_control_needs_samples_and_a_start_from_zero(capsys):
     line = refused(capsys, "--method", "lora", "ms_placebo", "--merge_calibration_samples", "0")
     assert "--method ms_placebo" in line and "--merge_calibration_samples 64" in line
     line = refused(capsys, "--method", "lora_matched", "--init_lora", __file__)
-    assert f"--init_lora {__file__}" in line and "measured at a start from zero" in line
+    assert f"--init_lora {__file__}" in line and "can only start from zero" in line

@@ -84,7 +84,7 @@ def test_without_factors_groups_are_as_before():
 
 @pytest.mark.parametrize("name", [*sorted(OPTIMIZERS.keys() - {"prodigy", "adamw8bit"}), "torch.optim.Muon"])
 def test_a_factor_is_a_learning_rate_of_its_own_with_every_optimizer(name):
-    """Each parameter goes where it goes alone, at the multiplied rate."""
+    """Each parameter changes as it would alone at the multiplied learning rate."""
 
     def steps(groups: list, rate: float) -> list[nn.Parameter]:
         options = FLAGS.replace(optimizer=name, learning_rate=rate)

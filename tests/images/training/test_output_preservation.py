@@ -1,4 +1,4 @@
-"""--output_preservation_weight: the second loss by hand, what it leaves as it was, processes, memory, a resumed run."""
+"""--output_preservation_weight: the second loss by hand, unaffected results, processes, memory, a resumed run."""
 
 import copy
 
@@ -31,7 +31,7 @@ CAPTIONS = ["red disc", "red"]
 
 
 def preserving(name: str, folder, *flags: str, method: str = "lora"):
-    """A learner in float64 whose B are random, with its setting and a copy of its denoiser without adapter."""
+    """A learner in float64 with random B, its setting, and a copy of its denoiser without adapter."""
     one = Setting(name, folder, "--method", method, *FLAGS, *flags, **ENCODERS[name])
     encode = one.family.encode_frozen if one.context.encoders else one.family.encode_captions
     bare = copy.deepcopy(one.denoiser).double().requires_grad_(False)
@@ -46,7 +46,7 @@ def preserving(name: str, folder, *flags: str, method: str = "lora"):
 
 
 def fused(bare: torch.nn.Module, adapted: torch.nn.Module, leaves: dict):
-    """The bare model as a function, with `W + 2 B A` in the place of W; A and B are put into `leaves`."""
+    """Return the bare model as a function with W replaced by `W + 2 B A`; A and B are added to `leaves`."""
     weights = {}
     for name, layer in adapted.named_modules():
         if isinstance(layer, BaseTunerLayer):
@@ -72,7 +72,7 @@ def predicted(name: str, one: Setting, denoiser, batch: Batch, text: dict) -> to
     ],
 )
 def test_loss_and_gradients_by_hand(tmp_path, name, flags):
-    """MSE of predictions for the class prompt with `W + 2 B A` and with W, times the weight, beside the usual loss."""
+    """The loss plus the weighted MSE of predictions for the class prompt with `W + 2 B A` and with W."""
     one, learner, bare = preserving(name, tmp_path, *flags)
     batch, leaves, made = one.batch(CAPTIONS), {}, learner.trained.parts
     one.stock.to(torch.float64)
@@ -108,7 +108,7 @@ def test_loss_and_gradients_by_hand(tmp_path, name, flags):
 
 
 def test_what_is_not_training_is_without_it(tmp_path):
-    """Validation, and what control methods are calibrated on."""
+    """Validation, and the calibration of control methods."""
     one, learner, _ = preserving("stable_diffusion", tmp_path)
     plain, batch = (
         DenoisingLoss(one.context, one.objective, one.loss.pipeline, one.denoiser.config),
@@ -125,7 +125,7 @@ def test_what_is_not_training_is_without_it(tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "middle", "block"])
 def test_shortcuts_and_checkpointed_gradients(tmp_path, shortcut):
-    """The pass without adapters records no norm and leaves nothing for the others."""
+    """The pass without adapters records no norms and has no effect on the other passes."""
     flags = ["--shortcut", shortcut, "--gradient_checkpointing", "--train_text_encoder"]
     one, learner, bare = preserving("stable_diffusion", tmp_path, *flags, method="reslora")
     batch, found = one.batch(CAPTIONS), []

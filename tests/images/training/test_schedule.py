@@ -1,4 +1,4 @@
-"""How long a run trains, and how long it warms up."""
+"""The number of training steps and of warmup steps of a run."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from reslora.training.schedule import Schedule
 
 
 def scheduled(processes: int = 1, images: int = 10, **flags) -> Schedule:
-    """The schedule of a run on so many images, in batches of 2 and two of them a step."""
+    """Return the schedule of a run with this many images, batches of 2, and two batches per step."""
     defaults = {
         "train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": None, "num_train_epochs": 4,
         "validation_steps": None, "validation_epochs": 1, "lr_warmup_steps": None, "method": ["lora"],
@@ -27,7 +27,7 @@ def scheduled(processes: int = 1, images: int = 10, **flags) -> Schedule:
 
 
 def test_an_epoch_is_as_many_steps_as_its_images_need():
-    """10 images are 5 batches and 3 steps; of two processes each has 3 batches, in 2 steps."""
+    """10 images are 5 batches and 3 steps; with two processes, each has 3 batches in 2 steps."""
     assert (scheduled().steps, scheduled().validation_steps, scheduled().by_epochs) == (12, 3, True)
     assert (scheduled(processes=2).steps, scheduled(processes=2).validation_steps) == (8, 2)
     assert scheduled(images=1).steps == 4

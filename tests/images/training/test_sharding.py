@@ -1,4 +1,4 @@
-"""FSDP2 on the CPU: the base cut between two processes, the adapter whole, and all as one process has it."""
+"""FSDP2 on the CPU: a base sharded over two processes, with the results of one process."""
 
 import shutil
 from pathlib import Path
@@ -28,7 +28,7 @@ CUT = told_by("fsdp2.yaml")
 
 @pytest.fixture(scope="module")
 def steps(model, tmp_path_factory) -> Path:
-    """What each of the two processes has after each step of `RUNS`."""
+    """The state of both processes after each step of `RUNS`."""
     folder = tmp_path_factory.mktemp("steps")
     forked(Path(__file__).with_name("sharded_steps.py"), str(model), str(folder), folder=folder, environment=CUT)
     return folder
@@ -48,7 +48,7 @@ def test_steps_on_a_cut_base_are_those_of_one_process(name, model, steps):
 
 @pytest.fixture(scope="module")
 def resumed(run, base_flags, tmp_path_factory) -> Path:
-    """A run that one process with the whole base began, and that two with parts of it went on with from step 2."""
+    """A run that one process began with the complete base, and that two with shards resumed from step 2."""
     folder = tmp_path_factory.mktemp("resumed")
     kept = shutil.ignore_patterns("lora", "checkpoint-4", "exports.json", "step-000004")
     output = shutil.copytree(run, folder / "out", ignore=kept)
@@ -90,7 +90,7 @@ def pixels(path: Path) -> np.ndarray:
 
 @pytest.fixture
 def fsdp(monkeypatch) -> None:
-    """What `accelerate launch` says by assets/accelerate/fsdp2.yaml."""
+    """Set the environment that `accelerate launch` sets by assets/accelerate/fsdp2.yaml."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
@@ -151,7 +151,7 @@ def test_without_fsdp_nothing_is_cut(monkeypatch):
 
 
 def test_where_all_validate_all_leave_once_one_is_asked_to_stop(monkeypatch):
-    """This process was not asked itself."""
+    """This process itself was not asked to stop."""
     state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
     stop = SimpleNamespace(signal=None, check=lambda _: None)
     validation = reports.Validation(None, None, None, SimpleNamespace(state=state), stop)

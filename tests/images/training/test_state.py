@@ -1,4 +1,4 @@
-"""What a method's optimizer is told, and which there are."""
+"""The arguments of a method's optimizer, and the known optimizers."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""What a run is asked for between two steps."""
+"""Requests to a run between two steps."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -80,7 +80,7 @@ DRAWN = ["held", "flush", "all", "save"]
     ],
 )
 def test_what_is_due_or_asked_for_is_done_once(monkeypatch, step, asked, meanwhile, expected, stops):
-    """A loss that is not finite, which `flush` finds, is not saved, nor is anything in a folder that was moved."""
+    """A non-finite loss, which `flush` detects, is not saved; nothing is saved to a moved folder."""
     done, stop = [], StopRequest()
     learner = SimpleNamespace(step=step, name="lora", over=False, timed=nullcontext)
 

@@ -1,4 +1,4 @@
-"""Text encoders trained beside the denoiser: loss and gradients by hand, processes, a resumed run, what is refused."""
+"""Text encoders trained with the denoiser: loss and gradients by hand, processes, a resumed run, refusals."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ FLAG = "--train_text_encoder"
 
 
 def texts_by_hand(name: str, pipe, encoders: dict, captions: list[str]) -> dict[str, torch.Tensor]:
-    """What the denoiser reads, by plain calls of transformers' models; `encoders` take tokens."""
+    """Return the denoiser's text inputs by plain calls of transformers' models; `encoders` take tokens."""
     lengths = {"tokenizer": 8, "tokenizer_2": 512 if name == "flux" else 8, "tokenizer_3": 77}
 
     def tokens(tokenizer: str) -> torch.Tensor:
@@ -67,7 +67,10 @@ def texts_by_hand(name: str, pipe, encoders: dict, captions: list[str]) -> dict[
 
 
 def with_adapter(encoder: torch.nn.Module, adapted: torch.nn.Module, leaves: dict, scale: float):
-    """The plain encoder as a function of tokens, with `W + s B A` in the place of W; A and B are put into `leaves`."""
+    """Return the plain encoder as a function of tokens with W replaced by `W + s B A`.
+
+    A and B are added to `leaves`.
+    """
     weights = {}
     for name, layer in adapted.named_modules():
         if hasattr(layer, "lora_A"):
@@ -78,7 +81,7 @@ def with_adapter(encoder: torch.nn.Module, adapted: torch.nn.Module, leaves: dic
 
 
 def learner_of(one: Setting, method: str = "lora"):
-    """A learner of the setting's model in float64, the encoders' B random: the denoiser's zero, as at the start."""
+    """Return a learner in float64 with random B in the encoders, and zero B in the denoiser, as at the start."""
     context = one.context
     encoders = context.model.load_encoders(context.encoders, one.loss.pipeline)
     made = Trained({one.family.denoiser: one.denoiser, **encoders}, one.loss)
@@ -104,7 +107,7 @@ def setting(tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ENCODERS)
 def test_loss_and_gradients_are_those_of_plain_encoders(setting, name):
-    """LoRA of rank 2 with alpha 4: `W + 2 B A`. Every trained tensor has a gradient, for DDP waits for each."""
+    """LoRA of rank 2 with alpha 4: `W + 2 B A`. Every trained tensor has a gradient, because DDP waits for each."""
     one = setting(name)
     learner, batch, leaves = learner_of(one), one.batch(), {}
     stock = {part.name: getattr(one.stock, part.name).double() for part in one.family.trainable}
@@ -134,7 +137,7 @@ def test_loss_and_gradients_are_those_of_plain_encoders(setting, name):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_checkpointed_gradients_are_the_same(setting, name):
-    """ResLoRA, whose chains hand activations from one of the encoder's layers to the next."""
+    """ResLoRA, whose chains pass activations from one layer of the encoder to the next."""
     one = setting(name, "--method", "reslora", "--shortcut", "middle", "--gradient_checkpointing")
     learner, batch, found = learner_of(one, "reslora"), one.batch(), []
     for checkpointed in (False, True):
@@ -162,7 +165,7 @@ def test_chains_run_over_the_layers_of_one_encoder(setting, name):
 
 
 def test_prompts_are_encoded_by_the_encoder_as_it_is(setting):
-    """And the empty caption, for guidance; frozen states come from where they were kept."""
+    """The empty caption for guidance, too; frozen states come from the cache."""
     one, told = setting("flux"), {}
     learner, pipe = learner_of(one), one.loss.pipeline
     with torch.no_grad():
@@ -345,7 +348,7 @@ def test_an_encoder_of_one_layer_has_no_shortcut(tmp_path, data, capsys):
 
 @pytest.mark.exhaustive
 def test_a_run_goes_on_only_with_the_same_parts(whole, flags, capsys):
-    """Which its record says."""
+    """Its record contains them."""
     record = json.loads((whole / "reslora" / "checkpoint-4" / "trainer.json").read_text())
     assert record["settings"]["train_text_encoder"] is True
     without = [word for word in flags if word not in (FLAG, "--text_encoder_lr", "3e-3")]

@@ -1,4 +1,4 @@
-"""One method's training: the same seed gives the same bytes, what the schedule does, and how a run ends early."""
+"""Training of one method: the same seed gives the same bytes, schedules, and early ends of a run."""
 
 import gc
 import itertools
@@ -116,7 +116,7 @@ def one_batch(model) -> dict[str, torch.Tensor]:
 
 
 def assert_equal_but_for_rounding(found: dict, expected: dict) -> None:
-    """Of float64; losses are computed in float32."""
+    """Compare in float64; losses are computed in float32."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if name not in ("processes", "base"):
@@ -131,7 +131,7 @@ def test_accumulated_steps_are_those_of_one_batch(model, one_batch, batch, accum
 
 
 def script_of_steps(folder: Path) -> Path:
-    """A script whose words are the arguments of `exact_steps.main`."""
+    """Return a script whose arguments are those of `exact_steps.main`."""
     script, paths = folder / "script.py", [str(Path(__file__).resolve().parents[level]) for level in (2, 3)]
     script.write_text(
         f"import sys\nsys.path[:0] = {paths}\nfrom images import exact_steps\nexact_steps.main(*sys.argv[1:])\n"
@@ -140,7 +140,7 @@ def script_of_steps(folder: Path) -> Path:
 
 
 def steps_of_two(folder: Path, model: Path, batch: int, accumulation: int, *more: str) -> dict[str, torch.Tensor]:
-    """What two processes train."""
+    """The steps of two processes."""
     forked(
         script_of_steps(folder), str(model), str(batch), str(accumulation), str(folder / "found"), *more, folder=folder
     )
@@ -157,7 +157,7 @@ def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_pat
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["flux", "chroma"])
 def test_steps_of_two_processes_are_those_of_one_batch_with_flows(tmp_path, family):
-    """Blocks and their shortcuts are computed again in the backward pass. Chroma masks the shorter captions."""
+    """Blocks and their shortcuts are recomputed in the backward pass. Chroma masks the shorter captions."""
     model, more = FAMILIES[family](tmp_path / "model"), "--gradient_checkpointing"
     one, last = exact_steps.trained(model, 4, 1, more), f" {exact_steps.STEPS - 1}"
     assert_equal_but_for_rounding(steps_of_two(tmp_path, model, 2, 1, more), one)
@@ -166,7 +166,7 @@ def test_steps_of_two_processes_are_those_of_one_batch_with_flows(tmp_path, fami
 
 
 def test_a_step_is_that_of_plain_gradient_descent(model, one_batch):
-    """The first one by hand: the mean loss of samples 0 to 3, its gradient clipped to norm 0.05, and rate 1."""
+    """By hand: the mean loss of samples 0 to 3, its gradient clipped to norm 0.05, and learning rate 1."""
     accelerator = Accelerator(cpu=True)
     training_data, loss, denoiser = exact_steps.setting(model, accelerator)
     learner = exact_steps.learner_of(denoiser, loss, accelerator)
@@ -183,7 +183,7 @@ def test_a_step_is_that_of_plain_gradient_descent(model, one_batch):
 
 
 class Ranks:
-    """Stands for AdaLoRA's allocator: keeps the steps at which it was called, and how often for its gradient."""
+    """A stand-in for AdaLoRA's allocator that records the steps of its calls, and how often its gradient was added."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -199,7 +199,7 @@ class Ranks:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("skipped", [False, True])
 def test_rates_and_ranks_move_once_a_step_and_not_where_it_was_skipped(model, monkeypatch, skipped):
-    """As the fp16 scaler skips a step whose gradients are not finite."""
+    """The fp16 scaler skips a step with non-finite gradients."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     words = ("--gradient_accumulation_steps", "2", "--train_batch_size", "1")
     training_data, loss, denoiser = exact_steps.setting(model, accelerator, *words)
@@ -215,7 +215,7 @@ def test_rates_and_ranks_move_once_a_step_and_not_where_it_was_skipped(model, mo
 
 
 def test_every_forward_of_a_run_has_dropout_masks_of_its_own(monkeypatch):
-    """They are drawn from torch's random state: no two forwards start with the same one, in any process."""
+    """Masks depend on torch's random state: no two forward passes start with the same state, in any process."""
     states, layer = [], nn.Linear(1, 1)
     layer.register_forward_pre_hook(lambda *_: states.append(tuple(torch.get_rng_state().tolist())))
     optimizer = torch.optim.SGD(layer.parameters())
@@ -246,7 +246,7 @@ def test_gradients_are_clipped_to_a_norm_and_with_0_not_at_all(longest, moved):
 
 @pytest.mark.exhaustive
 def test_compiled_steps_are_the_same_steps(run, base_flags, tmp_path, monkeypatch):
-    """The whole graph is captured as for any backend, but run without code generation, which would take minutes."""
+    """The complete graph is captured as for any backend, but runs without code generation, which would take minutes."""
     captured, compile_ = [], torch.compile
 
     def capture(graph, inputs):
@@ -265,7 +265,7 @@ def test_compiled_steps_are_the_same_steps(run, base_flags, tmp_path, monkeypatc
 def test_compiling_a_checkpointed_shortcut_is_refused_before_anything_is_encoded(
     base_flags, capsys, tmp_path, shortcut
 ):
-    """torch.compile cannot follow the context that recomputation takes its state from."""
+    """torch.compile does not support the context from which the recomputation gets its state."""
     flags = [*base_flags, "--compile", "--gradient_checkpointing", "--method", "reslora", "--shortcut", shortcut]
     line = refused(capsys, *flags, "--output_dir", tmp_path / "out")
     assert "--compile" in line and "--gradient_checkpointing" in line
@@ -285,7 +285,7 @@ def test_checkpointed_steps_are_the_same_steps(brief_flags, tmp_path, shortcut):
 
 
 def learning_rates(output: Path) -> list[float]:
-    """The rate that each step leaves for the next."""
+    """Return the learning rate after each step, which the next step uses."""
     return [row["lr"] for row in of_split(read_log(output / "lora" / "log.jsonl"), "train")]
 
 
@@ -321,7 +321,7 @@ def test_warm_up_steps_that_are_given_are_taken(brief_flags, tmp_path):
 
 @pytest.mark.exhaustive
 def test_piecewise_constant_rates(brief_flags, tmp_path):
-    """Factors of the learning rate and the steps they end at, and the factor of the rest: diffusers' notation."""
+    """Factors of the learning rate with the steps at which they end, and the last factor: diffusers' notation."""
     flags = [*brief_flags, "--max_train_steps", "5", "--lr_scheduler", "piecewise_constant"]
     assert main(*flags, "--lr_step_rules", "1:2,0.1:4,0.01", "--output_dir", tmp_path / "out") == 0
     assert learning_rates(tmp_path / "out") == pytest.approx([1e-2 * factor for factor in (1, 0.1, 0.1, 0.01, 0.01)])
@@ -345,7 +345,7 @@ EXPORTED = ("pytorch_lora_weights.safetensors", "kohya.safetensors", "peft", "un
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["lora", "reslora"])
 def test_divergence_in_the_last_step_exports_nothing(brief_flags, capsys, tmp_path, method):
-    """The weights are finite, what the model computes with them is not: no later loss could tell."""
+    """The weights are finite, but the outputs are not, and no later loss could show it."""
     flags = [*brief_flags, "--method", method, "--learning_rate", "1e30", "--output_dir", tmp_path / "out"]
     line = failed(capsys, *flags)
     assert method in line and "--learning_rate" in line
@@ -357,7 +357,7 @@ def test_divergence_in_the_last_step_exports_nothing(brief_flags, capsys, tmp_pa
 
 
 def wait_for_step(log: Path, process) -> None:
-    """Until the run has trained a step or is over; `process` is a Popen or a multiprocessing.Process."""
+    """Wait until the run has trained a step or has ended; `process` is a Popen or a multiprocessing.Process."""
     wait_until(lambda: (log.is_file() and '"train"' in log.read_text()) or not is_running(process), "a step")
 
 
@@ -377,7 +377,7 @@ LONG = ("--max_train_steps", "100000", "--checkpointing_steps", "100000")  # it 
 
 
 def test_sigterm_to_the_whole_group_saves_too(runs, tmp_path):
-    """As systemd and Slurm send it: the loader's processes leave the answer to the trainer."""
+    """As systemd and Slurm send it: the loader's workers ignore it."""
     process = runs.start(tmp_path, *LONG, "--dataloader_num_workers", "2", first=os.setsid)
     wait_for_step(tmp_path / "reslora" / "log.jsonl", process)
     os.killpg(process.pid, signal.SIGTERM)
@@ -399,7 +399,10 @@ def test_signals_are_heard_even_where_they_were_ignored_at_the_start(runs, tmp_p
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("moment", ["loss", "samples"])
 def test_a_stop_in_a_validation_saves_and_the_rest_follows(run, base_flags, tmp_path, monkeypatch, moment):
-    """Asked to stop in that of step 2: it is cut short, the step is saved, and the rest done when the run goes on."""
+    """A stop in the validation of step 2 interrupts it.
+
+    The step is saved, and the resumed run repeats the validation.
+    """
     output, of = tmp_path / "out", {"loss": ValidationSamples, "samples": StableDiffusionPipeline}[moment]
     name = {"loss": "batches", "samples": "__call__"}[moment]
     before = getattr(of, name)
@@ -430,7 +433,7 @@ def test_a_stop_in_a_validation_saves_and_the_rest_follows(run, base_flags, tmp_
 def test_a_stop_in_the_last_step_or_its_samples_leaves_them_to_the_next_start(
     run, base_flags, tmp_path, monkeypatch, moment
 ):
-    """Nothing is exported before the last validation: what is exported is finished, and validated no more."""
+    """An exported method is not validated again, so nothing is exported before the last validation."""
     output, take, draw = tmp_path / "out", loop.take_step, StableDiffusionPipeline.__call__
     flags, asked = [*base_flags, "--method", "lora", "--output_dir", output], []
 
@@ -459,7 +462,7 @@ def test_a_stop_in_the_last_step_or_its_samples_leaves_them_to_the_next_start(
 
 @pytest.mark.exhaustive
 def test_a_stop_before_a_merge_alone_leaves_a_finished_run_as_it_is(run, base_flags, tmp_path, monkeypatch):
-    """There is no step after which it would be heard, and to merge and export a large model takes long."""
+    """No step follows after which the stop would be handled, and merging a large model takes long."""
     output, prepare = shutil.copytree(run, tmp_path / "out"), loop.prepare
     flags = [*base_flags, "--method", "lora", "reslora", "--merge", "none", "--output_dir", output]
 
@@ -478,7 +481,7 @@ def test_a_stop_before_a_merge_alone_leaves_a_finished_run_as_it_is(run, base_fl
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("moment", ["material", "step"])
 def test_a_folder_that_is_moved_is_not_made_anew(base_flags, tmp_path, monkeypatch, capsys, moment):
-    """The run ends before it writes there, and goes on with what it has where that is now."""
+    """The run ends before it writes there, and can be resumed in the moved folder."""
     output, moved, take, encode = tmp_path / "out", tmp_path / "moved", loop.take_step, running.load_training_data
     flags = [*base_flags, "--method", "lora", "--output_dir"]
 
@@ -514,7 +517,7 @@ MOMENTS = {
 def test_a_method_whose_folder_is_moved_does_not_go_on_into_a_new_one(
     run, base_flags, tmp_path, monkeypatch, capsys, moment
 ):
-    """With half of its log and checkpoints, by which an experiment would have chosen; it goes on once that is back."""
+    """It would contain only half of the log and checkpoints; the run resumes once the folder is back."""
     folder, (place, name) = tmp_path / "out" / "lora", MOMENTS[moment]
     flags, does = [*base_flags, "--method", "lora", "--output_dir", tmp_path / "out"], getattr(place, name)
 
@@ -535,7 +538,7 @@ def test_a_method_whose_folder_is_moved_does_not_go_on_into_a_new_one(
 
 @pytest.mark.exhaustive
 def test_a_stop_in_the_first_samples_leaves_them_to_the_next_start(run, base_flags, tmp_path, monkeypatch):
-    """Nothing is trained yet; a checkpoint of a later step would mean that they are never drawn."""
+    """Nothing is trained yet; with a checkpoint of a later step, these samples would never be generated."""
     output, draw = tmp_path / "out", StableDiffusionPipeline.__call__
     flags = [*base_flags, "--method", "reslora", "--output_dir", output]
 
@@ -553,9 +556,9 @@ def test_a_stop_in_the_first_samples_leaves_them_to_the_next_start(run, base_fla
 
 @pytest.mark.exhaustive
 def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_path):
-    """`accelerate launch` dies of it without a word to the process it started, which has 400 steps to notice.
+    """`accelerate launch` exits without a signal to the process that it started, which has 400 steps to notice.
 
-    Started as `nohup accelerate launch train_sd.py &`; tests/texts/test_launching.py does so in the terminal.
+    Started as `nohup accelerate launch train_sd.py &`; tests/texts/test_launching.py starts it in a terminal.
     """
     flags = [*brief_flags, *LONG, "--output_dir", str(tmp_path / "out")]
     words = ["--num_processes", "1", str(SCRIPT), *flags]
@@ -577,7 +580,7 @@ def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_pa
 
 @pytest.mark.exhaustive
 def test_each_method_starts_with_a_scale_of_its_own(brief_flags, tmp_path, monkeypatch):
-    """In fp16 losses are scaled; the scale that the first method has found would favour or harm the second."""
+    """In fp16, losses are scaled; the scale found by the first method would affect the second."""
 
     def scaler(*_: object) -> torch.amp.GradScaler:
         return torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)

@@ -20,7 +20,7 @@ ZERO = {"environment": told_by("deepspeed_zero2.yaml"), "processes": 1}
 
 @pytest.fixture(scope="module")
 def flags(few_flags) -> list[str]:
-    """Four steps, of two forwards each, with gradients that are clipped and a rate that changes."""
+    """Flags of four steps with two forward passes each, clipped gradients, and a changing learning rate."""
     return [
         *few_flags,
         *("--max_train_steps", "4", "--checkpointing_steps", "2"),
@@ -32,7 +32,7 @@ def flags(few_flags) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(flags, tmp_path_factory) -> Path:
-    """An uninterrupted run with DeepSpeed, in one process: accelerate does not let two find each other on a CPU."""
+    """An uninterrupted run with DeepSpeed in one process: accelerate does not connect two on a CPU."""
     folder = tmp_path_factory.mktemp("zero")
     forked(SCRIPT, *flags, "--output_dir", str(folder / "out"), folder=folder, **ZERO)
     return folder / "out"
@@ -66,7 +66,7 @@ def test_a_checkpoint_has_the_whole_state_by_name(run):
 
 
 def test_steps_are_those_of_the_flags_whatever_the_configuration_says(run, flags, tmp_path):
-    """Which says 1.0 for the norm, and one forward for a step."""
+    """DeepSpeed's configuration gives 1.0 for the norm, and one forward pass per step."""
     assert main(*flags, "--mixed_precision", "no", "--output_dir", tmp_path / "out") == 0
     alone = [loss for _, _, loss in losses(tmp_path / "out")]
     assert [loss for _, _, loss in losses(run)] == pytest.approx(alone, rel=1e-5)
@@ -80,7 +80,7 @@ def test_a_run_goes_on_with_deepspeed_only_where_it_began_with_it(run, flags, ca
 
 
 def test_two_processes_save_the_whole_state_and_any_number_goes_on(tmp_path):
-    """Weights are trained in bf16: their float32 originals are part of the state."""
+    """Weights are trained in bf16; their float32 originals are part of the state."""
     states = start(2, 2, tmp_path / "states.pt")
     shapes = [tuple(values["exp_avg"].shape) for values in states["middle"]["parameters"].values()]
     assert shapes == [(5,), (3, 5), (11, 3)]
@@ -94,14 +94,14 @@ def test_two_processes_save_the_whole_state_and_any_number_goes_on(tmp_path):
 
 
 def start(processes: int, stage: int, file: Path) -> dict:
-    """What zero_steps.py writes."""
+    """Run zero_steps.py, and return what it writes."""
     script = Path(__file__).with_name("zero_steps.py")
     forked(script, str(stage), str(file), folder=file.parent, processes=processes)
     return torch.load(file, weights_only=True)
 
 
 def values_of(state: dict) -> dict[str, torch.Tensor]:
-    """All that is known of each parameter, flat."""
+    """Return the complete state of each parameter, flattened."""
     return {
         f"{name}/{key}": torch.as_tensor(value)
         for name, values in state["parameters"].items()
@@ -113,7 +113,7 @@ def values_of(state: dict) -> dict[str, torch.Tensor]:
 
 
 def configured(stage: int = 2, settings: dict | None = None, **flags) -> SimpleNamespace:
-    """An accelerator of two processes, after DeepSpeed was told these flags."""
+    """Return an accelerator of two processes whose DeepSpeed is configured by these flags."""
     plugin = DeepSpeedPlugin(zero_stage=stage, gradient_accumulation_steps=1, gradient_clipping=1.0)
     plugin.deepspeed_config |= settings or {}
     state = SimpleNamespace(deepspeed_plugin=plugin)

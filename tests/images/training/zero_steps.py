@@ -1,7 +1,7 @@
 """Six steps of a small model with DeepSpeed, in bf16: `zero_steps.py STAGE FILE`.
 
-All at once, and once more by a model that goes on after the third. FILE is for their states; where it is there
-already, the model goes on from what another start has written.
+They are trained at once, and again by a model that resumes after the third step. Their states are written to FILE; if
+it exists, the model resumes from the states that another start has written.
 """
 
 import sys
@@ -38,7 +38,7 @@ def main(stage: int, file: Path) -> None:
 
 
 def started(stage: int) -> deepspeed.DeepSpeedEngine:
-    """The model at its start, in two groups: the second's odd number of weights is cut in two, and its end padded."""
+    """Return the untrained model with two groups; the second has an odd number of weights, so shards are padded."""
     torch.manual_seed(0)
     down, up = nn.Linear(5, 3, bias=False), nn.Linear(3, 11, bias=False)
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), down, nn.Tanh(), up)
@@ -54,7 +54,7 @@ def started(stage: int) -> deepspeed.DeepSpeedEngine:
 
 
 def steps(engine: deepspeed.DeepSpeedEngine, numbers: range) -> None:
-    """Each process takes its part of a step's batch; the rate changes, and is part of the state."""
+    """Train; each process takes its part of a step's batch. The learning rate changes, and is part of the state."""
     for number in numbers:
         generator = torch.Generator().manual_seed(number)
         x, y = (torch.randn(BATCH, width, generator=generator).bfloat16() for width in (7, 11))
@@ -66,7 +66,7 @@ def steps(engine: deepspeed.DeepSpeedEngine, numbers: range) -> None:
 
 
 def state_of(engine: deepspeed.DeepSpeedEngine) -> dict:
-    """The whole state, and the model's weights."""
+    """Return the complete state, and the model's weights."""
     weights = {name: value.clone() for name, value in engine.module.state_dict().items()}
     return full_state(engine.optimizer, engine.module.named_parameters()) | {"weights": weights}
 

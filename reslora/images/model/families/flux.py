@@ -68,7 +68,7 @@ class Flux(Family):
         return {"states": pipeline._get_t5_prompt_embeds(captions, max_sequence_length=longest, device=device)}
 
     def encode_trained(self, pipeline, captions, frozen):
-        """Return `states` unchanged, and `pooled` of CLIP (batch x width)."""
+        """Return `states` from `frozen`, and CLIP's pooled output as `pooled` (batch x width)."""
         pooled = pipeline._get_clip_prompt_embeds(captions, device=pipeline.text_encoder.device)
         return {"states": frozen["states"], "pooled": pooled}
 

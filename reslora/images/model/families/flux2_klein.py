@@ -66,7 +66,7 @@ class Flux2Klein(Family):
         return (channels * 4, height // 2, width // 2)
 
     def encode_captions(self, pipeline, captions, longest):
-        """Return `states`: three of Qwen3's layers, concatenated (batch x tokens x 3 width)."""
+        """Return `states`: the hidden states of three of Qwen3's layers, concatenated (batch x tokens x 3 width)."""
         states, _ = pipeline.encode_prompt(captions, device=pipeline.text_encoder.device, max_sequence_length=longest)
         return {"states": states}
 

@@ -59,7 +59,7 @@ class StableDiffusionXL(WithUNet):
         if sizes == 5:
             return "its U-Net is a refiner's, which takes five sizes of an image instead of six"
         if sizes != 6:
-            return f"its U-Net is told {told} numbers beside the pooled states, which are not six sizes of an image"
+            return f"its U-Net takes {told} numbers in addition to the pooled states, not the six sizes of an image"
         return None if read == given else f"its U-Net reads text states {read} wide, its text encoders give {given}"
 
     def encode_trained(self, pipeline, captions, frozen):

@@ -139,7 +139,7 @@ def _refuse_others(flag: str, config: Mapping) -> None:
             raise InvalidArgument(flag, f"it has {name}, so it is not a plain LoRA", "give a LoRA without that")
 
 
-# -- whose it is -------------------------------------------------------------------------------------------------------
+# -- the model family --------------------------------------------------------------------------------------------------
 
 
 def family_of(content: Content) -> Family:
@@ -180,7 +180,7 @@ def _in_proportion(pairs: Mapping[str, Factors], names: Names) -> bool:
     return True
 
 
-# -- its layers --------------------------------------------------------------------------------------------------------
+# -- the layers --------------------------------------------------------------------------------------------------------
 
 
 def pairs_of(content: Content) -> dict[str, Factors]:

@@ -1,4 +1,4 @@
-"""What every family exports is read by stock diffusers and PEFT, under the names that other tools know."""
+"""Every family's exports are read by stock diffusers and PEFT, with the names that other tools use."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ from reslora.training.schedule import Schedule
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of each family, made when it is first asked for."""
+    """Runs of each family, made when they are first requested."""
     made: dict[str, Path] = {}
 
     def run(family: str, *more: str, **parts) -> Path:
@@ -75,7 +75,7 @@ def test_files_agree_in_stock_diffusers_and_change_what_is_drawn(runs, family):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("more", [(), ("--no-cache_text_embeddings", "--method", "lora", "reslora")])
 def test_stable_diffusion_3_trains_and_draws_without_t5(runs, more):
-    """Its pipeline asks the denoiser, which is not there while captions are encoded, how wide T5's states are."""
+    """Its pipeline reads the width of T5's states from the denoiser, which is not loaded while captions are encoded."""
     folder = runs("sd3", *more, with_t5=False)
     out = folder / "out" / "reslora"
     without = {"text_encoder_3": None, "tokenizer_3": None}
@@ -115,7 +115,7 @@ def test_z_image_trains_its_main_layers_alone_and_comfyui_knows_their_names(runs
 
 @pytest.mark.exhaustive
 def test_sdxl_has_kohyas_names(runs):
-    """As sd-scripts writes them: `input_blocks` counts the levels' layers and the downsampler behind them."""
+    """As sd-scripts writes them: `input_blocks` counts the layers of each level and its downsampler."""
     path = runs("sdxl") / "out" / "reslora" / "kohya.safetensors"
     names = {key.split(".")[0] for key in load_file(path)}
     config = json.loads((runs("sdxl") / "model" / "unet" / "config.json").read_text())
@@ -163,7 +163,7 @@ def test_model_managers_recognise_the_file(runs, family, file, version):
     ],
 )
 def test_what_a_model_predicts_is_in_kohyas_and_stability_ais_names(width, prediction, version, architecture):
-    """As sd-scripts writes them; A1111 tells 2.x by `ss_v2`."""
+    """As sd-scripts writes them; A1111 recognizes 2.x by `ss_v2`."""
     flags = Options.of(
         pretrained_model_name_or_path="a/sd", learning_rate=0.5, seed=3, resolution=[16, 8],
         use_aspect_ratio_buckets=True,

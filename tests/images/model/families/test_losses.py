@@ -1,4 +1,4 @@
-"""Each family's loss is the one that diffusers' formulas give, written out by hand around the stock pipeline."""
+"""Each family's loss equals diffusers' formulas, written out by hand around the stock pipeline."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ SIZES = torch.tensor([[40, 32, 4, 0, 32, 32], [32, 48, 0, 3, 32, 32]])
 
 
 class Setting:
-    """A tiny pipeline of a family, the trainer's loss around it, and a batch of random moments."""
+    """A tiny pipeline of a family, the trainer's loss, and a batch of random moments."""
 
     def __init__(self, name: str, folder: Path, *flags: str, **parts) -> None:
         FAMILIES[name](folder / "model", **parts)
@@ -75,7 +75,7 @@ def mean_square(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def ddpm_parts(one: Setting, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy latents and the two possible targets, from the betas of the scheduler's configuration."""
+    """Return noisy latents and both targets, from the betas of the scheduler's configuration."""
     config = one.stock.scheduler.config
     power = {"scaled_linear": 2, "linear": 1}[config.beta_schedule]
     ends = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
@@ -133,7 +133,7 @@ def test_z_image_counts_the_other_way_and_points_the_other_way(setting, captions
 @pytest.mark.parametrize("guided", [True, False])
 @torch.no_grad()
 def test_flux_packs_and_is_told_the_guidance_if_it_listens(setting, guided):
-    """Of an image that is no square: rows and columns would change places unnoticed in one."""
+    """With an image that is not square: otherwise exchanged rows and columns would go unnoticed."""
     words = ("--guidance_scale_train", "2.5") if guided else ()
     one = setting("flux", *words, transformer={"guidance_embeds": guided})
     batch = one.batch(width=48)
@@ -164,7 +164,7 @@ def test_sd3(setting, with_t5):
 @pytest.mark.parametrize(("captions", "width"), [(CAPTIONS, 32), (MIXED, 48)], ids=["equal", "mixed"])
 @torch.no_grad()
 def test_chroma_reads_a_caption_and_one_token_of_padding_as_if_it_were_alone(setting, captions, width):
-    """T5 sees no padding, the denoiser one token of it, and nothing else: no mask, for alone none is needed."""
+    """T5 sees no padding, and the denoiser one token of it; a single caption needs no mask."""
     one = setting("chroma")
     batch = one.batch(captions, width)
     noisy, velocity = flow_parts(one, batch)
@@ -184,7 +184,7 @@ def test_chroma_reads_a_caption_and_one_token_of_padding_as_if_it_were_alone(set
 
 @torch.no_grad()
 def test_chromas_states_are_those_that_its_pipelines_mask_keeps(setting):
-    """Of any number of padded tokens, all behind the first are masked; a caption of all tokens has no padding."""
+    """Of the padded tokens, all but the first are masked; a caption of maximum length has no padding."""
     one = setting("chroma")
     states, _, mask, *_ = one.stock.encode_prompt(MIXED, do_classifier_free_guidance=False, max_sequence_length=512)
     kept = one.family.encode_captions(one.stock, MIXED, 512)["states"]
@@ -203,7 +203,7 @@ def test_chromas_states_are_those_that_its_pipelines_mask_keeps(setting):
 @pytest.mark.parametrize("family", ["flux2_klein", "flux2"])
 @torch.no_grad()
 def test_flux2_trains_on_patches_that_the_autoencoder_normalises(setting, family):
-    """Dev is told the guidance."""
+    """FLUX.2 dev gets the guidance as an input."""
     words = ("--guidance_scale_train", "2.5") if family == "flux2" else ()
     one = setting(family, *words)
     batch = one.batch(width=48)
@@ -237,12 +237,12 @@ def test_flux2_kleins_moments_are_those_of_the_autoencoder_in_patches(setting):
 
 
 def patches(values: torch.Tensor) -> torch.Tensor:
-    """Two by two latents are one token: rows, columns, then channels, upper and lower, left and right."""
+    """Return tokens of two by two latents: channels first, then rows and columns within a patch."""
     return values.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 def qwen_parts(one: Setting, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed noisy latents and velocity: each channel has a mean and a deviation of its own."""
+    """Return packed noisy latents and velocity; each channel has its own mean and deviation."""
     config, s = one.stock.vae.config, (batch.timesteps / 1000).view(2, 1, 1, 1)
     mean, std = batch.moments.unbind(1)
     own = [torch.tensor(values).view(1, 4, 1, 1) for values in (config.latents_mean, config.latents_std)]
@@ -253,7 +253,7 @@ def qwen_parts(one: Setting, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(("captions", "width"), [(CAPTIONS, 32), (MIXED, 48)], ids=["equal", "mixed"])
 @torch.no_grad()
 def test_qwen_images_captions_are_read_as_if_each_were_alone(setting, captions, width):
-    """Without the template's first 34 tokens, and without a mask, for alone none has padding."""
+    """Without the template's first 34 tokens, and without a mask, because a single caption has no padding."""
     one = setting("qwen_image")
     batch = one.batch(captions, width)
     noisy, velocity = qwen_parts(one, batch)
@@ -272,7 +272,7 @@ def test_qwen_images_captions_are_read_as_if_each_were_alone(setting, captions, 
 @pytest.mark.parametrize(("captions", "width"), [(CAPTIONS, 32), (MIXED, 48)], ids=["equal", "mixed"])
 @torch.no_grad()
 def test_krea_2_reads_captions_of_their_own_length_as_its_pipeline_does_the_longest(setting, captions, width):
-    """Three layers of each token; 512 tokens of any caption in its pipeline, with padding before the template's end."""
+    """Three layers per token; its pipeline pads every caption to 512 tokens, before the end of the template."""
     one = setting("krea2")
     batch = one.batch(captions, width)
     noisy, velocity = qwen_parts(one, batch)
@@ -299,7 +299,7 @@ def test_the_moments_of_qwen_images_autoencoder_are_those_of_the_only_frame(sett
 @pytest.mark.parametrize("name", ["qwen_image", "krea2", "chroma"])
 @torch.no_grad()
 def test_padding_beside_a_longer_caption_changes_no_loss(setting, name):
-    """Float64, where this is as exact as it can be: the mask keeps what is padding out of every product."""
+    """In float64, where this is nearly exact: the mask excludes the padding from every product."""
     one = setting(name)
     denoiser, batch = one.denoiser.double(), one.batch(MIXED)
     states = [own.double() for own in one.family.encode_captions(one.stock, MIXED, 64)["states"]]
@@ -334,12 +334,12 @@ def test_every_row_of_the_registry_has_a_module_and_a_builder():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_places_have_no_gradient_and_others_that_of_the_whole_loss(setting, family):
-    """The mask is one of pixels, its upper left quarter white; families pack latents in ways of their own."""
+    """The mask is in pixels, with a white upper left quarter; families pack latents in different ways."""
     one = setting(family, "--masked_loss", "--loss_type", "huber")
     batch, outputs = one.batch(), []
 
     def denoiser(**inputs) -> tuple:
-        """The same prediction each time, as leaves."""
+        """Return the same prediction each time, as a leaf tensor."""
         with torch.no_grad():
             output = one.denoiser(**inputs)[0]
         outputs.append([part.detach().requires_grad_() for part in output])
@@ -381,7 +381,7 @@ def test_the_validation_loss_is_the_squared_error_within_masks(setting, more, sh
 @pytest.mark.parametrize("family", ["flux", "flux2_klein"])
 @torch.no_grad()
 def test_flux_shift_is_by_as_many_tokens_as_the_denoiser_reads(setting, family, monkeypatch):
-    """The latents of klein are in patches already, a token each."""
+    """The latents of klein are patches already, one token each."""
     one, told, read = setting(family, "--timestep_sampling", "flux_shift"), [], []
     training_data = load_training_data(
         load_folders(one.options.model, one.options.data, one.options.training, one.options.output),

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: what the pipeline draws with."""
+"""Stable Diffusion XL: the inputs of its pipeline."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,10 @@ from reslora.images.model.families.sdxl import StableDiffusionXL
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_guidance_goes_away_from_zeros_or_from_the_empty_caption(zeros):
-    """As `force_zeros_for_empty_prompt` says, in states and pooled states alike; the empty caption serves the batch."""
+    """As `force_zeros_for_empty_prompt` says, for states and pooled states.
+
+    The empty caption serves the complete batch.
+    """
     text = {"states": torch.randn(3, 4, 5), "pooled": torch.randn(3, 6)}
     empty = {"states": torch.randn(1, 4, 5), "pooled": torch.randn(1, 6)}
     pipeline = SimpleNamespace(config=SimpleNamespace(force_zeros_for_empty_prompt=zeros))

@@ -1,4 +1,4 @@
-"""LoRAs that the tests of this folder and those of the conversion share: of tiny pipelines, with known updates."""
+"""LoRAs of tiny pipelines with known updates, for the tests of this folder and of the conversion."""
 
 import functools
 import tempfile
@@ -17,7 +17,7 @@ PIPELINE_OF = {family: pipeline for pipeline, family in FAMILIES.items()}
 
 @functools.cache
 def tiny(family: str) -> Path:
-    """A family's tiny pipeline, made when it is first asked for."""
+    """Return a family's tiny pipeline, made when it is first requested."""
     place = tempfile.TemporaryDirectory()
     tiny.places.append(place)  # it goes when the tests are over
     return pipelines.FAMILIES[family](Path(place.name) / family)
@@ -28,13 +28,13 @@ tiny.places = []
 
 @functools.cache
 def names(family: str) -> Names:
-    """Of the tiny pipeline's layers."""
+    """Return the names of the tiny pipeline's layers."""
     found = load_family(PIPELINE_OF[family])
     return names_of(found, found.denoiser_class.load_config(tiny(family) / found.denoiser))
 
 
 def random_factors(shape, rank: int, scale: float, seed: int) -> Factors:
-    """In float64, for a layer whose weight has that shape."""
+    """Return float64 factors for a layer with a weight of this shape."""
     generator = torch.Generator().manual_seed(seed)
     down = torch.randn(rank, *shape[1:], generator=generator, dtype=torch.float64)
     up = torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=generator, dtype=torch.float64)
@@ -42,7 +42,7 @@ def random_factors(shape, rank: int, scale: float, seed: int) -> Factors:
 
 
 def random_lora(family: str, keep=lambda name: True) -> Parts:
-    """Of all layers that kohya names: two ranks, two scales."""
+    """Return a LoRA of all layers that have a name in kohya's files, with two ranks and two scales."""
     known = names(family)
     layers = [layer for fused in known.kohya.values() for _, layer in fused.layers if keep(layer)]
     return {
@@ -54,7 +54,7 @@ def random_lora(family: str, keep=lambda name: True) -> Parts:
 
 
 def update(factors: Factors) -> torch.Tensor:
-    """Of a layer's weight, as a matrix, by the formula."""
+    """Return the update of a layer's weight as a matrix, by the formula."""
     return factors.scale * factors.up.flatten(1).double() @ factors.down.flatten(1).double()
 
 
@@ -63,7 +63,7 @@ def updates(parts: Parts) -> dict[str, torch.Tensor]:
 
 
 def read(path: Path, known: Names) -> dict[str, torch.Tensor]:
-    """The updates that a file says."""
+    """Return the updates that a file contains."""
     return updates(read_parts(read_content(path, f"IN {path}"), known))
 
 

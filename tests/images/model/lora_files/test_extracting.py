@@ -1,4 +1,4 @@
-"""What tells two models apart as a LoRA: the best one of its rank, read a layer at a time."""
+"""The difference of two models as the best LoRA of a rank, read one layer at a time."""
 
 import weakref
 
@@ -13,7 +13,7 @@ from reslora.images.model.lora_files.extracting import Weights, difference, extr
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12), (6, 3, 3, 3)])
 @pytest.mark.parametrize("rank", [1, 3, 20])
 def test_no_factors_of_that_rank_are_closer(shape, rank):
-    """Eckart and Young: what is left are the other singular values."""
+    """Eckart and Young: the error consists of the other singular values."""
     delta = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     factors, error = difference(delta, rank)
     values, matrix = torch.linalg.svdvals(delta.flatten(1)), delta.flatten(1)

@@ -1,4 +1,4 @@
-"""One table of names a family, both ways; what is one layer in the model's own code and several in diffusers."""
+"""The table of names of each family, in both directions, with fused layers."""
 
 import logging
 
@@ -42,7 +42,7 @@ def linear(name: str, down: torch.Tensor, up: torch.Tensor, alpha: float) -> dic
     ],
 )
 def test_a_trained_fused_layer_is_three_with_one_a(family, fused):
-    """Rows of s B A are q's, k's and v's, one after the other."""
+    """The rows of s B A are those of q, k and v, one after the other."""
     width = names(family).shapes[Q][0]
     down, up = torch.randn(4, width).double(), torch.randn(3 * width, 4).double()
     found = read(linear(fused, down, up, 6.0), names(family))
@@ -95,7 +95,7 @@ def test_stable_diffusion_3s_names_are_those_that_diffusers_reads_its_checkpoint
 @pytest.mark.parametrize("left_out", [(), ("proj_mlp",), ("to_k",), ("to_q", "to_k", "to_v")])
 @pytest.mark.parametrize("share", [False, True])
 def test_stock_diffusers_splits_fluxs_first_single_layer_alike(left_out, share):
-    """In the published size, the only one that diffusers knows; no configuration is read for that."""
+    """At the published size, the only one that diffusers knows; no configuration is read."""
     known = names_of(load_family(PIPELINE_OF["flux"]))
     place = "single_transformer_blocks.3."
     layers = {
@@ -220,6 +220,6 @@ def test_no_two_layers_share_a_name(family):
     ],
 )
 def test_stability_ais_names_of_stable_diffusion_1(name, original):
-    """As in v1-inference.yaml's model."""
+    """As in the model of v1-inference.yaml."""
     config = {"layers_per_block": 2, "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3]}
     assert stability_name(config, name) == original

@@ -1,4 +1,4 @@
-"""Files of every tool: how their layers are scaled, whose they are, and forms that diffusers' own converters know."""
+"""LoRA files of every tool: scales, families, and formats that diffusers' converters read."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_the_header_says_whose_a_file_is(family, tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_say_whose_a_file_is_where_no_other_family_has_them(family, tmp_path):
-    """In published sizes. The attention of Stable Diffusion 3 is that of Flux but for how many blocks there are."""
+    """At published sizes. Stable Diffusion 3's attention equals that of Flux except for the number of blocks."""
     known = names_of(load_family(PIPELINE_OF[family]))
     layers = [layer for fused in known.original.values() for _, layer in fused.layers]
     tensors = {}
@@ -66,7 +66,7 @@ def test_a_layer_that_two_families_have_is_known_by_its_sides(family, outputs, t
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("block", "width", "family"), [(37, 2432, "sd3"), (37, 3072, None), (59, 3072, "qwen_image")])
 def test_the_size_of_a_model_that_has_one_tells_it_from_another(block, width, family, tmp_path):
-    """Stable Diffusion 3's names are Qwen-Image's, but for how many blocks there are."""
+    """Stable Diffusion 3's names equal Qwen-Image's, except for the number of blocks."""
     tensors = {f"transformer.transformer_blocks.{block}.attn.to_q.lora_A.weight": torch.ones(1, width)}
     tensors[f"transformer.transformer_blocks.{block}.attn.to_q.lora_B.weight"] = torch.ones(width, 1)
     save_file(tensors, tmp_path / "in.safetensors")
@@ -121,13 +121,13 @@ def test_diffusers_metadata_says_the_scale_of_each_layer(tmp_path):
 
 
 def in_pefts_names(layers, name: str, path) -> None:
-    """Writes layers with A and B alone, by names that `name` makes of a layer's and a factor's."""
+    """Write layers with A and B only, under names that `name` makes of the names of layer and factor."""
     factors = {(layer, word): value for layer, f in layers.items() for word, value in (("A", f.down), ("B", f.up))}
     save_file({name.format(*key): value.contiguous() for key, value in factors.items()}, path)
 
 
 def stock_reads(path, known) -> set[str]:
-    """The layers of the transformer that the family's pipeline finds in a file."""
+    """Return the layers of the transformer that the family's pipeline finds in a file."""
     found = known.family.pipeline.lora_state_dict(load_file(path))
     return {key.removeprefix("transformer.").partition(".lora_")[0] for key in found if key.startswith("transformer.")}
 
@@ -140,7 +140,7 @@ READ = [(NAMED, "qwen_image"), (NAMED, "z_image"), (PEFTS, "flux2"), (PEFTS, "fl
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", [PLAIN, NAMED, PEFTS])
 def test_a_layer_whose_scale_is_not_in_the_file_is_as_diffusers_reads_it_or_refused(name, family, tmp_path):
-    """As a checkpoint's weights are, and PEFT's without its configuration."""
+    """Such as the weights of a checkpoint, and PEFT's weights without their configuration."""
     known = names(family)
     layers = random_lora(family, lambda layer: "to_" in layer)[known.family.denoiser]
     in_pefts_names(layers, name, tmp_path / "in.safetensors")
@@ -155,7 +155,7 @@ def test_a_layer_whose_scale_is_not_in_the_file_is_as_diffusers_reads_it_or_refu
 
 @pytest.mark.parametrize("family", ["flux2", "flux2_klein", "krea2"])
 def test_trained_in_the_models_own_names_and_written_by_peft(family, tmp_path):
-    """As AI-Toolkit's files are, which diffusers reads with scale 1."""
+    """As in files of AI-Toolkit, which diffusers reads with scale 1."""
     known = names(family)
     layers = {name: f._replace(scale=1.0) for name, f in random_lora(family)[known.family.denoiser].items()}
     own = known._named({known.family.denoiser: layers}, "", known.original)
@@ -173,7 +173,7 @@ def test_a_checkpoints_weights_are_refused_where_diffusers_would_read_them(name,
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "reslora_model.safetensors"])
 def test_a_checkpoint_is_refused_by_what_to_give_in_its_place(name, tmp_path):
-    """By what an unmerged ResLoRA has beside its factors, too: without that it would be another adapter."""
+    """An unmerged ResLoRA has additional data, without which it would be another adapter."""
     save_file({"reslora.norms": torch.zeros(2, 2), "x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / name)
     for place, said in ((tmp_path, "a checkpoint, not a finished"), (tmp_path / name, "an unmerged ResLoRA")):
         with pytest.raises(InvalidArgument, match=f"{said}.*; give what its run has exported, such as pytorch_lora_we"):
@@ -206,7 +206,7 @@ def test_the_oldest_files_of_attention_processors_are_read(tmp_path):
 
 
 def test_xlabs_files_for_flux_are_read(tmp_path):
-    """q, k and v of the image tokens, and the layer behind them, in one processor."""
+    """q, k and v of the image tokens, and the layer after them, in one processor."""
     width = names("flux").shapes[ALL][0]
     name = "double_blocks.1.processor"
     shapes = {"qkv_lora1.down": (2, width), "qkv_lora1.up": (3 * width, 2), "proj_lora1.down": (2, width)}
@@ -224,7 +224,7 @@ def test_xlabs_files_for_flux_are_read(tmp_path):
 
 
 def test_a_layer_that_diffusers_leaves_out_is_refused(tmp_path):
-    """Of T5's layers it would say so in its log, and go on without them."""
+    """For layers of T5, diffusers would only log a warning."""
     lost, width, tensors = "text_encoders.t5xxl.transformer.mystery", names("flux").shapes[ALL][0], {}
     for name in ("lora_unet_double_blocks_0_img_attn_proj", lost):
         tensors |= {f"{name}.lora_{word}.weight": torch.randn(width, width) for word in ("down", "up")}
@@ -307,7 +307,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
 )
 @pytest.mark.parametrize("said", [True, False])
 def test_factors_that_are_none_are_refused(change, words, said, tmp_path):
-    """Whether the file says their scale or not."""
+    """Whether or not the file has their scale."""
     factors = random_lora("stable_diffusion", lambda name: name == "conv_in")["unet"]["conv_in"]
     down, up = (factor.contiguous() for factor in change(factors.down, factors.up))
     tensors = {"lora_unet_conv_in.lora_down.weight": down, "lora_unet_conv_in.lora_up.weight": up}
@@ -318,7 +318,7 @@ def test_factors_that_are_none_are_refused(change, words, said, tmp_path):
 
 @pytest.mark.parametrize("word", ["lora_A.default", "lora.down"])
 def test_a_factor_that_is_there_twice_is_refused(word, tmp_path):
-    """In the words of two tools: which of them counts, nothing says."""
+    """Under the names of two tools: it is not defined which one counts."""
     write_diffusers(tmp_path / "in.safetensors", random_lora("stable_diffusion", lambda name: name == "conv_in"))
     tensors = load_file(tmp_path / "in.safetensors")
     tensors[f"unet.conv_in.{word}.weight"] = 2 * tensors["unet.conv_in.lora_A.weight"]
