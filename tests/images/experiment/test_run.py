@@ -45,6 +45,7 @@ from reslora.training.checkpoints import Identity
 from reslora.training.schedule import Schedule
 
 SMALL = ("--method", "lora", "--learning_rate", "1e-2", "3e-2", "--no-racing")
+MODEL = "reslora_model.safetensors"
 WHOLE = ("--method", "lora", "reslora", "--learning_rate", "1e-2", "--seed", "0", "1")
 
 
@@ -525,6 +526,34 @@ def test_averages_are_means_of_the_runs_adapters_and_outlive_a_kill(flags, tmp_p
         assert (output / path).read_bytes() == (killed / path).read_bytes(), path
     few = refused(capsys, *own, "--average_checkpoints", "last:4", "--output_dir", tmp_path / "few")
     assert "last:4: averages 4 or more evaluated checkpoints, and a run of 3 steps is evaluated 3 times" in few
+
+
+@pytest.mark.exhaustive
+def test_averages_of_two_processes_and_of_two_runs_at_once_are_those_of_one(flags, tmp_path):
+    """Two processes with half the batch each: but for rounding. Two runs at once: to the last bit."""
+    own = [*flags, "--method", "reslora", "--learning_rate", "1e-2", "--seed", "0", "1"]
+    own += ["--average_checkpoints", "last:2"]
+    printed(*own, "--output_dir", tmp_path / "one")
+    printed(*own, "--arms_at_once", "2", "--output_dir", tmp_path / "at_once")
+    half = [*without(own, "--train_batch_size"), "--train_batch_size", "1", "--output_dir", str(tmp_path / "two")]
+    told = forked(SCRIPT, *half, folder=tmp_path)
+    assert told.count("4 runs, 2 averages without training") == 1, told
+    one, two = experiment(tmp_path / "one"), experiment(tmp_path / "two")
+    assert same_results(tmp_path / "at_once") == same_results(tmp_path / "one")
+    for mine, other in zip(one["arms"], two["arms"], strict=True):
+        assert mine["select_by_step"] == pytest.approx(other["select_by_step"], rel=1e-4)
+        assert mine["test"]["losses"] == pytest.approx(other["test"]["losses"], rel=1e-4)
+    for seed in (0, 1):
+        place = arm(Path(), "reslora/average_checkpoints-last-2", seed=seed) / "adapters/step-000002"
+        weights = {name: load_file(tmp_path / name / place / MODEL) for name in ("one", "at_once", "two")}
+        assert_same(weights["one"], weights["at_once"])
+        saved = [
+            load_file(arm(tmp_path / "two", "reslora", seed=seed) / f"adapters/step-00000{step}" / MODEL)
+            for step in (1, 2)
+        ]
+        for name in [name for name in weights["two"] if "lora_" in name]:
+            mean = sum(0.5 * state[name].double() for state in saved)
+            assert torch.equal(weights["two"][name], mean.float())
 
 
 @pytest.mark.exhaustive
