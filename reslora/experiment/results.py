@@ -260,7 +260,7 @@ class Results:
         if not experiment.claim:
             return before
         kinds = {name: (label.rank, label.values) for name, label in schedule.labels.items()}
-        source = schedule.labels[experiment.claim].source
+        source = "" if experiment.reference else schedule.labels[experiment.claim].source
         now = record.Stated(
             label=experiment.claim, reference=source or partner_of(experiment.claim, schedule.references, kinds),
             margin=experiment.claim_margin or 0.0, sha256=schedule.grid.claim_sha256,

@@ -392,7 +392,7 @@ def test_averages_are_means_of_the_runs_adapters_also_of_two_processes(common, t
     assert run(*words, tmp_path / "one") == 0
     half = [*words, str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
     printed = forked(SCRIPT, *half, folder=tmp_path)
-    assert "4 runs, 2 averages without training" in printed, printed
+    assert "4 runs, 2 averages without training, measured every 1 step; " in printed, printed
     one, two = record(tmp_path / "one"), record(tmp_path / "two")
     assert [arm["label"] for arm in one["arms"]] == ["reslora"] * 2 + ["reslora ema:0.5"] * 2
     for mine, other in zip(one["arms"], two["arms"], strict=True):
