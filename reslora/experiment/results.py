@@ -317,7 +317,7 @@ class Results:
                 end, other = {"low": ("lowest", "lower"), "high": ("highest", "higher")}[choice["at_end"]]
                 line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}, "
                 line += f"and a {other} one may do better"
-                further = f"--extend_rates, or --learning_rate {choice['next']:g} beside the others"
+                further = f"--extend_rates, or --learning_rate {choice['next']:g} in addition to the others"
                 # --extend_rates has already tried all its extensions, and starts from the given values
                 if experiment.extend_rates:
                     rates = sorted({*schedule.grids[label], choice["next"]})

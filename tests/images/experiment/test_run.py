@@ -604,11 +604,12 @@ def test_switches_and_lists_vary(flags, tmp_path):
         (20, 16, True, None, 5),  # not fewer than four
         (2000, 16, True, None, 200),  # not more than ten
         (2000, 16, False, None, 500),  # an epoch
+        (100, 16, False, None, 100),  # a part of an epoch
         (200, 16, True, 20, 20),  # as the experiment was begun
     ],
 )
 def test_measuring_takes_a_part_of_the_time_of_training(steps, batch, racing, before, every):
-    schedule = Schedule(steps, 500 if steps > 500 else 1, 0, by_epochs=False)
+    schedule = Schedule(steps, 1 if racing else 500, 0, by_epochs=False)
     options = TrainingOptions(train_batch_size=batch)
     assert run.with_default_evaluations(schedule, options, racing, 240, before).validation_steps == every
 
