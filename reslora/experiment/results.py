@@ -309,8 +309,8 @@ class Results:
                 problem = "at no learning rate did all seeds end well, so none is chosen"
                 slow = f" (or none was measured within {seconds:.3g} s)" if seconds else ""
                 yield f"{label}: {problem}{slow}; add a lower --learning_rate"
-        for name, label in schedule.labels.items():
-            if seconds is not None and label.source in self.chosen and name not in {*waiting, *self.chosen}:
+        for name, compared in schedule.labels.items():
+            if seconds is not None and compared.source in self.chosen and name not in {*waiting, *self.chosen}:
                 yield f"{name}: left out, because it was not measured within {seconds:.3g} s; measure more often"
         for label, choice in self.chosen.items():
             if choice["at_end"] and choice["next"]:
