@@ -3,13 +3,14 @@
 import json
 from collections.abc import Collection
 
+from reslora.formatting import enumerated
 from reslora.options.images import Options
 
 from .bases import PIPELINES, bundled
 from .folders import IMAGES as IMAGES_BUNDLED
 from .runs import Run
 from .verdict import held_out
-from .views import enumerated, escape
+from .views import escape
 
 MATTERS = {
     label: tuple(name for name, option in Options.table().items() if option.compared_as == label)

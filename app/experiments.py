@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from reslora.experiment.hashed_split import FEW, LEAST
 from reslora.experiment.schedule import ArmSchedule
-from reslora.formatting import pluralize
+from reslora.formatting import enumerated, pluralize
 from reslora.options.grid import Grid
 
 from .activity import duration, why_ended
@@ -13,7 +13,7 @@ from .folders import UPLOADS
 from .jobs import Jobs
 from .library import Experiment
 from .runs import RunError, number
-from .views import NAMES, enumerated, escape, notice, status_line
+from .views import NAMES, escape, notice, status_line
 
 NONE = "There is no experiment yet: give several learning rates or seeds under Train."
 

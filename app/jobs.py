@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from reslora.errors import InvalidArgument
+from reslora.formatting import enumerated
 from reslora.images.data.images import SUFFIXES
 from reslora.images.settings import parsed_values, resolve
 from reslora.io import write_json
@@ -40,7 +41,6 @@ from .library import REPORT, Experiment, LanguageRun, Library, kind_of, language
 from .log_lock import is_held, locked_file
 from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, is_trainer, pick
 from .uploads import contents_of, keep, place_of
-from .views import enumerated
 
 FILE, LOCK = "queue.json", ".queue.lock"
 KINDS: dict[str, type[Run]] = {"run": Run, "experiment": Experiment}

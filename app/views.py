@@ -138,12 +138,6 @@ def figure(value, form: str, unit: str = "") -> str:
     return NOTHING if value is None else f"{value:{form}}{unit}"
 
 
-def enumerated(words: Iterable[str]) -> str:
-    """Join words to an enumeration, such as `one, two and three`."""
-    *others, last = words
-    return f"{', '.join(others)} and {last}" if others else last
-
-
 def summary(run: Run, status: str, said: str = "") -> str:
     """Return a run's progress, current work and settings as HTML.
 

@@ -1,6 +1,7 @@
 """Format numbers and names in messages."""
 
 import unicodedata
+from collections.abc import Iterable
 
 CONTROLS = ("Cc", "Cf", "Zl", "Zp")
 """Unicode categories of control characters, which a terminal interprets or which hide other characters."""
@@ -14,6 +15,12 @@ def pluralize(number: int, what: str) -> str:
 def is_or_are(number: int) -> str:
     """Return "is" for 1 and "are" for other numbers, as in "1 of 3 images is read"."""
     return "is" if number == 1 else "are"
+
+
+def enumerated(words: Iterable[str]) -> str:
+    """Join words to an enumeration, such as `one, two and three`."""
+    *others, last = list(words) or [""]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def printable(text: str) -> str:

@@ -1,6 +1,6 @@
 """Numbers and names in messages."""
 
-from reslora.formatting import is_or_are, pluralize, printable
+from reslora.formatting import enumerated, is_or_are, pluralize, printable
 
 
 def test_one_is_not_several():
@@ -10,6 +10,7 @@ def test_one_is_not_several():
         "2 images",
         "1,234 images",
     ]
+    assert [enumerated(words) for words in ([], ["one"], "ab", "abc")] == ["", "one", "a and b", "a, b and c"]
     assert [is_or_are(number) for number in (0, 1, 2)] == ["are", "is", "are"]
 
 

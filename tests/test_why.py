@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reslora.experiment.statistics import half_width, level_of, rerun, spread_of
+from reslora.experiment.statistics import compare, half_width, level_of, rerun, spread_of
 from reslora.images.settings import build_parser
 from reslora.options.texts import GlueOptions, LlmOptions
 from reslora.texts.arguments import read
@@ -145,6 +145,17 @@ def test_the_summary_counts_what_is_significant_and_has_the_lowest_shortcut():
         "In 1 comparisons of a shortcut with LoRA, the shortcut ended significantly below LoRA 0 times "
         "and significantly above LoRA 1 times. Relative to LoRA's test loss, the minimum"
     )
+
+
+def test_a_report_also_corrects_for_the_pairs_of_its_ranking():
+    """So its minimum detectable effect is larger than the one of RESULTS, but not with two methods."""
+    noise = np.random.default_rng(0).normal(scale=0.1, size=(3, 3, 3))
+    for labels, more in ((["lora", "lora_x2"], False), (["lora", "lora_x2", "lora_x4"], True)):
+        arms = [arm(label, seed, (2 + noise[n, seed]).tolist()) for n, label in enumerate(labels) for seed in range(3)]
+        reported, _ = compare(arms, record(arms)["chosen"])
+        for verdict, ours in zip(reported, why_report.to_reference(record(arms)), strict=True):
+            assert verdict["conclusion"] == "not shown" and verdict["interval"] == ours["interval"]
+            assert (verdict["detectable"] > ours["detectable"]) == more
 
 
 def test_plots_show_each_comparison_and_each_learning_rate():

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from scipy import special
 
+from ..formatting import pluralize
 from .record import Answer, Arm, Choice, Stated
 from .statistics import (
     POWER,
@@ -126,6 +127,7 @@ def changes(claims: Iterable[Stated], total: int) -> list[str]:
         same = all(before[name] == now[name] for name in ("label", "reference", "margin"))
         was = f"{before['label']} better than {before['reference']} by more than {before['margin']:g}%"
         what = "the file was changed, but not what it claims" if same else f"the claim was changed: it was {was}"
-        when = f"{now['ended']} of {total} runs had ended, and the test split was evaluated {now['readings']} times"
+        read = pluralize(now["readings"], "time")
+        when = f"{now['ended']} of {total} runs had ended, and the test split was evaluated {read}"
         found.append(f"{what}; {when} (SHA-256 before: {before['sha256'] or 'no file'})")
     return found

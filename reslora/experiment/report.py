@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..formatting import pluralize
+from ..formatting import enumerated, pluralize
 from ..io import replacing
 from ..options.values import listed
 from ..plots.charts import MINUS, Axes, Row, Series, chart, escape, forest
@@ -139,7 +139,7 @@ def claim_of(experiment: Experiment) -> str:
 
 def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
     """Return a sentence about several verdicts without a ranking: with one seed, or in an older file."""
-    references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in verdicts))
+    references = enumerated(dict.fromkeys(verdict["reference"] for verdict in verdicts))
     if all(verdict["conclusion"] == "cannot tell" for verdict in verdicts):
         return f"with one seed or one test {unit}, no method can be distinguished from {references}"
     better = [verdict["label"] for verdict in verdicts if verdict["conclusion"] == "better"]
@@ -199,14 +199,13 @@ def verdict_plot(experiment: Experiment) -> str:
     if rows and base is not None and references[0] in losses:
         more = 100 * (base / np.nanmean(losses[references[0]]) - 1)
         rows.append(Row(f"{BASE}, before training", len(places), more, None, f"{with_signs(more)[0]}%"))
-    title = f"Test loss compared with {' and '.join(references)}, with {coverage_of(experiment)} intervals"
+    title = f"Test loss compared with {enumerated(references)}, with {coverage_of(experiment)} intervals"
     return f'<div class="charts">{forest(title, rows, "percent; left of 0 is better")}</div>' if rows else ""
 
 
 def best_in_words(best: Best) -> str:
     """Return a line that names the exported files, and the arm from which they were exported."""
-    *more, last = map(with_slash, best["files"])
-    files = f"{', '.join(more)} and {last} are those" if more else f"{last} is that"
+    files = enumerated(map(with_slash, best["files"])) + (" are those" if len(best["files"]) > 1 else " is that")
     return f"{files} of {best['folder']} at step {best['step']}, which does best on the selection split"
 
 
@@ -255,7 +254,7 @@ def certainty(experiment: Experiment, label: str, unit: str) -> str:
     others = [name for name in best if name != label]
     if others and label in best:
         return (
-            f"As far as this experiment can tell, {' and '.join(others)} {'do' if len(others) > 1 else 'does'} as well."
+            f"As far as this experiment can tell, {enumerated(others)} {'do' if len(others) > 1 else 'does'} as well."
         )
     for verdict in experiment["verdicts"]:
         if verdict["label"] == label:

@@ -261,7 +261,7 @@ class Results:
         if not experiment.claim:
             return before
         kinds = {name: (label.rank, label.values) for name, label in schedule.labels.items()}
-        source = schedule.labels[experiment.claim].source
+        source = "" if experiment.reference else schedule.labels[experiment.claim].source
         now = record.Stated(
             label=experiment.claim, reference=source or partner_of(experiment.claim, schedule.references, kinds),
             margin=experiment.claim_margin or 0.0, sha256=schedule.grid.claim_sha256,
@@ -310,6 +310,9 @@ class Results:
                 problem = "at each learning rate, a seed failed or was stopped, so none is chosen"
                 slow = f" (or none was measured within {seconds:.3g} s)" if seconds else ""
                 yield f"{label}: {problem}{slow}; add a lower --learning_rate"
+        for name, compared in schedule.labels.items():
+            if seconds is not None and compared.source in self.chosen and name not in {*waiting, *self.chosen}:
+                yield f"{name}: left out, because it was not measured within {seconds:.3g} s; measure more often"
         for label, choice in self.chosen.items():
             if choice["at_end"] and choice["next"]:
                 end, other = {"low": ("lowest", "lower"), "high": ("highest", "higher")}[choice["at_end"]]

@@ -265,11 +265,12 @@ class ArmSchedule:
     def compared_seconds(self) -> float | None:
         """The training time, in seconds, at which methods are compared: that of the first reference at its last step.
 
-        None without `--compare_at time`, and until an arm of the reference has ended.
+        None without `--compare_at time`, and until an arm of the reference has ended. The training time of an average
+        is that of the method whose checkpoints it averages.
         """
         if self.grid.base.experiment.compare_at != "time" or not self.references:
             return None
-        label = self.references[0]
+        label = self.labels[self.references[0]].source or self.references[0]
         arms = [Arm(label, rate, seed) for rate in self.grids[label] for seed in self.choosing]
         return max(equal_time.seconds_by_step(map(self.record, arms), label, self.choosing).values(), default=None)
 

@@ -30,6 +30,7 @@ from ..experiment.runner import run_experiment
 from ..experiment.schedule import ArmSchedule, reading_adapter
 from ..experiment.study import COMPARING, TIMED_STEPS, ArmStudy, ExperimentStudy, race, train_arm
 from ..experiment.worker_pool import Orders
+from ..formatting import pluralize
 from ..io import read_object, remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter
 from ..options.grid import Grid
@@ -119,9 +120,8 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
             for label in schedule.grids:
                 experiment.check_label(label, tell)
             note_settings(schedule.grid, {}, accelerator)
-            every = schedule.grid.base.validation.eval_steps
-            measured = f", measured every {every:g} steps" if every else ""
-            say(f"{schedule.runs_in_words()}{measured}; {parts}")
+            measured = f"measured every {pluralize(planned.validation_steps, 'step')}"
+            say(f"{schedule.runs_in_words()}, {measured}; {parts}")
         if orders or (grid.base.experiment.arms_at_once or 1) == 1:
             start_trackers(context, "reslora", wandb={"name": plain.output.run_name})
         yield experiment

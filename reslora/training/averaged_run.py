@@ -55,7 +55,8 @@ def measure(average: Average, saved: list[Path], learner: Learner, study: Study,
     """Set the learner's adapters to the average of saved ones, oldest first, and measure and save it at its step."""
     used = [(path, weight) for path, weight in zip(saved, average.weights(len(saved)), strict=True) if weight]
     broadcast_from_main(check_held)
-    with refused_as(str(saved[0].parents[1]), "remove it, then it is trained again", (ValueError,)):
+    source = saved[0].parents[1]
+    with refused_as(str(source), f"remove {source}, then the run is trained again", (ValueError,)):
         on_all(lambda: put_average(learner.trained, *zip(*used, strict=True)))
     decay_shortcuts(learner, study)
     study.validate(learner, reports, ["loss"])

@@ -86,6 +86,7 @@ def test_another_claim_is_appended_and_its_change_is_named():
     assert claims == [first, edited, other]
     lines = changes(claims, 6)
     assert lines[0].startswith("the file was changed, but not what it claims; 4 of 6 runs had ended")
+    assert "and the test split was evaluated 1 time (" in lines[0] and "evaluated 2 times (" in lines[1]
     assert lines[1].startswith("the claim was changed: it was reslora better than lora by more than 1%; 5 of 6 runs")
     assert "SHA-256 before: b" in lines[1]
 

@@ -33,13 +33,15 @@ def test_a_label_is_compared_at_its_last_step_within_the_time_of_the_reference()
 
 
 class Timed(Untrained):
-    """Arms with two measured steps; lora_x2 takes 1.6 times as long."""
+    """Arms of three measured steps; lora_x2 takes 1.6 times as long. Averages have those with enough checkpoints."""
 
     def train(self, arm: Arm) -> None:
-        folder, each = self.schedule.folder_of(arm), 1.6 if arm.label == "lora_x2" else 1.0
+        label = self.schedule.labels[arm.label]
+        folder, each = self.schedule.folder_of(arm), 1.6 if label.method == "lora_x2" else 1.0
+        measured = range(label.average.least if label.average else 0, 4)
         (folder / "peft").mkdir(parents=True)
         (folder / "peft" / "adapter_model.safetensors").write_bytes(bytes(2**21))
-        rows = [{"step": n, "split": "validation", "loss": 2 / (n + 1), "seconds": n * each} for n in range(4)]
+        rows = [{"step": n, "split": "validation", "loss": 2 / (n + 1), "seconds": n * each} for n in measured]
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -57,3 +59,20 @@ def test_an_experiment_chooses_at_equal_time_and_reports_what_each_label_costs(t
     assert chosen == {"steps": {"lora": 3, "lora_x2": 3}, "time": {"lora": 3, "lora_x2": 1}}
     report = (tmp_path / "time" / "report.html").read_text()
     assert '<th scope="col">File</th>' in report and "<td>2 MiB</td>" in report and "<td>2 s</td>" in report
+
+
+def test_an_average_takes_as_long_as_the_training_of_its_checkpoints(tmp_path):
+    """It may be the reference; one that has no measurement within the time is left out, with a note."""
+    words = "--method lora lora_x2 --learning_rate 1e-4 --seed 0 1 --compare_at time --average_checkpoints"
+    flags = [*words.split(), "last:2,last:3", "--reference", "lora last:2", "--output_dir", str(tmp_path)]
+    runner.train_and_conclude(Timed(ArmSchedule(parse_args(flags))))
+    found = json.loads((tmp_path / "experiment.json").read_text())
+    times = {"lora": 3, "lora last:2": 3, "lora last:3": 3, "lora_x2": 1}
+    assert {label: choice["step"] for label, choice in found["chosen"].items()} == times
+    note = "compared at equal training time, that of lora last:2, 3 s: lora at step 3, lora_x2 at step 1, "
+    assert any(each.startswith(note) for each in found["notes"])
+    for name in ("lora_x2 last:2", "lora_x2 last:3"):
+        assert f"{name}: left out, because it was not measured within 3 s; measure more often" in found["notes"]
+    assert {(verdict["label"], verdict["reference"]) for verdict in found["verdicts"]} == {
+        ("lora", "lora last:2"), ("lora_x2", "lora last:2"), ("lora last:3", "lora"),
+    }  # fmt: skip

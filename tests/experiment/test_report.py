@@ -443,7 +443,7 @@ def test_what_to_use_says_how_sure_it_is_and_how_each_file_is_used(experiment, f
 @pytest.mark.parametrize(
     ("best", "conclusion", "words"),
     [
-        (["a", "b", "c"], "not shown", "As far as this experiment can tell, b and c do as well."),
+        (["a", "b", "c", "d"], "not shown", "As far as this experiment can tell, b, c and d do as well."),
         (["b"], "worse", "It is worse than lora on the test images"),
         (["a"], "not shown", "This experiment does not show whether it is better than lora"),
         ([], "cannot tell", "One seed does not show whether it is better than lora"),

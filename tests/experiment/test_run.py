@@ -327,6 +327,9 @@ def test_an_average_is_compared_with_the_method_whose_checkpoints_it_averages(tm
     } and len(record["chosen"]) == 4
     note = "ema:0.5: averages of a run's evaluated checkpoints, at the learning rate that is chosen without them"
     assert f"{note}; their step is chosen like that of any method" in capsys.readouterr().out.splitlines()
+    record, _ = go(tmp_path / "out", *flags, *claim, "--reference", "lora", methods="lora reslora")
+    assert record["claims"][-1]["reference"] == "lora"  # as it is stated
+    assert "reslora ema:0.5 is better than lora by more than 0%" in record["answer"]["sentence"]
     record, _ = go(tmp_path / "out", methods="lora reslora")
     assert any("left out: 4 runs" in note for note in record["notes"]) and len(record["verdicts"]) == 1
 

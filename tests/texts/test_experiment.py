@@ -1,5 +1,6 @@
 """Experiments with language models: arms equal single runs, are trained once, survive a kill, and are compared."""
 
+import itertools
 import json
 import os
 import re
@@ -381,6 +382,29 @@ def test_two_processes_end_well(common, tmp_path):
     for seed in (0, 1):
         assert len(re.findall(rf"run .* of 2.*: reslora/lr-0.005/seed-{seed}\n", printed)) == 1, printed
     assert [arm["status"] for arm in record(tmp_path / "out")["arms"]] == ["finished"] * 2
+
+
+@pytest.mark.exhaustive
+def test_averages_are_means_of_the_runs_adapters_also_of_two_processes(common, tmp_path):
+    """By the formula; two processes with half the batch each have the losses of one, but for rounding."""
+    words = [*common, "--method", "reslora", "--learning_rate", "5e-3", "--seed", "0", "1", "--lora_dropout", "0"]
+    words += ["--average_checkpoints", "ema:0.5", "--output_dir"]
+    assert run(*words, tmp_path / "one") == 0
+    half = [*words, str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
+    printed = forked(SCRIPT, *half, folder=tmp_path)
+    assert "4 runs, 2 averages without training, measured every 1 step; " in printed, printed
+    one, two = record(tmp_path / "one"), record(tmp_path / "two")
+    assert [arm["label"] for arm in one["arms"]] == ["reslora"] * 2 + ["reslora ema:0.5"] * 2
+    for mine, other in zip(one["arms"], two["arms"], strict=True):
+        assert mine["select_by_step"] == pytest.approx(other["select_by_step"], rel=1e-4)
+        assert mine["test"]["losses"] == pytest.approx(other["test"]["losses"], rel=1e-4)
+    for output, seed in itertools.product((tmp_path / "one", tmp_path / "two"), (0, 1)):
+        first, second, mean = (
+            load_file(output / "reslora" / place / f"seed-{seed}/adapters/step-00000{step}/reslora_model.safetensors")
+            for place, step in (("lr-0.005", 1), ("lr-0.005", 2), ("average_checkpoints-ema-0.5/lr-0.005", 2))
+        )
+        for name in [name for name in mean if "lora_" in name]:
+            assert torch.equal(mean[name], (1 / 3 * first[name].double() + 2 / 3 * second[name].double()).float())
 
 
 def test_an_experiment_goes_on_with_as_many_examples_a_step_as_before(common, whole, tmp_path, capsys):

@@ -9,6 +9,7 @@ from ...experiment.record import Experiment
 from ...experiment.report import BASE, About, labels_of
 from ...experiment.statistics import is_chosen
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from ...formatting import enumerated
 from ...plots.charts import Axes, Series, chart
 from ..output.exports import PEFT_FOLDER
 from .gallery import gallery
@@ -48,7 +49,7 @@ def timestep_chart(experiment: Experiment) -> str:
             series.line += [(timestep, statistics.fmean(percent))] if percent else []
         found.append(series)
     found += base_series(experiment, measured, len(places))
-    references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in experiment["verdicts"]))
+    references = enumerated(dict.fromkeys(verdict["reference"] for verdict in experiment["verdicts"]))
     axes = Axes(f"Difference to {references}, in percent", "timestep (1 is pure noise)", "percent", zero=True)
     figure = chart(found, axes)
     note = "<p>Below zero the method is better. A line is the mean over seeds, a dot is one seed.</p>"

@@ -226,14 +226,14 @@ def with_default_evaluations(
 ) -> Schedule:
     """Return the schedule with the default number of measurements: MAX_EVALUATIONS, or as many as MEASURING permits.
 
-    Without racing, there is at most one measurement per epoch. With racing there may be more, because an epoch may be
-    half of a run. `samples`: number of samples of a measurement. `before`: steps between measurements of the experiment
-    in the folder, if any.
+    Without racing, there is at most one measurement per epoch, but an epoch may be a single step or a complete run.
+    With racing there may be more. `samples`: number of samples of a measurement. `before`: steps between measurements
+    of the experiment in the folder, if any.
     """
     trained = schedule.steps * options.gradient_accumulation_steps * options.train_batch_size
     evaluations = min(MAX_EVALUATIONS, max(MIN_EVALUATIONS, int(MEASURING * FORWARDS * trained / samples)))
     least = math.ceil(schedule.steps / evaluations)
-    every = before or (least if racing else max(schedule.validation_steps, least))
+    every = before or (least if racing else min(schedule.steps, max(schedule.validation_steps, least)))
     return dataclasses.replace(schedule, validation_steps=every)
 
 

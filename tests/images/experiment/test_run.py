@@ -45,6 +45,7 @@ from reslora.training.checkpoints import Identity
 from reslora.training.schedule import Schedule
 
 SMALL = ("--method", "lora", "--learning_rate", "1e-2", "3e-2", "--no-racing")
+MODEL = "reslora_model.safetensors"
 WHOLE = ("--method", "lora", "reslora", "--learning_rate", "1e-2", "--seed", "0", "1")
 
 
@@ -528,6 +529,34 @@ def test_averages_are_means_of_the_runs_adapters_and_outlive_a_kill(flags, tmp_p
 
 
 @pytest.mark.exhaustive
+def test_averages_of_two_processes_and_of_two_runs_at_once_are_those_of_one(flags, tmp_path):
+    """Two processes with half the batch each: but for rounding. Two runs at once: to the last bit."""
+    own = [*flags, "--method", "reslora", "--learning_rate", "1e-2", "--seed", "0", "1"]
+    own += ["--average_checkpoints", "last:2"]
+    printed(*own, "--output_dir", tmp_path / "one")
+    printed(*own, "--arms_at_once", "2", "--output_dir", tmp_path / "at_once")
+    half = [*without(own, "--train_batch_size"), "--train_batch_size", "1", "--output_dir", str(tmp_path / "two")]
+    told = forked(SCRIPT, *half, folder=tmp_path)
+    assert told.count("4 runs, 2 averages without training") == 1, told
+    one, two = experiment(tmp_path / "one"), experiment(tmp_path / "two")
+    assert same_results(tmp_path / "at_once") == same_results(tmp_path / "one")
+    for mine, other in zip(one["arms"], two["arms"], strict=True):
+        assert mine["select_by_step"] == pytest.approx(other["select_by_step"], rel=1e-4)
+        assert mine["test"]["losses"] == pytest.approx(other["test"]["losses"], rel=1e-4)
+    for seed in (0, 1):
+        place = arm(Path(), "reslora/average_checkpoints-last-2", seed=seed) / "adapters/step-000002"
+        weights = {name: load_file(tmp_path / name / place / MODEL) for name in ("one", "at_once", "two")}
+        assert_same(weights["one"], weights["at_once"])
+        saved = [
+            load_file(arm(tmp_path / "two", "reslora", seed=seed) / f"adapters/step-00000{step}" / MODEL)
+            for step in (1, 2)
+        ]
+        for name in [name for name in weights["two"] if "lora_" in name]:
+            mean = sum(0.5 * state[name].double() for state in saved)
+            assert torch.equal(weights["two"][name], mean.float())
+
+
+@pytest.mark.exhaustive
 def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
     own = [*flags, "--method", "lora", "--learning_rate", "1e-2", "1e30", "--output_dir", tmp_path / "out"]
     lines = printed(*own)
@@ -575,11 +604,12 @@ def test_switches_and_lists_vary(flags, tmp_path):
         (20, 16, True, None, 5),  # not fewer than four
         (2000, 16, True, None, 200),  # not more than ten
         (2000, 16, False, None, 500),  # an epoch
+        (100, 16, False, None, 100),  # a part of an epoch
         (200, 16, True, 20, 20),  # as the experiment was begun
     ],
 )
 def test_measuring_takes_a_part_of_the_time_of_training(steps, batch, racing, before, every):
-    schedule = Schedule(steps, 500 if steps > 500 else 1, 0, by_epochs=False)
+    schedule = Schedule(steps, 1 if racing else 500, 0, by_epochs=False)
     options = TrainingOptions(train_batch_size=batch)
     assert run.with_default_evaluations(schedule, options, racing, 240, before).validation_steps == every
 
