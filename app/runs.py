@@ -327,9 +327,12 @@ class Run:
         path = self.inside(self.log_name)
         if path is None or not path.is_file():
             return ""
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 32768))
-            text = file.read().decode("utf-8", errors="replace")
+        try:
+            with path.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 32768))
+                text = file.read().decode("utf-8", errors="replace")
+        except OSError:  # it has just been moved or removed
+            return ""
         shown = [line.rstrip().rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n")]
         return "\n".join([line for line in shown if line.strip()][-lines:])
 

@@ -3,11 +3,13 @@
 Most tests of two processes are not about the launcher: `forked` gives them the processes without its start.
 """
 
+import contextlib
 import gc
 import importlib.util
 import multiprocessing
 import os
 import runpy
+import secrets
 import shutil
 import socket
 import subprocess
@@ -94,10 +96,12 @@ def path_with_ninja() -> str:
 
 
 def free_port() -> str:
-    """A port that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+    """A port that nobody listens at, and that no system gives to a connection before a slow process listens there."""
+    while True:
+        port = secrets.choice(range(20_000, 32_000))  # not `random`, which two processes may seed alike
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return str(port)
 
 
 # -- without the launcher ----------------------------------------------------------------------------------------------
