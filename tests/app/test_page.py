@@ -462,10 +462,10 @@ def complaint(said) -> list[str]:
 
 TOAST, NOTES_TOLD = "[data-testid=toast-body]", "#runs .told"
 TOLD = f"""
-window.told = {{ "{TOAST}": "", "{NOTES_TOLD}": "" }};
+window.noted = {{ "{TOAST}": "", "{NOTES_TOLD}": "" }};
 new MutationObserver(() => {{
-  for (const where in told) for (const part of document.querySelectorAll(where))
-    if (!told[where].includes(part.textContent)) told[where] += part.textContent;
+  for (const where in noted) for (const part of document.querySelectorAll(where))
+    if (!noted[where].includes(part.textContent)) noted[where] += part.textContent;
 }}).observe(document, {{ subtree: true, childList: true, characterData: true }});
 """
 """Lines that go again by themselves, which a slow test would miss: all that were ever there."""
@@ -473,7 +473,7 @@ new MutationObserver(() => {{
 
 def wait_until_told(page, words: str, where: str = TOAST) -> None:
     """A page with the script `TOLD` has shown these words there, and may not any more."""
-    page.wait_for_function("([where, words]) => told[where].includes(words)", arg=[where, words])
+    page.wait_for_function("([where, words]) => noted[where].includes(words)", arg=[where, words])
 
 
 SHOWN = """() => {
