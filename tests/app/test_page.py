@@ -483,6 +483,18 @@ SHOWN = """() => {
 """All of the run is there. Images alone may be of a look at it, before the answer that fills in the forms."""
 
 
+def choose_run(page, name: str) -> None:
+    """By its name; what is typed may be lost where the page hears of a new run before Enter."""
+    box = page.locator("#run input")
+
+    def is_entered() -> bool:
+        box.fill(name)
+        box.press("Enter")
+        return box.input_value() == name
+
+    wait_until(is_entered, f"{name} to be entered")
+
+
 @pytest.fixture
 def page(browser, address, runs, request):
     """The page as a visitor finds it, in the theme that a test may ask for; runs that are begun on it go with it."""
@@ -870,8 +882,7 @@ def test_an_open_page_keeps_its_run_and_tab_while_the_server_is_started_anew(bro
         other = (
             "two" if page.locator("#run input").input_value() == "one" else "one"
         )  # not the one that a new page shows
-        page.locator("#run input").fill(other)
-        page.locator("#run input").press("Enter")
+        choose_run(page, other)
         page.get_by_role("tab", name="Runs").click()
         page.locator(f'.run[data-name="{other}"]').wait_for()
         page.wait_for_function(f"sessionStorage['reslora-run'] === '{other}'")
@@ -901,8 +912,7 @@ def show_markup(page, runs: Path) -> None:
         runs / attack, validation_prompt=[f"{attack} ${{window.hacked=1}} {{{{hacked}}}}", "<script>hacked=1</script>"]
     )
     try:
-        page.locator("#run input").fill(attack)
-        page.locator("#run input").press("Enter")
+        choose_run(page, attack)
         page.locator("#grid").get_by_text(attack).wait_for()
         page.wait_for_timeout(300)  # for an image that fails to load
         assert page.evaluate("window.hacked") is None
@@ -947,8 +957,7 @@ def merge_and_look_elsewhere(page, runs: Path) -> None:
         page.locator("#status").get_by_text("of 8").first.wait_for()
         page.get_by_role("tab", name="Compare").click()
         page.locator("#merge").click()
-        page.locator("#run input").fill("elsewhere")
-        page.locator("#run input").press("Enter")
+        choose_run(page, "elsewhere")
         page.locator("#report td").first.wait_for(state="detached")
         page.get_by_role("tab", name="Generate").click()
         page.locator("#cancel").click()
