@@ -602,7 +602,9 @@ def test_what_is_new_is_shown_at_the_step_that_the_slider_is_at_by_then(page, ru
     log.write_text(before)
 
 
-TITLE_IS_LOWER = "document.querySelector('#title').clientHeight < document.querySelector('#summary').clientHeight"
+def wait_for_a_lower_title(page) -> None:
+    title, summary = page.locator("#title"), page.locator("#summary")
+    wait_until(lambda: title.bounding_box()["height"] < summary.bounding_box()["height"], "the title to be the lower")
 
 
 @pytest.mark.exhaustive
@@ -611,7 +613,7 @@ def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
     settings = json.loads((runs / "tiny" / "config.json").read_text())
     prompts = [settings["validation_prompt"][0], "something else"]
     write_run(runs / "other", methods=("lora",), **(settings | {"method": ["lora"], "validation_prompt": prompts}))
-    page.wait_for_function(TITLE_IS_LOWER)
+    wait_for_a_lower_title(page)
     page.get_by_label("Compare with").focus()
     page.get_by_role("option", name="other").wait_for()
     page.keyboard.type("other")
@@ -630,7 +632,7 @@ def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
     for width in (1280, 420):
         page.set_viewport_size({"width": width, "height": 900})
         page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
-        page.wait_for_function(TITLE_IS_LOWER)
+        wait_for_a_lower_title(page)
     shutil.rmtree(runs / "other")
     page.locator("#others .token").wait_for(state="detached")
     page.locator('#grid img[alt="red disc: LoRA"]').first.wait_for()
@@ -1115,7 +1117,7 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     page.locator("#resume").click()
     page.locator("#summary .running").wait_for()
     log = run.folder / run.log_name  # whose last lines may be others by the time they are looked at
-    wait_until(lambda: "resuming from" in log.read_text() or not run.process, "the run to go on")
+    wait_until(lambda: "resuming from" in log.read_text(errors="replace") or not run.process, "the run to go on")
     assert run.process
     line_up(page)
     put_in_order(page, runs)
