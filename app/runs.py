@@ -283,8 +283,9 @@ class Run:
         """
         found: set[int] = set()
         for method in self.methods:
-            if path := self.inside(method, "samples"):
-                found |= by_step(path).keys()
+            with contextlib.suppress(OSError):  # the folder has just been moved or removed
+                if path := self.inside(method, "samples"):
+                    found |= by_step(path).keys()
         if not found and not self.prompts:
             rows = [row for method in self.methods for row in self.log(method)]
             last = max((row["step"] for row in rows), default=0)
