@@ -84,8 +84,7 @@ def test_weights_are_put_into_the_model_as_rarely_as_possible(studio, run, monke
 
 @pytest.mark.exhaustive
 def test_a_grid_is_stopped_within_a_drawing_and_keeps_the_cells_before(studio, run):
-    slow = replace(REQUEST, steps=150, width=256, height=256)
-    made = grid(run, BASE, slow, axis("X", "seed", "1 2 3"), Axis(NONE, ("",)))
+    made = grid(run, BASE, replace(REQUEST, steps=150), axis("X", "seed", "1 2 3"), Axis(NONE, ("",)))
     seen = []
     with pytest.raises(Cancelled):
         for event in studio.draw(run, [*made.cells.values()], "grid", session="me"):
