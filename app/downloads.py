@@ -1,5 +1,6 @@
 """List the files that a run has exported, and how to load each of them. This module does not import Gradio."""
 
+import contextlib
 import shutil
 import zipfile
 from dataclasses import dataclass
@@ -81,8 +82,9 @@ def of_weights(run: Run, weights: Weights) -> Download:
 
 def files_below(run: Run, *parts: str) -> tuple[Path, ...]:
     """Return all files below a folder of the run, or no files if any of them is outside of the run's folder."""
-    root = run.inside(*parts)
-    names = [path.relative_to(root) for path in sorted(root.rglob("[!.]*"))] if root else []
+    root, names = run.inside(*parts), []
+    with contextlib.suppress(OSError):  # the folder has just been moved or removed
+        names = [path.relative_to(root) for path in sorted(root.rglob("[!.]*"))] if root else []
     found = [run.inside(*parts, *name.parts) for name in names]
     return tuple(path for path in found if path.is_file()) if all(found) else ()
 

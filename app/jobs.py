@@ -56,7 +56,7 @@ FOLDERS = ("train_data_dir", "conditioning_data_dir", "class_data_dir", "dataset
 BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json", "logs"}
 """Files and folders that may be in a run's folder before training begins; `cache` contains encoded images."""
 FEW = 8  # images in the preview
-PLAN_SECONDS = 180
+PLAN_SECONDS = 600  # for what hangs: on a slow machine the libraries alone may take minutes to load
 STOP = getattr(signal, "SIGUSR1", signal.SIGTERM)
 """Signal that asks a trainer to save and exit. SIGTERM is only used where SIGUSR1 does not exist, because a second
 SIGTERM (from another application) would end the trainer before it has saved."""
@@ -130,7 +130,7 @@ class Jobs:
         self.path = library.folder / FILE
         self.started: dict[str, subprocess.Popen] = {}
         self.asked: set[int] = set()  # processes that were asked to stop
-        self.stopping: list[Run] = []  # runs that were asked to stop; the page waits for their end
+        self.stopping: list[tuple[Run, int]] = []  # runs that were asked to stop, with the process; the page waits
         self.began: set[str] = set()  # runs seen training, or stopped, since this process started them
         self.lock = threading.Lock()
         self.closed = threading.Event()
@@ -322,8 +322,9 @@ class Jobs:
             return f"{run.name} was already asked to stop; the trained steps are saved."
         if number is not None:
             self.asked.add(number)
-            self.stopping.append(run)
-            os.kill(number, STOP)
+            self.stopping.append((run, number))
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(number, STOP)
             done, total = run.progress
             when = "soon" if total and done == total else "after this step"  # it is merging or comparing
             return f"{run.name} was asked to stop {when}; the trained steps are saved."

@@ -215,7 +215,9 @@ def last_change(folder: Path) -> float:
     """Return the time of the last change of a run's files, in seconds since the epoch."""
     times = [0.0]
     files = [folder / name for name in ("config.json", LOG_NAME, EXPERIMENT_LOG, EXPERIMENT)]
-    for path in (*files, *folder.glob("*/log.jsonl")):
+    with contextlib.suppress(OSError):  # the folder has just been moved or removed
+        files += folder.glob("*/log.jsonl")
+    for path in files:
         with contextlib.suppress(OSError):
             times.append(path.stat().st_mtime)
     return max(times)

@@ -17,9 +17,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-TRIES, PAUSE = 100, 0.01
+TRIES, PAUSE = 1000, 0.01
 """Number of attempts to lock a file, and seconds between attempts. An attempt can fail because `is_held` takes a shared
-lock for a moment."""
+lock for a moment, which is long if its process is suspended."""
 
 
 @contextlib.contextmanager

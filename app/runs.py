@@ -284,8 +284,9 @@ class Run:
         """
         found: set[int] = set()
         for method in self.methods:
-            if path := self.inside(method, "samples"):
-                found |= by_step(path).keys()
+            with contextlib.suppress(OSError):  # the folder has just been moved or removed
+                if path := self.inside(method, "samples"):
+                    found |= by_step(path).keys()
         if not found and not self.prompts:
             rows = [row for method in self.methods for row in self.log(method)]
             last = max((row["step"] for row in rows), default=0)
@@ -328,9 +329,12 @@ class Run:
         path = self.inside(self.log_name)
         if path is None or not path.is_file():
             return ""
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 32768))
-            text = file.read().decode("utf-8", errors="replace")
+        try:
+            with path.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 32768))
+                text = file.read().decode("utf-8", errors="replace")
+        except OSError:  # it has just been moved or removed
+            return ""
         shown = [line.rstrip().rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n")]
         return "\n".join([line for line in shown if line.strip()][-lines:])
 

@@ -49,6 +49,8 @@ MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments,
 """Names of the merge methods: those that need calibration samples come first, and `none` comes last."""
 PATIENCE = 15.0
 """Seconds after which a request is stopped if its client does not read its messages."""
+LONGEST = 5.0
+"""Seconds that the time between two checks counts at most: a machine that was suspended has read no messages either."""
 PAUSE = 0.2
 """Minimum seconds between two step messages. A small model may take steps faster than a page shows messages, and the
 page shows all of its queued messages before it handles a click on *Stop*."""
@@ -84,8 +86,10 @@ class Visitor:
     def __init__(self, session: str, kind: str, listening: Callable[[], bool]) -> None:
         self.session, self.kind, self.listening = session, kind, listening
         self.stopped = threading.Event()
-        self.unheard: float | None = time.monotonic()
-        """Time at which the client was first found not to read messages; None while it reads them."""
+        self.unheard: float | None = 0.0
+        """Seconds for which the client has not read messages; None while it reads them."""
+        self.checked = time.monotonic()
+        """Time of the last check."""
         self.events: queue.Queue = queue.Queue(maxsize=1)
         self.total, self.share = 1, 0.0
         """Number of images of the request, and its completed fraction."""
@@ -94,8 +98,10 @@ class Visitor:
 
     def check(self) -> None:
         """Raise `Cancelled` if the request was cancelled, or its client has not read for `PATIENCE` seconds."""
-        self.unheard = None if self.listening() else self.unheard or time.monotonic()
-        if self.unheard is not None and time.monotonic() - self.unheard > PATIENCE:
+        now, last, before = time.monotonic(), self.checked, self.unheard
+        self.checked = now
+        self.unheard = None if self.listening() else 0.0 if before is None else before + min(now - last, LONGEST)
+        if self.unheard is not None and self.unheard > PATIENCE:
             print("Stopped generating images: the client did not read its messages.", file=sys.stderr, flush=True)
             raise Cancelled
         if self.stopped.is_set():
@@ -240,8 +246,9 @@ class Studio:
         if visitor.stopped.is_set():
             with contextlib.suppress(queue.Empty):
                 visitor.events.get_nowait()  # make room: the outcome matters more than an unread step
-        with contextlib.suppress(queue.Full):
-            visitor.events.put(outcome, timeout=PATIENCE)
+        while visitor in self.running:  # until the last message is read, or nobody waits for one
+            with contextlib.suppress(queue.Full):
+                return visitor.events.put(outcome, timeout=1)
 
     @contextlib.contextmanager
     def _turn(self, run: Run | None, visitor: Visitor) -> Iterator[None]:

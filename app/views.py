@@ -145,13 +145,14 @@ def summary(run: Run, status: str, said: str = "") -> str:
     """
     config = run.config
     done, total = run.progress
-    names = ", ".join(NAMES[method] for method in run.methods)
-    facts = [names, f"{pluralize(total // len(run.methods), 'step')} each" if total else ""]
+    methods = run.methods
+    names = ", ".join(NAMES[method] for method in methods)
+    facts = [names, f"{pluralize(total // len(methods), 'step')} each" if total and methods else ""]
     if done < total:
         facts.append(f"{done} of {total} done")
     if run.unreadable:
         facts.append(NO_CONFIG)
-    elif "reslora" in run.methods:
+    elif "reslora" in methods:
         facts.append(f"shortcut {config.get('shortcut')}")
     facts += [f"rank {config.get('rank')}", f"learning rate {config.get('learning_rate')}"] if config else []
     text = " · ".join(escape(str(fact)[:80]) for fact in facts if fact)

@@ -3,11 +3,13 @@
 Most tests of two processes are not about the launcher: `forked` starts the processes without it, which is faster.
 """
 
+import contextlib
 import gc
 import importlib.util
 import multiprocessing
 import os
 import runpy
+import secrets
 import shutil
 import socket
 import subprocess
@@ -93,10 +95,15 @@ def path_with_ninja() -> str:
 
 
 def free_port() -> str:
-    """Return a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+    """Return a free port outside the range from which systems choose ports of connections.
+
+    So no connection can have it before a slow process listens on it.
+    """
+    while True:
+        port = secrets.choice(range(20_000, 32_000))  # not `random`, which two processes may seed alike
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return str(port)
 
 
 # -- without the launcher ----------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 import mutants
 root = pathlib.Path.cwd()
 mutants.RESULT, mutants.LIBRARIES = root / "mutants.json", ["pytest"]
-mutants.TEST_LIMITS = dict.fromkeys(mutants.STAGES, 1)
+mutants.TEST_LIMITS = dict.fromkeys(mutants.STAGES, 20)
 mutants.extract = lambda folder: shutil.copytree(root / "project", folder).name
 sys.exit(mutants.main())
 """

@@ -77,7 +77,8 @@ def wait_for_end(jobs: Jobs) -> Iterator[str]:
     """
     asked, jobs.stopping = jobs.stopping, []
     latest = time.monotonic() + PATIENCE
-    while any(map(jobs.is_active, asked)) and time.monotonic() < latest:
+    # A run may have been resumed, by another process, before this looks.
+    while any(jobs.is_active(run) and run.process in (None, one) for run, one in asked) and time.monotonic() < latest:
         time.sleep(EVERY)
-    if ended := [run.name for run in asked if not jobs.is_active(run)]:
+    if ended := [run.name for run, _ in asked if not jobs.is_active(run)]:
         yield views.notice(" ".join(f"{name} has ended; Resume continues it." for name in ended))

@@ -8,7 +8,7 @@ import pytest
 from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from pipelines import image_folder
-from test_page import answers, client_of, complaint, contrast, leaving, serving, status_of
+from test_page import TOLD, answers, client_of, complaint, contrast, leaving, serving, status_of, wait_until_told
 from waiting import LIMIT, wait_until
 
 pytestmark = pytest.mark.exhaustive
@@ -54,6 +54,7 @@ def visit(browser, address: str, width: int, theme: str):
     """Open the tab in a browser; errors on the console and requests to other machines fail the test."""
     page, errors = browser.new_page(viewport={"width": width, "height": 900}), []
     page.set_default_timeout(LIMIT * 1000)
+    page.add_init_script(TOLD)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda said: errors.extend(complaint(said)))
     page.on("request", lambda request: errors.extend(leaving(request.url, address)))
@@ -80,7 +81,7 @@ def choose(page, dropdown: str, option: str) -> None:
     page.locator(f"{dropdown} input").click()
     page.get_by_role("option", name=option, exact=True).click()
     page.wait_for_function(
-        "([box, option]) => document.querySelector(box).value === option", arg=[f"{dropdown} input", option]
+        "([box, option]) => document.querySelector(box)?.value === option", arg=[f"{dropdown} input", option]
     )
 
 
@@ -97,7 +98,9 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         return next(line for line in lines if f'"{number}.png"' in line).split('"text": ')[1].strip('"}')
 
     with visit(browser, address, width, theme) as page:
-        assert page.locator(".card").count() == 24 and page.locator(".card img").count() == 23  # the damaged one
+        shown = {"'.card'": 24, "'.card img'": 23}  # the damaged one
+        for part, count in shown.items():
+            page.wait_for_function(f"document.querySelectorAll({part}).length === {count}")
         page.locator(WORDS).focus()
         tab_to(page, '.card[data-name="0.png"] input')
         page.keyboard.press("Space")
@@ -128,7 +131,8 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         assert {caption(number).startswith("sks, ") for number in range(COUNT)} == {True}
         page.locator("#next").press("Enter")
         page.wait_for_function(f"document.querySelectorAll('.card').length === {COUNT - 24}")
-        assert page.locator(".card input:checked").count() == COUNT - 24  # ticks outlive a change of page
+        checked = "document.querySelectorAll('.card input:checked').length"
+        page.wait_for_function(f"{checked} === {COUNT - 24}")  # ticks outlive a change of page
         page.locator("#undo", has_text="put before").press("Enter")
         page.locator("#dataset-answer").get_by_text("Undone: put before").wait_for()
         assert caption(0) == "a red “disc”" and caption(1) == "green box"
@@ -161,7 +165,7 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         choose(page, "#which", "Duplicates")
         page.locator(".card .alike").get_by_text("the same image as 5.png").wait_for()
         assert contrast(page.locator(".card .alike").first) >= 4.5
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
 
 
 @contextlib.contextmanager
@@ -211,7 +215,7 @@ def test_boxes_show_the_captions_of_their_images_after_every_update(browser, fol
         page.set_viewport_size({"width": 1280, "height": 300})  # the buttons are below the images
         page.locator("#next").click()
         card(4).wait_for()  # in the place of 0.png
-        page.wait_for_function("document.getElementById('dataset-images').getBoundingClientRect().top > -1")
+        page.wait_for_function("document.getElementById('dataset-images')?.getBoundingClientRect().top > -1")
         shows_files()
         write(4, "second page")
         page.locator("#undo").get_by_text("the caption of 4.png").wait_for()
@@ -231,7 +235,7 @@ def test_boxes_show_the_captions_of_their_images_after_every_update(browser, fol
                 card(1).locator("textarea").focus()
                 page.keyboard.press("Control+A")
                 page.keyboard.type(text)
-            page.wait_for_function(f"document.querySelector('.card').dataset.name === '{first}'")
+            page.wait_for_function(f"document.querySelector('.card')?.dataset.name === '{first}'")
 
         meanwhile("1.png", "half", "1.png")  # one place before
         page.keyboard.type(" and whole")
@@ -245,7 +249,7 @@ def test_boxes_show_the_captions_of_their_images_after_every_update(browser, fol
         page.locator(WORDS).fill("1.png")
         page.locator(WORDS).press("Enter")
         card(1).locator(".told").get_by_text("not saved yet").wait_for()
-        assert card(1).locator("textarea").input_value() == "lost?"
+        wait_until(lambda: card(1).locator("textarea").input_value() == "lost?", "what was typed")
         assert (folder / "1.txt").read_text() == "half and whole"
         card(1).locator("textarea").press("Control+Enter")
         card(1).locator(".told").get_by_text("saved", exact=True).wait_for()
@@ -280,18 +284,20 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
             told.get_by_text(refused).wait_for()
             page.locator(".card input").first.check()
             page.locator("#trash").click()
-            page.get_by_test_id("toast-body").get_by_text(refused).wait_for()
+            wait_until_told(page, refused)
         shows("two")
-        assert box.input_value() == "red disc" and page.locator("#picked-count").inner_text() == "0 selected"
+        wait_until(lambda: box.input_value() == "red disc", "the caption of two")
+        page.locator("#picked-count").get_by_text("0 selected", exact=True).wait_for()
         with locked_file(page, "set"):
             choose(page, "#folder", "set")
             page.locator("#change button").first.click()
             page.locator("#text textarea, #text input").fill("red")
             page.locator("#tick-all").click()
             page.locator("#apply").click()
-            page.get_by_test_id("toast-body").get_by_text("images of two").wait_for()
+            wait_until_told(page, "images of two")
         shows("set")
-        assert box.input_value() == "of set" and state() == before
+        wait_until(lambda: box.input_value() == "of set", "what was typed in set")
+        assert state() == before
         told.get_by_text(refused).wait_for()
         box.press("Control+Enter")
         told.get_by_text("saved", exact=True).wait_for()
@@ -315,10 +321,11 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
         page.locator("#undo").get_by_text("the caption of 0.png").wait_for()
         answers(address, "set_caption", "two", "1.png", "blue box", "theirs")  # which the button does not say
         page.locator("#undo").click()
-        page.get_by_test_id("toast-body").get_by_text("Nothing was undone").wait_for()
+        wait_until_told(page, "Nothing was undone")
         page.locator("#undo").get_by_text("the caption of 1.png").wait_for()
-        shown = [page.locator(".card textarea").nth(number).input_value() for number in range(2)]
-        assert shown == [(other / f"{number}.txt").read_text() for number in range(2)] == ["of two", "theirs"]
+        shown = lambda: [page.locator(".card textarea").nth(n).input_value() for n in range(2)]  # noqa: E731
+        wait_until(lambda: shown() == ["of two", "theirs"], "both captions")
+        assert [(other / f"{number}.txt").read_text() for number in range(2)] == ["of two", "theirs"]
         assert (folder / "0.txt").read_text() == "of set"
 
 

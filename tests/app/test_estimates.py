@@ -84,7 +84,7 @@ def test_memory_is_estimated_in_the_background_for_the_last_question_only(jobs, 
     for key in ("a", "b", "c"):
         assert memory.known(key, lambda key=key: [key]) == ""
     assert memory.ask("a") == memory.ask("nothing of the kind") == ""
-    wait_until(lambda: planned, "the first estimate")
+    wait_until(lambda: memory.ask("a") or planned, "the first estimate")
     memory.questions["a"].asked -= 10  # the form has changed
     memory.ask("c")
     held.set()

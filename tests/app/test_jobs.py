@@ -234,15 +234,14 @@ def test_what_goes_on_keeps_its_images_and_none_are_named(lined, tmp_path):
 
 
 def test_a_run_that_was_asked_to_stop_is_said_to_have_ended(monkeypatch):
-    """Also if it ended before the page polled.
-
-    Not if it was not asked to stop, or if it still trains at the time limit.
-    """
+    """Also if it ended before the page looked; not if nobody asked, if it was resumed, or if it outlasts patience."""
     monkeypatch.setattr(control, "EVERY", 0)
-    one, ended = SimpleNamespace(name="one"), ["one has ended"]
-    for asked, polls, told in (([one], [True, True], ended), ([one], [], ended), ([], [], []), ([one], [True] * 9, [])):
+    one, resumed = ((SimpleNamespace(name="one", process=process), 5) for process in (5, 6))
+    ended = ["one has ended"]
+    cases = [([one], [True, True], 60, ended), ([one], [], 60, ended), ([], [], 60, [])]
+    for asked, polls, patience, told in (*cases, ([one], [True] * 9, -1, []), ([resumed], [True, True], 60, [])):
         states = iter(polls)
-        monkeypatch.setattr(control, "PATIENCE", 60 if told else -1)
+        monkeypatch.setattr(control, "PATIENCE", patience)
         jobs = SimpleNamespace(stopping=asked, is_active=lambda _, states=states: next(states, False))
         said = list(control.wait_for_end(jobs))
         assert [line in sentence for line, sentence in zip(told, said, strict=True)] == [True] * len(told)

@@ -3,13 +3,15 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 from app_runs import HOSTILE, WRONG, run_by_hand, write_exports, write_language_run, write_run, write_samples
 
-from app import runs
-from app.library import LanguageRun, Library
-from app.runs import BASE, RunError, is_complete_png
+from app import runs, views
+from app.downloads import files_below
+from app.library import LanguageRun, Library, last_change
+from app.runs import BASE, Run, RunError, is_complete_png
 
 
 @pytest.fixture
@@ -49,6 +51,23 @@ def test_images_of_earlier_prompts_are_left_out(run):
     assert set(run.samples("lora", 4)) == set(run.samples("lora", 0)) == {(0, 0), (1, 0)}
     (samples / "step-000002" / "prompts.json").write_text("[]")
     assert set(run.samples("lora", 2)) == {(0, 0), (1, 0)}
+
+
+@pytest.mark.parametrize("what", ["glob", "rglob", "open"])
+def test_a_run_that_goes_while_it_is_looked_at_is_an_error_nowhere(run, monkeypatch, what):
+    """It was there a moment ago, or a part of it."""
+    (run.folder / "app.log").write_text("a line\n")
+
+    def gone(path, *_, **__):
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(Path, what, gone)
+    assert run.steps() == ([] if what == "glob" else [0, 2, 4])
+    assert run.log_tail() == ("" if what == "open" else "a line")
+    assert files_below(run, "lora") == () if what == "rglob" else last_change(run.folder) > 0
+    monkeypatch.setattr(Run, "progress", (8, 8))
+    monkeypatch.setattr(Run, "methods", [])
+    assert "each" not in views.summary(run, "stopped")
 
 
 def test_an_experiment_is_no_run(tmp_path):

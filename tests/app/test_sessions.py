@@ -8,9 +8,11 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from app_runs import write_run
+from gradio import networking
 from waiting import LIMIT, wait_until
 
 from app import studio as studios
@@ -35,7 +37,8 @@ class Server:
     def __init__(self, runs: Path) -> None:
         self.runs, self.studio, library = runs, Studio(), Library(runs)
         self.demo = create_demo(library, Jobs(library), self.studio)
-        self.app, address, _ = self.demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, **LAUNCH)
+        with mock.patch.object(networking, "url_ok", lambda _: True):  # it waits for three seconds, then gives up
+            self.app, address, _ = self.demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, **LAUNCH)
         self.api = f"{address}gradio_api"
         self.drawn = []
         """The step counts of all images whose turn has come."""
@@ -56,6 +59,10 @@ class Server:
         """Return all messages."""
         with urllib.request.urlopen(f"{self.api}/{path}", timeout=LIMIT) as answer:
             return answer.read().decode()
+
+    def events(self) -> list:
+        """What Gradio is at work on."""
+        return [event for events in self.demo._queue.active_jobs for event in events or ()]
 
     def begin_to_listen(self, path: str) -> socket.socket:
         """Return a stream after its first message."""
@@ -117,8 +124,8 @@ def test_who_leaves_while_waiting_loses_his_place(server, monkeypatch, noticed):
             wait_until(lambda: len(server.studio.turns.waiting) == 2, "a visitor who waits")
             if noticed == "by the one that marks his event":
                 monkeypatch.setattr(studios, "PATIENCE", 0.0)
-                (event,) = [event for events in server.demo._queue.active_jobs for event in events or ()]
-                event.alive = False
+                wait_until(lambda: len(server.events()) == 1, "the end of those of earlier visitors")
+                server.events()[0].alive = False
                 wait_until(lambda: len(server.studio.turns.waiting) == 1, "his place to be given up")
         monkeypatch.setattr(studios, "PATIENCE", 0.0)
         wait_until(lambda: len(server.studio.turns.waiting) == 1, "his place to be given up")

@@ -50,13 +50,13 @@ def work(argv: list[str], what: dict[float, str], stop: StopRequest, orders: Ord
 
 
 def waits(folder: Path, stop: StopRequest) -> None:
-    wait_until(lambda: stop.signal is not None, "a stop", limit=300)
+    wait_until(lambda: stop.signal is not None, "a stop")
     (folder / "saved").touch()
     raise Stopped("stopped after step 1")
 
 
 def wait_for_the_other(folder: Path) -> None:
-    wait_until(lambda: list(folder.parents[1].glob("lr-0.0001/*/who")), "the other arm to begin", limit=300)
+    wait_until(lambda: list(folder.parents[1].glob("lr-0.0001/*/who")), "the other arm to begin")
 
 
 def refuses(folder: Path, stop: StopRequest) -> None:

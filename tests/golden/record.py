@@ -21,6 +21,7 @@ import platform
 import re
 import resource
 import runpy
+import secrets
 import shlex
 import shutil
 import signal
@@ -130,25 +131,41 @@ def execute(checkout: Path, folder: Path, command: str, scratch: Path, cpu_limit
     ranks: list[dict[str, str]] = [{}]
     if "two" in how:
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind(("127.0.0.1", secrets.choice(range(20_000, 32_000))))  # none that a system gives to a connection
             store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         store |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}
         ranks = [store | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
+    sent = {"kill": signal.SIGKILL, "stop": signal.SIGTERM}.get(how[0] if how else "")
+
     def call() -> None:
+        if sent and os.environ.get("RANK", "0") == "0":
+            send_after_second_checkpoint(sent)
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, cpu_limit))  # on a busy machine a clock says little
         run_script(checkout, SCRIPTS[script], words)
 
     processes = [fork(call, printed, folder, **environment, **rank) for rank in ranks]
-    if sent := {"kill": signal.SIGKILL, "stop": signal.SIGTERM}.get(how[0] if how else ""):
-        until = time.monotonic() + LIMIT
-        while not list(folder.rglob("checkpoint-2")) and time.monotonic() < until:
-            time.sleep(0.005)
-        os.kill(processes[0], sent)
     statuses = " ".join(str(ended(process)) for process in processes)
     text = printed.read_text(errors="replace")
     (folder.parent / f"{folder.name}.txt").open("a").write(f"$ {command}\n{text}\n")
     return f"{statuses} {option_of(text)}".strip()
+
+
+def send_after_second_checkpoint(number: int) -> None:
+    """Let this process send itself a signal once its second checkpoint is in its place.
+
+    Another process might come too late, and find that this one has ended.
+    """
+    written: list[bool] = []
+
+    def hook(event: str, args: tuple) -> None:
+        if written:  # the first event after the folder has got its name
+            written.clear()
+            os.kill(os.getpid(), number)
+        elif event == "os.rename" and str(args[1]).endswith("checkpoint-2"):
+            written.append(True)
+
+    sys.addaudithook(hook)
 
 
 def split(command: str) -> list:

@@ -25,6 +25,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+from waiting import LIMIT
 
 from reslora.caption import main
 from reslora.images.captioning import Captioner
@@ -211,5 +212,5 @@ def test_models_with_pickles_with_code_and_without_all_weights_are_refused(model
 def test_help_imports_no_heavy_library():
     heavy = "import sys; from reslora.caption import main\ntry: main(['--help'])\nfinally: "
     heavy += "assert not {'torch', 'transformers', 'PIL', 'numpy'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0 and "--max_new_tokens" in done.stdout, done.stderr

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from core_models import assert_one_line
+from waiting import LIMIT
 
 from reslora.errors import InvalidArgument
 from reslora.methods.registry import METHODS, check_steps, refuse_unable
@@ -71,4 +72,4 @@ def test_names_of_methods_and_merges_need_no_torch():
     code = (
         "import sys, reslora.methods.registry, reslora.merges; sys.exit(bool({'torch', 'peft'} & sys.modules.keys()))"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=LIMIT).returncode == 0

@@ -128,7 +128,7 @@ def test_a_child_saves_and_ends_when_its_launcher_dies(tmp_path, number, told):
 # What a library's wait for other processes is: nothing returns to Python, where a handler would run.
 DEAF = """
 import ctypes, pathlib, signal, sys
-signal.alarm(100)
+signal.alarm(1_000)
 sys.path.insert(0, {repository!r})
 from reslora.runtime.signals import StopRequest
 mutex, lock = ctypes.create_string_buffer(256), ctypes.CDLL(None).pthread_mutex_lock
@@ -149,7 +149,7 @@ def test_processes_that_wait_for_each_other_end_at_once(tmp_path, launched):
     process = subprocess.Popen([sys.executable, *words], cwd=tmp_path, stdout=subprocess.PIPE, env=environment)
     await_file(tmp_path / "ready", process)
     process.send_signal(signal.SIGKILL if launched else signal.SIGTERM)
-    output_of(process, limit=60)  # to the end of all that hold the pipe
+    output_of(process)  # to the end of all that hold the pipe
     assert process.returncode == -(signal.SIGKILL if launched else signal.SIGTERM)
 
 

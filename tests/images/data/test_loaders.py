@@ -8,6 +8,7 @@ import signal
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
+from waiting import wait_until
 
 from images.runs import cut, main
 from reslora.errors import RunFailed
@@ -36,17 +37,23 @@ def loader(processes: int, trouble: str = "") -> DataLoader:
     return DataLoader(Items(trouble), batch_size=None, **worker_options(processes))
 
 
+def no_process_is_left() -> None:
+    """Torch waits for its processes for five seconds only."""
+    wait_until(lambda: not multiprocessing.active_children(), "the end of the processes")
+
+
 @pytest.mark.parametrize("processes", [0, 1])
 def test_everything_is_loaded_in_order(processes):
     assert list(stream(loader(processes))) == list(range(10))
-    assert not multiprocessing.active_children()
+    no_process_is_left()
 
 
 @pytest.mark.parametrize("processes", [0, 1])
 def test_what_cannot_be_loaded_is_named(processes):
     with pytest.raises(RunFailed, match=r"3\.png") as error:
         list(stream(loader(processes, "gone")))
-    assert "\n" not in str(error.value) and not multiprocessing.active_children()
+    assert "\n" not in str(error.value)
+    no_process_is_left()
 
 
 @pytest.mark.exhaustive
@@ -63,7 +70,8 @@ def test_processes_end_when_the_rest_is_not_wanted():
     with pytest.raises(ZeroDivisionError), contextlib.closing(stream(loader(2))) as items:
         kept.append(next(items))
         1 / 0  # noqa: B018
-    assert kept == [0] and not multiprocessing.active_children()
+    assert kept == [0]
+    no_process_is_left()
 
 
 def test_an_image_that_is_damaged_while_training_ends_the_run_in_one_line(brief_flags, data, capsys, tmp_path):

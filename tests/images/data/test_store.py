@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from launching import launch
+from waiting import LIMIT
 
 from images.runs import leave_behind
 from reslora.errors import RunFailed
@@ -174,7 +175,7 @@ def test_each_item_is_made_once_in_each_folder_that_processes_share(tmp_path, mo
     The first folder has some of the items already.
     """
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(store, "wait", threading.Barrier(4, timeout=60).wait)
+    monkeypatch.setattr(store, "wait", threading.Barrier(4, timeout=LIMIT).wait)
     Encoded(tmp_path / folders[0], "kind", [2, 4]).write([0, 1], iter([[numbered(2)], [numbered(4)]]))
     made = []
 

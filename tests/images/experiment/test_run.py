@@ -643,7 +643,7 @@ def test_a_race_stops_a_run_early_and_says_so(flags, tmp_path, capsys):
     lines = printed(*own)
     only(lines, "2 runs, 2 to choose learning rates; 8 steps, measured every 2 steps")
     only(lines, "estimate: at most ", " for 2 runs (", " of training, ", " of tests and exports)", "GiB")
-    only(lines, "run 2 of 2, about 1 min left: lora/lr-0.0001/seed-0")
+    only(lines, "run 2 of 2, about ", " min left: lora/lr-0.0001/seed-0")
     line = only(lines, "lora/lr-0.0001/seed-0: stopped early at step 4: selection", "% above that of learning rate 0.3")
     low, _ = experiment(tmp_path / "out")["arms"]
     assert (low["status"], low["steps"]) == ("stopped", 4) and line.endswith(low["reason"])

@@ -554,9 +554,16 @@ def test_a_stop_in_the_first_samples_leaves_them_to_the_next_start(run, base_fla
     assert digests(output / "reslora", "samples/*/*.png") == digests(run / "reslora", "samples/*/*.png")
 
 
+def is_over(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 @pytest.mark.exhaustive
 def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_path):
-    """`accelerate launch` exits without a signal to the process that it started, which has 400 steps to notice.
+    """`accelerate launch` exits without a signal to the process that it started, which has many steps to notice.
 
     Started as `nohup accelerate launch train_sd.py &`; tests/texts/test_launching.py starts it in a terminal.
     """
@@ -568,10 +575,10 @@ def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_pa
     (trainer,) = psutil.Process(launcher.pid).children()
     launcher.terminate()
     ended(launcher)
-    wait_until(lambda: not trainer.is_running() or trainer.status() == psutil.STATUS_ZOMBIE, "the trainer's end")
+    wait_until(lambda: is_over(trainer), "the trainer's end")
     (checkpoint,) = method.glob("checkpoint-*")
     last = read_log(method / "log.jsonl")[-1]["step"]
-    assert last < 400 and checkpoint.name == f"checkpoint-{last}"
+    assert last < int(LONG[1]) and checkpoint.name == f"checkpoint-{last}"
     assert f"lora stopped after step {last}; resume with" in (tmp_path / "printed").read_text()
 
 
