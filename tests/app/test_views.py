@@ -98,7 +98,7 @@ def test_norms_of_an_exported_file_are_those_of_the_product(run):
         save_file(tensors, run.folder / method / "pytorch_lora_weights.safetensors")
     assert run.lora_norms("lora")[name] == pytest.approx(np.linalg.norm(up @ down), rel=1e-5)
     shown = views.norm_difference(run)
-    assert f"{2 * np.linalg.norm(up @ down):+.2f}" in shown and "background:rgba(232,89,12,0.85)" in shown  # orange
+    assert f"{2 * np.linalg.norm(up @ down):+.2f}" in shown and "background:rgba(232,89,12,0.70)" in shown  # orange
 
 
 def test_a_merge_report_by_hand():
