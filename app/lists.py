@@ -106,10 +106,10 @@ def settings_of(entry: Entry, run: Run) -> dict[str, object]:
     given = {name: value for name, value in entry.settings.items() if value not in launcher.EMPTY}
     named = given.get("model", DEFAULT)
     if run.config:
-        config = {name: " ".join(map(str, listed(run.config.get(name)))) for name in SHOWN}
+        config: dict[str, object] = {name: " ".join(map(str, listed(run.config.get(name)))) for name in SHOWN}
         base = run.word(form.MODEL) or ""
         return config | {"model": bundled(base) or base} | given
-    return form.defaults({**given, form.MODEL: named}) | {"model": named} | given
+    return form.defaults({form.MODEL: named, "optimizer": given.get("optimizer")}) | {"model": named} | given
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------

@@ -92,10 +92,10 @@ def table_rows(names: Iterable[object], rows: Iterable[Iterable[object]]) -> str
     """Return the rows of a table as HTML: a row with the names of the columns, then the rows of values.
 
     On a narrow page, the style sheet shows each value below the last one, with the name of its column."""
-    names = [escape(name) for name in names]
-    header = "".join(f"<th>{name}</th>" for name in names)
+    titles = [escape(name) for name in names]
+    header = "".join(f"<th>{title}</th>" for title in titles)
     lines = (
-        "".join(f'<td data-label="{name}">{escape(cell)}</td>' for name, cell in zip(names, row, strict=True))
+        "".join(f'<td data-label="{title}">{escape(cell)}</td>' for title, cell in zip(titles, row, strict=True))
         for row in rows
     )
     return "".join(f"<tr>{cells}</tr>" for cells in (header, *lines))
