@@ -130,7 +130,13 @@ async function enlarge(button) {
   if (answer.error) return trigger("refused", { line: answer.error });
   const figures = answer.images.map(([title, source]) => {
     const figure = document.createElement("figure"), image = new Image(), line = document.createElement("figcaption");
-    image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= 144));
+    image.addEventListener("load", () => {
+      image.classList.toggle("small", image.naturalWidth <= 144);
+      // The style sheet shows a small image at a whole multiple of its size: of at most these widths.
+      for (const [name, most] of [["times", 400], ["few", 150]])
+        image.style.setProperty(`--${name}`, Math.max(1, Math.floor(most / image.naturalWidth)));
+      image.style.setProperty("--own", `${image.naturalWidth}px`);
+    });
     image.src = source;
     image.alt = `${title} of ${name}`;
     line.textContent = answer.images.length > 1 ? title : name;

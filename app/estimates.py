@@ -25,6 +25,7 @@ from .runs import Run, RunError, number
 SAME = ("resolution", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "base_precision")
 """Options on which the time of a step depends most, in addition to the model."""
 UNKNOWN = "known after the first steps"
+AGAIN = "Open this tab again to repeat it."
 ABANDONED = 5.0
 """Seconds after which an estimate is given up that no page has asked for since."""
 
@@ -104,6 +105,8 @@ class Question:
     answer: str = ""
     asked: float = 0.0
     """Time at which a page last asked."""
+    has_failed: bool = False
+    """Whether the answer says why there is no estimate, which may succeed later: another program may use the CPU."""
 
 
 class MemoryEstimates:
@@ -115,8 +118,12 @@ class MemoryEstimates:
         self.lock, self.at_work = threading.Lock(), False
 
     def known(self, key: str, words: Callable[[], list[str]]) -> str:
-        """Return a stored estimate; empty if it has to be computed, which `ask` does."""
+        """Return a stored estimate; empty if it has to be computed, which `ask` does.
+
+        An estimate that has failed is computed again, because pages call this when the form is shown or changed."""
         with self.lock:
+            if key in self.questions and self.questions[key].has_failed:
+                del self.questions[key]
             return self.questions.setdefault(key, Question(words)).answer
 
     def ask(self, key: str) -> str:
@@ -143,7 +150,8 @@ class MemoryEstimates:
             try:
                 question.answer = peak_memory(self.jobs.plan(question.words(), partial(self.is_wanted, question)))
             except RunError as error:
-                question.answer = str(error) if self.is_wanted(question) else ""
+                question.has_failed = self.is_wanted(question)
+                question.answer = f"{error} {AGAIN}" if question.has_failed else ""
             except Exception as error:  # such as a full disk when uploads are stored
                 question.answer = f"unknown ({type(error).__name__})"
 

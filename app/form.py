@@ -67,6 +67,8 @@ TEXTS = (
 OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
 """Options that only apply with `--class_data_dir`, a path that the page must not set."""
 NEVER = ("plan", "local_rank", "push_to_hub", "dataloader_num_workers", *OF_CLASS_IMAGES)
+UNSET, LONGEST_DEFAULT = "default", 15
+"""What a box shows instead of a default that has more characters than fit; the help then names the default."""
 GROUP = "options-%d"
 """Name of the page's element of a group of options, by the number of the group."""
 EXPERIMENTS = Options.titles["experiment"]
@@ -197,7 +199,17 @@ def label(option: Option) -> str:
 def info(option: Option) -> str:
     """Return the help text below an option's label: its help and its name on the command line."""
     text = HELP.get(option.name, option.help)
+    if option.name not in HELP and in_empty_box(option) == UNSET:
+        text = f"{text}. Default: {option.otherwise.partition(';')[0]}"
     return f"{text[:1].upper()}{text[1:]} · {option.flag}"
+
+
+def in_empty_box(option: Option) -> str:
+    """Return what the box of an option shows while it is empty: the default, or `UNSET` if the default is too long.
+
+    A list shows `UNSET` for any default, because it is as narrow as the boxes and has an arrow."""
+    default = placeholder(option)
+    return UNSET if default and (choices(option) or len(default) > LONGEST_DEFAULT) else default
 
 
 def placeholder(option: Option) -> str:

@@ -41,7 +41,7 @@ class Request:
             number = bounded(value, whole=False)
             if not least <= number <= greatest or (multiple and number % multiple):
                 kind = {None: "a number", 1: "a whole number"}.get(multiple, f"a multiple of {multiple}")
-                written = "nothing" if value in (None, "") else str(value)[:40]
+                written = "empty" if value in (None, "") else str(value)[:40]
                 raise RunError(f"{name.capitalize()} is {written}: give {kind} from {least} to {greatest}.")
 
     def clamped(self) -> Request:

@@ -18,6 +18,7 @@ from .views import escape, scaled
 
 PER_PAGE = 24
 MOST_NOTES = 8
+SIZES = "width &times; height of the file &rarr; in training"
 
 
 def pages(count: int) -> int:
@@ -62,7 +63,7 @@ def card(image: Image, thumbnail: str, badges: tuple[str, str], fixed: bool) -> 
     return (
         f'<div class="card{" bad" if badges[0] else ""}" role="group" aria-label="{name}" data-name="{name}">'
         f'<label class="pick"><input type="checkbox" aria-label="select {name}">{picture}</label>{enlarge}'
-        f'<p class="name" title="{name}">{name}</p><p class="sizes">{sizes(image)}</p>{lines}'
+        f'<p class="name" title="{name}">{name}</p><p class="sizes" title="{SIZES}">{sizes(image)}</p>{lines}'
         f'<textarea rows="3" aria-label="caption of {name}" data-was="{text}" placeholder="no caption"'
         f'{" readonly" if fixed else ""}>\n{text}</textarea><p class="told" role="status"></p></div>'
     )

@@ -206,13 +206,13 @@ class Jobs:
             return place_of(of_run, contents_of(uploads, caption))
         return self.images.find(folder).path if folder else None
 
-    def first_images(self, folder: str | None, uploads: list[str]) -> list[Path]:
-        """Return the first `FEW` images of the uploads, else of the folder with this name, for the preview."""
+    def preview_images(self, folder: str | None, uploads: list[str]) -> list[Path]:
+        """Return the images among the uploads, else those directly in the folder with this name, for the preview."""
         found = list(map(Path, uploads))
         if not uploads and folder:
             chosen = self.images.find(folder)
             found = [path for path in sorted(chosen.path.glob("[!.]*")) if chosen.holds(path)]
-        return [path for path in found if path.suffix.lower() in SUFFIXES][:FEW]
+        return [path for path in found if path.suffix.lower() in SUFFIXES]
 
     def resumable(self, name: str, kind: type[Run] = Run) -> Run:
         """Return the run or experiment with this name. Raises `RunError` if it cannot be resumed."""

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reslora.formatting import pluralize
+from reslora.options.values import listed
 
+from . import form, launcher, votes
 from .activity import activity, why_ended
+from .bases import DEFAULT, bundled
 from .folders import BUNDLED
 from .jobs import GONE, RUNNING, WAITING, Entry, Jobs
 from .library import Experiment, LanguageRun, language_script, last_change
@@ -88,13 +91,25 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
     methods = entry.settings.get("method")
     names = ", ".join(NAMES[name] for name in methods if name in NAMES) if isinstance(methods, list) else ""
     facts = ["resume" if entry.resume else "", entry.kind if entry.kind != "run" else "", names]
-    given = {label: entry.settings.get(name) for name, label in SHOWN.items()}
+    settings = settings_of(entry, run)
+    given = {label: settings.get(name) for name, label in SHOWN.items()}
     facts += [f"{label} {str(value)[:40]}" for label, value in given.items() if value not in (None, "")]
     images = entry.folder if entry.folder in (None, BUNDLED) else f"images: {entry.folder}"
     facts += [images or "", f"GPU {entry.device}" if entry.device is not None else ""]
     if entry.state != RUNNING:
         return [*facts, entry.line]
     return [*facts, activity(run.activity) if run.folder.is_dir() else GONE]
+
+
+def settings_of(entry: Entry, run: Run) -> dict[str, object]:
+    """Return an entry's settings; those not given are the values of its run or, before it starts, the defaults."""
+    given = {name: value for name, value in entry.settings.items() if value not in launcher.EMPTY}
+    named = given.get("model", DEFAULT)
+    if run.config:
+        config: dict[str, object] = {name: " ".join(map(str, listed(run.config.get(name)))) for name in SHOWN}
+        base = run.word(form.MODEL) or ""
+        return config | {"model": bundled(base) or base} | given
+    return form.defaults({form.MODEL: named, "optimizer": given.get("optimizer")}) | {"model": named} | given
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
@@ -161,7 +176,12 @@ def picture(run: Run) -> str:
 
 
 def newest_samples(run: Run) -> Iterator[Path]:
-    """Yield one sample per method, from the last method to the first: the first image of the method's newest step."""
+    """Yield one sample per method, from the last method to the first: the first image of the method's newest step.
+
+    For an experiment, yield the samples of the compared methods at their chosen steps; without a verdict, yield none.
+    """
+    if isinstance(run, Experiment):
+        yield from (path for path, _ in votes.pairs(run).values())
     steps = list(reversed(run.steps()))
     for method in reversed(run.methods):
         samples = next((images for step in steps if (images := run.samples(method, step))), {})

@@ -6,8 +6,8 @@ from reslora.runtime.log import of_split
 from .runs import Run, Weights, number
 from .views import NAMES, escape, notice
 
-ONE_SEED = "One seed: no difference shown. Run an experiment, which can show one: <code>--seed 0 1 2</code>."
-ALONE = "There is nothing to compare with: <code>--method lora reslora</code> trains both."
+ONE_SEED = "One seed cannot show a difference; an experiment can: under Train, give the seeds <code>0 1 2</code>."
+ALONE = "There is nothing to compare with: select LoRA and ResLoRA under Train to train both."
 LOSS = "loss on held-out images (lower is better)"
 HIGH_ERROR = 0.2
 """Mean relative error of the merged blocks above which images of merged and unmerged weights are likely to differ."""

@@ -89,9 +89,16 @@ def scaled(width: int) -> str:
 
 
 def table_rows(names: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
-    """Return the rows of a table as HTML: a row with the names of the columns, then the rows of values."""
-    lines = [("th", names), *(("td", row) for row in rows)]
-    return "".join(f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>" for tag, cells in lines)
+    """Return the rows of a table as HTML: a row with the names of the columns, then the rows of values.
+
+    On a narrow page, the style sheet shows each value below the last one, with the name of its column."""
+    titles = [escape(name) for name in names]
+    header = "".join(f"<th>{title}</th>" for title in titles)
+    lines = (
+        "".join(f'<td data-label="{title}">{escape(cell)}</td>' for title, cell in zip(titles, row, strict=True))
+        for row in rows
+    )
+    return "".join(f"<tr>{cells}</tr>" for cells in (header, *lines))
 
 
 def table(kind: str, name: str, rows: str, mark: str = "") -> str:
@@ -359,7 +366,7 @@ def shade(value: float | None, largest: float, signed: bool) -> str:
         return "color:#aaa"
     strength = min(1.0, abs(value) / largest)
     red, green, blue = (25, 113, 194) if signed and value < 0 else (232, 89, 12)
-    return f"background:rgba({red},{green},{blue},{0.85 * strength:.2f})"
+    return f"background:rgba({red},{green},{blue},{0.7 * strength:.2f})"
 
 
 @unless_damaged

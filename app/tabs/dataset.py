@@ -194,7 +194,7 @@ class DatasetTab(Tab):
         shown = self.edits.shown(images, which, words)
         last = image_cards.pages(len(shown))
         page = bounded(page, 1, last, 1)
-        number = gr.update(value=page, label=f"Page of {last:,}")
+        number = gr.update(value=page, label=f"Page (1 to {last:,})")
         html = image_cards.cards(self.edits, images, shown, page)
         change = self.edits.last(images.folder)
         undo = gr.update(interactive=change is not None, value=f"{UNDO}: {change.line}" if change else UNDO)

@@ -4,6 +4,7 @@ import contextlib
 import secrets
 from collections.abc import Iterator
 from dataclasses import astuple
+from pathlib import Path
 
 import gradio as gr
 
@@ -47,6 +48,7 @@ class GenerateTab(Tab):
     def settings_column(self) -> None:
         """Make the components that select the weights and the settings of images."""
         self.weights = open_choice("Weights", elem_id="weights")
+        self.used_instead = gr.Textbox(label="Weights", interactive=False, visible=False, elem_id="used-instead")
         self.warning = gr.HTML(elem_id="merge-warning", visible=False)
         self.prompt = gr.Textbox(label="Prompt", elem_id="prompt")
         self.negative = gr.Textbox(label="Negative prompt")
@@ -100,8 +102,8 @@ class GenerateTab(Tab):
         warned = [page.run, self.weights]
         self.weights.change(self.warn, warned, self.warning, preprocess=False, **QUIET)
         gr.api(self.list_weights, api_name="weights")
-        used = [self.adapter, self.stack.loras]
-        gr.on([part.change for part in used], self.show_used, used, self.weights, preprocess=False, **QUIET)
+        used, shown = [self.adapter, *self.stack.inputs], [self.weights, self.used_instead]
+        gr.on([part.change for part in used], self.show_used, used, shown, preprocess=False, **QUIET)
         self.stack.events(page)
         self.grid.events(page)
 
@@ -150,10 +152,15 @@ class GenerateTab(Tab):
             text = warning_for(run, run.find_weights(label))
         return gr.update(value=text, visible=bool(text))
 
-    def show_used(self, adapter: object, loras: object) -> dict:
-        """Return the update of the weights' dropdown; its label says if an uploaded file or a stack is used instead."""
-        instead = "the file below" if adapter else "the stack below" if loras else ""
-        return gr.update(label=f"Weights (not used: {instead} is)" if instead else "Weights", interactive=not instead)
+    def show_used(self, adapter: object, loras: list[str] | None, strengths: str) -> tuple[dict, dict]:
+        """Return the updates of the weights' dropdown, and of the box in its place.
+
+        The box names the uploaded file or the stack that is used instead of the selected weights."""
+        files = [Path(path).name for path in paths_of(adapter)]
+        label = f"Weights ({'the file' if files else 'the LoRAs'} selected below)"
+        text = ", ".join(files or loras or ()) + (f"; strengths {strengths}" if strengths and not files else "")
+        instead = bool(files or loras)
+        return gr.update(visible="hidden" if instead else True), gr.update(value=text, label=label, visible=instead)
 
     def chosen_weights(
         self, run: Run | None, label: str, adapter, adapter_config, loras: list[str] | None, strengths: str

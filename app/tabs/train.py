@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gradio as gr
 
+from reslora.formatting import pluralize
 from reslora.images.config_file import OF_SHORTCUTS
 from reslora.images.data.caption_files import CAPTIONS
 from reslora.options.option import Option
@@ -19,7 +20,7 @@ from ..bases import DEFAULT, PIPELINES, word_of_model
 from ..estimates import MemoryEstimates, number_of_runs, training_time
 from ..folders import BUNDLED
 from ..handlers import NO_PROGRESS, QUIET, named, paths_of
-from ..jobs import WAITING, Entry, NameTaken
+from ..jobs import FEW, WAITING, Entry, NameTaken
 from ..library import Experiment
 from ..runs import Run, RunError
 from ..uploads import store_images
@@ -195,10 +196,10 @@ class TrainTab(ControlTab):
         if option.is_switch:
             return gr.Checkbox(value, **common)
         if found := form.choices(option):
-            unset = [(f"default: {option.otherwise.partition(';')[0]}", "")] if value == "" else []
+            unset = [(form.UNSET, "")] if value == "" else []
             return gr.Dropdown([*unset, *found], value=value, multiselect=isinstance(value, list), **common)
         lines = {"lines": 2} if name == "validation_prompt" else {"max_lines": 1}
-        return gr.Textbox(value, placeholder=form.placeholder(option), **lines, **common)
+        return gr.Textbox(value, placeholder=form.in_empty_box(option), **lines, **common)
 
     # -- events --------------------------------------------------------------------------------------------------------
 
@@ -384,8 +385,15 @@ class TrainTab(ControlTab):
         yield views.printed(self.jobs.plan(words))
 
     def show_images(self, folder: str, uploads) -> str:
-        """Return thumbnails of the first uploaded images, else of the first images in the folder, as HTML."""
-        return views.thumbnails(self.jobs.first_images(folder, paths_of(uploads)))
+        """Return the number of uploaded images, else of those in the folder, with the first ones, as HTML.
+
+        For uploads, also return the number of caption files: it shows whether the captions were found."""
+        paths = paths_of(uploads)
+        images = self.jobs.preview_images(folder, paths)
+        captions = [path for path in paths if Path(path).suffix.lower() in CAPTIONS]
+        told = pluralize(len(images), "image") + (f", {pluralize(len(captions), 'caption file')}" if captions else "")
+        told += f"; the first {FEW}:" if len(images) > FEW else ""
+        return views.notice(told) + views.thumbnails(images[:FEW]) if images else ""
 
     def do_start(self, *inputs) -> tuple:
         """Start or queue the form's run or experiment.

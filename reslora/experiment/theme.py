@@ -11,7 +11,7 @@ STYLE = """
   --c6: #ff8fb1; --c7: #e8c65a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 20px 16px 48px; }
+main { max-width: 1340px; margin: 0 auto; padding: 20px 16px 48px; }
 header p { color: var(--soft); margin: 0; } header .lead { color: var(--text); font-size: 1.1rem; }
 h1 { font-size: clamp(1.3rem, 1rem + 1.6vw, 2rem); line-height: 1.25; margin: 4px 0 10px; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 36px 0 10px; }

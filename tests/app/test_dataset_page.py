@@ -156,12 +156,15 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         page.get_by_role("button", name="enlarge the image 0.png").press("Enter")
         page.locator("dialog.enlarged img").wait_for()
         assert page.locator("dialog.enlarged img").get_attribute("src").startswith("data:image/webp")
+        thumbnail = page.locator('.card[data-name="0.png"] img').bounding_box()["width"]
+        assert page.locator("dialog.enlarged img").bounding_box()["width"] >= thumbnail  # also if the file is small
         page.keyboard.press("Escape")
         page.locator("dialog.enlarged").wait_for(state="hidden")
         choose(page, "#which", "Skipped by training")
         page.wait_for_function("document.querySelectorAll('.card').length === 1")
         seen = [".card .name", ".card .sizes", ".card .out", ".card textarea", ".told-of .bad", "#picked-count"]
         assert [name for name in seen if contrast(page.locator(name).first) < 4.5] == []
+        assert not page.locator("#pages").is_visible()  # one page is enough
         choose(page, "#which", "Duplicates")
         page.locator(".card .alike").get_by_text("the same image as 5.png").wait_for()
         assert contrast(page.locator(".card .alike").first) >= 4.5

@@ -91,3 +91,23 @@ def test_memory_is_estimated_in_the_background_for_the_last_question_only(jobs, 
     wait_until(lambda: memory.ask("c"), "the second estimate")
     assert planned == [["a"], ["c"]] and memory.ask("c") == "1 GiB, while training"
     assert memory.known("c", list) == memory.ask("c") and memory.known("a", list) == ""
+
+
+def test_an_estimate_that_took_too_long_is_repeated_when_the_form_is_shown_again(jobs, monkeypatch):
+    """Not while the form stays as it is, or a busy machine would get no rest."""
+    planned = []
+
+    def plan(words, wanted):
+        planned.append(words)
+        if len(planned) == 1:
+            raise RunError("The estimate took longer than 180 seconds.")
+        return "the most, 1.00 GiB, while training; "
+
+    monkeypatch.setattr(jobs, "plan", plan)
+    memory = MemoryEstimates(jobs)
+    assert memory.known("a", list) == ""
+    wait_until(lambda: memory.ask("a"), "the estimate to fail")
+    assert memory.ask("a") == f"The estimate took longer than 180 seconds. {estimates.AGAIN}" and len(planned) == 1
+    assert memory.known("a", list) == ""  # the tab is opened again
+    wait_until(lambda: memory.ask("a"), "the second estimate")
+    assert memory.known("a", list) == "1 GiB, while training" and len(planned) == 2

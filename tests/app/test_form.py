@@ -184,6 +184,19 @@ def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
     assert "a bucket keeps at least 93% always" in form.info(known["center_crop"])
 
 
+def test_a_default_that_does_not_fit_into_its_box_is_part_of_the_help():
+    known, shown = form.known(), form.defaults({})
+    for name, option in known.items():
+        default = form.in_empty_box(option)
+        assert len(default) <= (form.LONGEST_DEFAULT if not form.choices(option) else len(form.UNSET)), name
+        assert default or shown[name] != "" or option.otherwise.startswith("none") or not form.choices(option), name
+    assert form.in_empty_box(known["mixed_precision"]) == form.in_empty_box(known["target_modules"]) == form.UNSET
+    assert "Default: what accelerate was started with · --mixed_precision" in form.info(known["mixed_precision"])
+    assert form.in_empty_box(known["lora_alpha"]) == "twice the rank" and "Default" not in form.info(
+        known["lora_alpha"]
+    )
+
+
 def test_a_switch_that_is_on_unless_something_else_is_given_is_shown_as_on():
     assert form.defaults({})["racing"] is True
     assert launcher.arguments({"racing": True}) == [] and launcher.arguments({"racing": False}) == ["--no-racing"]

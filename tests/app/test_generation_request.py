@@ -24,7 +24,7 @@ def test_requests_are_clamped():
     ("name", "value", "told"),
     [
         ("seed", -5, "Seed is -5: give a whole number from 0 to 4294967295."),
-        ("seed", None, "Seed is nothing: give a whole number"),
+        ("seed", None, "Seed is empty: give a whole number"),
         ("seed", 10**20, "Seed is 100000000000000000000: give a whole number"),
         ("seed", 1.5, "Seed is 1.5: give a whole number"),
         ("width", 70, "Width is 70: give a multiple of 8 from 32 to 1024."),

@@ -202,7 +202,13 @@ def test_which_images_are_trained_on_is_said(lined, tmp_path):
     shown = [lists.facts_of(entry, lined.run_of(entry)) for entry in added]
     settings = {"model": "assets/pipeline-flow", "rank": "8", "seed": "5", "max_train_steps": "40"}
     facts = lists.facts_of(Entry("e", settings=settings), lined.run_of(added[0]))
-    assert [fact for fact in facts if fact] == ["model assets/pipeline-flow", "rank 8", "seed 5", "steps 40"]
+    given = ["model assets/pipeline-flow", "rank 8", "learning rate 0.001", "seed 5", "steps 40"]
+    assert [fact for fact in facts if fact] == given  # the learning rate is the model's default
+    defaults = ["model assets/pipeline", "rank 16", "learning rate 0.0005", "seed 0", "steps 200"]
+    assert [fact for fact in shown[1] if fact] == [*defaults, "images: cats"]
+    write_run(lined.library.folder / "of-before", rank=[4], seed=7)
+    resumed = lists.facts_of(Entry("of-before", resume=True), lined.library.find("of-before"))
+    assert {"rank 4", "seed 7", "steps 4", "learning rate 0.001"} <= set(resumed)
     assert "bundled images" in shown[0] and "images: cats" in shown[1] and "images: runs/c" in shown[2]
 
 

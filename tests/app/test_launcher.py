@@ -490,5 +490,5 @@ def test_hidden_files_are_neither_shown_nor_counted(trainings):
     folder = image_folder(trainings.data / "dogs", 2)
     for path in list(folder.iterdir()):
         path.with_name(f"._{path.name}").write_bytes(b"Mac OS X")
-    assert [path.name for path in trainings.first_images("dogs", [])] == ["0.png", "1.png"]
+    assert [path.name for path in trainings.preview_images("dogs", [])] == ["0.png", "1.png"]
     assert trainings.images.count("dogs", [], 9) == 2

@@ -125,9 +125,11 @@ def test_a_page_that_is_loaded_again_keeps_its_run_and_tab_and_shows_an_error_on
 
 
 def test_weights_say_what_is_used_in_their_place():
-    for adapter, loras, label in ((None, [], "Weights"), ({"path": "x"}, [], "file"), (None, ["one: lora"], "stack")):
-        shown = GenerateTab.show_used(None, adapter, loras)
-        assert label in shown["label"] and shown["interactive"] == (label == "Weights")
+    file, stack = {"path": "/tmp/x.safetensors"}, ["one: lora", "two: lora"]
+    for adapter, loras, text in ((None, [], ""), (file, [], "x.safetensors"), (None, stack, "one: lora, two: lora")):
+        weights, instead = GenerateTab.show_used(None, adapter, loras, "")
+        assert instead["value"] == text and instead["visible"] == bool(text) == (weights["visible"] == "hidden")
+    assert GenerateTab.show_used(None, None, stack, "1 0.5")[1]["value"] == "one: lora, two: lora; strengths 1 0.5"
 
 
 def test_threads_are_told_to_spin_briefly_before_torch_is_there():
@@ -737,10 +739,17 @@ def test_loras_are_stacked_and_written_as_a_model(page, runs):
     assert (runs / "models" / "of-the-page" / "model_index.json").is_file()
     place = lambda: page.locator("#generate").bounding_box()  # noqa: E731
     wait_until(lambda: place()["y"] > 700 and place()["y"] + place()["height"] <= 800, "Generate at the lower edge")
+    used = "document.querySelector('#used-instead :is(input, textarea)')"
+    page.wait_for_function(f"{used}?.value === 'tiny: lora, tiny: reslora; strengths 1 0.5'")
+    page.locator("#used-instead").wait_for()
+    page.locator("#weights").wait_for(state="hidden")
     page.locator("#generate").click()
     page.locator("#status").get_by_text("2 of 2 images done").wait_for()
     page.locator("#made").get_by_text("tiny: reslora x 0.5").first.wait_for()
     page.wait_for_function("document.documentElement.scrollWidth <= 420")
+    page.wait_for_function(  # no column is cut
+        "(box => box && box.scrollWidth <= box.clientWidth)(document.querySelector('#made .scroll'))"
+    )
     page.locator("#stop-model").click()
     page.locator("#model-status").get_by_text("No model is being written").wait_for()
 

@@ -40,7 +40,7 @@ def test_what_is_uploaded_is_what_the_trainer_reads(sent, tmp_path):
     found = load_images(options_of().replace(train_data_dir=str(store_images(tmp_path / "new", uploads, ""))))
     captions = [["a café"], [long.strip()], ["kohya's\r\nsecond line"], ["e"], ["red fox 1"]]
     assert found.captions == captions and found.left_out == ()
-    shown = Jobs(Library(tmp_path)).first_images(None, uploads)
+    shown = Jobs(Library(tmp_path)).preview_images(None, uploads)
     assert len(shown) == 5 <= FEW
 
 

@@ -1,6 +1,7 @@
 """app/views.py: the HTML of a run, whatever its files contain."""
 
 import json
+import re
 
 import numpy as np
 import PIL.Image
@@ -97,7 +98,7 @@ def test_norms_of_an_exported_file_are_those_of_the_product(run):
         save_file(tensors, run.folder / method / "pytorch_lora_weights.safetensors")
     assert run.lora_norms("lora")[name] == pytest.approx(np.linalg.norm(up @ down), rel=1e-5)
     shown = views.norm_difference(run)
-    assert f"{2 * np.linalg.norm(up @ down):+.2f}" in shown and "background:rgba(232,89,12,0.85)" in shown  # orange
+    assert f"{2 * np.linalg.norm(up @ down):+.2f}" in shown and "background:rgba(232,89,12,0.70)" in shown  # orange
 
 
 def test_a_merge_report_by_hand():
@@ -170,4 +171,15 @@ def test_the_base_model_has_no_strength_in_the_table_of_settings():
     image = PIL.Image.new("RGB", (8, 8))
     drawn = [Drawn(image, Request(strength=0.5), {"weights": name}) for name in ("base model", "lora: x.safetensors")]
     base, other = views.settings_table(drawn).split("<tr>")[2:]
-    assert "<td>0.5</td>" not in base and "<td>0.5</td>" in other
+    assert ">0.5</td>" not in base and '<td data-label="strength">0.5</td>' in other
+
+
+@pytest.mark.parametrize(("text", "behind"), [((39, 39, 42), 255), ((244, 244, 245), 29)], ids=["light", "dark"])
+@pytest.mark.parametrize("signed", [1, -1])
+def test_a_number_in_the_darkest_cell_of_a_heat_map_can_be_read(text, behind, signed):
+    """The cell's color is blended with the one behind it; the text has the page's color."""
+    *color, alpha = map(float, re.findall(r"[\d.]+", views.shade(signed, 1, True)))
+    pair = [np.array(text) / 255, (np.array(color) * alpha + behind * (1 - alpha)) / 255]
+    linear = [np.where(one <= 0.04045, one / 12.92, ((one + 0.055) / 1.055) ** 2.4) for one in pair]
+    dark, light = sorted(0.05 + one @ [0.2126, 0.7152, 0.0722] for one in linear)
+    assert light / dark >= 4.5

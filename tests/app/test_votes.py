@@ -12,7 +12,7 @@ from app_runs import with_one_wrong
 from experiment import examples
 from scipy import stats
 
-from app import votes
+from app import lists, votes
 from app.jobs import Jobs
 from app.library import Library
 from app.runs import RunError
@@ -45,6 +45,7 @@ def test_pairs_have_one_prompt_and_seed_of_the_chosen_runs(experiment):
         for label, path in ((pair.label, ours), (pair.reference, theirs)):
             rate = content["chosen"][label]["learning_rate"]
             assert f"lr-{rate:g}/seed-{pair.seed}/samples" in str(path) and path.name == f"{pair.prompt}-0.png"
+    assert "newest sample of which" in lists.picture(experiment)  # under Runs
 
 
 def test_a_vote_is_a_line_and_the_next_pair_has_the_fewest(experiment):
@@ -125,7 +126,7 @@ def test_a_damaged_record_has_no_pairs_and_leads_nowhere(experiment):
     parts = {"arms": content["arms"][:1], "verdicts": content["verdicts"][:1], "settings": {}}
     for wrong in with_one_wrong(parts):
         (experiment.folder / "experiment.json").write_text(json.dumps(wrong))
-        assert votes.pairs(experiment) == {} and "<td>" not in votes.result(experiment)
+        assert votes.pairs(experiment) == {} and "<td" not in votes.result(experiment)
     (outside := experiment.folder.parent / "outside" / "samples" / "step-000100").mkdir(parents=True)
     (outside / "0-0.png").write_bytes(b"")
     for arm in content["arms"]:

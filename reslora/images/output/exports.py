@@ -123,7 +123,7 @@ def export_merged(
     write_formats(parts, method, kohya_metadata(denoiser.config, training_data, schedule, context), context)
     if shown:
         save_images(folder / MERGED, list(map(as_image, drawn)), options.validation.validation_prompt)
-    context.status.say("reading back what was written", name)
+    context.status.say("checking the exported files", name)
     differences = {}
     for file, other in read_back(parts, method, sampler, context):
         differences[file], doubt = compared(f"{name}/{file}", other, prompts[0], sampler, reference)
