@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from suites import quick
 
+pytest.register_assert_rewrite("core_models")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

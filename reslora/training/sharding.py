@@ -59,7 +59,7 @@ def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
         raise InvalidArgument(LAUNCHER, problem, "set it to true, or train without FSDP2")
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         problem = "its fsdp_offload_params, the base on the host, has not been tried"
-        raise InvalidArgument(LAUNCHER, problem, "give false there")
+        raise InvalidArgument(LAUNCHER, problem, "set it to false")
 
 
 def refuse_flags(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions, output: OutputOptions) -> None:

@@ -47,7 +47,7 @@ def test_what_the_trainer_says_of_a_folder_names_no_place_of_this_machine(edits,
     found = [image_folders.read(edits.folders.find(name), options_of()) for name in ("10_sks", "5_none")]
     said = [*found[0].notes, found[1].refused]
     assert all(str(tmp_path) not in line for line in said)
-    assert "they do if the folder above is named" in said[0] and "give the folder above, in which" in said[-1]
+    assert "give the folder above as the folder of images" in said[0] and "give the folder above, in which" in said[-1]
 
 
 def test_a_card_tells_width_and_then_height():

@@ -127,7 +127,7 @@ def test_without_calibration_or_norms_fewer_merges_apply():
 def test_figures_that_are_not_finite_end_the_run(method, value):
     with pytest.raises(RunFailed) as error:
         merge_table(random_model(method)[0], lambda: {"accuracy": 0.5, "loss": value})
-    assert_one_line(error, f"loss {value}", "diverged", "--learning_rate")
+    assert_one_line(error, f"loss is {value}", "diverged", "--learning_rate")
 
 
 def test_weights_that_cannot_be_merged_end_the_run():

@@ -23,7 +23,7 @@ def test_captions_beside_images_are_not_lost_to_metadata_below(tmp_path, capsys,
     """`datasets` reads the metadata in subfolders, and takes only the images that it lists."""
     folder, cache = nested(tmp_path / "p", "txt", inner), ("--cache_dir", str(tmp_path / "cache"))
     line = refused(capsys, flag, folder, *cache)
-    assert "2 images with captions" in line and f"{folder}/0.png" in line and "one by one" in line
+    assert "2 images with caption files" in line and f"{folder}/0.png" in line and "one by one" in line
     (folder / "above").mkdir()
     for path in [*folder.glob("?.*")]:
         path.rename(folder / "above" / path.name)

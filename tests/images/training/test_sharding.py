@@ -100,8 +100,8 @@ def fsdp(monkeypatch) -> None:
     ("said", "flags", "words"),
     [
         ({"FSDP_VERSION": "1"}, {}, ["accelerate launch: ", "FSDP 1", "fsdp_version: 2"]),
-        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, {}, ["fsdp_reshard_after_forward", "give true"]),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, ["fsdp_offload_params", "give false"]),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, {}, ["fsdp_reshard_after_forward", "set it to true"]),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, ["fsdp_offload_params", "set it to false"]),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, ["shortcuts", "--gradient_checkpointing"]),
         ({"FSDP_AUTO_WRAP_POLICY": "NONE"}, {}, ["auto wrap policy", "fsdp_config"]),
         ({}, {"compile": True}, ["--compile", "leave it out"]),
