@@ -12,6 +12,7 @@ import numpy as np
 
 from ..formatting import enumerated, pluralize
 from ..io import replacing
+from ..methods.registry import METHODS
 from ..options.values import listed
 from ..plots.charts import MINUS, Axes, Row, Series, chart, escape, forest
 from .claim import changes
@@ -174,7 +175,9 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
         in_lines(verdict["sentence"] for verdict in verdicts),
         READING.format(unit=unit, coverage=coverage),
     )
-    explained = f"<details><summary>How to read this</summary><p>{reading}</p></details>" if verdicts else ""
+    kinds = dict.fromkeys(arm["method"] for arm in experiment["arms"])
+    methods = in_lines(f"{kind}: {METHODS[kind].help}" for kind in kinds if kind in METHODS)
+    explained = f"<details><summary>How to read this</summary>{methods}<p>{reading}</p></details>" if verdicts else ""
     return sentences + verdict_plot(experiment) + explained + table("Verdicts", names, rows)
 
 
@@ -253,8 +256,10 @@ def certainty(experiment: Experiment, label: str, unit: str) -> str:
     best = ranking["best"] if ranking else []
     others = [name for name in best if name != label]
     if others and label in best:
+        does = "do" if len(others) > 1 else "does"
         return (
-            f"As far as this experiment can tell, {enumerated(others)} {'do' if len(others) > 1 else 'does'} as well."
+            f"It has the lowest loss on the selection split; as far as this experiment can tell, {enumerated(others)} "
+            f"{does} as well."
         )
     for verdict in experiment["verdicts"]:
         if verdict["label"] == label:
@@ -416,13 +421,13 @@ def table(title: str, names: Iterable[str], rows: Sequence[Sequence[str]], marke
 
 def badge(word: str) -> str:
     """Return a status or conclusion as a colored badge; HTML."""
-    return f'<span class="badge {escape(word)}">{escape(word)}</span>'
+    text = "not significant" if word == "not shown" else word
+    return f'<span class="badge {escape(word)}">{escape(text)}</span>'
 
 
 def rate(value: float) -> str:
-    """Return a learning rate as text, such as 1e-4 or 2.5e-4."""
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    """Return a learning rate as text, as in the names of folders."""
+    return f"{value:g}"
 
 
 def number(loss: float | None) -> str:

@@ -313,17 +313,11 @@ class Results:
         for name, compared in schedule.labels.items():
             if seconds is not None and compared.source in self.chosen and name not in {*waiting, *self.chosen}:
                 yield f"{name}: left out, because it was not measured within {seconds:.3g} s; measure more often"
-        for label, choice in self.chosen.items():
-            if choice["at_end"] and choice["next"]:
-                end, other = {"low": ("lowest", "lower"), "high": ("highest", "higher")}[choice["at_end"]]
-                line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}, "
-                line += f"and a {other} one may do better"
-                further = f"--extend_rates, or --learning_rate {choice['next']:g} in addition to the others"
-                # --extend_rates has already tried all its extensions, and starts from the given values
-                if experiment.extend_rates:
-                    rates = sorted({*schedule.grids[label], choice["next"]})
-                    further = f"--learning_rate {' '.join(f'{rate:g}' for rate in rates)}"
-                yield f"{line}; {further}"
+        advised: dict[str, list[str]] = {}
+        for label in self.chosen:
+            for advice in self.advice(label):
+                advised.setdefault(advice, []).append(label)
+        yield from (f"{', '.join(labels)}: {advice}" for advice, labels in advised.items())
         references = self.references()
         if references and references.isdisjoint(arm.label for arm in trained):
             yield f"nothing to compare with: no learning rate of {schedule.reference} is chosen"
@@ -332,6 +326,24 @@ class Results:
             level = f"{100 * level_of(self.readings):.2g}%"
             total = "the levels of all evaluations add up to at most 5%"
             yield f"{read}: this time at a significance level of {level}; {total}"
+
+    def advice(self, label: str) -> Iterator[str]:
+        """Yield what may lower a method's loss: learning rates beyond those that were tried, and more steps."""
+        schedule, choice = self.schedule, self.chosen[label]
+        if choice["at_end"] and choice["next"]:
+            end, other = {"low": ("lowest", "lower"), "high": ("highest", "higher")}[choice["at_end"]]
+            line = f"the best learning rate is the {end} that was tried, {choice['learning_rate']:g}, "
+            line += f"and a {other} one may do better"
+            further = f"--extend_rates, or --learning_rate {choice['next']:g} in addition to the others"
+            # --extend_rates has already tried all its extensions, and starts from the given values
+            if schedule.grid.base.experiment.extend_rates:
+                rates = sorted({*schedule.grids[label], choice["next"]})
+                further = f"--learning_rate {' '.join(f'{rate:g}' for rate in rates)}"
+            yield f"{line}; {further}"
+        trained = (arm for arm in schedule.arms() if arm.label == label and self.is_chosen(arm))
+        last = max(step for arm in trained for step in schedule.select_losses(arm))
+        if schedule.compared_seconds is None and choice["step"] == last:
+            yield f"the selection loss is lowest at the last step, {last}; with more steps it may be lower"
 
     def export(self, trained: Sequence[Arm]) -> record.Best:
         """Export the best arm and return its record.

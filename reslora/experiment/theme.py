@@ -4,11 +4,11 @@ STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --text: #1b1d21; --soft: #565b64;
   --edge: #d9dbdf; --accent: #1d5fbf; --good: #1f6b33; --bad: #a3301f; --good-back: #e3f3e6; --bad-back: #fbe7e3;
   --plain-back: #ecedef; --c0: #5c6370; --c1: #c2410c; --c2: #1d5fbf; --c3: #2b7a3d; --c4: #8a3ab9; --c5: #0b7285;
-  --c6: #a61e4d; --c7: #7a5c00; }
+  --c6: #a61e4d; --c7: #7a5c00; --shade: #0004; }
 @media (prefers-color-scheme: dark) { :root { --page: #14161a; --card: #1c1f25; --text: #e9eaec; --soft: #a9aeb8;
   --edge: #3a3f48; --accent: #7db4ff; --good: #8fdfa3; --bad: #ffa696; --good-back: #17351f; --bad-back: #43201a;
   --plain-back: #2b2f37; --c0: #b0b7c3; --c1: #ff9d5c; --c2: #7db4ff; --c3: #7ddb95; --c4: #d9a6ff; --c5: #5fd4e3;
-  --c6: #ff8fb1; --c7: #e8c65a; } }
+  --c6: #ff8fb1; --c7: #e8c65a; --shade: #fff4; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }
 main { max-width: 1340px; margin: 0 auto; padding: 20px 16px 48px; }
@@ -16,7 +16,12 @@ header p { color: var(--soft); margin: 0; } header .lead { color: var(--text); f
 h1 { font-size: clamp(1.3rem, 1rem + 1.6vw, 2rem); line-height: 1.25; margin: 4px 0 10px; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 36px 0 10px; }
 p { margin: 8px 0; max-width: 75ch; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; border: 1px solid var(--edge); border-radius: 8px; background: var(--card); }
+/* A shadow at an edge beyond which the table goes on. */
+.scroll { overflow-x: auto; border: 1px solid var(--edge); border-radius: 8px; background:
+  linear-gradient(90deg, var(--card) 30%, transparent) 0 0 / 40px 100% no-repeat local,
+  linear-gradient(270deg, var(--card) 30%, transparent) 100% 0 / 40px 100% no-repeat local,
+  linear-gradient(90deg, var(--shade), transparent) 0 0 / 14px 100% no-repeat,
+  linear-gradient(270deg, var(--shade), transparent) 100% 0 / 14px 100% no-repeat, var(--card); }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 12px; text-align: left; vertical-align: top; border-top: 1px solid var(--edge); }
 td, thead th { white-space: nowrap; }

@@ -67,7 +67,7 @@ def test_all_of_it_in_order(text, experiment):
     better = next(verdict for verdict in experiment["verdicts"] if verdict["conclusion"] == "better")
     for verdict in experiment["verdicts"]:
         assert verdict["sentence"] in words
-    assert "loha 8e-4 2 failed the loss is not finite at step 61 0.31000 — 61 7 min 0 s 5.00 GiB " in words
+    assert "loha 0.0008 2 failed the loss is not finite at step 61 0.31000 — 61 7 min 0 s 5.00 GiB " in words
     assert words.count("seed 0, step 200") == 4
     ours = [np.mean(arm["test"]["losses"]) for arm in experiment["arms"] if arm["label"] == "lora_x2" and arm["test"]]
     low, high = rerun(ours)
@@ -190,7 +190,7 @@ def test_an_unfinished_experiment_says_what_is_missing(tmp_path):
     assert "reslora block(4): not compared" in words
     assert "highest" not in words  # further rates are still to be trained
     found["chosen"]["lora"] |= {"at_end": "high", "next": 2e-4}
-    assert "highest; next: 2e-4" in words_of(page(found, tmp_path))
+    assert "highest; next: 0.0002" in words_of(page(found, tmp_path))
     nothing = found | {"arms": [], "chosen": {}, "notes": [], "timesteps": [], "settings": {}, "versions": {}}
     content = page(nothing, tmp_path)
     assert re.findall("<h2>(.*?)</h2>", content) == ["Settings and versions"] and "How to read this" not in content
@@ -273,7 +273,7 @@ def test_the_headline_of_one_method_is_its_best_rate():
     arms = [{"status": "finished", "label": "lora"}] * 2
     chosen = {"lora": {"learning_rate": 2e-4, "step": 50}}
     found = {"verdicts": [], "arms": arms, "chosen": chosen}
-    assert headline_of(found, "image") == "lora does best at learning rate 2e-4, step 50"
+    assert headline_of(found, "image") == "lora does best at learning rate 0.0002, step 50"
     assert headline_of(found | {"arms": [*arms, {"status": "waiting", "label": "lora"}]}, "image").endswith("yet")
 
 
@@ -429,7 +429,7 @@ def test_what_to_use_says_how_sure_it_is_and_how_each_file_is_used(experiment, f
     own = {"settings": {"output_dir": str(folder / "{mine}")}}
     content = page(experiment | own, folder)
     words, place = words_of(content), folder / "{mine}"
-    assert "Use reslora block(4) at learning rate 1e-4, 200 steps. It is better than lora: chance makes" in words
+    assert "Use reslora block(4) at learning rate 0.0001, 200 steps. It is better than lora: chance makes" in words
     line = "kohya.safetensors, pytorch_lora_weights.safetensors and peft/ are those of reslora/lr-0.0001/seed-1"
     assert f"{line} at step 200, which does best on the selection split:" in words
     assert "kohya.safetensors : ComfyUI: put it into models/loras" in words
@@ -443,7 +443,7 @@ def test_what_to_use_says_how_sure_it_is_and_how_each_file_is_used(experiment, f
 @pytest.mark.parametrize(
     ("best", "conclusion", "words"),
     [
-        (["a", "b", "c", "d"], "not shown", "As far as this experiment can tell, b, c and d do as well."),
+        (["a", "b", "c", "d"], "not shown", "It has the lowest loss on the selection split; as far as"),
         (["b"], "worse", "It is worse than lora on the test images"),
         (["a"], "not shown", "This experiment does not show whether it is better than lora"),
         ([], "cannot tell", "One seed does not show whether it is better than lora"),

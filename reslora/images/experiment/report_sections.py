@@ -52,8 +52,8 @@ def timestep_chart(experiment: Experiment) -> str:
     references = enumerated(dict.fromkeys(verdict["reference"] for verdict in experiment["verdicts"]))
     axes = Axes(f"Difference to {references}, in percent", "timestep (1 is pure noise)", "percent", zero=True)
     figure = chart(found, axes)
-    note = "<p>Below zero the method is better. A line is the mean over seeds, a dot is one seed.</p>"
-    return f'<div class="charts">{figure}</div>{note}' if figure else ""
+    note = "Below zero the method is better. A line is the mean over seeds, a dot is one seed (hollow: above the edge)."
+    return f'<div class="charts">{figure}</div><p>{note}</p>' if figure else ""
 
 
 def base_series(experiment: Experiment, measured: Mapping[tuple[str, int], list[float]], number: int) -> list[Series]:
