@@ -51,7 +51,7 @@ def hears(asked: gr.Request) -> bool:
 
 
 class Contents(BlocksConfig):
-    """Gradio's record of the components and events of a page, with cheaper copies."""
+    """Gradio's configuration of a page, its components and events, whose copies take less time and memory."""
 
     def __copy__(self) -> BlocksConfig:
         """Return a copy for a session, without the configuration of the components.

@@ -214,8 +214,9 @@ def rerun_line(tests: dict[str, np.ndarray]) -> str:
             if np.isfinite(again) and stated:
                 losses_of_one.append(within(again, stated))
     return (
-        f"Leave-one-out check: the PI contains {sum(losses_of_one)} of {len(losses_of_one)} test losses and "
-        f"{sum(of_one)} of {len(of_one)} differences to LoRA. The CI contains {sum(of_mean)} of these differences."
+        f"Leave-one-out check: the prediction interval (PI) contains {sum(losses_of_one)} of "
+        f"{len(losses_of_one)} test losses and {sum(of_one)} of {len(of_one)} differences to LoRA. The confidence "
+        f"interval (CI) contains {sum(of_mean)} of these differences."
     )
 
 

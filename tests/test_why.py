@@ -216,9 +216,10 @@ def test_each_seed_is_a_rerun_of_the_others():
     shift, random = np.array([0.004, 0.006, 0.005, 0.007, 0.1]), np.random.default_rng(0)
     lora = 1 + 0.1 * random.random((5, 40))
     line = why_report.rerun_line({"lora": lora, "reslora": lora * (1 + shift[:, None])})
-    assert line.startswith("Leave-one-out check: the PI contains 9 of 10 test losses and 4 of 5 differences")
+    assert line.startswith("Leave-one-out check: the prediction interval (PI) contains 9 of 10 test losses and 4 of 5 ")
     lacking = why_report.rerun_line({"lora": lora, "reslora": np.where(shift[:, None] > 0.01, np.nan, lora)})
-    assert lacking.startswith("Leave-one-out check: the PI contains 9 of 9 test losses and 4 of 4 differences")
+    head = "Leave-one-out check: the prediction interval (PI) contains 9 of 9 test losses and 4 of 4 differences"
+    assert lacking.startswith(head)
     assert why_report.rerun_line({"lora": lora}) == why_report.rerun_line({"lora": lora[:2], "is": lora[:2]}) == ""
 
 

@@ -381,7 +381,7 @@ def rounded(rate: float) -> float:
 
 
 def continued(rates: Sequence[float], there: Sequence[float]) -> list[float]:
-    """Return `rates`, extended by those that earlier starts of the experiment have added to their geometric series.
+    """Return `rates`, and the learning rates that --extend_rates has added in earlier starts of the experiment.
 
     `there`: the learning rates for which a directory exists.
     """

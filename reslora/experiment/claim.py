@@ -96,7 +96,7 @@ def sentence_of(
     """Return the answer as a sentence.
 
     `sizes`: the improvement and the ends of its interval at `level`, in percent. `more`: the number of seeds to add,
-    None if seeds are not enough.
+    None if the most seeds that may be added would not be enough.
     """
     size, low, high = (("-" if value < 0 else "") + text for value, text in zip(sizes, percents(*sizes), strict=True))
     claimed = f"{claim['label']} is better than {claim['reference']} by more than {claim['margin']:g}%"

@@ -227,7 +227,8 @@ class ArmSchedule:
     def other_arms(self) -> list[Arm]:
         """Return the arms of the seeds in `others`.
 
-        These are the arms at each method's chosen learning rate, and those that have ended at another learning rate.
+        Each of these seeds is trained at the method's chosen learning rate only. Arms at other learning rates are
+        included if their training has ended, for example because an earlier choice was different.
         """
         rates = {label: self.rate_of(label) for label in self.grids}
         return [

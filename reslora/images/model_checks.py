@@ -84,7 +84,7 @@ def check_blocks_to_swap(options: ModelOptions, model: Model, accelerator: Accel
         problem = f"the {model.family.denoiser} of {model.family.name} has {known} blocks"
         raise InvalidArgument(argument, problem, f"give {known} or fewer")
     if accelerator.device.type == "cpu":
-        accelerator.print(f"{argument}: there is no GPU, so it saves nothing and changes nothing")
+        accelerator.print(f"{argument}: saves no memory, because there is no GPU")
 
 
 def check_pipeline(

@@ -270,7 +270,9 @@ def check_places(options: Options) -> None:
             raise InvalidArgument(f"--train_data_dir {folder}", "no such folder", "give one with images and captions")
     for folder in data.conditioning_data_dir:
         if not Path(folder).is_dir():
-            raise InvalidArgument(f"--conditioning_data_dir {folder}", "no such folder", "give one of reference images")
+            raise InvalidArgument(
+                f"--conditioning_data_dir {folder}", "no such folder", "give a folder of reference images"
+            )
     check_writable(Path(options.output.output_dir), f"--output_dir {options.output.output_dir}")
     cache = cache_folder(model, options.output)
     if model.cache_dir and not cache.is_dir():  # an existing cache may be complete, and then it may be read-only

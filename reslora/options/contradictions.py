@@ -66,7 +66,7 @@ def refuse_with_gates(options: SharedMethodOptions) -> None:
 
 
 def is_wired(options: SharedMethodOptions) -> bool:
-    """Return whether any method of the options has shortcuts, and the shortcuts connect blocks."""
+    """Return whether any method of the options has shortcuts that --shortcut and --pre_num do not turn off."""
     return options.reslora_config.wired and any(METHODS[name].shortcuts for name in options.method)
 
 

@@ -57,7 +57,10 @@ def mine(items: Sequence) -> list:
 
 
 def in_order(found: list) -> list:
-    """Return what all processes have found for their shares, in the order of the items."""
+    """Gather the results of all processes, and return them in the order of the items.
+
+    `found`: this process's results, one for each of its items (`mine`).
+    """
     everywhere = all_gather(found)
     return [own[place] for place in range(len(everywhere[0])) for own in everywhere if place < len(own)]
 

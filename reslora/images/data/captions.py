@@ -80,7 +80,7 @@ class CaptionTransform:
         """Replace `{red|blue}` by a random option (the first if `draws` is None), and doubled braces by single ones."""
 
         def replacement(found: re.Match) -> str:
-            """Return what replaces a match of `WILDCARD`."""
+            """Return the replacement of a match of `WILDCARD`."""
             if found[1] is None:
                 return found[0][0]
             options = found[1].split("|")

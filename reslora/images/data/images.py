@@ -44,7 +44,7 @@ def image_size(source: Content) -> tuple[int, int] | str:
             return "not a file" if Path(source).exists() else "no such file"
         with _opened(source) as image:
             size = image.size
-            if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):  # PIL has rotated this size already
+            if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):  # `image.size` includes the EXIF rotation
                 size = image.tag_v2[256], image.tag_v2[257]
             return size[::-1] if _orientation(image) in SIDEWAYS else size
     except Exception as error:  # each format's reader raises its own types

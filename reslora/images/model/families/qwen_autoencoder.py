@@ -16,7 +16,7 @@ class WithQwenAutoencoder(Family):
     channels = "z_dim"
 
     def encode_images(self, vae, pixels):
-        """Return mean and standard deviation of the latents of the only frame."""
+        """Return mean and standard deviation of the latents, without the frame dimension."""
         return super().encode_images(vae, pixels.unsqueeze(2)).squeeze(3)
 
     def scale_latents(self, vae, latents):
