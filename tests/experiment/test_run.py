@@ -371,8 +371,7 @@ def test_of_what_was_concluded_only_labels_that_are_still_there_stay(tmp_path):
 def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
     """The best rate is the lowest one: three more rates are tried, and no more."""
     rates = ("--learning_rate", "8e-4", "16e-4")
-    notes = go(tmp_path / "out", *rates)[0]["notes"]
-    (advised,) = (note for note in notes if "was tried" in note)
+    (advised,) = (note for note in go(tmp_path / "out", *rates)[0]["notes"] if "was tried" in note)
     assert advised.startswith("lora, lora_x2, lora_x4: ")
     assert "0.0008, and a lower one may do better; --extend_rates, or --learning_rate 0.0004 " in advised
     rates = ("--learning_rate", "6.4e-3", "12.8e-3")
@@ -383,6 +382,8 @@ def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
     assert advised.endswith(f", 0.0008, and a lower one may do better; --learning_rate {' '.join(tried)}")
     record, _ = go(tmp_path / "other", "--learning_rate", *tried, "--extend_rates")
     assert not [note for note in record["notes"] if "left out" in note]
+    more = "lora, lora_x2, lora_x4: the selection loss is lowest at the last step, 1; with more steps it may be lower"
+    assert more in record["notes"]
     assert {choice["learning_rate"] for choice in record["chosen"].values()} == {2e-4}
 
 
