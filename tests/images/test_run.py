@@ -133,7 +133,7 @@ def test_a_run_goes_on_only_with_the_images_that_it_could_use(brief_flags, capsy
     shutil.rmtree(tmp_path / "out" / "cache")
     capsys.readouterr()
     line = refused(capsys, *flags, "--max_train_steps", 3, *RESUME, quiet=False)
-    assert "trained on 5 images" in line and "now is 6 images" in line
+    assert "trained on 5 images" in line and "now it would be 6 images" in line
     assert not (tmp_path / "out" / "lora" / "checkpoint-3").exists()
 
 

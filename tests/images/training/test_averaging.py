@@ -191,7 +191,7 @@ def test_a_run_that_goes_on_forgets_its_averages(flags, whole, tmp_path):
 def test_two_processes_average_together(flags, tmp_path):
     output = tmp_path / "out"
     text = forked(SCRIPT, *flags, "--method", "lora", "--output_dir", str(output), folder=tmp_path)
-    assert text.count("last:2 of the checkpoints of steps 4, 5: validation loss") == 1
+    assert text.count(" with last:2 of the checkpoints of steps 4, 5") == 1
     found = {best.average: best for best in averages_at(output / "lora", 5)}
     steps = [final_weights(output, "lora", step) for step in (4, 5)]
     mean = {name: ((steps[0][name].double() + steps[1][name].double()) / 2).float() for name in steps[0]}
