@@ -341,7 +341,7 @@ class Results:
                 further = f"--learning_rate {' '.join(f'{rate:g}' for rate in rates)}"
             yield f"{line}; {further}"
         trained = (arm for arm in schedule.arms() if arm.label == label and self.is_chosen(arm))
-        last = max(step for arm in trained for step in schedule.select_losses(arm))
+        last = max((step for arm in trained for step in schedule.select_losses(arm)), default=None)
         if schedule.compared_seconds is None and choice["step"] == last:
             yield f"the selection loss is lowest at the last step, {last}; with more steps it may be lower"
 
