@@ -139,6 +139,11 @@ class Run:
         """This run, and the runs to compare it with."""
         return self, *self.beside
 
+    @functools.cached_property
+    def resolved(self) -> Path:
+        """The run's folder, with links resolved."""
+        return self.folder.resolve()
+
     def inside(self, *parts: str) -> Path | None:
         """Return the resolved path of a file or folder of this run.
 
@@ -149,14 +154,14 @@ class Run:
         except (OSError, ValueError, RuntimeError):
             return None
         regular = path.is_file() or path.is_dir()
-        return path if regular and path.is_relative_to(self.folder.resolve()) else None
+        return path if regular and path.is_relative_to(self.resolved) else None
 
     def read_json(self, *parts: str) -> dict:
         """Return the JSON object in a file of this run; empty if the file is missing, damaged or too large."""
         path = self.inside(*parts)
         with contextlib.suppress(OSError):
             if path and path.stat().st_size <= LARGEST_JSON:
-                return read_object(path)
+                return object_in(path)
         return {}
 
     def text(self, *parts: str) -> str:
@@ -416,6 +421,12 @@ class Run:
         with contextlib.suppress(OSError, InvalidArgument):
             return norms_of(path) if path else {}
         return {}
+
+
+@cached_by_stamp(256)
+def object_in(path: Path) -> dict:
+    """Return the JSON object in a file; empty if the file is damaged. Callers must not change it."""
+    return read_object(path)
 
 
 @cached_by_stamp(16)

@@ -120,10 +120,10 @@ class Kept:
         }  # fmt: skip
 
 
-def never_read(host: str, port: int, run: str) -> socket.socket:
+def never_read(host: str, port: int, run: str, label: str) -> socket.socket:
     """Request a stream of images, and return its socket without reading from it."""
     with httpx.Client(base_url=f"http://{host}:{port}{API}", timeout=120) as client:
-        wanted = {"prompt": "red apple", "images": 8, "steps": 100}
+        wanted = {"label": label, "prompt": "red apple", "images": 8, "steps": 100}
         values = []
         for place, parameter in enumerate(client.get("/info").json()["named_endpoints"]["/generate"]["parameters"]):
             default = run if place == 0 else parameter.get("parameter_default")
@@ -153,8 +153,10 @@ async def visits(args: argparse.Namespace, port: int, process: psutil.Process) -
     """Run all visitors, and return their measurements."""
     kept, address = Kept(), f"http://{HOST}:{port}"
     visitors = [Visitor(number, address, kept) for number in range(args.clients - args.silent)]
-    run = (await Visitor(-1, address, Kept()).call("runs"))[0][0]
-    silent = [never_read(HOST, port, run) for _ in range(args.silent)]
+    first = Visitor(-1, address, Kept())
+    run = (await first.call("runs"))[0][0]
+    label = (await first.call("weights", run))[0][-1]
+    silent = [never_read(HOST, port, run, label) for _ in range(args.silent)]
     until = time.monotonic() + 60 * args.minutes
     staying = asyncio.gather(*(visitor.stay(until) for visitor in visitors), return_exceptions=True)
     sizes = []
