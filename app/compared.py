@@ -193,7 +193,7 @@ def numbers(run: Run, step: int) -> str:
     best = lowest([values for _, values in known]) if len(at) == 1 else {}
     if run.beside:
         best = {} if differing(run, LOSSES) else {column: best[column] for column in best if column == 1}
-    forms, rows = ((".4f", ""), (".4f", ""), (".2e", ""), (".0f", " s")), []
+    forms, rows = ((".4f", ""), (".4f", ""), (".3g", ""), (".0f", " s")), []
     for (_, method, name, dash), (reached, values) in zip(shown, known, strict=True):
         cells = ""
         for column, (value, form) in enumerate(zip(values, forms, strict=True)):

@@ -54,7 +54,7 @@ class GridPart:
         with gr.Row():
             # Not preprocessed: an API client's invalid name gets a message that explains it.
             name = gr.Dropdown(
-                list(names), value=first, label=which.upper(), elem_id=f"axis-{which}", min_width=150, scale=1
+                list(names), value=first, label=which.upper(), elem_id=f"axis-{which}", min_width=190, scale=1
             )
             values = gr.Textbox(
                 grids.SUGGESTED[first], label=f"Values of {which.upper()}", max_lines=6, min_width=150,

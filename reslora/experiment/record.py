@@ -18,6 +18,7 @@ FORMAT = 1
 EXPERIMENT = "experiment.json"  # written by an experiment, but not by a single run
 READINGS = "test_readings.jsonl"  # one line for each evaluation on the test split; append-only
 UNFINISHED = "not finished: "  # prefix of the note if --experiment_minutes ended the experiment
+ONE_RATE = "only one learning rate"  # prefix of the note if no method has several
 
 Status = Literal["finished", "running", "waiting", "failed", "stopped"]
 ENDED_AS = ("finished", "failed", "stopped")

@@ -16,7 +16,7 @@ from ..methods.registry import METHODS
 from ..options.values import listed
 from ..plots.charts import MINUS, Axes, Row, Series, chart, escape, forest
 from .claim import changes
-from .record import ENDED_AS, Arm, Best, Experiment, Verdict, as_of_now
+from .record import ENDED_AS, ONE_RATE, Arm, Best, Experiment, Verdict, as_of_now
 from .statistics import REFERENCE, coverage_in_words, is_chosen, level_of, mean_of, percents, rerun, tested
 from .theme import SCRIPT, STYLE
 
@@ -223,7 +223,10 @@ def lead(experiment: Experiment, unit: str) -> str:
     if not best:
         return ""
     what = f"Use {best['label']} at learning rate {rate(best['learning_rate'])}, {best['step']} steps"
-    return f'<p class="lead"><b>{escape(what)}.</b> {escape(certainty(experiment, best["label"], unit))}</p>'
+    said = certainty(experiment, best["label"], unit)
+    if any(note.startswith(ONE_RATE) for note in experiment["notes"]):
+        said += " All methods had this learning rate only: at their own best rates they may compare otherwise."
+    return f'<p class="lead"><b>{escape(what)}.</b> {escape(said)}</p>'
 
 
 def what_to_use(experiment: Experiment, about: About) -> str:

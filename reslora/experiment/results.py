@@ -238,8 +238,8 @@ class Results:
     def beforehand(self) -> list[str]:
         """Return notes that are known before training.
 
-        They are about too few seeds or test items, a missing reference, differences between runs, and changes of the
-        claim.
+        They are about too few seeds, learning rates or test items, a missing reference, differences between runs, and
+        changes of the claim.
         """
         schedule, found = self.schedule, self.study.too_few()
         if len(schedule.labels) > 1 and len(schedule.seeds) == 1:
@@ -247,6 +247,10 @@ class Results:
             seeds = list(dict.fromkeys([*schedule.seeds, 0, 1, 2]))[:3]
             more = f"add two or more, as --seed {' '.join(map(str, seeds))}, now or by a later start"
             found.append(f"one seed cannot tell methods apart: {more}")
+        is_fixed = not schedule.grid.base.experiment.extend_rates
+        if len(schedule.labels) > 1 and is_fixed and all(len(rates) == 1 for rates in schedule.grids.values()):
+            more = "at their own best rates they may compare otherwise; add others, now or by a later start"
+            found.append(f"{record.ONE_RATE} for all methods: {more}")
         if not self.references():
             found.append(f"nothing to compare with: verdicts need --method {schedule.reference}")
         return [*found, *self.differences(), *changes(self.claims, len(schedule.arms()))]

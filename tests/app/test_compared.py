@@ -107,7 +107,7 @@ def test_numbers_and_curves_by_hand(run, monkeypatch):
     assert compared.numbers_of(run, "lora", 2) == ((2, 0), (1.5, 0.0, 2e-3, 4))
     assert compared.numbers_of(run, "lora", 25) == ((25, 10), (15.5, 1.25, 25e-3, 50))
     assert compared.numbers_of(run, "lora", 30) == ((30, 30), (20.5, 3.75, 30e-3, 60))
-    assert "<td>15.5000</td><td>1.2500</td><td>2.50e-02</td><td>50 s</td>" in compared.numbers(run, 25)
+    assert "<td>15.5000</td><td>1.2500</td><td>0.025</td><td>50 s</td>" in compared.numbers(run, 25)
     drawn = {}
     monkeypatch.setattr(compared, "line_chart", lambda title, axis, lines, step: drawn.update({title: lines}) or "")
     compared.curves(run, "train", 2)

@@ -411,6 +411,19 @@ def test_what_no_arm_can_mend_is_said_before_the_first_one_and_in_the_report(tmp
     assert notes[: len(lines)] == lines and len(set(notes)) == len(notes)
 
 
+def test_methods_at_a_single_learning_rate_are_compared_with_a_warning(tmp_path):
+    """The report's first lines have it, too; with a second rate it is gone."""
+    record, _ = go(tmp_path / "out", "--learning_rate", "2e-4")
+    assert any(note.startswith("only one learning rate for all methods: ") for note in record["notes"])
+    first = (tmp_path / "out" / "report.html").read_text().split("</header>")[0]
+    assert "best rates they may compare otherwise" in first
+    record, _ = go(tmp_path / "out", "--learning_rate", "2e-4", "4e-4")
+    assert not any("only one learning rate" in note for note in record["notes"])
+    assert "compare otherwise" not in (tmp_path / "out" / "report.html").read_text()
+    record, _ = go(tmp_path / "one", "--learning_rate", "2e-4", methods="lora")
+    assert not any("only one" in note for note in record["notes"])
+
+
 def test_a_method_of_which_nothing_is_chosen_is_told_with_the_reason(tmp_path):
     """A single seed that diverges excludes a rate."""
     reason = "at each learning rate, a seed failed or was stopped, so none is chosen; add a lower --learning_rate"
