@@ -195,7 +195,7 @@ class Jobs:
         if run is None or (name not in self.started and not self.is_active(run)):
             return ""
         where = "its report is under Compare, Experiment" if isinstance(run, Experiment) else "its log is on this page"
-        return f"{name} was started: it is {self.status(run)}; {where}. To start another run, give another name."
+        return f"{name} was started; {where}. To start another run, give another name."
 
     def choose_images(
         self, name: str, folder: str | None, uploads: Sequence[str] | None, caption: str = "", kind: type[Run] = Run

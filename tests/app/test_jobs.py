@@ -222,7 +222,7 @@ def test_the_form_starts_with_what_stands_in_it_and_warns_of_a_likely_mistake(li
         told.append(answer)
     assert "a starts with the bundled images." in told[0] and "warning" not in told[0]
     shown = tab.look("a", None, "", "", "", *tab.values_of({}))
-    assert 'class="notice"' in shown[tab.plan] and "a was started: it is " in shown[tab.plan]
+    assert 'class="notice"' in shown[tab.plan] and "a was started; " in shown[tab.plan]
     assert tab.command not in shown  # what was started stands there
     write_run(lined.library.folder / "there")
     shown = tab.look("there", None, "", "", "", *tab.values_of({}))
