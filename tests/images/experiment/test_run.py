@@ -621,7 +621,6 @@ def test_samples_are_generated_at_the_ends_of_an_arm():
     assert [step for step in range(9) if every.is_sampled(step)] == [0, 2, 4, 6, 8]
 
 
-@pytest.mark.exhaustive
 def test_the_base_model_is_sampled_by_the_first_arm_alone(flags, tmp_path):
     """In the gallery, the columns of other methods show the merged model of the chosen step."""
     own = [*flags, *SMALL, "--num_validation_images", "1", "--seed", "0", "1", "--max_train_steps", "3"]

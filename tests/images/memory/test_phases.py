@@ -94,7 +94,6 @@ def test_nothing_of_a_rehearsal_takes_memory_or_is_left_behind(model, data, tmp_
     assert type(layer.weight) is torch.Tensor and layer.weight.isfinite().all()
 
 
-@pytest.mark.exhaustive
 def test_swapped_blocks_are_planned(model, data, tmp_path):
     """On a CPU, their codes count like the weights; on a GPU they would be in the other memory."""
     images, context = resolved(model, data, tmp_path / "out", "--blocks_to_swap", "2")

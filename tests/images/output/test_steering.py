@@ -119,7 +119,6 @@ def test_a_run_that_diverges_exports_the_best(flags, monkeypatch, capsys, tmp_pa
     assert (output / "lora" / "kohya.safetensors").is_file() and not (output / "lora" / "exports.json").exists()
 
 
-@pytest.mark.exhaustive
 def test_the_log_has_losses_by_timestep_and_similarities(whole):
     rows = read_log(whole[0] / "lora" / "log.jsonl")
     for row in of_split(rows, "validation"):

@@ -111,7 +111,6 @@ def test_decayed_shortcuts_resume_exactly_and_leave_plain_lora(base_flags, tmp_p
     assert_same(exported, trained)
 
 
-@pytest.mark.exhaustive
 def test_gates_resume_exactly_and_merge_to_plain_lora(base_flags, tmp_path):
     flags = [*base_flags, "--method", "reslora", "--shortcut", "gated", "--num_validation_images", "0"]
     flags += ["--rank_pattern", "attn2.to_q=3"]
