@@ -29,19 +29,20 @@ HELP = {
     "rank_pattern": "ranks of single layers, such as attn2.to_k=4 or mid_block.*=16; NAME is the end of a layer's name "
     "as a regular expression. Alpha is unchanged, so a lower rank gives a larger scale",
     "alpha_pattern": "alphas of single layers, such as attn2.to_k=8; lora_x2 and lora_x4 multiply these as well",
-    LEARNING_RATES: "factors of the learning rates of single layers, such as mid_block.*=0.5 or attn2.to_k=2; NAME as "
-    "in --rank_pattern. Layers of trained text encoders have their encoder's name in front, as in text_encoder.*=2",
+    LEARNING_RATES: "factors of the learning rates of single layers, such as mid_block.*=0.5 attn2.to_k=2; NAME as "
+    "in --rank_pattern. A layer that several match gets the product. Layers of trained text encoders have their encoder's name in front, as in text_encoder.*=2",
 }
 
 
 def entries(field: str, texts: Iterable[str] | None) -> dict[str, Any]:
     """Return PEFT's `rank_pattern` or `alpha_pattern`, or the factors of `lr_pattern`, from `NAME=VALUE` texts.
 
-    Raises `InvalidArgument` for another format, for a name given twice, and for a value that is not a rank (a whole
-    number above 0), or not an alpha or factor (a finite number above 0).
+    A text may have several, with spaces between them. Raises `InvalidArgument` for another format, for a name given
+    twice, and for a value that is not a rank (a whole number above 0), or not an alpha or factor (a finite number above
+    0).
     """
     found: dict[str, Any] = {}
-    for text in texts or ():
+    for text in " ".join(texts or ()).split():
         name, _, value = text.rpartition("=")
         argument, fix = f"--{field} {text}", "give NAME=VALUE, such as attn2.to_k=4"
         if not name:
@@ -94,8 +95,9 @@ def spell_out(model: nn.Module, config: PeftConfig) -> None:
 def values_of_layers(field: str, given: Mapping[str, Any], layers: Iterable[str]) -> dict[str, Any]:
     """Return complete layer name -> value, for each layer that a pattern of the option --`field` matches.
 
-    Raises `InvalidArgument` if a pattern matches none of `layers`, with the most similar names, or if two patterns with
-    different values match the same layer.
+    A layer that several patterns match gets the product of their factors of the learning rate. Raises `InvalidArgument`
+    if a pattern matches none of `layers`, with the most similar names, or if two patterns give a layer different ranks
+    or alphas.
     """
     from peft.utils.other import get_pattern_key
 
@@ -110,7 +112,9 @@ def values_of_layers(field: str, given: Mapping[str, Any], layers: Iterable[str]
             problem = f"no adapted layer matches; the most similar are {', '.join(nearest(pattern, layers))}"
             raise InvalidArgument(argument, problem, fix)
         for name in fitting:
-            if found.setdefault(name, value) != value:
+            if field == LEARNING_RATES:
+                found[name] = found.get(name, 1) * value
+            elif found.setdefault(name, value) != value:
                 problem = f"{name} also matches {fitted[name]}={found[name]}"
                 raise InvalidArgument(argument, problem, "change the patterns so that each layer matches only one")
             fitted.setdefault(name, pattern)

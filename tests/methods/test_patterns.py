@@ -39,6 +39,7 @@ def layers_of(model) -> dict:
 def test_entries_are_names_and_numbers():
     assert entries("rank_pattern", ["attn2.to_k=4", "(?=x)to_q=16"]) == {"attn2.to_k": 4, "(?=x)to_q": 16}
     assert entries("alpha_pattern", ["to_k=4", "to_q=0.5"]) == {"to_k": 4, "to_q": 0.5}
+    assert entries("lr_pattern", ["mid_block.*=0.5 to_k=2"]) == {"mid_block.*": 0.5, "to_k": 2}  # as from a quoted list
     assert entries("rank_pattern", None) == {}
 
 
