@@ -70,7 +70,7 @@ class ArmSchedule:
     measuring: float = 0.0
     """Seconds that measurements of arms took in this process."""
     estimated: bool = False
-    """Whether `ExperimentStudy.estimate` has printed the expected time, or another process does so."""
+    """Whether `print_estimate` has printed the expected time, or another process does so."""
 
     def __post_init__(self) -> None:
         trained = labels_of(self.grid)

@@ -16,11 +16,12 @@ from ..errors import Diverged, StoppedEarly
 from ..formatting import pluralize
 from ..io import read_object, write_json
 from ..options.averages import Average
+from ..runtime.checkpoint_folders import EXPORTED, EXPORTS
 from ..runtime.peak_memory import peak_memory
 from ..runtime.processes import broadcast_from_main
-from ..runtime.signals import StopRequest
 from ..training.averaged_run import average_run
 from ..training.checkpoints import plan_resume
+from ..training.context import Context
 from ..training.loop import take_step, train_method
 from ..training.schedule import Schedule
 from ..training.state import Learner
@@ -131,7 +132,15 @@ def print_estimate(
     measuring: float,
     test: float,
 ) -> None:
-    """Print an estimate of the experiment's remaining time; the arguments are those of `ExperimentStudy.estimate`."""
+    """Print an estimate of the experiment's remaining time; only the first call for a schedule prints it.
+
+    `steps`: number of steps of an arm. The arguments after it are in seconds. `step`: time of one step. For one arm,
+    `start`: time before its first step; `measuring`: time of all its measurements on the selection split; `test`: time
+    of its test and export.
+    """
+    if schedule.estimated:
+        return
+    schedule.estimated = True
     left = sum(not schedule.ended(arm) for arm in schedule.arms())
     trained = sum(not schedule.ended(arm) for arm in schedule.trained_arms())
     compared = min(len(schedule.arms()), len(schedule.labels) * len(schedule.seeds))
@@ -157,9 +166,13 @@ class ExperimentStudy(ABC):
     about: About
     """Texts of the report."""
     parts: Parts
-    stop: StopRequest
-    device: torch.device
-    """Device for training."""
+    context: Context
+    """The context of the experiment, from which those of arms are made."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device for training."""
+        return self.context.accelerator.device
 
     @property
     @abstractmethod
@@ -181,30 +194,20 @@ class ExperimentStudy(ABC):
         """Return a warning if the test split is too small."""
         return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
 
-    def say(self, phase: str, name: str = "") -> None:  # noqa: B027 - not every run has a status
+    def say(self, phase: str, name: str = "") -> None:
         """Write the current phase to the run's status; `name`: the arm that it is about, if it is about one."""
+        self.context.status.say(phase, name)
 
     def report_progress(self, ended: int, total: int) -> None:
         """Write to the status how many arms have ended, if several are trained at once."""
         self.say(f"training, {ended} of {pluralize(total, 'run')} ended")
-
-    def estimate(self, steps: int, step: float, start: float, measuring: float, test: float) -> None:
-        """Print an estimate of the experiment's remaining time; only the first call prints it.
-
-        `steps`: number of steps of an arm. The other arguments are in seconds. `step`: time of one step. For one arm,
-        `start`: time before its first step; `measuring`: time of all its measurements on the selection split; `test`:
-        time of its test and export.
-        """
-        if not self.schedule.estimated:
-            self.schedule.estimated = True
-            print_estimate(self.schedule, self.device, steps, step, start, measuring, test)
 
     def start_phase(self, phase: str, arm: Arm) -> None:
         """Write the next phase of an arm to the run's status.
 
         Raises `Stopped` if a stop was requested. Only the main process calls this method and the methods below.
         """
-        self.stop.check(COMPARING)
+        self.context.stop.check(COMPARING)
         self.say(phase, self.schedule.name_of(arm))
 
     @abstractmethod
@@ -223,8 +226,11 @@ class ExperimentStudy(ABC):
         return 0.0
 
     def is_exported(self, arm: Arm, step: int) -> bool:
-        """Return whether the files of a compared arm are written; True for studies that write none."""
-        return True
+        """Return whether an arm's exported files exist and are those of its checkpoint at this step."""
+        folder = self.schedule.folder_of(arm)
+        record = read_object(folder / EXPORTS)
+        files = ("peft", *record.get("difference_of_255", ()))
+        return record.get(EXPORTED) == step and all((folder / name).exists() for name in files)
 
     @abstractmethod
     def export(self, arm: Arm, step: int) -> list[str]:

@@ -47,7 +47,7 @@ button { font: inherit; font-size: .85rem; padding: 4px 10px; border: 1px solid 
 figure { margin: 0; padding: 12px; border: 1px solid var(--edge); border-radius: 8px; background: var(--card); }
 .charts figure:only-child { max-width: 570px; }
 figcaption { font-weight: 600; margin-bottom: 4px; }
-.chart { width: 100%; max-width: 500px; height: auto; display: block; }
+.chart > svg { width: 100%; max-width: 500px; height: auto; display: block; }
 .chart text { font-size: 13px; fill: var(--soft); paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
 .chart text.name { fill: var(--text); font-weight: 600; }
 .grid { stroke: var(--edge); fill: none; } .zero { stroke: var(--soft); stroke-dasharray: 4 3; fill: none; }

@@ -1,7 +1,6 @@
 """Set up accelerate: tracker, precision and CPU threads."""
 
 import os
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -10,33 +9,27 @@ from accelerate.state import is_initialized
 from ..errors import InvalidArgument
 from ..options.images import ModelOptions, Options
 from ..runtime.script import shares_the_cpu
-from ..training.accelerator import new_accelerator, quieten, tracker_of
+from ..training.accelerator import new_accelerator, tracker_of
 from ..training.sharding import share, take_plugin
-from ..training.zero import configure, uses_deepspeed
 from .settings import is_bundled
 
 
 def start_accelerator(options: Options) -> Accelerator:
     """Return accelerate's `Accelerator` with the requested tracker; on a CPU, set the number of threads too."""
-    folder = Path(options.output.output_dir)
     plugin = take_plugin(options.model, options.adapter, options.training, options.output)
     if not options.model.mixed_precision and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
         problem = "its configuration says fp8, in which nothing is trained here"
         raise InvalidArgument("accelerate launch", problem, "give --mixed_precision bf16, or another configuration")
     accelerator = new_accelerator(
         f"--mixed_precision {options.model.mixed_precision}",
-        options.output.logging_dir,
-        folder,
+        options,
         cpu=shares_the_cpu(),
         gradient_accumulation_steps=options.training.gradient_accumulation_steps,
         mixed_precision=precision_of(options.model),
         log_with=tracker_of(options.output.report_to),
     )
     share(plugin, accelerator)
-    if uses_deepspeed(accelerator):
-        configure(options.adapter, options.training, options.optimizer, accelerator)
     torch.backends.cuda.matmul.allow_tf32 = options.model.allow_tf32
-    quieten()
     return accelerator
 
 

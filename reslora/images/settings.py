@@ -11,7 +11,7 @@ from ..errors import InvalidArgument
 from ..experiment.arms import check_evaluations, check_values
 from ..options.contradictions import check_experiment, check_no_experiment
 from ..options.files import read_file
-from ..options.grid import Grid, alpha_of, first_of
+from ..options.grid import Grid, first_of
 from ..options.images import NOISES, Options
 from ..options.optimizers import named
 from ..options.option import SAME, Given
@@ -75,8 +75,6 @@ def resolve(given: Given) -> Options | Grid[Options]:
     values = dict(given)
     claim = values.pop(CLAIM, "")
     options, varied = first_of(Options, with_defaults(values))
-    if "rank" not in varied:
-        options = options.replace(lora_alpha=alpha_of(options.adapter))
     if not varied:
         check_options(options)
         check_no_experiment(options)

@@ -22,7 +22,6 @@ from peft import (
     LoraConfig,
     OFTConfig,
     PeftConfig,
-    PeftModel,
     get_peft_model,
     inject_adapter_in_model,
 )
@@ -260,59 +259,35 @@ def rank_allocator(model: nn.Module) -> RankAllocator | None:
 
 
 def as_plain_lora(model: nn.Module) -> nn.Module:
-    """Convert AdaLoRA to the equivalent plain LoRA, `s B diag(E) A`, and return the converted model.
+    """Convert the AdaLoRA of a model of diffusers to the equivalent plain LoRA, `s B diag(E) A`, in place.
 
-    The base model's weights are unchanged. If the adapter is in place, `model` itself is converted and returned; else a
-    new `PeftModel` wraps the base model. The rank is AdaLoRA's initial rank, and the scaling is 1. Outputs are equal up
-    to rounding.
-
-    Raises `ValueError` for a model without AdaLoRA.
+    Returns the model. The base model's weights are unchanged. The rank is AdaLoRA's initial rank, and the scaling is 1.
+    Outputs are equal up to rounding.
     """
-    base, in_place = base_model(model), not isinstance(unwrap(model), PeftModel)
     factors = {
         name: (
             (layer.lora_E[DEFAULT] * layer.lora_A[DEFAULT]).detach(),
             (layer.lora_B[DEFAULT] * (layer.scaling[DEFAULT] / (layer.ranknum[DEFAULT] + 1e-5))).detach(),
         )
-        for name, layer in base.named_modules()
+        for name, layer in model.named_modules()
         if hasattr(layer, "lora_E")
     }
-    if not factors:
-        raise ValueError(f"{type(base).__name__} has no AdaLoRA layers to convert to plain LoRA")
-    ada, training = base.peft_config[DEFAULT], base.training
-    saved = {name: value for name, value in trained_state(base).items() if ".modules_to_save." in name}
-    config = LoraConfig(
-        r=ada.init_r,
-        lora_alpha=ada.init_r,
-        lora_dropout=ada.lora_dropout,
-        fan_in_fan_out=ada.fan_in_fan_out,
-        target_modules=ada.target_modules,
-        modules_to_save=ada.modules_to_save,
-        task_type=ada.task_type,
-    )
-    remove_adapters(base)
-    plain = _add(base, config, in_place).train(training)
+    ada, training = model.peft_config[DEFAULT], model.training
+    remove_adapters(model)
+    settings = {"lora_dropout": ada.lora_dropout, "target_modules": ada.target_modules}
+    model.add_adapter(LoraConfig(r=ada.init_r, lora_alpha=ada.init_r, **settings))
     for name, (down, up) in factors.items():
-        layer = base.get_submodule(name)
+        layer = model.get_submodule(name)
         layer.lora_A[DEFAULT].weight.data, layer.lora_B[DEFAULT].weight.data = down, up
-    with torch.no_grad():
-        state = trained_state(base)
-        for name, value in saved.items():
-            state[name].copy_(value)
-    return plain
+    return model.train(training)
 
 
 def remove_adapters(base: nn.Module) -> None:
     """Replace every PEFT layer by its base layer."""
     for name, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            inner = module.get_base_layer()
-        elif isinstance(module, ModulesToSaveWrapper):
-            inner = module.original_module
-        else:
-            continue
-        parent, _, last = name.rpartition(".")
-        setattr(base.get_submodule(parent), last, inner)
+            parent, _, last = name.rpartition(".")
+            setattr(base.get_submodule(parent), last, module.get_base_layer())
     del base.peft_config
     for name in ("_rank_allocator", "_control"):
         vars(base).pop(name, None)

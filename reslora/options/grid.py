@@ -73,13 +73,17 @@ class Grid(Generic[O]):
 
 
 def first_of(kind: type[O], values: dict[str, Any]) -> tuple[O, dict[str, list]]:
-    """Return the options of the first run, and all values of the options that have several values."""
+    """Return the options of the first run, and all values of the options that have several values.
+
+    An alpha that is not given follows from the rank, unless the rank varies.
+    """
     varied: dict[str, list] = {}
     for name, option in kind.table().items():
         if (several := option.several(values[name])) is not None:
             values[name] = several[0]
             varied |= {option.attribute: several} if len(several) > 1 else {}
-    return kind.of(**values), varied
+    options = kind.of(**values)
+    return (options if "rank" in varied else options.replace(lora_alpha=alpha_of(options.adapter))), varied
 
 
 def alpha_of(adapter: SharedMethodOptions) -> float | None:

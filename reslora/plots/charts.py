@@ -1,30 +1,18 @@
 """Line charts as static SVG: `line_chart` for the application's page, `chart` for an experiment's report.
 
-Text in both charts has the color of the surrounding text. matplotlib renders `line_chart`. `chart` has a line for each
-series and a dot for each seed, with colors from the report's style sheet (`experiment.theme.STYLE`).
+`chart` has a line for each series and a dot for each seed. The style sheets of page and report set fonts and colors;
+only the lines of a `line_chart` have colors of their own.
 """
 
-import functools
 import html
-import io
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-from xml.etree import ElementTree
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 Point = tuple[float, float]
-SVG = "http://www.w3.org/2000/svg"
-ElementTree.register_namespace("", SVG)
-ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")  # browsers require this prefix
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "reslora"})  # text stays text; deterministic output
-WIDTH, HEIGHT, BOX = 560, 220, (0.1, 0.16, 0.88, 0.8)
-"""Size of a `line_chart` in pixels, and the place of its axes: left, bottom, width and height as fractions."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +27,7 @@ class Frame:
     bottom: int
 
 
+PAGE = Frame(560, 226, 62, 12, 9, 41)
 REPORT = Frame(420, 270, 66, 10, 12, 44)
 LONGEST = 60
 """Maximum number of characters of a name in a legend."""
@@ -105,56 +94,37 @@ def line_chart(title: str, x_title: str, lines: Sequence[Line], mark: float | No
 
     Each point of a line with few points has a tooltip with its values. Without lines the chart is empty.
     """
-    svg, (left, right) = _svg(title, x_title, tuple(lines))
-    if mark is not None and lines and left <= mark <= right:
-        x = WIDTH * (BOX[0] + BOX[2] * (mark - left) / (right - left))
-        top, bottom = HEIGHT * (1 - BOX[1] - BOX[3]), HEIGHT * (1 - BOX[1])
-        svg = svg.replace("</svg>", f'<path class="mark" d="M{x:.1f} {top:.1f}V{bottom:.1f}"/></svg>')
-    legend = "".join(f"<li>{swatch(line.color, line.dash)} {escape(shortened(line.name))}</li>" for line in lines)
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{svg}<ul class="legend">{legend}</ul></figure>'
+    x, y = ([point[axis] for line in lines for point in line.points] or [0.0, 1.0] for axis in (0, 1))
+    place = Places(PAGE, _padded(min(x), max(x), 0.02), _padded(min(y), max(y), 0.05))
+    locator = MaxNLocator(5, steps=[1, 2, 5, 10])
+    across, up = (  # round numbers around the only value would have too many digits
+        own[:1] if min(own) == max(own) else ticks(*ends, locator) for own, ends in ((x, place.across), (y, place.up))
     )
+    body = _grid(place, across, up, Axes(title, x_title, "")) + "".join(_of_line(line, place) for line in lines)
+    if mark is not None and lines and min(x) <= mark <= max(x):
+        body += f'<path class="mark" d="M{place.x(mark):.1f} {PAGE.top}V{PAGE.height - PAGE.bottom}"/>'
+    legend = "".join(f"<li>{swatch(line.color, line.dash)} {escape(shortened(line.name))}</li>" for line in lines)
+    return _figure(title, PAGE, body, [line.name for line in lines], legend)
 
 
-@functools.lru_cache(maxsize=64)
-def _svg(title: str, x_title: str, lines: tuple[Line, ...]) -> tuple[str, Point]:
-    """Return the chart as SVG without its mark, and the limits of its x axis.
+def _of_line(line: Line, place: Places) -> str:
+    """Return the line, and dots with tooltips if it has few points."""
+    dots = "".join(
+        _dot(place.x(x), place.y(y), 0, tooltip=f"{line.name}, {x:g}: {y:.4f}")
+        for x, y in (line.points if len(line.points) <= MOST_DOTS else ())
+    )
+    dash = " ".join(f"{2 * float(length):g}" for length in line.dash.split())  # legible in a noisy line, too
+    path = f'<path class="line" d="{_path(line.points, place)}"{_dashed(dash)}/>'
+    return f'<g style="--own: {line.color}">{path}{dots}</g>'
 
-    The result is cached, because a slider moves the mark often.
-    """
-    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
-    axes = figure.add_axes(BOX)
-    for number, line in enumerate(lines):
-        style: dict[str, Any] = {"linestyle": (0, tuple(map(float, line.dash.split())))} if line.dash else {}
-        style |= {"marker": "o", "markersize": 5} if len(line.points) <= MOST_DOTS else {}
-        axes.plot(
-            *zip(*line.points, strict=True), color=line.color, linewidth=2, clip_on=False, gid=f"line-{number}", **style
-        )
-    axes.margins(x=0)
-    axes.set_xlabel(x_title, loc="right")
-    axes.grid(axis="y", color="gray", alpha=0.35)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    for axis, place in ((axes.xaxis, 0), (axes.yaxis, 1)):
-        values = {point[place] for line in lines for point in line.points}
-        axis.set_major_locator(FixedLocator([*values]) if len(values) == 1 else MaxNLocator(5, steps=[1, 2, 5, 10]))
-        axis.set_major_formatter("{x:g}")
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    root = ElementTree.fromstring(file.getvalue())
-    for number, line in enumerate(lines):
-        uses = root.iterfind(f".//*[@id='line-{number}']//{{{SVG}}}use")
-        for use, (x, y) in zip(uses, line.points, strict=False):
-            ElementTree.SubElement(use, "title").text = f"{line.name}, {x:g}: {y:.4f}"
-    name = f"{title}: {', '.join(line.name for line in lines) or 'nothing yet'}"
-    root.attrib = {"viewBox": root.get("viewBox", ""), "role": "img", "aria-label": name}
-    return ElementTree.tostring(root, encoding="unicode"), axes.get_xlim()
+
+def _dashed(dash: str) -> str:
+    return f' stroke-dasharray="{dash}"' if dash else ""
 
 
 def swatch(color: str, dash: str) -> str:
     """Return a short sample of a line for a legend, as SVG."""
-    dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    line = f'<path d="M0 6H28" stroke="{color}" stroke-width="3"{dashed}/>'
+    line = f'<path d="M0 6H28" stroke="{color}" stroke-width="3"{_dashed(dash)}/>'
     return f'<svg class="key" viewBox="0 0 28 12" aria-hidden="true">{line}</svg>'
 
 
@@ -202,20 +172,26 @@ def chart(series: Sequence[Series], axes: Axes) -> str:
     if not others and x > 0:  # the only x is the only tick
         axes = replace(axes, ticks=[x])
     place = _places(points, axes)
-    body = _grid(place, axes) + "".join(_of_series(each, place) for each in series)
+    whole = MaxNLocator(6, integer=place.across[1] - place.across[0] > 1.5)  # integers for training steps
+    across = axes.ticks or ticks(*place.across, whole)
+    grid = _grid(place, across[:: math.ceil(len(across) / 7)], ticks(*place.up, MaxNLocator(5)), axes)
     legend = "".join(
         f'<li><svg class="c{each.number % COLORS}" viewBox="0 0 24 12" aria-hidden="true">'
         f'<path class="line" d="M0 6H24"/>{_dot(12, 6, each.number)}</svg>{escape(each.label)}</li>'
         for each in series
         if each.line
     )
-    return _figure(axes.title, REPORT, body, f'<ul class="legend">{legend}</ul>')
+    body = grid + "".join(_of_series(each, place) for each in series)
+    return _figure(axes.title, REPORT, body, [each.label for each in series], legend)
 
 
-def _figure(title: str, frame: Frame, body: str, legend: str = "") -> str:
+def _figure(title: str, frame: Frame, body: str, names: Sequence[str], legend: str = "") -> str:
+    """Return a chart as HTML; `names`: what it shows, for screen readers; `legend`: items of a list."""
+    legend = f'<ul class="legend">{legend}</ul>' if legend else ""
     return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<svg class="chart" viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(title)}">'
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<svg viewBox="0 0 {frame.width} {frame.height}" role="img" '
+        f'aria-label="{escape(title)}: {escape(", ".join(names) or "nothing yet")}">'
         f"{body}</svg>{legend}</figure>"
     )
 
@@ -238,34 +214,39 @@ def _padded(low: float, high: float, share: float) -> Point:
     return low - room, high + room
 
 
-def _grid(place: Places, axes: Axes) -> str:
-    """Return grid lines, ticks and the titles of both axes."""
-    left, right, bottom = REPORT.left, REPORT.width - REPORT.right, REPORT.height - REPORT.bottom
-    whole = MaxNLocator(6, integer=place.across[1] - place.across[0] > 1.5)  # integers for training steps
-    across = axes.ticks or ticks(*place.across, whole)
+def _grid(place: Places, across: Sequence[float], up: Sequence[float], axes: Axes) -> str:
+    """Return grid lines, the numbers `across` and `up` at the axes, and the titles of both axes."""
+    frame = place.frame
+    left, right, bottom = frame.left, frame.width - frame.right, frame.height - frame.bottom
     parts = [
         f'<path class="{"zero" if axes.zero and abs(y) < 1e-12 else "grid"}" d="M{left} {place.y(y):.1f}H{right}"/>'
         f'<text x="{left - 6}" y="{place.y(y) + 4:.1f}" text-anchor="end">{y:.6g}</text>'
-        for y in ticks(*place.up, MaxNLocator(5))
+        for y in up
     ]
     parts += [
         f'<path class="grid" d="M{place.x(x):.1f} {bottom}v4"/>'
         f'<text x="{place.x(x):.1f}" y="{bottom + 16}" text-anchor="middle">{escape(axes.name(x))}</text>'
-        for x in across[:: math.ceil(len(across) / 7)]
+        for x in across
     ]
     middle = (left + right) / 2
-    parts.append(f'<text x="{middle}" y="{REPORT.height - 6}" text-anchor="middle">{escape(axes.x)}</text>')
-    turned = f"translate(11 {(REPORT.top + bottom) / 2}) rotate(-90)"
+    parts.append(f'<text x="{middle}" y="{frame.height - 6}" text-anchor="middle">{escape(axes.x)}</text>')
+    turned = f"translate(11 {(frame.top + bottom) / 2}) rotate(-90)"
     parts.append(f'<text transform="{turned}" text-anchor="middle">{escape(axes.y)}</text>')
     return "".join(parts)
 
 
-def _of_series(series: Series, place: Places) -> str:
-    """Return the line, with gaps at non-finite values, the dots, and a ring around the chosen point."""
+def _path(points: Sequence[Point], place: Places) -> str:
+    """Return a line through the points as the `d` of an SVG path, with gaps at non-finite values."""
     path, pen = "", "M"
-    for x, y in series.line:
+    for x, y in points:
         path += f"{pen}{place.x(x):.1f} {place.y(y):.1f}" if math.isfinite(y) else ""
         pen = "L" if math.isfinite(y) else "M"
+    return path
+
+
+def _of_series(series: Series, place: Places) -> str:
+    """Return the line, the dots, and a ring around the chosen point."""
+    path = _path(series.line, place)
     line = f'<path class="line" d="{path}"/>' if path else ""
     dots = [_dot(place.x(x), place.y(y), series.number, y > place.up[1]) for x, y in series.dots if math.isfinite(y)]
     ring = ""
@@ -275,7 +256,7 @@ def _of_series(series: Series, place: Places) -> str:
     return f'<g class="c{series.number % COLORS}">{line}{"".join(dots)}{ring}</g>'
 
 
-def _dot(x: float, y: float, number: int, hollow: bool = False) -> str:
+def _dot(x: float, y: float, number: int, hollow: bool = False, tooltip: str = "") -> str:
     """Return a dot; its shape distinguishes series if colors do not."""
     shapes = (
         "m-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0-6.4 0",
@@ -284,7 +265,9 @@ def _dot(x: float, y: float, number: int, hollow: bool = False) -> str:
         "m0-4.2l4.2 4.2l-4.2 4.2l-4.2-4.2z",
         "m0 4l3.8-6.6h-7.6z",
     )
-    return f'<path class="{"hollow" if hollow else "dot"}" d="M{x:.1f} {y:.1f}{shapes[number % len(shapes)]}"/>'
+    title = f"<title>{escape(tooltip)}</title>" if tooltip else ""
+    shape = shapes[number % len(shapes)]
+    return f'<path class="{"hollow" if hollow else "dot"}" d="M{x:.1f} {y:.1f}{shape}">{title}</path>'
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
@@ -330,7 +313,7 @@ def forest(title: str, rows: Sequence[Row], axis: str) -> str:
     parts += [_of_row(row, FOREST_TOP + FOREST_ROW * number, place) for number, row in enumerate(rows)]
     middle = (frame.left + frame.width - frame.right) / 2
     parts.append(f'<text x="{middle}" y="{frame.height - 6}" text-anchor="middle">{escape(axis)}</text>')
-    return _figure(title, frame, "".join(parts))
+    return _figure(title, frame, "".join(parts), [row.name for row in rows])
 
 
 def _of_row(row: Row, top: float, place: Places) -> str:

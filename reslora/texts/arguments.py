@@ -13,7 +13,7 @@ from ..experiment.arms import check_values
 from ..io import read_object
 from ..methods.registry import METHODS, refuse_unable
 from ..options import contradictions
-from ..options.grid import Grid, alpha_of, first_of
+from ..options.grid import Grid, first_of
 from ..options.optimizers import check_installed, named
 from ..options.option import SAME, Given
 from ..options.parser import OptionsParser
@@ -86,8 +86,6 @@ def resolve(kind: type[T], given: Given) -> T | Grid[T]:
         values["learning_rate"] = own.pop()
     options, varied = first_of(kind, values | {"optim": optimizers if len(optimizers) > 1 else optimizers[0]})
     options = with_start(options)
-    if "rank" not in varied:
-        options = options.replace(lora_alpha=alpha_of(options.adapter))
     if not varied and len(options.adapter.method) == 1:
         contradictions.check_no_experiment(options)
         return checked(options)

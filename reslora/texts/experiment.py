@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 
 from ..errors import InvalidArgument
@@ -28,7 +27,7 @@ from ..experiment.record import Facts, facts_of, read_experiment
 from ..experiment.report import About
 from ..experiment.runner import run_experiment
 from ..experiment.schedule import ArmSchedule, reading_adapter
-from ..experiment.study import COMPARING, TIMED_STEPS, ArmStudy, ExperimentStudy, race, train_arm
+from ..experiment.study import COMPARING, TIMED_STEPS, ArmStudy, ExperimentStudy, print_estimate, race, train_arm
 from ..experiment.worker_pool import Orders
 from ..formatting import pluralize
 from ..io import read_object, remove, remove_leftovers, replacing, write_json
@@ -111,7 +110,7 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
         planned, _ = schedule_of(updates, options_of(schedule.arms()[0], schedule))
         check_evaluations(grid, planned.steps, planned.validation_steps, "--eval_steps")
         schedule.estimated = bool(orders and orders.number)  # one process prints the estimate
-        experiment = TextExperiment(schedule, texts, parts, context, stop, accelerator.device)
+        experiment = TextExperiment(schedule, texts, parts, context)
         if orders:
             experiment = dataclasses.replace(experiment, context=dataclasses.replace(context, status=Status()))
         else:
@@ -181,19 +180,12 @@ class TextExperiment(ExperimentStudy):
     texts: Texts
     parts: Parts
     context: Context
-    """The context of the experiment, from which those of arms are made."""
-    stop: StopRequest
-    device: torch.device
     about: About = TEXTS
 
     @property
     def prog(self) -> str:  # type: ignore[override]
         """Name of the script."""
         return self.texts.prog
-
-    def say(self, phase: str, name: str = "") -> None:
-        """Write the current phase to the run's status."""
-        self.context.status.say(phase, name)
 
     @functools.cached_property
     def content(self) -> Identity:
@@ -253,7 +245,8 @@ class TextExperiment(ExperimentStudy):
         `began`: when the arm was started, in seconds of `time.monotonic`.
         """
         start = max(0.0, time.monotonic() - began - (1 + TIMED_STEPS) * step)
-        self.estimate(schedule.steps, step, start, *expected_times(options.training, schedule, self.parts, step))
+        times = expected_times(options.training, schedule, self.parts, step)
+        print_estimate(self.schedule, self.device, schedule.steps, step, start, *times)
 
     def restored(self, arm: Arm, step: int, into: Path | None = None) -> PeftModel:
         """Return the model with the adapter that an arm has saved at a step, merged as for an export.
@@ -266,11 +259,6 @@ class TextExperiment(ExperimentStudy):
             load_adapter(model, adapter_folder(folder, step))
         as_plain(model, study.method, self.texts.calibration(study.options), into)
         return model.eval()
-
-    def is_exported(self, arm: Arm, step: int) -> bool:
-        """Return whether the arm's directory has the adapter of its checkpoint at this step."""
-        folder = self.schedule.folder_of(arm)
-        return read_object(folder / EXPORTS).get(EXPORTED) == step and (folder / "peft").is_dir()
 
     def test_and_export(self, arm: Arm, step: int, keep: Callable[[dict], None] | None, to_export: bool) -> None:
         """Merge the adapter that an arm has saved at a step, test it, and export it into the arm's directory.
@@ -296,7 +284,7 @@ class TextExperiment(ExperimentStudy):
     def losses_of(self, model: PeftModel, study: TextArmStudy) -> dict:
         """Return the loss of each test example (None if it is not finite), and metrics over all of them."""
         with study.evaluating(model):
-            losses, figures = self.texts.measured(study.options, model, lambda: self.stop.check(COMPARING))
+            losses, figures = self.texts.measured(study.options, model, lambda: self.context.stop.check(COMPARING))
         numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
         return {"losses": numbers, "figures": figures}
 

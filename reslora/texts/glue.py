@@ -1,6 +1,7 @@
 """`train_glue.py`: fine-tune RoBERTa or BERT on a GLUE task, and compare the merges by its metrics."""
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..errors import InvalidArgument, loaded_from_hub, refused_as
 from ..options.texts import ExperimentOptions, GlueModelOptions, GlueOptions
 from ..tracing import to_device
 from .adapter import UNREADABLE
-from .glue_tasks import TASKS, Columns, Task, check_rows, file_form, predicted, read_folder, scores
+from .glue_tasks import TASKS, Row, Task, check_rows, file_form, predicted, read_folder, scores
 from .split import Parts, parts_of
 from .study import Check, Texts, in_order, mine
 
@@ -32,8 +33,8 @@ PROG = "train_glue.py"
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def read_splits(options: GlueOptions) -> dict[str, Columns]:
-    """Return the texts and labels of every split by its name, after validation of every row.
+def read_splits(options: GlueOptions) -> dict[str, list[Row]]:
+    """Return the rows of every split by its name, after validation of every row.
 
     Test splits are read with --do_predict, or if --data_dir has them. MNLI has two validation and two test splits.
     """
@@ -70,14 +71,14 @@ def _read(options: GlueOptions, split: str) -> tuple[str, list[dict] | None]:
     return f"{where}, {split}", sets[split].to_list() if split in sets else None
 
 
-def encode(options: GlueOptions, tokenizer, columns: Columns) -> list[dict[str, Any]]:
+def encode(options: GlueOptions, tokenizer, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return token ids and labels of each example."""
     task, limit = task_of(options), min(options.data.max_seq_length, tokenizer.model_max_length)
-    texts = [columns[name] for name in task.columns]
+    *texts, labels = map(list, zip(*rows, strict=True))
     padding = "max_length" if options.data.pad_to_max_length else False
     encoded = dict(tokenizer(*texts, truncation=True, max_length=limit, padding=padding))
-    if "label" in columns:
-        encoded["labels"] = [int(label) if task.labels else float(label) for label in columns["label"]]
+    if labels[0] is not None:
+        encoded["labels"] = list(map(int if task.labels else float, labels))
     return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
 
 
@@ -217,10 +218,10 @@ class GlueTexts(Texts):
         """Read and encode the examples of a single run."""
         self.take(options, read_splits(options))
 
-    def take(self, options: GlueOptions, splits: dict[str, Columns]) -> None:
+    def take(self, options: GlueOptions, splits: Mapping[str, Sequence[Row]]) -> None:
         """Encode and store the examples of each split."""
         self.task, (self.config, self.tokenizer) = task_of(options), load_tokenizer(options)
-        self.sets = {name: encode(options, self.tokenizer, columns) for name, columns in splits.items()}
+        self.sets = {name: encode(options, self.tokenizer, rows) for name, rows in splits.items()}
         self.rows = self.sets["train"]
         self.example = {"input_ids": torch.tensor([self.rows[0]["input_ids"]])}
 
@@ -229,29 +230,20 @@ class GlueTexts(Texts):
 
         Test examples without labels, such as those on the Hub, are left out.
         """
-        task, data, splits = task_of(options), options.data, read_splits(options)
-        part = task.parts[0]
-        if "label" not in splits.get(f"test{part}", ()) and data.max_eval_samples != data.max_predict_samples:
+        data, splits, part = options.data, read_splits(options), task_of(options).parts[0]
+        test = [row for row in splits.get(f"test{part}", ()) if row[-1] is not None]
+        if not test and data.max_eval_samples != data.max_predict_samples:
             # Without labeled test examples, methods are compared on the validation examples.
             splits = read_splits(options.replace(max_eval_samples=data.max_predict_samples))
-        columns = [*task.columns, "label"]
-        train, validation, test = (
-            list(zip(*map(splits[name].get, columns), strict=True)) if "label" in splits.get(name, ()) else []
-            for name in ("train", f"validation{part}", f"test{part}")
-        )
-        files = {"train": train, "select": validation if test else [], "test": test or validation}
+        validation = splits[f"validation{part}"]
+        files = {"train": splits["train"], "select": validation if test else [], "test": test or validation}
         parts = parts_of(files, lambda example: "\n".join(example[:-1]), shares)
         return parts.limited(data.max_eval_samples, data.max_predict_samples)
 
     def prepare(self, options: GlueOptions, parts: Parts) -> None:
         """Store and encode the examples that all arms use."""
-        task = task_of(options)
-        split = {"train": parts.train, "validation" + task.parts[0]: parts.select, "test": parts.test}
-        columns = [*task.columns, "label"]
-        self.take(
-            options,
-            {name: dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)) for name, rows in split.items()},
-        )
+        validation = "validation" + task_of(options).parts[0]
+        self.take(options, {"train": parts.train, validation: parts.select, "test": parts.test})
 
     def load(self, options: GlueOptions, device: torch.device) -> PreTrainedModel:
         """Return the model with a new classifier."""

@@ -13,8 +13,8 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from ..errors import InvalidArgument
 from ..json_lines import data_lines
 
-Columns = dict[str, list]
-"""Texts and labels by column."""
+Row = tuple
+"""Texts of an example, in the order of the task's columns, and its label; the label is None if it has none."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,14 @@ def file_form(task: Task) -> str:
     return f"give a folder with train.jsonl and {files}, one JSON object a line with {columns}"
 
 
-def check_rows(task: Task, where: str, rows: list[dict], labelled: bool) -> Columns:
-    """Return texts and labels of the rows by column.
+def check_rows(task: Task, where: str, rows: list[dict], labelled: bool) -> list[Row]:
+    """Return texts and label of each row.
 
-    `labelled`: labels are required. Otherwise the column is left out if no row has a label (-1 on the Hub means none).
-    Raises `InvalidArgument` naming the first invalid row.
+    `labelled`: labels are required. Otherwise they may be missing in all rows (-1 on the Hub means none). Raises
+    `InvalidArgument` naming the first invalid row.
     """
-    names = [*task.columns, *(["label"] if labelled or "label" in rows[0] else [])]
+    labelled = labelled or ("label" in rows[0] and any(row.get("label") not in (None, -1, -1.0) for row in rows))
+    names = [*task.columns, *["label"] * labelled]
     found = list(dict.fromkeys(name for row in rows for name in row))
     missing = [name for name in names if name not in found]
     if missing:
@@ -109,18 +110,16 @@ def check_rows(task: Task, where: str, rows: list[dict], labelled: bool) -> Colu
             f"no column {', '.join(missing)}",
             f"the columns are {', '.join(found)}; rename, or change --task_name",
         )
-    if not labelled and all(row.get("label") in (None, -1, -1.0) for row in rows):
-        names = list(task.columns)
     for number, row in enumerate(rows, 1):
         for name in task.columns:
             if not isinstance(row.get(name), str):
                 raise InvalidArgument(
                     f"{where}, row {number}", f"{name} is {row.get(name)!r}, not a text", "correct it"
                 )
-        if "label" in names and not valid_label(task, row.get("label")):
+        if labelled and not valid_label(task, row.get("label")):
             labels = ", ".join(f"{i} ({name})" for i, name in enumerate(task.labels)) or "numbers from 0 to 5"
             raise InvalidArgument(f"{where}, row {number}", f"label {row.get('label')!r}", f"labels are {labels}")
-    return {name: [row[name] for row in rows] for name in names}
+    return [(*(row[name] for name in task.columns), row["label"] if labelled else None) for row in rows]
 
 
 def valid_label(task: Task, label: object) -> bool:

@@ -1,9 +1,8 @@
 """Results of a run: metrics of every merge, exported files, and `results.json`."""
 
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +12,40 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..chains import base_model, lora_layers
+from ..chains import base_model
 from ..errors import Diverged, RunFailed, first_line
 from ..export import export_peft, merged_state_dict
 from ..io import remove_leftovers, replacing, write_json
 from ..merges import AUTO, MERGES
 from ..methods import pissa
-from ..methods.controls import DEFAULT, merged
+from ..methods.controls import merged
 from ..methods.registry import METHODS
-from ..model import (
-    Connection,
-    MergeReport,
-    attach_wires,
-    connection_of,
-    disconnect,
-    enable_gradient_checkpointing,
-    merge,
-)
+from ..model import Connection, MergeReport, connection_of, merge
 from ..options.texts import MethodOptions
 from ..runtime.folder_lock import check_held
 from ..runtime.processes import broadcast_from_main, is_main
-from ..shortcuts.gated import GATES, gates_of
-
-FACTORS = ("lora_A", "lora_B")
-ENTRIES = (*FACTORS, "r", "lora_alpha", "scaling")
-"""Attributes of a LoRA layer that a merge changes; each of them has an entry for every adapter."""
 
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
 def merge_table(
     model: nn.Module,
-    evaluate: Callable[[], Mapping[str, float]],
+    evaluate: Callable[[nn.Module], Mapping[str, float]],
     calibration: Sequence[Mapping] | None = None,
     methods: Sequence[str] | None = None,
 ) -> dict[str, dict]:
     """Return the metrics of a model unmerged and merged by each merge method, as in the paper's Tables 3, 6 and 7.
 
-    `evaluate` returns the metrics of the model in its present state; `calibration` is as in `reslora.merge`. `methods`
+    `evaluate` returns the metrics of a model; `calibration` is as in `reslora.merge`. `methods`
     are merge methods; by default all that are applicable, which are `none` and `exact` for block-shortcuts. `input`
     uses the norms recorded in training if there are any (Eqs. 8-9), else those of the calibration.
 
     The result maps `unmerged` and each merge method to metrics; a merge method also has the `report` of its merge. A
-    model without shortcuts has only the row `unmerged`. Afterwards the model is connected and unmerged again.
+    model without shortcuts has only the row `unmerged`. Copies are merged; the model itself does not change.
 
     Raises `RunFailed` if the metrics of the unmerged model are not finite, or if its weights cannot be merged.
     """
-    table: dict[str, dict[str, Any]] = {"unmerged": dict(evaluate())}
+    table: dict[str, dict[str, Any]] = {"unmerged": dict(evaluate(model))}
     for name, value in table["unmerged"].items():
         if not math.isfinite(value):
             raise RunFailed(f"{name} is {value} after training, which has diverged: lower --learning_rate")
@@ -68,9 +54,9 @@ def merge_table(
         return table
     _share_norms(connection)
     for method in methods or _applicable(connection, calibration):
-        with unmerged_afterwards(model):
-            report = _merge(model, method, calibration)
-            table[method] = {**evaluate(), "report": report.to_dict()}
+        twin = _twin(model)
+        report = _merge(twin, method, calibration)
+        table[method] = {**evaluate(twin), "report": report.to_dict()}
     return table
 
 
@@ -96,39 +82,10 @@ def _merge(model: nn.Module, method: str, calibration: Sequence[Mapping] | None)
         raise Diverged(f"the training has diverged: {first_line(error)}", "lower --learning_rate") from error
 
 
-@contextlib.contextmanager
-def unmerged_afterwards(model: nn.Module) -> Iterator[None]:
-    """Restore the adapter exactly at the end of the context, for example after a merge.
-
-    Parameters remain the same objects, so that an optimizer that refers to them stays valid.
-    """
-    base = base_model(model)
-    connection = connection_of(base)
-    config = base.peft_config[DEFAULT]
-    patterns = copy.deepcopy((config.rank_pattern, config.alpha_pattern))
-    layers = [layer for layer in lora_layers(base, DEFAULT).values() if DEFAULT in layer.lora_A]
-    entries = [{name: getattr(layer, name)[DEFAULT] for name in ENTRIES} for layer in layers]
-    weights = [[own[name].weight.detach().clone() for name in FACTORS] for own in entries]
-    gates = [gates_of(layer, DEFAULT) for layer in layers]
-    checkpointing = bool(getattr(base, "is_activation_checkpointing", False))
-    try:
-        yield
-    finally:
-        if connection_of(base) is not None:
-            disconnect(base)
-        for layer, own, values in zip(layers, entries, weights, strict=True):
-            for name, entry in own.items():
-                getattr(layer, name)[DEFAULT] = entry
-            for name, value in zip(FACTORS, values, strict=True):
-                own[name].weight.data.copy_(value)
-        config.rank_pattern, config.alpha_pattern = patterns
-        again = attach_wires(model, connection.config, DEFAULT, connection.chains)
-        again.wires.norms = connection.wires.norms
-        for layer, own_gates in zip(layers, gates, strict=True):
-            if own_gates is not None:
-                getattr(layer, GATES)[DEFAULT] = own_gates
-        if checkpointing:
-            enable_gradient_checkpointing(base)
+def _twin(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that shares all modules without trained parameters, such as quantized weights."""
+    frozen = [module for module in model.modules() if not any(p.requires_grad for p in module.parameters())]
+    return copy.deepcopy(model, {id(module): module for module in frozen})
 
 
 def _share_norms(connection: Connection) -> None:

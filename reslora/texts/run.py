@@ -23,14 +23,13 @@ from ..runtime.script import shares_the_cpu
 from ..runtime.signals import NOT_BEGUN, StopRequest
 from ..runtime.status import Status
 from ..seeds import derive
-from ..training.accelerator import new_accelerator, quieten, tracker_of
+from ..training.accelerator import new_accelerator, tracker_of
 from ..training.checkpoints import check_length, plan_resume
 from ..training.context import Context
 from ..training.loop import train_method
 from ..training.state import check_optimizer
 from ..training.study import Identity
 from ..training.trackers import note_settings, start_trackers
-from ..training.zero import configure, uses_deepspeed
 from .study import Texts, TextStudy, plan_of, schedule_of
 
 
@@ -116,7 +115,7 @@ def start_accelerator(options: TextOptions) -> Accelerator:
     Raises `InvalidArgument` for FSDP, which shards the weights that a shortcut reads, and for a precision without a
     GPU.
     """
-    training, output = options.training, options.output
+    training = options.training
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         problem = "its configuration says FSDP, but merges and metrics need the complete weights"
         raise InvalidArgument("accelerate launch", problem, "use DDP or ZeRO-2")
@@ -132,22 +131,18 @@ def start_accelerator(options: TextOptions) -> Accelerator:
     by_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     if by_deepspeed and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
         PartialState(cpu=True)  # connects the processes; `Accelerator(cpu=True)` would, but without DeepSpeed
-    trackers = [tracker for tracker in map(tracker_of, output.report_to) if tracker]
+    trackers = [tracker for tracker in map(tracker_of, options.output.report_to) if tracker]
     accelerator = new_accelerator(
         f"--{training.mixed_precision}",
-        output.logging_dir,
-        Path(output.output_dir),
+        options,
         cpu=(use_cpu or shares_the_cpu()) and not (training.deepspeed or by_deepspeed),
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         mixed_precision=training.mixed_precision,
         log_with=trackers or None,
         deepspeed_plugin=deepspeed_plugin(training),
     )
-    if uses_deepspeed(accelerator):
-        configure(options.adapter, training, options.optimizer, accelerator)
     if training.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = training.tf32
-    quieten()
     return accelerator
 
 

@@ -326,7 +326,7 @@ class TextStudy(Study):
         trained = sum(value.numel() for value in learner.parameters)
         self.context.status.say("merging", learner.name)
 
-        def evaluate() -> Mapping[str, float]:
+        def evaluate(model: PeftModel) -> Mapping[str, float]:
             """Return the task's metrics on the validation split."""
             with self.evaluating(model):
                 return texts.figures(options, model, self.check)

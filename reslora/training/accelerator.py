@@ -16,15 +16,17 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 
 from ..errors import InvalidArgument, refused_as
+from ..options.shared import TrainOptions
+from .zero import configure, uses_deepspeed
 
 
-def new_accelerator(flag: str, logging_dir: str, folder: Path, **arguments: Any) -> Accelerator:
-    """Return accelerate's `Accelerator`; on a CPU, set the number of threads too.
+def new_accelerator(flag: str, options: TrainOptions, **arguments: Any) -> Accelerator:
+    """Return accelerate's `Accelerator`, and configure DeepSpeed; on a CPU, set the number of threads too.
 
-    `flag`: the option of the precision and its value, for messages; `logging_dir`: directory of TensorBoard's files
-    inside `folder`, the output directory.
+    `flag`: the option of the precision and its value, for messages.
     """
-    project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / logging_dir))
+    folder = Path(options.output.output_dir)
+    project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / options["logging_dir"]))
     with refused_as(flag, "choose another", (ValueError,)):
         accelerator = Accelerator(project_config=project, **arguments)
     started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
@@ -37,6 +39,9 @@ def new_accelerator(flag: str, logging_dir: str, folder: Path, **arguments: Any)
         warn_of_single_process(accelerator.num_processes)
         set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
         keep_freed_memory()
+    if uses_deepspeed(accelerator):
+        configure(options.adapter, options.training, options.optimizer, accelerator)
+    quieten()
     return accelerator
 
 

@@ -6,22 +6,21 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.ticker import MaxNLocator
 
-from reslora.plots.charts import HEIGHT, REPORT, SVG, WIDTH, Axes, Line, Row, Series, chart, forest, line_chart, ticks
+from reslora.plots.charts import PAGE, REPORT, Axes, Line, Row, Series, chart, forest, line_chart, ticks
 
 
 def lines_of(chart: str) -> list[list[tuple[float, float]]]:
     """Return the points of each line, in pixels."""
-    groups = ElementTree.fromstring(chart).iterfind(f".//{{{SVG}}}g")
-    paths = [group.find(f"{{{SVG}}}path").get("d") for group in groups if group.get("id", "").startswith("line-")]
-    numbers = [list(map(float, re.findall(r"-?[\d.]+(?:e[+-]?\d+)?", path))) for path in paths]
+    paths = [path.get("d") for path in ElementTree.fromstring(chart).iterfind(".//path[@class='line']")]
+    numbers = [list(map(float, re.findall(r"-?[\d.]+", path))) for path in paths]
     return [list(zip(found[::2], found[1::2], strict=True)) for found in numbers]
 
 
 def test_points_are_where_their_numbers_say():
     chart = line_chart("Loss <&>", "step", [Line("a", "#111111", ((0, 1.0), (5, 2.0), (10, 3.0)))], mark=5)
     (((left, low), middle, (right, high)),) = lines_of(chart)
-    assert 0 < left < right < WIDTH and 0 < high < low < HEIGHT
-    assert middle == pytest.approx(((left + right) / 2, (low + high) / 2), abs=0.01)
+    assert 0 < left < right < PAGE.width and 0 < high < low < PAGE.height
+    assert middle == pytest.approx(((left + right) / 2, (low + high) / 2), abs=0.1)
     (mark,) = re.findall(r'class="mark" d="M([\d.]+) ', chart)
     assert float(mark) == pytest.approx(middle[0], abs=0.1) and "<title>a, 5: 2.0000</title>" in chart
 
@@ -32,9 +31,9 @@ def test_points_are_where_their_numbers_say():
 def test_hardly_any_points_are_shown_too(points):
     chart = line_chart("Loss", "step", [Line("a", "#111111", points)])
     ElementTree.fromstring(chart)
-    dots = re.findall(r'<use xlink:href="#[^"]*" x="([^"]*)" y="([^"]*)"', chart)
+    dots = re.findall(r'class="dot" d="M([^ ]*) ([^m]*)m', chart)
     assert len(dots) == len(points)
-    assert all(0 <= float(x) <= WIDTH and 0 <= float(y) <= HEIGHT for x, y in dots)
+    assert all(0 <= float(x) <= PAGE.width and 0 <= float(y) <= PAGE.height for x, y in dots)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +46,15 @@ def test_one_point_has_its_own_numbers_at_the_axes(point, numbers):
 
 
 def test_without_points_there_is_an_empty_frame():
-    assert lines_of(line_chart("Loss", "step", [])) == []
+    chart = line_chart("Loss", "step", [])
+    assert lines_of(chart) == [] and 'aria-label="Loss: nothing yet"' in chart
+
+
+def test_lines_have_their_own_colors_and_dashes_and_only_few_points_have_dots():
+    lines = [Line("a", "#111111", tuple((x, 1.0 * x) for x in range(99)), "7 4"), Line("b", "#222222", ((0, 1.0),))]
+    chart = line_chart("Loss", "step", lines)
+    assert 'style="--own: #111111"' in chart and 'style="--own: #222222"' in chart
+    assert chart.count('stroke-dasharray="14 8"') == 1 and chart.count('class="dot"') == 1
 
 
 @pytest.mark.parametrize(

@@ -463,7 +463,7 @@ def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
 
     def told(files, split=None, limit=None) -> list[str]:
         parts = parts_of(files, str, ExperimentOptions(test_split=split)).limited(None, limit)
-        return experiment.TextExperiment(None, None, parts, None, StopRequest(), None).too_few()
+        return experiment.TextExperiment(None, None, parts, None).too_few()
 
     texts = [one + other for one in "abcdef" for other in "ghijk"]
     (line,) = told({"train": texts}, 0.01)
@@ -512,7 +512,7 @@ def runner_of(grid, stop: StopRequest | None = None) -> experiment.TextExperimen
     texts, stop = llm.LlmTexts(), stop or StopRequest()
     texts.rows, texts.encoder = [{"input_ids": [1], "labels": [1]}] * 4, Encoder(bytes_tokenizer())
     context = Context(grid.base, None, Accelerator(cpu=True), stop)
-    return experiment.TextExperiment(ArmSchedule(grid, 0.0), texts, Parts([], [], [], 0, []), context, stop, None)
+    return experiment.TextExperiment(ArmSchedule(grid, 0.0), texts, Parts([], [], [], 0, []), context)
 
 
 def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):

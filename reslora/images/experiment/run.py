@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
 from ...errors import InvalidArgument
@@ -25,7 +24,7 @@ from ...experiment.arms import Arm, check_evaluations
 from ...experiment.record import EXPERIMENT, Facts, facts_of, read_experiment
 from ...experiment.report import About
 from ...experiment.schedule import ArmSchedule
-from ...experiment.study import TIMED_STEPS, ArmStudy, ExperimentStudy, race, train_arm
+from ...experiment.study import TIMED_STEPS, ArmStudy, ExperimentStudy, print_estimate, race, train_arm
 from ...experiment.worker_pool import Orders
 from ...formatting import pluralize
 from ...io import read_object, remove_leftovers
@@ -54,7 +53,7 @@ from ..study import ImageStudy
 from .losses_by_image import write_thumbnails
 from .report_sections import IMAGES
 from .split import Parts, check_count, content_of, parts_of, training_images, with_parts
-from .test_split_losses import base_losses, export_chosen, is_exported, test_and_export
+from .test_split_losses import base_losses, export_chosen, test_and_export
 
 MIN_EVALUATIONS, MAX_EVALUATIONS = 4, 10  # default number of measurements of a run on the selection split
 MEASURING = 1 / 8  # at most this fraction of the time of training, but MIN_EVALUATIONS measurements in any case
@@ -133,10 +132,7 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         there = there_of(folder)
         noises = there.get("noises", NOISES) if there else SELECT_NOISES
         test_noises = there.get("test_noises", NOISES) if there else TEST_NOISES
-        yield ImageExperiment(
-            arm_schedule, study, data_of, parts, content, noises, test_noises, stop,
-            context.accelerator.device,
-        )  # fmt: skip
+        yield ImageExperiment(arm_schedule, study, data_of, parts, content, noises, test_noises)
         context.accelerator.end_training()
 
 
@@ -336,14 +332,13 @@ class ImageExperiment(ExperimentStudy):
     """Number of noises per timestep and image for the losses on the selection split."""
     test_noises: int
     """Likewise on the test split."""
-    stop: StopRequest
-    device: torch.device
     prog: str = "train_sd.py"
     about: About = IMAGES
 
-    def say(self, phase: str, name: str = "") -> None:
-        """Write the current phase to the run's status."""
-        self.study.context.status.say(phase, name)
+    @property
+    def context(self) -> ImageContext:  # type: ignore[override]
+        """The context of the experiment."""
+        return self.study.context
 
     def study_of(self, arm: Arm) -> ImageArmStudy:
         """Return the study of one arm, as for a single run.
@@ -403,7 +398,8 @@ class ImageExperiment(ExperimentStudy):
             self.noises, self.test_noises,
         )  # fmt: skip
         start = max(0.0, time.monotonic() - began - shared.seconds - (1 + TIMED_STEPS) * step)
-        self.estimate(schedule.steps, step, start, measuring, start + to_conclude)  # a test loads the model, too
+        to_conclude += start  # a test loads the model, too
+        print_estimate(self.schedule, self.device, schedule.steps, step, start, measuring, to_conclude)
 
     @functools.cached_property
     def test_ids(self) -> list[str]:
@@ -446,14 +442,10 @@ class ImageExperiment(ExperimentStudy):
         calibration = options.adapter.merge_calibration_samples
         return expected_times(options.validation, calibration, self.study.schedule, select, test, a_sample, *noises)[1]
 
-    def is_exported(self, arm: Arm, step: int) -> bool:
-        """Return whether the arm's exported files exist and are those of its checkpoint at this step."""
-        return is_exported(self.schedule.folder_of(arm), step)
-
     def test_and_export(self, arm: Arm, step: int, keep: Callable[[dict], None] | None, to_export: bool) -> None:
         """Test an arm's checkpoint, and export it into the arm's directory as a single run does."""
         test_and_export(step, self.parts.test, self.study_of(arm), keep, to_export, self.test_noises)
 
     def export(self, arm: Arm, step: int) -> list[str]:
         """Write the files of an arm's checkpoint into the experiment's directory, and return their names."""
-        return export_chosen(step, self.study_of(arm))
+        return export_chosen(step, self.study_of(arm), self.is_exported(arm, step))

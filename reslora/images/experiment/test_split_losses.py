@@ -69,12 +69,6 @@ def test_and_export(
             write_json(folder / EXPORTS, read_object(folder / EXPORTS) | {EXPORTED: step})
 
 
-def is_exported(folder: Path, step: int) -> bool:
-    """Return whether an arm's exported files exist and are those of its checkpoint at this step."""
-    record = read_object(folder / EXPORTS)
-    return record.get(EXPORTED) == step and all((folder / name).exists() for name in record["difference_of_255"])
-
-
 def measured(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], setting: Setting, noises: int) -> dict:
     """Return the losses of an arm's merged modules on the test images and, with --metric_model, their similarities."""
     losses = image_losses(parts, loss, images, setting, noises)
@@ -139,14 +133,14 @@ def numbers(losses: torch.Tensor) -> list[float | None]:
     return [float(value) if value.isfinite() else None for value in losses]
 
 
-def export_chosen(step: int, setting: Setting) -> list[str]:
+def export_chosen(step: int, setting: Setting, is_exported: bool) -> list[str]:
     """Write the LoRA files of an arm's checkpoint to the experiment's folder; return their names.
 
-    They are copies of the arm's own files, if these are exported. The new files replace those of an earlier export.
+    They are copies of the arm's own files, if it `is_exported`. The new files replace those of an earlier export.
     """
     context, metadata = setting.context, None
     folder = context.folder_of(context.options.adapter.method[0])
-    if is_exported(folder, step):
+    if is_exported:
         return copy_files(folder, context.folder, context.model.family.lora_files)
     schedule = dataclasses.replace(setting.schedule, steps=step)
     with chosen_parts(step, setting) as (parts, _):

@@ -93,9 +93,9 @@ MERGES: list[str] = []
 def whole(flags, small, tmp_path_factory) -> tuple[Path, list[str]]:
     """The experiment `small`, extended by a method and a seed at one of its rates; and the printed lines."""
 
-    def export(step: int, study: ImageStudy) -> list[str]:
+    def export(step: int, study: ImageStudy, is_exported: bool) -> list[str]:
         EXPORTED.append((step, study))
-        return export_chosen(step, study)
+        return export_chosen(step, study, is_exported)
 
     def merge(parts, method, *given):
         MERGES.append(method)
@@ -431,9 +431,7 @@ def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
 def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):
     schedule = ArmSchedule(parse_args([*SMALL, "--output_dir", str(tmp_path)]))
     context = SimpleNamespace(stop=StopRequest(), status=Status(tmp_path))
-    experiment = run.ImageExperiment(
-        schedule, SimpleNamespace(context=context), {}, SimpleNamespace(), "", 1, 2, context.stop, None
-    )
+    experiment = run.ImageExperiment(schedule, SimpleNamespace(context=context), {}, SimpleNamespace(), "", 1, 2)
     experiment.start_phase("testing (1 of 2)", schedule.arms()[0])
     assert activity(read_object(tmp_path / STATUS)) == "lora/lr-0.01/seed-0, testing (1 of 2)"
     context.stop.signal = signal.SIGTERM
