@@ -9,7 +9,7 @@ import pytest
 from pipelines import image_folder, random_image, stable_diffusion
 
 import train_sd
-from images.runs import read_by
+from images.runs import FAMILY, read_by
 from reslora.errors import RunFailed
 from reslora.images.data import encoding
 from reslora.images.data.batch import Batch
@@ -155,8 +155,8 @@ def test_positions_of_a_long_run_are_not_held(folder):
     flags = Options.of(
         train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0, noise_offset=0.0, seed=0
     )
-    source = Source(None, None, tuple(range(IMAGES)), (), (Size(8, 8),), (0,) * IMAGES)
-    training_data = TrainingData((source,), None, None, {}, **read_by(flags))
+    source = Source(None, None, tuple(range(IMAGES)), (), (Size(8, 8),) * IMAGES)
+    training_data = TrainingData((source,), None, None, {}, FAMILY, **read_by(flags))
     tracemalloc.start()
     loader = training_loader(training_data, range(1, 200_000), processes=3, rank=1, pin=False)
     positions = [draw.position for draw in next(iter(loader.batch_sampler))]

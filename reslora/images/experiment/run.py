@@ -269,8 +269,7 @@ def data_of_variant(
     context, sources, seed = dataclasses.replace(context, options=options), [], options.training.seed
     for source in training_data.sources:
         if source.latents is not None:
-            sizes = [source.size(image) for image in range(len(source.images))]
-            latents, problems = latents_of(source.images, sizes, pipeline, context)
+            latents, problems = latents_of(source.images, source.sizes, pipeline, context)
             for index, problem in problems.items():  # damaged after the other seeds were encoded
                 where, fix = source.images.name(index), f"remove {cache_folder(options.model, options.output)}"
                 raise InvalidArgument(f"--seed {seed}, {where}", f"{problem}, but could be read for other seeds", fix)
@@ -280,7 +279,7 @@ def data_of_variant(
     training_data = dataclasses.replace(training_data, sources=tuple(sources), training=options.training, data=own)
     anew = options.adapter.train_text_encoder != training_data.adapter.train_text_encoder
     # If text encoders read reference images: samples use those of the selection split, which was unknown before.
-    anew = anew or training_data.reads_references or any(source.transform.rewrites for source in sources)
+    anew = anew or training_data.family.reads_references or any(source.transform.rewrites for source in sources)
     return with_texts(training_data, pipeline, context) if anew else training_data
 
 

@@ -17,7 +17,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from app.activity import activity
-from images.runs import SCRIPT, Watcher, assert_same, load_images, main, only, printed, read_by, refused, without
+from images.runs import (
+    FAMILY,
+    SCRIPT,
+    Watcher,
+    assert_same,
+    load_images,
+    main,
+    only,
+    printed,
+    read_by,
+    refused,
+    without,
+)
 from reslora.errors import InvalidArgument, Stopped
 from reslora.experiment.arms import Arm
 from reslora.experiment.schedule import ArmSchedule
@@ -407,15 +419,8 @@ def test_another_split_of_the_images_is_refused(images, tmp_path):
 
 def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, monkeypatch):
     settled = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path)])
-    source = Source(
-        load_images(settled),
-        object(),
-        tuple(range(8)),
-        (),
-        (Size(32, 32),),
-        (0,) * 8,
-    )
-    training_data = TrainingData((source,), Texts(None, {}), None, {}, **read_by(settled))
+    source = Source(load_images(settled), object(), tuple(range(8)), (), (Size(32, 32),) * 8)
+    training_data = TrainingData((source,), Texts(None, {}), None, {}, FAMILY, **read_by(settled))
     monkeypatch.setattr(run, "latents_of", lambda *_: (object(), {3: "damaged (truncated)"}))
     with pytest.raises(InvalidArgument, match=r"--seed 7, .*/3\.png: damaged"):
         context = ImageContext(settled, None, None, StopRequest())
