@@ -38,7 +38,7 @@ from .loaders import stream, worker_options
 from .size import Size
 from .store import Encoded, Item, fill, share
 
-PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
+CAPTIONS_AT_ONCE = 64
 MASKED = "masked-2"  # part of the cache's keys; change it whenever masks are read differently
 RANDOM_CROPS = 4  # crops that are cached of an image that must be cut: the center and three random ones
 FITS = 0.93  # if a bucket keeps at least this fraction of an image, only the center crop is cached
@@ -132,9 +132,9 @@ def encode_texts(
                     ((caption, mark),) = (text for text in some if isinstance(text, tuple))
                     states = family.encode_with_reference(pipeline, caption, references[mark]())
             for position in range(len(some)):
-                yield [{name: value[position] for name, value in states.items()}]
+                yield {name: value[position].unsqueeze(0) for name, value in states.items()}
 
-    _filled(encoded, PART_OF_CAPTIONS, encode, context)
+    _filled(encoded, encode, context)
     return Texts(encoded, places)
 
 
@@ -189,14 +189,14 @@ class Variants(TorchDataset):
 
 @dataclass
 class Damages(TorchDataset):
-    """Dataset that maps an image's number to the reason why the image cannot be trained on; () if there is none."""
+    """Dataset that maps an image's number to the reason why the image cannot be trained on; {} if there is none."""
 
     images: ImageDataset
     masked: bool
 
     def __getitem__(self, index: int) -> Item:
         found = opened(self.images, index, self.masked)
-        return found if isinstance(found, str) else ()
+        return found if isinstance(found, str) else {}
 
 
 def opened(images: ImageDataset, index: int, masked: bool) -> Opened | str:
@@ -261,11 +261,11 @@ def damaged_images(images: ImageDataset, context: ImageContext) -> dict[int, str
 
 
 def _fill(
-    found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item], phase: str, context: ImageContext
+    found: Encoded, images: TorchDataset, make: Callable[[Mapping], Item], phase: str, context: ImageContext
 ) -> None:
     """Store what `make` returns for each image that is not stored yet, or why the image cannot be trained on."""
     accelerator = context.accelerator
-    total = sum(map(len, share(found, PART_OF_IMAGES, accelerator)))
+    total = len(share(found, accelerator))
     silent = not (accelerator.is_main_process and total)
     bar = tqdm(desc=f"{phase}s", total=total, disable=silent, dynamic_ncols=True)
     number = itertools.count(1)
@@ -282,13 +282,13 @@ def _fill(
                 context.status.count(phase, next(number), total)
 
     with bar:
-        _filled(found, PART_OF_IMAGES, encode_images, context)
+        _filled(found, encode_images, context)
 
 
-def _filled(found: Encoded, part: int, make: Callable[[Sequence[int]], Generator[Item]], context: ImageContext) -> None:
+def _filled(found: Encoded, make: Callable[[Sequence[int]], Generator[Item]], context: ImageContext) -> None:
     """Call `fill`; if it fails because another process has stopped on request, stop this process in the same way."""
     try:
-        fill(found, part, make, context.accelerator)
+        fill(found, make, context.accelerator)
     except RunFailed:
         context.stop.check(NOT_BEGUN)
         raise
@@ -308,16 +308,15 @@ def moments_of(
     return found
 
 
-def encoded(family: Family, vae: nn.Module, views: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Encode an item of `Variants`, and return the tensors to store for each variant.
+def encoded(family: Family, vae: nn.Module, views: Mapping[str, torch.Tensor]) -> Item:
+    """Encode an item of `Variants`, and return the tensors to store of all variants.
 
-    The tensors of a variant are `moments`, `sizes` and, where given, `reference` and `mask`, the last at the size of
-    the latents.
+    They are `moments`, `sizes` and, where given, `reference` and `mask`, the last at the size of the latents.
     """
     kept = moments_of(family, vae, views["pixels"], views.get("reference_pixels")) | {"sizes": views["sizes"]}
     if "mask" in views:
         kept["mask"] = interpolate(views["mask"], kept["moments"].shape[-2:], mode="area")
-    return [dict(zip(kept, values, strict=True)) for values in zip(*kept.values(), strict=True)]
+    return kept
 
 
 def without_damaged(

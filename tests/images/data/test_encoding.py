@@ -148,8 +148,7 @@ def test_what_another_encoder_made_is_not_used(brief_flags, model, tmp_path, mon
 
 @pytest.mark.exhaustive
 def test_what_an_interrupted_run_has_encoded_is_kept(brief_flags, tmp_path, monkeypatch):
-    """Encoding is stopped in the second of three parts; the next run encodes only the rest."""
-    monkeypatch.setattr(encoding, "PART_OF_IMAGES", 2)
+    """A stop is requested while the third of six images is encoded; the next run encodes only the rest."""
     flags, calls, encode = [*brief_flags, "--output_dir", tmp_path / "out"], [], AutoencoderKL.encode
 
     def counted(vae, *args, **more):
@@ -167,7 +166,7 @@ def test_what_an_interrupted_run_has_encoded_is_kept(brief_flags, tmp_path, monk
     calls.clear()
     monkeypatch.setattr(AutoencoderKL, "encode", counted)
     assert main(*flags) == 0
-    assert len(calls) == 4
+    assert len(calls) == 3
 
 
 @pytest.mark.exhaustive
@@ -418,8 +417,7 @@ def test_where_no_latents_are_kept_damaged_images_are_found_once_before_training
         found(strict=True)
 
 
-def test_encoding_goes_on_behind_the_last_whole_part(setting, monkeypatch):
-    monkeypatch.setattr(encoding, "PART_OF_IMAGES", 2)
+def test_encoding_goes_on_behind_the_last_whole_item(setting, monkeypatch):
     encode = setting.model.family.encode_images
 
     def interrupted(vae: object, pixels: torch.Tensor) -> torch.Tensor:
@@ -431,7 +429,7 @@ def test_encoding_goes_on_behind_the_last_whole_part(setting, monkeypatch):
         patch.setattr(setting.model.family, "encode_images", interrupted)
         images_encoded(setting)
     add_image(Path(*setting.options.data.train_data_dir), 5)
-    assert images_encoded(setting) == [4, 1, 4, 4]
+    assert images_encoded(setting) == [1, 4, 4]
 
 
 def test_a_process_that_was_asked_to_stop_and_finds_another_gone_was_stopped(setting, monkeypatch):
