@@ -21,12 +21,13 @@ from measured import keep
 from reslora.experiment.arms import Arm
 from reslora.experiment.statistics import Judged, half_width, judge
 from reslora.images.data.samples import TIMESTEPS, FixedSamples
+from reslora.images.experiment.arm_study import exact_loss
 from reslora.images.experiment.run import ImageExperiment, open_study
 from reslora.images.experiment.split import Image
-from reslora.images.experiment.test_split_losses import chosen_parts, exact_loss
 from reslora.images.settings import parse_args
 from reslora.io import read_object
 from reslora.runtime.signals import StopRequest
+from reslora.tracing import evaluating
 
 NOISES, SUBSETS, COUNTS = 8, 200, (1, 2, 4)
 
@@ -36,7 +37,7 @@ def losses(experiment: ImageExperiment, arm: Arm, step: int, images: Sequence[Im
     """Return the losses of an arm's checkpoint, of shape (images, timesteps, noises)."""
     study = experiment.study_of(arm)
     samples = FixedSamples(study.training_data, NOISES)
-    with chosen_parts(step, study) as (parts, loss):
+    with study.merged(step) as (parts, _, loss), evaluating(*parts.values()):
         denoiser = next(iter(parts.values()))
         found = [
             torch.cat([exact_loss(loss, denoiser, batch) for batch in samples.batches([image], TIMESTEPS * NOISES)])

@@ -146,12 +146,12 @@ def load_training_data(folder: Path, batch: int, steps: int) -> tuple[TrainingDa
         Size(*flags.data.resolution * 2),
     )
     latents, _ = encode_images(
-        Variants(images, [size] * len(images), flags.data, flags.training), "", no_vae(), context
+        Variants(images, [size] * len(images), flags.data, flags.training, family), "", no_vae(), context
     )
     texts = encode_texts([text for options in images.captions for text in options], "", lambda: None, context)
-    source = Source(images, latents, tuple(range(len(images))), (), (size,), (0,) * len(images))
+    source = Source(images, latents, tuple(range(len(images))), (), (size,) * len(images))
     parts = flags.adapter, flags.data, flags.training, flags.validation
-    training_data = TrainingData((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, *parts)
+    training_data = TrainingData((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, family, *parts)
     start_trackers(context, "train_sd")
     note_settings(context.options, steps_of(schedule_of(training_data.updates(1), context)), context.accelerator)
     return training_data, context

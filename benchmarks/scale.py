@@ -81,7 +81,7 @@ def measure(data: str, folder: Path, flags: list[str], args: argparse.Namespace)
         output = folder / name
         output.mkdir()
         run = Watched(TRAINER, [*flags, *own, "--output_dir", str(output)], output)
-        encoded = sum(path.stat().st_size for path in (folder / "cache").rglob("*.arrow"))
+        encoded = sum(path.stat().st_size for path in (folder / "cache").rglob("*.safetensors"))
         rows.append({
             "data": data, "run": name, "until_first_step": run.until_first_step, "anonymous": run.peak_anonymous,
             "resident": run.peak_at_last_step, "encoded": encoded,

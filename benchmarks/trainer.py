@@ -298,15 +298,16 @@ def loading(args: argparse.Namespace, flags: Options, images: ImageDataset, cach
     context = ImageContext(flags, model, Accelerator(cpu=True), StopRequest())
     vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     began = time.perf_counter()
-    latents, _ = encode_images(Variants(images, [size] * len(images), flags.data, flags.training), "", vae, context)
+    variants = Variants(images, [size] * len(images), flags.data, flags.training, model.family)
+    latents, _ = encode_images(variants, "", vae, context)
     rates = {"encoding, images/s": args.images / (time.perf_counter() - began)}
     print(f"{workers} workers  encoding  {rates['encoding, images/s']:8.1f} images/s", flush=True)
     texts = encode_texts([text for options in images.captions for text in options], "", lambda: None, context)
     objective, numbers = DdpmObjective(DDPMScheduler()), tuple(range(len(images)))
     for what, encoded in (("not cached", None), ("cached", latents)):
-        source = Source(images, encoded, numbers, (), (size,), (0,) * len(images))
+        source = Source(images, encoded, numbers, (), (size,) * len(images))
         parts = flags.adapter, flags.data, flags.training, flags.validation
-        training_data = TrainingData((source,), texts, objective, {size: (4, 64, 64)}, *parts)
+        training_data = TrainingData((source,), texts, objective, {size: (4, 64, 64)}, model.family, *parts)
         rates[f"{what}, samples/s"] = loading_rate(what, batches_of(training_data), args.images, workers)
         rates[f"{what}, share waited"] = consume(args, workers, what, batches_of(training_data))
     return rates

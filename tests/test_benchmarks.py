@@ -250,7 +250,7 @@ def test_scale_measures_three_runs_of_each_size_and_says_how_quiet_it_was(result
         commands.append(flags)
         cache = Path(flags[flags.index("--cache_dir") + 1]) / "encoded"
         cache.mkdir(parents=True, exist_ok=True)
-        (cache / "latents.arrow").write_bytes(bytes(5 * 2**20))
+        (cache / "latents.safetensors").write_bytes(bytes(5 * 2**20))
         found = run(0.5, 10.0, 300 * 2**20)
         found.peak_anonymous = 200 * 2**20
         return found

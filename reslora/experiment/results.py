@@ -138,7 +138,8 @@ class Results:
         if self.claims and self.tests:
             self.answer = answer(self.claims[-1], records, self.chosen, reading)
         self.notes = [*self.beforehand(), *self.afterwards(losses, trained), *diverged]
-        self.best = self.export(trained) if trained else None
+        exported = [arm for arm in trained if self.study.is_exported(arm, self.step_of(arm))]  # the others diverged
+        self.best = self.export(exported) if exported else None
         self.write()
         taken = [best_in_words(self.best)] if self.best else []
         ranked = [self.ranking["sentence"]] if self.ranking else []
@@ -349,16 +350,16 @@ class Results:
         if schedule.compared_seconds is None and choice["step"] == last:
             yield f"the selection loss is lowest at the last step, {last}; with more steps it may be lower"
 
-    def export(self, trained: Sequence[Arm]) -> record.Best:
-        """Export the best arm and return its record.
+    def export(self, exported: Sequence[Arm]) -> record.Best:
+        """Export the best of these arms, whose own files are written, and return its record.
 
         Of the best methods in the ranking (without a ranking, of all methods), the one with the lowest mean loss on the
         selection split is exported: its arm with the lowest loss on the selection split.
         """
-        labels = {arm.label for arm in trained}
+        labels = {arm.label for arm in exported}
         best_labels = labels.intersection(self.ranking["best"]) if self.ranking else set()
         label = min(best_labels or labels, key=lambda name: self.chosen[name]["loss"])
-        arms = [arm for arm in trained if arm.label == label]
+        arms = [arm for arm in exported if arm.label == label]
         best = min(arms, key=lambda arm: self.schedule.select_losses(arm)[self.step_of(arm)])
         self.start_phase("exporting", best)
         self.amend(best=None)  # a stop during the export would leave a record of removed files

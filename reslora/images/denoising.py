@@ -12,8 +12,8 @@ from ..methods.adapters import without_adapters
 from ..tracing import evaluating
 from .context import ImageContext
 from .data.batch import Batch, stack_texts
+from .data.encoding import moments_of
 from .model.families.base import Conditions, Text
-from .model.loading import wide_enough
 from .model.loss import huber_of, masked
 from .model.objective import Objective
 
@@ -135,12 +135,8 @@ class DenoisingLoss:
         if batch.moments is not None:
             return batch
         assert batch.pixels is not None
-        vae, reference = self.pipeline.vae, batch.reference_pixels
-        with torch.no_grad(), wide_enough(self.family, vae):
-            moments = self.family.encode_images(vae, batch.pixels.to(vae.device, vae.dtype))
-            if reference is not None:
-                reference = self.family.encode_images(vae, reference.to(vae.device, vae.dtype))[:, 0]
-        return dataclasses.replace(batch, moments=moments, reference=reference)
+        found: dict = moments_of(self.family, self.pipeline.vae, batch.pixels, batch.reference_pixels)
+        return dataclasses.replace(batch, **found)
 
     def _latents(self, batch: Batch) -> torch.Tensor:
         assert batch.moments is not None

@@ -31,7 +31,6 @@ from app.runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError, is_trainer
 from app.tabs.train import TrainTab
 from app.uploads import store_images
 from reslora.bundled import ASSETS
-from reslora.images.data import encoding
 from reslora.images.settings import BUNDLED_IMAGES, is_bundled, parse_args
 from reslora.io import write_json
 
@@ -300,7 +299,6 @@ def test_what_was_stopped_while_it_encoded_is_started_anew(trainings, tmp_path, 
             signal.raise_signal(signal.SIGTERM)
         return encode(vae, *args, **more)
 
-    monkeypatch.setattr(encoding, "PART_OF_IMAGES", 2)
     with monkeypatch.context() as patch:
         patch.setattr(AutoencoderKL, "encode", stopped)
         assert train_sd.main([*flags, "--output_dir", str(folder)]) == 128 + signal.SIGTERM

@@ -720,10 +720,8 @@ def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
     page.locator("#xy-status").get_by_text("Stopped after").wait_for()
     # On a telephone, the buttons at the bottom of the screen cover nothing at the page's end.
     page.set_viewport_size({"width": 420, "height": 800})
-    edge = "document.querySelector('{}').getBoundingClientRect().{}"
-    page.wait_for_function(
-        f"scrollTo(0, document.body.scrollHeight) || {edge.format('#xy-grid', 'bottom')} <= {edge.format('#generate', 'top')}"
-    )
+    last, fixed = (f"document.querySelector('{part}').getBoundingClientRect()" for part in ("#xy-grid", "#generate"))
+    page.wait_for_function(f"scrollTo(0, document.body.scrollHeight) || {last}.bottom <= {fixed}.top")
 
 
 def test_loras_are_stacked_and_written_as_a_model(page, runs):

@@ -158,8 +158,13 @@ def test_only_what_is_compared_is_exported_and_once(tmp_path, capsys):
 
 
 def test_an_arm_that_cannot_be_exported_is_a_note(tmp_path):
-    record, _ = go(tmp_path / "out", methods="lora lora_x2", diverging=[("lora_x2", -1)])
-    assert "lora_x2: it draws NaN; start again" in " ".join(record["notes"]) and record["verdicts"] and record["best"]
+    """The best of the others is exported."""
+    for label, other in (("lora", "lora_x2"), ("lora_x2", "lora")):
+        record, _ = go(tmp_path / label, methods="lora lora_x2", diverging=[(label, -1)])
+        assert f"{label}: it draws NaN; start again" in " ".join(record["notes"]) and record["verdicts"]
+        assert record["best"]["label"] == other
+    record, _ = go(tmp_path / "both", methods="lora lora_x2", diverging=[("lora", -1), ("lora_x2", -1)])
+    assert record["verdicts"] and record["best"] is None
 
 
 def test_every_run_is_told_with_the_time_that_is_left(tmp_path, capsys):

@@ -69,8 +69,8 @@ def setting(
         texts = {caption: {name: value[0].double() for name, value in text.items()} for caption, text in texts.items()}
     images = SimpleNamespace(captions=[[CAPTIONS[index % 2]] for index in range(IMAGES)])
     train, held_out = tuple(range(IMAGES - 2)), (IMAGES - 2, IMAGES - 1)
-    source = Source(images, RandomLatents(), train, held_out, (SIZE,), (0,) * IMAGES)
-    training_data = TrainingData((source,), texts, objective, {SIZE: (4, 8, 8)}, **read_by(flags))
+    source = Source(images, RandomLatents(), train, held_out, (SIZE,) * IMAGES)
+    training_data = TrainingData((source,), texts, objective, {SIZE: (4, 8, 8)}, family, **read_by(flags))
     denoiser = getattr(pipeline, family.denoiser).double().requires_grad_(False)
     if flags.model.base_precision != "no":
         pack(denoiser, flags.model.base_precision, torch.device("cpu"))

@@ -26,11 +26,13 @@ from waiting import default_sigint, ended
 import train_sd
 from reslora.images.data.dataset import ImageDataset, sample, usable
 from reslora.images.data.samples import TrainingData
+from reslora.images.model.families import load_family
 from reslora.io import replacing
 from reslora.options.images import Options
 from reslora.runtime.log import read_log
 
 SCRIPT = Path(train_sd.__file__)
+FAMILY = load_family("StableDiffusionPipeline")
 RESUME = ("--resume_from_checkpoint", "latest")
 
 

@@ -35,7 +35,7 @@ def test_a_refused_run_leaves_the_users_files(base_flags, capsys, tmp_path):
     for path in theirs:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("text")
-    names = [("config.json",), ("lora", "peft"), ("cache", "0.arrow")]
+    names = [("config.json",), ("lora", "peft"), ("cache", "0.safetensors")]
     own = [leave_behind((tmp_path / "out").joinpath(*name)) for name in names]
     (tmp_path / "empty").mkdir()
     for name in ("out", "empty"):

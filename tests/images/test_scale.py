@@ -9,9 +9,8 @@ import pytest
 from pipelines import image_folder, random_image, stable_diffusion
 
 import train_sd
-from images.runs import read_by
+from images.runs import FAMILY, read_by
 from reslora.errors import RunFailed
-from reslora.images.data import encoding
 from reslora.images.data.batch import Batch
 from reslora.images.data.dataset import ImageDataset
 from reslora.images.data.plan import Draw
@@ -117,8 +116,7 @@ def test_another_seed_leaves_encoded_images_that_are_square(train, monkeypatch):
     assert len(train("second", "--center_crop", "--seed", "1")) == 2
 
 
-def test_an_interrupted_run_encodes_no_part_twice(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "PART_OF_IMAGES", 5)
+def test_an_interrupted_run_encodes_no_image_twice(train, tmp_path, monkeypatch):
     encode_images, encoded = StableDiffusion.encode_images, []
 
     def interrupted_at_the_eighth(self, vae, pixels):
@@ -129,10 +127,11 @@ def test_an_interrupted_run_encodes_no_part_twice(train, tmp_path, monkeypatch):
 
     monkeypatch.setattr(StableDiffusion, "encode_images", interrupted_at_the_eighth)
     train("out", status=1)
-    assert [path.name[:8] for path in (tmp_path / "cache" / "encoded").iterdir()] == ["latents-"]  # captions are last
+    names = [path.name[:8] for path in (tmp_path / "cache" / "encoded").iterdir()]
+    assert names == ["latents-"] * 7  # captions are last
     assert len(train("out")) == 2
     variants = [2, 8, 8] * (IMAGES // 3)  # mirrored and not: one crop of those that are square, four of the others
-    assert encoded == variants[:8] + variants[5:]
+    assert encoded == variants[:8] + variants[7:]
 
 
 def test_without_cached_latents_an_image_is_opened_once_before_training_and_when_it_is_drawn(
@@ -155,8 +154,8 @@ def test_positions_of_a_long_run_are_not_held(folder):
     flags = Options.of(
         train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0, noise_offset=0.0, seed=0
     )
-    source = Source(None, None, tuple(range(IMAGES)), (), (Size(8, 8),), (0,) * IMAGES)
-    training_data = TrainingData((source,), None, None, {}, **read_by(flags))
+    source = Source(None, None, tuple(range(IMAGES)), (), (Size(8, 8),) * IMAGES)
+    training_data = TrainingData((source,), None, None, {}, FAMILY, **read_by(flags))
     tracemalloc.start()
     loader = training_loader(training_data, range(1, 200_000), processes=3, rank=1, pin=False)
     positions = [draw.position for draw in next(iter(loader.batch_sampler))]

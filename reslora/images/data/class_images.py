@@ -180,7 +180,7 @@ def sizes_of(sources: Sequence[Source]) -> Counter[Size]:
     found: Counter[Size] = Counter()
     for source in sources:
         for image in source.train:
-            found[source.size(image)] += source.repeats
+            found[source.sizes[image]] += source.repeats
     return found
 
 

@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import nn
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
@@ -30,19 +30,22 @@ from ..cache_folder import cache_folder
 from ..context import ImageContext
 from ..generators import derive, generator
 from ..model.families.base import Family
+from ..model.loading import wide_enough
 from .buckets import kept
 from .dataset import ImageDataset, data_flag
 from .images import NOTHING_COUNTS, crop_and_scale, crop_mask, crop_sizes, damage, passes
 from .loaders import stream, worker_options
-from .size import Size, same_size
+from .size import Size
 from .store import Encoded, Item, fill, share
 
-PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
+CAPTIONS_AT_ONCE = 64
 MASKED = "masked-2"  # part of the cache's keys; change it whenever masks are read differently
 RANDOM_CROPS = 4  # crops that are cached of an image that must be cut: the center and three random ones
 FITS = 0.93  # if a bucket keeps at least this fraction of an image, only the center crop is cached
 
 
+Opened = tuple[Image, Image | None, Image | None]
+"""An image, its mask and its reference image; None without them."""
 Instruction = str | tuple[str, str]
 """A caption or, if the text encoder reads reference images, a caption and the hash of its reference image's content."""
 
@@ -129,9 +132,9 @@ def encode_texts(
                     ((caption, mark),) = (text for text in some if isinstance(text, tuple))
                     states = family.encode_with_reference(pipeline, caption, references[mark]())
             for position in range(len(some)):
-                yield [{name: value[position] for name, value in states.items()}]
+                yield {name: value[position].unsqueeze(0) for name, value in states.items()}
 
-    _filled(encoded, PART_OF_CAPTIONS, encode, context)
+    _filled(encoded, encode, context)
     return Texts(encoded, places)
 
 
@@ -139,23 +142,15 @@ def encode_texts(
 
 
 class Variants(TorchDataset):
-    """Dataset that maps an image's number to the tensors of all variants (crops and flips) of the image.
+    """Dataset that maps an image's number to all variants (crops and flips) of the image, stacked tensors of `view`.
 
-    The tensors are pixels (variants x 3 x height x width), sizes (variants x 6) and masks (variants x 1 x height x
-    width; None without --masked_loss). With reference images, their pixels follow: the same crops and flips. For an
-    image that cannot be trained on, the item is a string with the reason.
+    For an image that cannot be trained on, the item is a string with the reason.
     """
 
     def __init__(
-        self,
-        images: ImageDataset,
-        sizes: Sequence[Size],
-        data: DataOptions,
-        training: TrainingOptions,
-        reference_size: Callable[[int, int], tuple[int, int]] = same_size,
+        self, images: ImageDataset, sizes: Sequence[Size], data: DataOptions, training: TrainingOptions, family: Family
     ) -> None:
-        self.images, self.sizes, self.data, self.training = images, sizes, data, training
-        self.reference_size = reference_size  # of the model's family
+        self.images, self.sizes, self.data, self.training, self.family = images, sizes, data, training, family
         self.flips = (False, True) if data.random_flip else (False,)
 
     def __len__(self) -> int:
@@ -181,40 +176,30 @@ class Variants(TorchDataset):
         pixels = (size.height, size.width, self.data.image_interpolation_mode, crops, self.flips, seed)
         return (self.images.marks[index], *pixels, *([MASKED] if self.training.masked_loss else []))
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, ...] | str:
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor] | str:
         found = opened(self.images, index, self.training.masked_loss)
         if isinstance(found, str):
             return found
-        image, mask, reference = found
         # Seeded by content, so that the crops do not depend on the image's position in the data.
         random = generator(self.training.seed, "crops", self.images.marks[index])
         draws = torch.rand(self.crops(index) - 1, 2, generator=random).tolist()
         how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]
-        size, interpolation = self.sizes[index], self.data.image_interpolation_mode
-        wanted = [(image, size), (reference, Size(*self.reference_size(size.height, size.width)))]
-        pixels, *references = (
-            torch.stack([crop_and_scale(each, crop, flip, side, interpolation) for crop, flip in how])
-            for each, side in wanted
-            if each is not None
-        )
-        sizes = torch.tensor([crop_sizes(image.size, crop, flip, size) for crop, flip in how])
-        masks = None if mask is None else torch.stack([crop_mask(mask, crop, flip, size) for crop, flip in how])
-        return pixels, sizes, masks, *references
+        return default_collate([view(found, *each, self.sizes[index], self.data, self.family) for each in how])
 
 
 @dataclass
 class Damages(TorchDataset):
-    """Dataset that maps an image's number to the reason why the image cannot be trained on; () if there is none."""
+    """Dataset that maps an image's number to the reason why the image cannot be trained on; {} if there is none."""
 
     images: ImageDataset
     masked: bool
 
     def __getitem__(self, index: int) -> Item:
         found = opened(self.images, index, self.masked)
-        return found if isinstance(found, str) else ()
+        return found if isinstance(found, str) else {}
 
 
-def opened(images: ImageDataset, index: int, masked: bool) -> tuple[Image, Image | None, Image | None] | str:
+def opened(images: ImageDataset, index: int, masked: bool) -> Opened | str:
     """Return an image, its mask and its reference image, or the reason why the image cannot be trained on.
 
     The mask is None if `masked` is false; the reference image is None if there are none. Raises `RunFailed` if a file
@@ -230,6 +215,27 @@ def opened(images: ImageDataset, index: int, masked: bool) -> tuple[Image, Image
     return NOTHING_COUNTS if mask is not None and mask.getbbox() is None else (image, mask, reference)
 
 
+def view(
+    found: Opened, crop: Sequence[float], flip: bool, size: Size, data: DataOptions, family: Family
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a crop of an opened image: `pixels` (3 x height x width) and `sizes` (6).
+
+    With a mask also `mask` (1 x height x width), and with a reference image its `reference_pixels`.
+    """
+    image, mask, reference = found
+    interpolation = data.image_interpolation_mode
+    tensors = {
+        "pixels": crop_and_scale(image, crop, flip, size, interpolation),
+        "sizes": torch.tensor(crop_sizes(image.size, crop, flip, size)),
+    }
+    if mask is not None:
+        tensors["mask"] = crop_mask(mask, crop, flip, size)
+    if reference is not None:
+        size = Size(*family.reference_size(size.height, size.width))
+        tensors["reference_pixels"] = crop_and_scale(reference, crop, flip, size, interpolation)
+    return tensors
+
+
 def encode_images(
     variants: Variants, key: object, vae: nn.Module, context: ImageContext
 ) -> tuple[Latents, dict[int, str]]:
@@ -239,7 +245,7 @@ def encode_images(
     """
     keys = [derive(key, variants.key(index)) for index in range(len(variants))]
     found = Encoded(cache_folder(context.options.model, context.options.output), f"latents-{derive(key):016x}", keys)
-    _fill(found, variants, lambda item: encoded(context.model.family, vae, *item), "encoding image", context)
+    _fill(found, variants, lambda views: encoded(context.model.family, vae, views), "encoding image", context)
     return Latents(found, variants.count, range(len(variants))), found.problems()
 
 
@@ -255,11 +261,11 @@ def damaged_images(images: ImageDataset, context: ImageContext) -> dict[int, str
 
 
 def _fill(
-    found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item], phase: str, context: ImageContext
+    found: Encoded, images: TorchDataset, make: Callable[[Mapping], Item], phase: str, context: ImageContext
 ) -> None:
     """Store what `make` returns for each image that is not stored yet, or why the image cannot be trained on."""
     accelerator = context.accelerator
-    total = sum(map(len, share(found, PART_OF_IMAGES, accelerator)))
+    total = len(share(found, accelerator))
     silent = not (accelerator.is_main_process and total)
     bar = tqdm(desc=f"{phase}s", total=total, disable=silent, dynamic_ncols=True)
     number = itertools.count(1)
@@ -276,40 +282,41 @@ def _fill(
                 context.status.count(phase, next(number), total)
 
     with bar:
-        _filled(found, PART_OF_IMAGES, encode_images, context)
+        _filled(found, encode_images, context)
 
 
-def _filled(found: Encoded, part: int, make: Callable[[Sequence[int]], Generator[Item]], context: ImageContext) -> None:
+def _filled(found: Encoded, make: Callable[[Sequence[int]], Generator[Item]], context: ImageContext) -> None:
     """Call `fill`; if it fails because another process has stopped on request, stop this process in the same way."""
     try:
-        fill(found, part, make, context.accelerator)
+        fill(found, make, context.accelerator)
     except RunFailed:
         context.stop.check(NOT_BEGUN)
         raise
 
 
-def encoded(
-    family: Family,
-    vae: nn.Module,
-    pixels: torch.Tensor,
-    sizes: torch.Tensor,
-    masks: torch.Tensor | None = None,
-    references: torch.Tensor | None = None,
-) -> list[dict[str, torch.Tensor]]:
-    """Encode an image and its reference image, and return the tensors to store for each of its variants.
+def moments_of(
+    family: Family, vae: nn.Module, pixels: torch.Tensor, reference: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Encode images (batch x 3 x height x width) and, if given, the pixels of their reference images.
 
-    The arguments have the shapes of an item of `Variants`. The tensors of a variant are `moments` (2 x channels x
-    height x width of the latents), `sizes` (6), `reference` (channels x height x width) and `mask` (1 x height x
-    width).
+    Returns `moments` (batch x 2 x channels x height x width of the latents) and `reference`, the mean of the latents.
     """
-    with torch.no_grad():
-        moments = family.encode_images(vae, pixels.to(vae.device, vae.dtype))
-        kept = {"moments": moments, "sizes": sizes}
-        if references is not None:
-            kept["reference"] = family.encode_images(vae, references.to(vae.device, vae.dtype))[:, 0]
-    if masks is not None:
-        kept["mask"] = interpolate(masks, moments.shape[-2:], mode="area")
-    return [dict(zip(kept, values, strict=True)) for values in zip(*kept.values(), strict=True)]
+    with torch.no_grad(), wide_enough(family, vae):
+        found = {"moments": family.encode_images(vae, pixels.to(vae.device, vae.dtype))}
+        if reference is not None:
+            found["reference"] = family.encode_images(vae, reference.to(vae.device, vae.dtype))[:, 0]
+    return found
+
+
+def encoded(family: Family, vae: nn.Module, views: Mapping[str, torch.Tensor]) -> Item:
+    """Encode an item of `Variants`, and return the tensors to store of all variants.
+
+    They are `moments`, `sizes` and, where given, `reference` and `mask`, the last at the size of the latents.
+    """
+    kept = moments_of(family, vae, views["pixels"], views.get("reference_pixels")) | {"sizes": views["sizes"]}
+    if "mask" in views:
+        kept["mask"] = interpolate(views["mask"], kept["moments"].shape[-2:], mode="area")
+    return kept
 
 
 def without_damaged(

@@ -44,7 +44,7 @@ class Plan:
         self.buckets: dict[Size, list[tuple[int, int]]] = {}
         for number, source in enumerate(sources):
             for image in source.train:
-                self.buckets.setdefault(source.size(image), []).extend([(number, image)] * source.repeats)
+                self.buckets.setdefault(source.sizes[image], []).extend([(number, image)] * source.repeats)
         self.sizes = list(self.buckets)
         self.order = functools.lru_cache(2 * len(self.sizes) + 2)(self._order)
         self.slots = functools.lru_cache(2)(self._slots)

@@ -15,14 +15,15 @@ from ...content_hash import content_mark
 from ...errors import RunFailed
 from ...options.images import NOISES, DataOptions, MethodOptions, TrainingOptions, ValidationOptions
 from ..generators import derive, generator, shuffled
+from ..model.families.base import Family
 from ..model.objective import Objective
 from .batch import Batch, collate
 from .captions import choose
-from .encoding import Instruction, Texts, opened
-from .images import crop_and_scale, crop_mask, crop_sizes, open_image
+from .encoding import Instruction, Texts, opened, view
+from .images import open_image
 from .loaders import worker_options
 from .plan import Draw, Plan
-from .size import Size, same_size
+from .size import Size
 from .sources import Source
 
 TIMESTEPS = 8  # number of timesteps at which the losses of each image are compared
@@ -40,16 +41,11 @@ class TrainingData:
     objective: Objective
     shapes: Mapping[Size, tuple[int, int, int]]
     """Channels, height and width of the latents, by image size."""
+    family: Family
     adapter: MethodOptions
     data: DataOptions
     training: TrainingOptions
     validation: ValidationOptions
-    latents_per_token: int = 4
-    """The number of latent positions per token of the denoiser."""
-    reads_references: bool = False
-    """Whether text states belong to a caption and its reference image."""
-    reference_size: Callable[[int, int], tuple[int, int]] = same_size
-    """Height and width of an image's reference image, by those of the image."""
 
     @property
     def class_text(self) -> Mapping[str, torch.Tensor] | None:
@@ -133,7 +129,7 @@ class TrainingSamples(Dataset):
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
         """Return the timestep of a sample, a scalar; `shape` is channels, height and width of its latents."""
         return self.training_data.objective.draw(
-            draws, tokens=shape[1] * shape[2] // self.training_data.latents_per_token
+            draws, tokens=shape[1] * shape[2] // self.training_data.family.latents_per_token
         )
 
     def __getitem__(self, draw: Draw) -> Batch:
@@ -160,23 +156,16 @@ class TrainingSamples(Dataset):
         )  # fmt: skip
 
     def _instruction(self, caption: str, source: Source, image: int) -> Instruction:
-        return (caption, source.images.marks[image]) if self.training_data.reads_references else caption
+        return (caption, source.images.marks[image]) if self.training_data.family.reads_references else caption
 
     def _fresh(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
         data = self.training_data.data
         found = opened(source.images, draw.image, self.training_data.training.masked_loss)
         if isinstance(found, str):
             raise RunFailed(f"{source.images.name(draw.image)}: {found}")
-        image, mask, reference = found
         crop = (0.5, 0.5) if data.center_crop else torch.rand(2, generator=draws).tolist()
         flip = data.random_flip and bool(torch.rand((), generator=draws) < 0.5)
-        sizes = torch.tensor(crop_sizes(image.size, crop, flip, draw.size))
-        pixels = crop_and_scale(image, crop, flip, draw.size, data.image_interpolation_mode)
-        more = {} if mask is None else {"mask": crop_mask(mask, crop, flip, draw.size)}
-        if reference is not None:
-            size = Size(*self.training_data.reference_size(draw.size.height, draw.size.width))
-            more["reference_pixels"] = crop_and_scale(reference, crop, flip, size, data.image_interpolation_mode)
-        return {"pixels": pixels, "sizes": sizes} | more
+        return view(found, crop, flip, draw.size, data, self.training_data.family)
 
     def batched(self, draws: Sequence[Draw], batch_size: int) -> Iterator[Batch]:
         """Yield the samples of `draws`, all of one size, in batches."""
@@ -215,7 +204,7 @@ class ValidationSamples(TrainingSamples):
         held_out, most = training_data.held_out, training_data.validation.max_validation_images
         measured = sorted(shuffled(len(held_out), training_data.training.seed, "max_validation_images")[:most])
         self.draws = [
-            Draw(source, image, training_data.sources[source].size(image), place * VALIDATION_DRAWS + noise)
+            Draw(source, image, training_data.sources[source].sizes[image], place * VALIDATION_DRAWS + noise)
             for place in measured
             for source, image in [held_out[place]]
             for noise in range(VALIDATION_DRAWS)
@@ -258,7 +247,7 @@ class FixedSamples(TrainingSamples):
 
     def size(self, image: tuple[int, int]) -> Size:
         """Return the size of an image; `image`: index of its source, and index of the image within the source."""
-        return self.training_data.sources[image[0]].size(image[1])
+        return self.training_data.sources[image[0]].sizes[image[1]]
 
     def batches(self, images: Sequence[tuple[int, int]], batch_size: int) -> Iterator[Batch]:
         """Yield all samples of images of one size in batches."""

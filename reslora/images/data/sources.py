@@ -19,19 +19,14 @@ class Source:
     train: tuple[int, ...]
     held_out: tuple[int, ...]
     """The numbers of the images that are held out for the validation loss."""
-    buckets: tuple[Size, ...]
-    bucket: tuple[int, ...]
-    """The index in `buckets` of each image."""
+    sizes: tuple[Size, ...]
+    """The size that each image is cropped and scaled to."""
     weight: float = 1.0
     """Factor that the loss of each sample is multiplied by."""
     repeats: int = 1
     """How often an epoch uses each image."""
     transform: CaptionTransform = VERBATIM
     """The transform of the captions; captions of class images are unchanged."""
-
-    def size(self, image: int) -> Size:
-        """Return the size that an image is cropped and scaled to."""
-        return self.buckets[self.bucket[image]]
 
 
 def split(count: int, share: float, seed: int, least: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -61,11 +61,10 @@ def load_training_data(
         per_forward = options.training.train_batch_size * context.accelerator.num_processes
         training, of_class = ([s for s in sources if s.images.of_class == kind] for kind in (False, True))
         sources = balanced(training, of_class, per_forward)
-    sizes = {size for source in sources for size in source.buckets}
+    sizes = {size for source in sources for size in source.sizes}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
     parts = options.adapter, options.data, options.training, options.validation
-    of_family = family.latents_per_token, family.reads_references, family.reference_size
-    training_data = TrainingData(sources, Texts(None, {}), objective, shapes, *parts, *of_family)
+    training_data = TrainingData(sources, Texts(None, {}), objective, shapes, family, *parts)
     print_long_captions(training_data, pipeline, context)
     return with_texts(training_data, pipeline, context)
 
@@ -109,7 +108,7 @@ def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context
     prompts += training_data.training.preserved_prompts
     wanted: list[Instruction] = list(prompts)
     references = None
-    if training_data.reads_references:
+    if training_data.family.reads_references:
         wanted, references = with_references(prompts, training_data)
 
     def load_encoders() -> DiffusionPipeline:
@@ -200,18 +199,18 @@ def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, co
 
 
 def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: ImageContext) -> Source:
-    """Return a source of the undamaged images, with their latents and buckets; no image is held out yet."""
+    """Return a source of the undamaged images, with their latents; no image is held out yet."""
     options = context.options
     if options.data.cache_latents:
         latents, problems = latents_of(images, sizes, pipeline, context)
     else:
         latents, problems = None, damaged_images(images, context)
     images, latents, keep = without_damaged(images, latents, problems, options.data)
-    buckets = tuple(dict.fromkeys(sizes))
-    bucket = tuple(buckets.index(sizes[index]) for index in keep)
+    shared = {size: size for size in sizes}  # one object for each size, which saves memory
+    kept = tuple(shared[sizes[index]] for index in keep)
     weight = images.weight * (options.data.prior_loss_weight if images.of_class else 1.0)
     transform = VERBATIM if images.of_class else build_caption_transform(options.data)
-    return Source(images, latents, tuple(range(len(images))), (), buckets, bucket, weight, images.repeats, transform)
+    return Source(images, latents, tuple(range(len(images))), (), kept, weight, images.repeats, transform)
 
 
 def sizes_of(images: ImageDataset, multiple: int, options: DataOptions) -> list[list[Size | None]]:
@@ -248,7 +247,7 @@ def size_of(image: tuple[int, int], resolution: int, multiple: int, options: Dat
 def print_bucket_sizes(sources: Sequence[Source], context: ImageContext) -> None:
     """Print the number of images in each bucket."""
     if context.options.data.use_aspect_ratio_buckets or len(context.options.data.resolution) > 1:
-        found = Counter(source.size(image) for source in sources for image in range(len(source.images)))
+        found = Counter(size for source in sources for size in source.sizes)
         counts = [f"{size.height}x{size.width}: {count}" for size, count in found.items()]
         context.accelerator.print(f"{pluralize(len(found), 'bucket')} (height x width: images): {', '.join(counts)}")
 
@@ -290,7 +289,7 @@ def print_uneven_buckets(plan: Plan, context: ImageContext) -> None:
 
 def times_of(source: Source, plan: Plan) -> str:
     """Format how often an epoch uses a source's images; with a single bucket, all are used equally often."""
-    uses = {source.repeats * plan.uses_per_epoch[source.size(image)] for image in source.train}
+    uses = {source.repeats * plan.uses_per_epoch[source.sizes[image]] for image in source.train}
     uses = uses if len(plan.uses_per_epoch) > 1 else {source.repeats}
     low, high = (f"{round(times, 1):g}" for times in (min(uses), max(uses)))
     if low != high:
@@ -299,14 +298,13 @@ def times_of(source: Source, plan: Plan) -> str:
 
 
 def latents_of(
-    images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: ImageContext
+    images: ImageDataset, sizes: Sequence[Size], pipeline: DiffusionPipeline, context: ImageContext
 ) -> tuple[Latents, dict[int, str]]:
     """Return the latents of all images at their sizes, and the problems: by an image's number, why it is unusable."""
     vae, model = pipeline.vae, context.model
     key = (model.family.name, model.fingerprint("vae"), str(vae.dtype))
     with wide_enough(model.family, vae):
-        options = context.options
-        variants = Variants(images, sizes, options.data, options.training, model.family.reference_size)
+        variants = Variants(images, sizes, context.options.data, context.options.training, model.family)
         return encode_images(variants, key, vae, context)
 
 

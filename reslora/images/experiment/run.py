@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,13 +25,14 @@ from ...experiment.arms import Arm, check_evaluations
 from ...experiment.record import EXPERIMENT, Facts, facts_of, read_experiment
 from ...experiment.report import About
 from ...experiment.schedule import ArmSchedule
-from ...experiment.study import TIMED_STEPS, ArmStudy, ExperimentStudy, print_estimate, race, train_arm
+from ...experiment.study import TIMED_STEPS, ExperimentStudy, print_estimate, race, train_arm
 from ...experiment.worker_pool import Orders
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...formatting import pluralize
-from ...io import read_object, remove_leftovers
+from ...io import read_object, remove_leftovers, replacing
 from ...methods.registry import METHODS
 from ...options.grid import Grid
-from ...options.images import NOISES, Options, TrainingOptions, ValidationOptions
+from ...options.images import Options, TrainingOptions, ValidationOptions
 from ...options.option import in_words
 from ...runtime.checkpoint_folders import ADAPTERS, EXPORTS
 from ...runtime.folder_lock import locked, share_lock
@@ -47,19 +49,18 @@ from ..data.samples import TIMESTEPS, TrainingData, measured_at
 from ..data.training_data import latents_of, print_folder_counts, with_texts
 from ..model.objective import check_objective, objective_of
 from ..model_checks import check_family, check_methods
+from ..output.exports import PEFT_FOLDER
 from ..run import begin, check_before_loading, encode, free_encoder
 from ..schedule import schedule_of, steps_of
-from ..study import ImageStudy
+from .arm_study import TEST_NOISES, ImageArmStudy
 from .losses_by_image import write_thumbnails
 from .report_sections import IMAGES
 from .split import Parts, check_count, content_of, parts_of, training_images, with_parts
-from .test_split_losses import base_losses, export_chosen, test_and_export
 
 MIN_EVALUATIONS, MAX_EVALUATIONS = 4, 10  # default number of measurements of a run on the selection split
 MEASURING = 1 / 8  # at most this fraction of the time of training, but MIN_EVALUATIONS measurements in any case
 FORWARDS = 3  # forward passes that take as long as a training pass: its backward pass counts as two
-# Noises per timestep and image of the selection and test splits; earlier versions took NOISES for both.
-SELECT_NOISES, TEST_NOISES = 1, 1
+SELECT_NOISES = 1  # noises per timestep and image of the selection split
 ENCODED = ("random_flip", "train_text_encoder")  # options that vary with which images or captions are encoded anew
 CHANGING = ("learning_rate", "seed")  # more values of these may be added to an existing experiment, like methods
 FIXED = (
@@ -129,10 +130,7 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         context.accelerator.print(
             f"{arm_schedule.runs_in_words()}; {pluralize(schedule.steps, 'step')}, measured {measured}; {parts}"
         )
-        there = there_of(folder)
-        noises = there.get("noises", NOISES) if there else SELECT_NOISES
-        test_noises = there.get("test_noises", NOISES) if there else TEST_NOISES
-        yield ImageExperiment(arm_schedule, study, data_of, parts, content, noises, test_noises)
+        yield ImageExperiment(arm_schedule, study, data_of, parts, content)
         context.accelerator.end_training()
 
 
@@ -270,8 +268,7 @@ def data_of_variant(
     context, sources, seed = dataclasses.replace(context, options=options), [], options.training.seed
     for source in training_data.sources:
         if source.latents is not None:
-            sizes = [source.size(image) for image in range(len(source.images))]
-            latents, problems = latents_of(source.images, sizes, pipeline, context)
+            latents, problems = latents_of(source.images, source.sizes, pipeline, context)
             for index, problem in problems.items():  # damaged after the other seeds were encoded
                 where, fix = source.images.name(index), f"remove {cache_folder(options.model, options.output)}"
                 raise InvalidArgument(f"--seed {seed}, {where}", f"{problem}, but could be read for other seeds", fix)
@@ -281,15 +278,8 @@ def data_of_variant(
     training_data = dataclasses.replace(training_data, sources=tuple(sources), training=options.training, data=own)
     anew = options.adapter.train_text_encoder != training_data.adapter.train_text_encoder
     # If text encoders read reference images: samples use those of the selection split, which was unknown before.
-    anew = anew or training_data.reads_references or any(source.transform.rewrites for source in sources)
+    anew = anew or training_data.family.reads_references or any(source.transform.rewrites for source in sources)
     return with_texts(training_data, pipeline, context) if anew else training_data
-
-
-@dataclass(frozen=True)
-class ImageArmStudy(ArmStudy, ImageStudy):
-    """The study of an arm of an image experiment."""
-
-    context: ImageContext
 
 
 def expected_times(
@@ -299,8 +289,6 @@ def expected_times(
     select: int,
     test: int,
     a_sample: float,
-    noises: int = SELECT_NOISES,
-    test_noises: int = TEST_NOISES,
 ) -> tuple[float, float]:
     """Return the expected seconds of all measurements of an arm, and of its test and export.
 
@@ -309,11 +297,11 @@ def expected_times(
     """
     prompts = len(validation.validation_prompt or []) * validation.num_validation_images
     # two passes with guidance
-    samples = select * TIMESTEPS * noises * math.ceil(schedule.steps / schedule.validation_steps)
+    samples = select * TIMESTEPS * SELECT_NOISES * math.ceil(schedule.steps / schedule.validation_steps)
     measuring = samples + 2 * validation.num_inference_steps * prompts
     # likewise, by the merged model, and a single image by each of three formats
     drawn = 2 * validation.num_inference_steps * (max(1, prompts) + 3)
-    tested = test * TIMESTEPS * test_noises + drawn + FORWARDS * calibration
+    tested = test * TIMESTEPS * TEST_NOISES + drawn + FORWARDS * calibration
     return a_sample * measuring, a_sample * tested
 
 
@@ -328,10 +316,6 @@ class ImageExperiment(ExperimentStudy):
     parts: Parts
     content: str
     """Hash of the content of `parts`."""
-    noises: int
-    """Number of noises per timestep and image for the losses on the selection split."""
-    test_noises: int
-    """Likewise on the test split."""
     prog: str = "train_sd.py"
     about: About = IMAGES
 
@@ -352,7 +336,7 @@ class ImageExperiment(ExperimentStudy):
         context = dataclasses.replace(self.study.context, options=options, place=place, before=before)
         training_data = self.data_of[data_key(options)]
         data = dataclasses.replace(options.data, cache_text_embeddings=training_data.data.cache_text_embeddings)
-        validation = dataclasses.replace(options.validation, validation_noises=self.noises)
+        validation = dataclasses.replace(options.validation, validation_noises=SELECT_NOISES)
         objective = objective_of(options.model, options.training, context.model.family, self.study.pipeline)
         training_data = dataclasses.replace(
             training_data, objective=objective, adapter=options.adapter, data=data, training=options.training,
@@ -389,17 +373,22 @@ class ImageExperiment(ExperimentStudy):
         `began`: when the arm was started, in seconds of `time.monotonic`. `step`: median time of its first steps, in
         seconds.
         """
-        options, schedule, shared = self.study.context.options, self.study.schedule, self.study.shared
-        batch = FORWARDS * options.training.train_batch_size * options.training.gradient_accumulation_steps
+        training, shared = self.study.context.options.training, self.study.shared
+        batch = FORWARDS * training.train_batch_size * training.gradient_accumulation_steps
         a_sample = shared.seconds / shared.samples if shared.samples else step / batch
-        select, test = len(self.study.training_data.held_out), len(self.parts.test)
-        measuring, to_conclude = expected_times(
-            options.validation, options.adapter.merge_calibration_samples, schedule, select, test, a_sample,
-            self.noises, self.test_noises,
-        )  # fmt: skip
+        measuring, to_conclude = self.times(a_sample)
         start = max(0.0, time.monotonic() - began - shared.seconds - (1 + TIMED_STEPS) * step)
         to_conclude += start  # a test loads the model, too
-        print_estimate(self.schedule, self.device, schedule.steps, step, start, measuring, to_conclude)
+        print_estimate(self.schedule, self.device, self.study.schedule.steps, step, start, measuring, to_conclude)
+
+    def times(self, a_sample: float) -> tuple[float, float]:
+        """Return the expected seconds of all measurements of an arm, and of its test and export.
+
+        `a_sample`: seconds to measure a sample.
+        """
+        options, select, test = self.study.context.options, len(self.parts.select), len(self.parts.test)
+        calibration = options.adapter.merge_calibration_samples
+        return expected_times(options.validation, calibration, self.study.schedule, select, test, a_sample)
 
     @functools.cached_property
     def test_ids(self) -> list[str]:
@@ -415,8 +404,8 @@ class ImageExperiment(ExperimentStudy):
             "identity": identity_record(self.schedule.grid, self.study.identity)
             | {
                 "parts": self.content,
-                "noises": self.noises,
-                "test_noises": self.test_noises,
+                "noises": SELECT_NOISES,
+                "test_noises": TEST_NOISES,
                 "racing": self.schedule.racing,
             },
         }
@@ -427,25 +416,32 @@ class ImageExperiment(ExperimentStudy):
         pairs = zip(self.test_ids, images, strict=True)
         opened = ((name, functools.partial(found.open, number)) for name, (found, number) in pairs)
         write_thumbnails(self.schedule.folder, opened)
-        return base_losses(self.parts.test, self.study_of(self.schedule.arms()[0]), self.test_noises)
+        return self.study_of(self.schedule.arms()[0]).base_losses(self.parts.test)
 
     def seconds_to_conclude(self) -> float:
         """Return the expected time to test and export one arm, in seconds.
 
         It is estimated from the time that validations have taken per sample; 0 before the first validation.
         """
-        shared, options = self.study.shared, self.study.context.options
-        if not shared.samples:
-            return 0.0
-        a_sample, select = shared.seconds / shared.samples, len(self.parts.select)
-        test, noises = len(self.parts.test), (self.noises, self.test_noises)
-        calibration = options.adapter.merge_calibration_samples
-        return expected_times(options.validation, calibration, self.study.schedule, select, test, a_sample, *noises)[1]
+        shared = self.study.shared
+        return self.times(shared.seconds / shared.samples)[1] if shared.samples else 0.0
 
     def test_and_export(self, arm: Arm, step: int, keep: Callable[[dict], None] | None, to_export: bool) -> None:
         """Test an arm's checkpoint, and export it into the arm's directory as a single run does."""
-        test_and_export(step, self.parts.test, self.study_of(arm), keep, to_export, self.test_noises)
+        self.study_of(arm).test_and_export(step, self.parts.test, keep, to_export)
 
     def export(self, arm: Arm, step: int) -> list[str]:
-        """Write the files of an arm's checkpoint into the experiment's directory, and return their names."""
-        return export_chosen(step, self.study_of(arm), self.is_exported(arm, step))
+        """Copy an arm's exported LoRA files to the experiment's directory, and return their names.
+
+        They replace those of an earlier export.
+        """
+        folder, into = self.schedule.folder_of(arm), self.schedule.folder
+        formats = (*self.study.context.model.family.lora_files, DIFFUSERS_FILE, PEFT_FOLDER)
+        names = [name for name in formats if (folder / name).exists()]
+        for name in names:
+            with replacing(into / name) as temporary:
+                copy = shutil.copytree if (folder / name).is_dir() else shutil.copyfile
+                copy(folder / name, temporary)
+        for file in {DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE} - set(names):
+            (into / file).unlink(missing_ok=True)
+        return names

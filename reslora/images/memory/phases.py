@@ -140,7 +140,7 @@ class Rehearsal:
     def _encode(self, vae: Any) -> int:
         kinds = zip(self.kinds, self.sizes, strict=True)
         count = max(
-            Variants(images, [s for s in sizes if s], self.options.data, self.options.training).count
+            Variants(images, [s for s in sizes if s], self.options.data, self.options.training, self.family).count
             for images, (sizes, *_) in kinds
         )
         with torch.no_grad(), self.stage(vae) as live:

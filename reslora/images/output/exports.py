@@ -334,8 +334,8 @@ def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: 
     write_adapters(parts, folder, family, metadata if METHODS[method].plain_lora else None)
 
 
-def write_adapters(parts: Parts, folder: Path, family: Family, metadata: dict[str, str] | None) -> list[str]:
-    """Write PEFT's folder and, if `metadata` is given, plain LoRA files; return the names of folder and files.
+def write_adapters(parts: Parts, folder: Path, family: Family, metadata: dict[str, str] | None) -> None:
+    """Write PEFT's folder and, if `metadata` is given, plain LoRA files.
 
     There is a LoRA file for each of the family's formats, and each contains all modules. Files that an earlier training
     wrote in other formats are removed last, so that a full disk does not lose them.
@@ -343,13 +343,12 @@ def write_adapters(parts: Parts, folder: Path, family: Family, metadata: dict[st
     with replacing(folder / PEFT_FOLDER) as temporary:
         for name, part in parts.items():
             export.export_peft(part, peft_folder(temporary, name, family))
-    written = [PEFT_FOLDER]
+    written: set[str] = set()
     if metadata is not None:
         write_lora(parts, folder, family, metadata)
-        written = [*family.lora_files, DIFFUSERS_FILE, PEFT_FOLDER]
-    for file in {DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE} - set(written):
+        written = {*family.lora_files, DIFFUSERS_FILE}
+    for file in {DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE} - written:
         (folder / file).unlink(missing_ok=True)
-    return written
 
 
 def write_lora(parts: Parts, folder: Path, family: Family, metadata: dict[str, str]) -> None:

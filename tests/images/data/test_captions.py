@@ -8,7 +8,7 @@ import pytest
 import torch
 from pipelines import flux, image_folder
 
-from images.runs import load_images, losses, only, options_of, printed, read_by, refused, with_options
+from images.runs import FAMILY, load_images, losses, only, options_of, printed, read_by, refused, with_options
 from reslora.images.context import ImageContext
 from reslora.images.data import training_data as making
 from reslora.images.data.captions import VERBATIM, CaptionTransform, build_caption_transform
@@ -123,10 +123,10 @@ def material_with(
     size = Size(16, 16)
     latents = SimpleNamespace(variants=1, of=lambda index, variant: {"sizes": torch.tensor(index)})
     objective = SimpleNamespace(draw=lambda draws, tokens: torch.tensor(0), at=torch.tensor)
-    learnt = Source(SimpleNamespace(captions=CAPTIONS), latents, tuple(range(6)), (6,), (size,), (0,) * 7)
-    of_class = Source(SimpleNamespace(captions=[["a {dog}"]] * 3), latents, (0, 1, 2), (), (size,), (0,) * 3)
+    learnt = Source(SimpleNamespace(captions=CAPTIONS), latents, tuple(range(6)), (6,), (size,) * 7)
+    of_class = Source(SimpleNamespace(captions=[["a {dog}"]] * 3), latents, (0, 1, 2), (), (size,) * 3)
     sources = (dataclasses.replace(learnt, transform=transform), of_class)
-    return TrainingData(sources, {}, objective, {size: (1, 2, 2)}, **read_by(flags))
+    return TrainingData(sources, {}, objective, {size: (1, 2, 2)}, FAMILY, **read_by(flags))
 
 
 def told(training_data: TrainingData, steps: range, processes: int = 1) -> list[str]:
@@ -167,7 +167,8 @@ def test_processes_measure_and_merge_with_what_one_would_read():
     def read(batch: int, processes: int) -> list[tuple]:
         training_data, wide = material_with(EVERYTHING, batch=batch), Size(16, 32)
         learnt, of_class = training_data.sources
-        learnt = dataclasses.replace(learnt, buckets=(*learnt.buckets, wide), bucket=(0, 1, 0, 1, 1, 1, 0))
+        size = learnt.sizes[0]
+        learnt = dataclasses.replace(learnt, sizes=(size, wide, size, wide, wide, wide, size))
         shapes = training_data.shapes | {wide: (1, 2, 4)}
         training_data = dataclasses.replace(training_data, sources=(learnt, of_class), shapes=shapes)
         found = CalibrationSamples(training_data).batches(14, processes)

@@ -200,7 +200,7 @@ def test_one_of_the_flags_alone_is_refused(brief_flags, capsys, tmp_path, left_o
     [((5, 100), (100, 100)), ((100, 5), (100, 100)), ((7, 7), (7, 7)), ((10, 19), (20, 19)), ((10, 14), (10, 14))],
 )
 def test_an_epoch_meets_about_as_many_of_either_and_each_at_least_once(images, times):
-    made = [Source(None, None, tuple(range(n)), (), (Size(8, 8),), (0,) * n) for n in images]
+    made = [Source(None, None, tuple(range(n)), (), (Size(8, 8),) * n) for n in images]
     plan = Plan(balanced(*([source] for source in made), per_forward=1), 1, seed=0)
     uses_per_epoch = [plan.forward(number)[0] for number in range(plan.forwards_per_epoch)]
     assert tuple(sum(draw.source == source for draw in uses_per_epoch) for source in (0, 1)) == times and len(
@@ -216,9 +216,8 @@ def test_images_are_balanced_with_what_fills_up_small_buckets(shapes):
     """A batch has 16 samples, also of a bucket with one image. `shapes`: widths of images, and of class images."""
     made = []
     for widths in shapes:
-        sizes = tuple(Size(8, width) for width in dict.fromkeys(widths))
-        bucket = tuple(sizes.index(Size(8, width)) for width in widths)
-        made.append(Source(None, None, tuple(range(len(widths))), (), sizes, bucket))
+        sizes = tuple(Size(8, width) for width in widths)
+        made.append(Source(None, None, tuple(range(len(widths))), (), sizes))
     plan = Plan(balanced(*([source] for source in made), per_forward=16), 16, seed=0)
     epochs = 60  # what a forward is filled up with is drawn
     uses_per_epoch = Counter(draw.source for n in range(epochs * plan.forwards_per_epoch) for draw in plan.forward(n))
@@ -227,7 +226,7 @@ def test_images_are_balanced_with_what_fills_up_small_buckets(shapes):
 
 def test_repeats_count_where_both_are_balanced():
     """8 images are used 8 times together with 4 class images: each of these twice, whatever their folders."""
-    made = [Source(None, None, tuple(range(n)), (), (Size(8, 8),), (0,) * n, repeats=r) for n, r in ((2, 3), (2, 1))]
+    made = [Source(None, None, tuple(range(n)), (), (Size(8, 8),) * n, repeats=r) for n, r in ((2, 3), (2, 1))]
     of_class = [dataclasses.replace(made[1], repeats=r) for r in (1, 1)]
     plan = Plan(balanced(made, of_class, 1), 1, seed=0)
     uses_per_epoch = Counter(plan.forward(number)[0].source for number in range(plan.forwards_per_epoch))

@@ -148,8 +148,7 @@ def test_what_another_encoder_made_is_not_used(brief_flags, model, tmp_path, mon
 
 @pytest.mark.exhaustive
 def test_what_an_interrupted_run_has_encoded_is_kept(brief_flags, tmp_path, monkeypatch):
-    """Encoding is stopped in the second of three parts; the next run encodes only the rest."""
-    monkeypatch.setattr(encoding, "PART_OF_IMAGES", 2)
+    """A stop is requested while the third of six images is encoded; the next run encodes only the rest."""
     flags, calls, encode = [*brief_flags, "--output_dir", tmp_path / "out"], [], AutoencoderKL.encode
 
     def counted(vae, *args, **more):
@@ -167,7 +166,7 @@ def test_what_an_interrupted_run_has_encoded_is_kept(brief_flags, tmp_path, monk
     calls.clear()
     monkeypatch.setattr(AutoencoderKL, "encode", counted)
     assert main(*flags) == 0
-    assert len(calls) == 4
+    assert len(calls) == 3
 
 
 @pytest.mark.exhaustive
@@ -231,6 +230,8 @@ def test_a_killed_loader_process_ends_the_run_in_one_line(runs, tmp_path):
 class Counting:
     """An encoder that distinguishes images and captions, and counts its calls."""
 
+    encodes_in_float32 = False
+
     def __init__(self) -> None:
         self.images, self.captions = [], []
 
@@ -263,14 +264,16 @@ def images_encoded(setting: ImageContext, key: object = "vae", size: Size | None
         load_images(setting.options),
     )
     (side,) = setting.options.data.resolution
+    options = setting.options
     variants = encoding.Variants(
-        images, [size or Size(side, side)] * len(images), setting.options.data, setting.options.training
+        images, [size or Size(side, side)] * len(images), options.data, options.training, family
     )
     family.images.clear()
     latents, problems = encoding.encode_images(variants, key, VAE, setting)
     made = {index: variants[index] for index in set(range(len(images))) - problems.keys()}
-    assert latents.variants == max(len(pixels) for pixels, *_ in made.values())
-    for index, (pixels, sizes, *_) in made.items():
+    assert latents.variants == max(len(views["pixels"]) for views in made.values())
+    for index, views in made.items():
+        pixels, sizes = views["pixels"], views["sizes"]
         for variant in range(latents.variants):
             found = latents.of(index, variant)
             assert torch.equal(found["moments"][0], pixels[variant % len(pixels)])
@@ -339,7 +342,8 @@ def test_all_crops_but_the_centre_are_drawn_by_the_seed(setting):
             images,
             [Size(16, 16)] * 5,
             *parts(setting.options.replace(seed=seed), "data", "training"),
-        )[1][0]
+            setting.model.family,
+        )[1]["pixels"]
         for seed in (0, 1)
     ]
     alike = [torch.equal(one, other) for one, other in zip(*by_seed, strict=True)]
@@ -354,8 +358,8 @@ def test_a_bucket_that_cuts_much_off_has_random_crops_too(setting):
     )
 
     def crops(size: Size) -> list[int]:
-        variants = encoding.Variants(images, [size] * 5, flags.data, flags.training)
-        return [len(variants[number][0]) for number in range(5)]
+        variants = encoding.Variants(images, [size] * 5, flags.data, flags.training, setting.model.family)
+        return [len(variants[number]["pixels"]) for number in range(5)]
 
     assert crops(Size(16, 16)) == [1, 4, 4, 1, 4]
     assert crops(Size(16, 17)) == [1, 4, 4, 1, 4]  # 0.94 of a square, 0.85 and 0.71 of the others
@@ -369,7 +373,8 @@ def test_damaged_images_are_remembered_by_their_content(setting):
     add_image(folder, 6)
     assert images_encoded(setting) == [1]
     images = load_images(setting.options)
-    variants = encoding.Variants(images, [Size(16, 16)] * len(images), setting.options.data, setting.options.training)
+    options, sizes = setting.options, [Size(16, 16)] * len(images)
+    variants = encoding.Variants(images, sizes, options.data, options.training, setting.model.family)
     _, problems = encoding.encode_images(variants, "vae", VAE, setting)
     assert problems.keys() == {1} and "damaged" in problems[1]
     random_image(1).save(folder / "1.png")
@@ -412,8 +417,7 @@ def test_where_no_latents_are_kept_damaged_images_are_found_once_before_training
         found(strict=True)
 
 
-def test_encoding_goes_on_behind_the_last_whole_part(setting, monkeypatch):
-    monkeypatch.setattr(encoding, "PART_OF_IMAGES", 2)
+def test_encoding_goes_on_behind_the_last_whole_item(setting, monkeypatch):
     encode = setting.model.family.encode_images
 
     def interrupted(vae: object, pixels: torch.Tensor) -> torch.Tensor:
@@ -425,7 +429,7 @@ def test_encoding_goes_on_behind_the_last_whole_part(setting, monkeypatch):
         patch.setattr(setting.model.family, "encode_images", interrupted)
         images_encoded(setting)
     add_image(Path(*setting.options.data.train_data_dir), 5)
-    assert images_encoded(setting) == [4, 1, 4, 4]
+    assert images_encoded(setting) == [1, 4, 4]
 
 
 def test_a_process_that_was_asked_to_stop_and_finds_another_gone_was_stopped(setting, monkeypatch):

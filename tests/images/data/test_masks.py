@@ -12,7 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from pipelines import image_folder, random_image
 
-from images.runs import losses, main, only, parts, printed, read_by, refused
+from images.runs import FAMILY, losses, main, only, parts, printed, read_by, refused
 from reslora.images.data.encoding import MASKED, Variants
 from reslora.images.data.folders import load_folders
 from reslora.images.data.images import crop_mask, open_masked
@@ -145,7 +145,7 @@ def test_another_mask_is_other_content_and_without_the_flag_there_is_none(folder
     assert plain.marks[2] == before.marks[2] and plain.marks[0] != before.marks[0]
     flags = parse_args([*MODEL, "--train_data_dir", str(folder)])
     keys = [
-        Variants(images, [Size(16, 16)] * 3, *parts(flags.replace(masked_loss=on), "data", "training")).key(1)
+        Variants(images, [Size(16, 16)] * 3, *parts(flags.replace(masked_loss=on), "data", "training"), FAMILY).key(1)
         for images, on in ((before, True), (plain, False))
     ]
     assert keys[0] == (*keys[1], MASKED)  # the colours below an alpha channel are others, too
@@ -178,13 +178,13 @@ def test_masks_are_cropped_scaled_and_mirrored_as_their_images(tmp_path):
     flags = parse_args([*MODEL, *words, "--no-cache_text_embeddings", "--train_batch_size", "1"])
     (images,) = load_folders(flags.model, flags.data, flags.training, flags.output)
     size = Size(16, 24)
-    variants = Variants(images, [size] * 3, flags.data, flags.training)
-    for pixels, _, masks in (variants[number] for number in range(3)):
+    variants = Variants(images, [size] * 3, flags.data, flags.training, FAMILY)
+    for pixels, masks in ((variants[number][name] for name in ("pixels", "mask")) for number in range(3)):
         assert len(pixels) == len(masks) > 1 and len({tuple(mask.flatten().tolist()) for mask in masks}) > 1
         torch.testing.assert_close(masks, (pixels[:, :1] + 1) / 2)
-    source = Source(images, None, (0, 1, 2), (), (size,), (0,) * 3)
+    source = Source(images, None, (0, 1, 2), (), (size,) * 3)
     objective = FlowObjective(FlowMatchEulerDiscreteScheduler())
-    training_data = TrainingData((source,), {}, objective, {size: (4, 8, 12)}, **read_by(flags))
+    training_data = TrainingData((source,), {}, objective, {size: (4, 8, 12)}, FAMILY, **read_by(flags))
     for batch in training_loader(training_data, range(6), 1, 0, pin=False):
         assert batch.mask.shape == (1, 1, 16, 24)
         torch.testing.assert_close(batch.mask, (batch.pixels[:, :1] + 1) / 2)

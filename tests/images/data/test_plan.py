@@ -15,7 +15,7 @@ SIZES = (Size(64, 64), Size(64, 96), Size(96, 64))
 def source(*bucket: int, repeats: int = 1, held_out: tuple[int, ...] = ()) -> Source:
     """Return a source whose images are in these buckets."""
     train = tuple(index for index in range(len(bucket)) if index not in held_out)
-    return Source(None, None, train, held_out, SIZES, bucket, repeats=repeats)
+    return Source(None, None, train, held_out, tuple(SIZES[number] for number in bucket), repeats=repeats)
 
 
 MIXED = source(*[0] * 7, *[1] * 3, *[2] * 1)

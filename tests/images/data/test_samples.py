@@ -9,7 +9,7 @@ from pipelines import image_folder, stable_diffusion
 from safetensors.torch import load_file
 
 from images import exact_steps
-from images.runs import assert_same, digests, losses, main, read_by
+from images.runs import FAMILY, assert_same, digests, losses, main, read_by
 from reslora.images.data.batch import Batch
 from reslora.images.data.plan import Draw, Plan
 from reslora.images.data.samples import (
@@ -139,8 +139,10 @@ def validation(limit: int, seed: int = 0, count: int = 100) -> list[Batch]:
     latents = SimpleNamespace(variants=1, of=lambda index, variant: {"sizes": torch.tensor(index)})
     images = SimpleNamespace(captions=[["box"]] * count)
     objective = SimpleNamespace(at=lambda share: torch.tensor(share))
-    source = Source(images, latents, train, held_out, (Size(16, 16),), (0,) * count)
-    samples = ValidationSamples(TrainingData((source,), {}, objective, {Size(16, 16): (1, 2, 2)}, **read_by(flags)))
+    source = Source(images, latents, train, held_out, (Size(16, 16),) * count)
+    samples = ValidationSamples(
+        TrainingData((source,), {}, objective, {Size(16, 16): (1, 2, 2)}, FAMILY, **read_by(flags))
+    )
     return [samples[draw] for draw in samples.draws]
 
 
@@ -190,14 +192,14 @@ def test_images_to_be_looked_at_are_those_trained_on_from_all_over_the_data():
         return PIL.Image.new("RGB", (number + 1, 600 if number == 80 else 1))
 
     def source(train: range, of_class: bool = False) -> Source:
-        return Source(SimpleNamespace(open=opened, of_class=of_class), None, tuple(train), (1,), (), ())
+        return Source(SimpleNamespace(open=opened, of_class=of_class), None, tuple(train), (1,), ())
 
     sources = source(range(300, 310), of_class=True), source(range(0, 60, 10)), source(range(60, 120, 10))
-    training_data = TrainingData(sources, {}, None, {}, **read_by(Options.of()))
+    training_data = TrainingData(sources, {}, None, {}, FAMILY, **read_by(Options.of()))
     sizes = [image.size for image in training_data.training_images(6)]
     assert sizes == [(1, 1), (21, 1), (61, 1), (round(81 * SHOWN / 600), SHOWN), (101, 1)]
     assert len(training_data.training_images(5)) == 4 and len(training_data.training_images(99)) == 11
-    assert TrainingData((), {}, None, {}, **read_by(Options.of())).training_images(6) == []
+    assert TrainingData((), {}, None, {}, FAMILY, **read_by(Options.of())).training_images(6) == []
 
 
 # -- crops and mirror images -------------------------------------------------------------------------------------------
@@ -210,8 +212,8 @@ def one_image(latents: SimpleNamespace | None, images: SimpleNamespace) -> list[
         image_interpolation_mode="box",
     )  # fmt: skip
     size, objective = Size(16, 16), SimpleNamespace(draw=lambda draws, tokens: torch.rand((), generator=draws))
-    source = Source(images, latents, (0,), (), (size,), (0,))
-    samples = TrainingSamples(TrainingData((source,), {}, objective, {size: (1, 2, 2)}, **read_by(flags)))
+    source = Source(images, latents, (0,), (), (size,))
+    samples = TrainingSamples(TrainingData((source,), {}, objective, {size: (1, 2, 2)}, FAMILY, **read_by(flags)))
     return [samples[Draw(0, 0, size, position)] for position in range(200)]
 
 

@@ -10,6 +10,7 @@ import pytest
 from pipelines import image_folder
 
 from images.runs import (
+    FAMILY,
     RESUME,
     assert_same,
     final_weights,
@@ -203,7 +204,7 @@ class Rows(list):
 
 def test_every_image_is_trained_once_at_each_resolution():
     sources = made([(600, 400)] * 10, "--resolution", 64, 96, "--validation_split", 0.2)
-    assert [set(source.buckets) for source in sources] == [{Size(64, 64)}, {Size(96, 96)}]
+    assert [set(source.sizes) for source in sources] == [{Size(64, 64)}, {Size(96, 96)}]
     first, second = sources
     assert len(first.train) == len(second.train) == 8 and len(first.held_out) == 2 and not second.held_out
     plan = Plan(sources, 2, seed=0)
@@ -226,8 +227,8 @@ def test_every_image_is_trained_once_at_each_resolution():
 def test_a_small_image_is_trained_once_at_its_own_size(image, resolutions, expected):
     words = ("--resolution", *resolutions, "--use_aspect_ratio_buckets", "--validation_split", 0)
     sources = [source for source in made([image, (2000, 2000)], *words) if source.images.sizes[0] == image]
-    assert [source.size(0) for source in sources] == expected
-    upscaled = [source.size(0) for source in made([image], *words, "--bucket_upscale")]
+    assert [source.sizes[0] for source in sources] == expected
+    upscaled = [source.sizes[0] for source in made([image], *words, "--bucket_upscale")]
     assert [size.height * size.width > 0.8 * side**2 for size, side in zip(upscaled, resolutions, strict=True)]
 
 
@@ -260,7 +261,8 @@ def told(sources: list[Source], *words: object) -> list[str]:
     lines: list[str] = []
     flags, accelerator = parse_args(list(map(str, words))), SimpleNamespace(print=lines.append, num_processes=1)
     print_folder_counts(
-        TrainingData(tuple(sources), {}, None, {}, **read_by(flags)), ImageContext(flags, None, accelerator, None)
+        TrainingData(tuple(sources), {}, None, {}, FAMILY, **read_by(flags)),
+        ImageContext(flags, None, accelerator, None),
     )
     return lines
 

@@ -117,9 +117,8 @@ def test_small_batches_have_several_images_of_one_size_and_losses_are_the_same(s
     """Each image keeps its position, also if images of other sizes are between."""
     training_data, loss, denoiser = setting
     (source,) = training_data.sources
-    sizes = (source.buckets[0], dataclasses.replace(source.buckets[0], width=source.buckets[0].width + 1))
-    bucket = tuple(number % 2 for number in range(exact_steps.IMAGES))
-    other = dataclasses.replace(source, buckets=sizes, bucket=bucket)
+    sizes = (exact_steps.SIZE, dataclasses.replace(exact_steps.SIZE, width=exact_steps.SIZE.width + 1))
+    other = dataclasses.replace(source, sizes=tuple(sizes[number % 2] for number in range(exact_steps.IMAGES)))
     shapes = {size: shape for size in sizes for shape in training_data.shapes.values()}  # so that all batches fit
     mixed = dataclasses.replace(training_data, sources=(other,), shapes=shapes)
     lengths, images = [], [(0, number) for number in (3, 0, 4, 1, 2)]

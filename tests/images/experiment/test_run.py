@@ -17,8 +17,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from app.activity import activity
-from images.runs import SCRIPT, Watcher, assert_same, load_images, main, only, printed, read_by, refused, without
+from images.runs import (
+    FAMILY,
+    SCRIPT,
+    Watcher,
+    assert_same,
+    load_images,
+    main,
+    only,
+    printed,
+    read_by,
+    refused,
+    without,
+)
 from reslora.errors import InvalidArgument, Stopped
+from reslora.experiment.arms import Arm
 from reslora.experiment.schedule import ArmSchedule
 from reslora.images.context import ImageContext
 from reslora.images.data.encoding import Texts
@@ -26,11 +39,10 @@ from reslora.images.data.samples import TrainingData, losses_of
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
 from reslora.images.denoising import DenoisingLoss
+from reslora.images.experiment import arm_study as judging
 from reslora.images.experiment import run
-from reslora.images.experiment import test_split_losses as judging
 from reslora.images.experiment.gallery import samples_of
 from reslora.images.experiment.split import content_of, parts_of
-from reslora.images.experiment.test_split_losses import export_chosen
 from reslora.images.output.reports import ImageReports
 from reslora.images.settings import parse_args
 from reslora.images.study import ImageStudy
@@ -93,18 +105,18 @@ MERGES: list[str] = []
 def whole(flags, small, tmp_path_factory) -> tuple[Path, list[str]]:
     """The experiment `small`, extended by a method and a seed at one of its rates; and the printed lines."""
 
-    def export(step: int, study: ImageStudy, is_exported: bool) -> list[str]:
-        EXPORTED.append((step, study))
-        return export_chosen(step, study, is_exported)
+    def export(experiment: run.ImageExperiment, arm: Arm, step: int) -> list[str]:
+        EXPORTED.append((step, experiment.study_of(arm)))
+        return plain_export(experiment, arm, step)
 
     def merge(parts, method, *given):
         MERGES.append(method)
         return plain(parts, method, *given)
 
-    plain = judging.as_plain_lora
+    plain, plain_export = judging.as_plain_lora, run.ImageExperiment.export
     output = shutil.copytree(small, tmp_path_factory.mktemp("whole") / "out", copy_function=shutil.copy2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "export_chosen", export)
+        patch.setattr(run.ImageExperiment, "export", export)
         patch.setattr(judging, "as_plain_lora", merge)
         return output, printed(*flags, *WHOLE, "--output_dir", output)
 
@@ -407,15 +419,8 @@ def test_another_split_of_the_images_is_refused(images, tmp_path):
 
 def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, monkeypatch):
     settled = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path)])
-    source = Source(
-        load_images(settled),
-        object(),
-        tuple(range(8)),
-        (),
-        (Size(32, 32),),
-        (0,) * 8,
-    )
-    training_data = TrainingData((source,), Texts(None, {}), None, {}, **read_by(settled))
+    source = Source(load_images(settled), object(), tuple(range(8)), (), (Size(32, 32),) * 8)
+    training_data = TrainingData((source,), Texts(None, {}), None, {}, FAMILY, **read_by(settled))
     monkeypatch.setattr(run, "latents_of", lambda *_: (object(), {3: "damaged (truncated)"}))
     with pytest.raises(InvalidArgument, match=r"--seed 7, .*/3\.png: damaged"):
         context = ImageContext(settled, None, None, StopRequest())
@@ -431,7 +436,8 @@ def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
 def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):
     schedule = ArmSchedule(parse_args([*SMALL, "--output_dir", str(tmp_path)]))
     context = SimpleNamespace(stop=StopRequest(), status=Status(tmp_path))
-    experiment = run.ImageExperiment(schedule, SimpleNamespace(context=context), {}, SimpleNamespace(), "", 1, 2)
+    study = SimpleNamespace(context=context)
+    experiment = run.ImageExperiment(schedule, study, {}, SimpleNamespace(), "")
     experiment.start_phase("testing (1 of 2)", schedule.arms()[0])
     assert activity(read_object(tmp_path / STATUS)) == "lora/lr-0.01/seed-0, testing (1 of 2)"
     context.stop.signal = signal.SIGTERM
@@ -659,7 +665,7 @@ def test_arms_at_once_are_those_of_one_after_the_other(flags, small, whole, tmp_
     told, threads = [], torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2 * threads)  # of which each process has half
     monkeypatch.setattr(Status, "say", lambda self, what, name="": told.append(what))
-    monkeypatch.setattr(judging, "trained_parts", None)  # the main process loads no arm
+    monkeypatch.setattr(judging, "saved_parts", None)  # the main process loads no arm
     output = shutil.copytree(small, tmp_path / "out", copy_function=shutil.copy2)
     assert main(*flags, *WHOLE, "--arms_at_once", "2", "--output_dir", output) == 0
     ended = [f"training, {number} of 4 runs ended" for number in range(1, 4)]

@@ -107,7 +107,12 @@ def test_settings_notes_and_what_tells_of_the_images_are_not_uploaded(brief_flag
     flags += ["--method", "reslora", "--validation_prompt", "red disc", "--validation_split", "0.3", "--save_best"]
     flags += ["--cache_dir", out / "kept", "--logging_dir", "seen", "--push_to_hub"]
     assert main(*flags, "--output_dir", out) == 0
-    for there in ("reslora/calibration.safetensors", "images.json", "kept/encoded/*.arrow", "seen/**/hparams.yml"):
+    for there in (
+        "reslora/calibration.safetensors",
+        "images.json",
+        "kept/encoded/*.safetensors",
+        "seen/**/hparams.yml",
+    ):
         assert list(out.glob(there)), there
     drawn = [f"{folder}/{name}" for folder in ("merged", "samples/step-*") for name in ("0-0.png", "prompts.json")]
     files = ["pytorch_lora_weights.safetensors", "kohya.safetensors", "peft/adapter_*", "chains.json", "merge.json"]

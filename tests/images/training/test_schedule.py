@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from images.runs import read_by
+from images.runs import FAMILY, read_by
 from reslora.images.context import ImageContext
 from reslora.images.data.samples import TrainingData
 from reslora.images.data.size import Size
@@ -21,8 +21,8 @@ def scheduled(processes: int = 1, images: int = 10, **flags) -> Schedule:
         "validation_steps": None, "validation_epochs": 1, "lr_warmup_steps": None, "method": ["lora"],
     }  # fmt: skip
     made = Options.of(**defaults | flags, seed=0)
-    source = Source(None, None, tuple(range(images)), (), (Size(8, 8),), (0,) * images)
-    training_data = TrainingData((source,), None, None, {}, **read_by(made))
+    source = Source(None, None, tuple(range(images)), (), (Size(8, 8),) * images)
+    training_data = TrainingData((source,), None, None, {}, FAMILY, **read_by(made))
     return schedule_of(training_data.updates(processes), ImageContext(made, None, SimpleNamespace(print=print), None))
 
 
