@@ -12,8 +12,8 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -82,15 +82,28 @@ def stamp_of(path: Path | None) -> tuple[int, ...]:
     return ()
 
 
-def cached_by_stamp(size: int) -> Callable:
-    """Cache the results of a function of a path and other arguments for `size` calls, each until its file changes."""
+@dataclass(frozen=True)
+class Call:
+    """A call of a cached function; calls of equal state have the same result."""
+
+    state: Hashable
+    given: tuple = field(compare=False)
+
+
+def cached_by(state: Callable[..., Hashable], size: int) -> Callable:
+    """Cache the results of a function for `size` calls, by the value of `state` for the same arguments."""
 
     def decorate(function: Callable) -> Callable:
-        """Return `function` with a cache whose keys include the time and size of its file."""
-        known = functools.lru_cache(size)(lambda path, stamp, *given: function(path, *given))
-        return functools.wraps(function)(lambda path, *given: known(path, stamp_of(path), *given))
+        """Return `function` with a cache."""
+        known = functools.lru_cache(size)(lambda call: function(*call.given))
+        return functools.wraps(function)(lambda *given: known(Call(state(*given), given)))
 
     return decorate
+
+
+def cached_by_stamp(size: int) -> Callable:
+    """Cache the results of a function of a path and other arguments for `size` calls, each until its file changes."""
+    return cached_by(lambda path, *given: (path, stamp_of(path), *given), size)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..folders import BUNDLED
 from ..generation_request import bounded
 from ..handlers import NO_PROGRESS, QUIET, paths_of, server_function
 from ..image_edits import ImageEdits
-from ..image_folders import ImageFolders
+from ..image_folders import add
 from ..runs import RunError
 from .base import Parts, Tab, TabHost, answer_line, open_choice
 from .train import TrainTab
@@ -32,8 +32,8 @@ class DatasetTab(Tab):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.folders = ImageFolders(self.library.folder, self.jobs.data)
-        self.edits = ImageEdits(self.folders, self.jobs)
+        self.folders = self.jobs.images
+        self.edits = ImageEdits(self.jobs)
         self.captioning = Captioning(self.edits)
         self.choosing_rows()
         self.status = gr.HTML(views.notice(CHOOSE), elem_id="dataset-status")
@@ -268,7 +268,7 @@ class DatasetTab(Tab):
         """Store uploaded images as a new folder.
 
         Returns a notice, and updates of the folder lists under Images (which selects the folder) and Train."""
-        folder = self.folders.add(name, paths_of(uploads), str(caption or ""))
+        folder = add(self.folders, name, paths_of(uploads), str(caption or ""))
         choices = gr.update(choices=[BUNDLED, *self.jobs.folders()])
         shown = gr.update(choices=self.list_folders(), value=folder.name)
         return shown, choices, views.notice(f"{folder.name} is stored; select it as the image folder under Train.")

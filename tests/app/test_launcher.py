@@ -223,7 +223,7 @@ def test_a_run_that_an_error_has_ended_says_so_and_one_that_was_stopped_does_not
     experiment, manager = Experiment(run.name, run.folder), RunManager(trainings)
     for shown in (
         views.summary(run, status, said),
-        lists.card_of(manager, run),
+        lists.card(manager, run),
         experiments.summary(experiment, status, said),
     ):
         assert status == "stopped" and (f'<p class="bad">{views.escape(line)}</p>' in shown) == is_why
