@@ -39,7 +39,7 @@ from .folders import BUNDLED, UPLOADS, Folders
 from .launcher import ALONE, REPOSITORY, SCRIPT
 from .library import REPORT, Experiment, LanguageRun, Library, kind_of, language_script, refuse_language
 from .log_lock import is_held, locked_file
-from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, is_trainer, pick
+from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, pick
 from .uploads import contents_of, keep, place_of
 
 FILE, LOCK = "queue.json", ".queue.lock"
@@ -270,7 +270,7 @@ class Jobs:
 
     def _launch(self, run: Run, words: list[str], device: str | None) -> Run:
         """Start the trainer of a run with its output in the run's log, which stays locked; return the run."""
-        self.asked = {process for process in self.asked if is_trainer(process)}
+        self.asked &= {active.process for active in self.all_active()}  # process ids are reused
         self.began.discard(run.name)
         # Requests that the last training did not handle, and the log of a failed start of the other kind.
         for left in {SAVE, SAMPLE, LOG_NAME, EXPERIMENT_LOG} - {run.log_name}:

@@ -21,7 +21,7 @@ from reslora.checkpoint import WEIGHTS_NAME
 from reslora.errors import InvalidArgument
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from reslora.images.model.lora_files.reading import pairs_of, read_content
-from reslora.io import read_object
+from reslora.io import is_alive, read_object
 from reslora.merges import MERGES
 from reslora.methods.adapters import ADAPTER_NAME
 from reslora.methods.registry import METHODS
@@ -47,10 +47,6 @@ PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 IN_PLACE = threading.Lock()
 """Lock to hold while writing in or moving a run's folder, so that no folder is moved during a write."""
-SCRIPTS = ("train_sd.py", "train_llm.py", "train_glue.py")
-"""The trainers. The page starts the first (for diffusion models), and only detects the others (for language models)."""
-TRAINERS = {word for name in SCRIPTS for word in (name, name[:-3], f"reslora-{name[:-3].replace('_', '-')}")}
-"""Names of a trainer in a process's command line: as a file, as a module, or as an installed command."""
 
 
 class RunError(ValueError):
@@ -231,10 +227,9 @@ class Run:
     @property
     def process(self) -> int | None:
         """Process id of the trainer that is running in this folder, or None."""
-        path = self.inside(".lock")
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            number = int(path.read_text().partition("\n")[0][:20])
-            return number if is_trainer(number) else None
+        process = self.text(".lock").partition("\n")[2].strip()
+        with contextlib.suppress(ValueError):  # a damaged file
+            return int(process.split("-")[1]) if is_alive(process) else None
         return None
 
     @property
@@ -463,21 +458,3 @@ def is_complete_png(path: Path) -> bool:
             return file.read() == PNG_END
     except OSError:
         return False
-
-
-def is_trainer(pid: int) -> bool:
-    """Return whether a process is alive and a trainer, unless its command line is unreadable.
-
-    The command line is checked because process ids are reused."""
-    if pid <= 1:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    with contextlib.suppress(OSError):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-        return any(Path(word).name in TRAINERS for word in words)
-    return True
