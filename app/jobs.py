@@ -163,7 +163,7 @@ class Jobs:
 
     def begun(self, name: str, kind: type[Run]) -> Run | None:
         """Return the existing experiment with this name, to which runs are added; None for a new run or experiment."""
-        found = self.library.named(name, kind) if kind is Experiment else None
+        found = self.library.experiments().get(name) if kind is Experiment and isinstance(name, str) else None
         return found if found and found.config else None
 
     def kind_of(self, name: str, settings: dict) -> type[Run]:
@@ -295,9 +295,8 @@ class Jobs:
 
     def find(self, name: str, kind: type[Run] = Run) -> Run:
         """Return the run (of any trainer) or experiment with this name. Raises `RunError` if there is none."""
-        if kind is Experiment:
-            return self.library.find_experiment(name)
-        return self.library.named(name, LanguageRun) or self.library.find(name)
+        library = self.library
+        return library.find_experiment(name) if kind is Experiment else library.find_any(name, Run, LanguageRun)
 
     def stop(self, name: str, kind: type[Run] = Run, only: bool = False) -> str:
         """Ask a trainer to save and exit, and return a sentence about it.
