@@ -6,7 +6,6 @@ their folder are never shown.
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import os
 import re
@@ -114,22 +113,17 @@ def add(folders: Folders, name: str, uploads: list[str], caption: str) -> Folder
     return folders.find(f"uploads/{name}")
 
 
+@cached_by(lambda *given: repr(given), 64)
 def options_of(resolution: object = "", buckets: object = False, column: object = "") -> Options:
     """Return the trainer's options for a resolution, use of aspect ratio buckets, and the caption column of tables.
 
-    Raises `RunError` with the trainer's message for an invalid setting.
+    `resolution`: whole numbers with spaces between them. Raises `RunError` for an invalid setting.
     """
-    return _flags(str(resolution or ""), buckets is True, str(column or ""))
-
-
-@functools.lru_cache(maxsize=64)
-def _flags(resolution: str, buckets: bool, column: str) -> Options:
-    """Return the options of `options_of`, from a cache; `resolution`: whole numbers separated by spaces."""
-    sides = resolution.split()
+    sides = str(resolution or "").split()
     if not all(side.isdecimal() for side in sides):
         raise RunError("Give the resolution as whole numbers with spaces between them, such as 512 768.")
     words = ["--train_data_dir", "images", *(["--resolution", *sides] if sides else [])]
-    words += ["--use_aspect_ratio_buckets"] if buckets else []
+    words += ["--use_aspect_ratio_buckets"] if buckets is True else []
     words += [f"--caption_column={column}"] if column else []
     return Options.of(**with_defaults(vars(trainers_parser().parse_args(words))))
 
