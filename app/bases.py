@@ -1,6 +1,5 @@
 """Find the base model of a run. This module does not import Gradio."""
 
-import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from reslora.content_hash import folder_mark
 from reslora.images.model.loading import Model
 from reslora.options.images import Options
 
-from .runs import NO_CONFIG, Run, RunError, stamp_of
+from .runs import NO_CONFIG, Run, RunError, cached_by, stamp_of
 
 BUNDLED = ASSETS / "pipeline"
 PIPELINES = {f"{ASSETS.name}/{path.name}": path for path in (BUNDLED, ASSETS / "pipeline-flow")}
@@ -34,14 +33,9 @@ def bundled(named: str, known: Mapping[str, Path] = PIPELINES) -> str | None:
     return word if not there.is_dir() or there.samefile(here) or mark_of(there) == mark_of(here) else None
 
 
+@cached_by(lambda folder: (folder, *map(stamp_of, folder.rglob("*"))), 16)
 def mark_of(folder: Path) -> str:
     """Return a content hash of a folder, cached until a file in the folder changes."""
-    return _mark(folder, tuple(map(stamp_of, folder.rglob("*"))))
-
-
-@functools.lru_cache(maxsize=16)
-def _mark(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> str:
-    """Return a folder's content hash; `stamps` (the result of `stamp_of` for each file) is part of the cache key."""
     parts = [path for path in sorted(folder.iterdir()) if path.is_dir()]  # skip files such as README.md
     return " ".join(map(folder_mark, parts or [folder]))
 

@@ -17,7 +17,7 @@ from reslora.formatting import pluralize
 from .bases import is_hub_name
 from .caption_files import Edit, write
 from .image_edits import ImageEdits, refuse_bundled
-from .image_folders import OUTSIDE, Image, Images
+from .image_folders import OUTSIDE, Image, Images, read
 from .launcher import environment
 from .runs import RunError
 from .whole_models import FOLDER
@@ -127,7 +127,7 @@ class Captioning:
 
     def store(self, images: Images, waiting: Sequence[Image], found: dict[str, str]) -> str:
         """Store the captions of images whose captions are as they were, and return a line about them."""
-        now = self.edits.folders.images(images.folder, images.options)
+        now = read(images.folder, images.options)
         same = [
             image for image in waiting
             if image.name in found and image.name in now.images and now.images[image.name].captions == image.captions

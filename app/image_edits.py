@@ -12,7 +12,7 @@ from reslora.options.prompts import clean
 from .caption_files import Edit, Table, write
 from .changes import Change, changes, changing
 from .folders import Folder
-from .image_folders import Image, ImageFolders, Images, options_of
+from .image_folders import Image, Images, options_of, read
 from .jobs import Jobs
 from .looks import Looks
 from .runs import RunError, pick, stamp_of
@@ -52,8 +52,8 @@ OPERATIONS: dict[str, Callable[[str, str, str], str]] = {
 class ImageEdits:
     """Edit and undo changes of the image folders that the page may show."""
 
-    def __init__(self, folders: ImageFolders, jobs: Jobs) -> None:
-        self.folders, self.jobs, self.looks = folders, jobs, Looks()
+    def __init__(self, jobs: Jobs) -> None:
+        self.folders, self.jobs, self.looks = jobs.images, jobs, Looks()
         self.refused: set[Path] = set()
         """Trash folders of changes that could not be undone. `undo` skips them, to reach earlier changes."""
 
@@ -61,7 +61,7 @@ class ImageEdits:
         """Return the images of the folder with this name.
 
         `settings`: resolution (text), whether aspect ratio buckets are used, and the name of the caption column."""
-        return self.folders.images(self.folders.find(name), options_of(*settings))
+        return read(self.folders.find(name), options_of(*settings))
 
     def shown(self, images: Images, which: str, words: str = "") -> list[Image]:
         """Return the images that the filter `which` selects and whose name or caption contains `words`."""

@@ -6,13 +6,12 @@ their folder are never shown.
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +30,15 @@ from reslora.options.prompts import clean
 from .folders import SETS, Folder, Folders
 from .launcher import trainers_parser
 from .library import kind_of
-from .runs import RunError, stamp_of
+from .runs import RunError, cached_by, stamp_of
 from .uploads import store_images
 
 MULTIPLE = 8
 """Pixels of which bucket widths and heights are multiples. Models that need multiples of 16 have the same buckets at
 resolutions of 256 and above."""
 OUTSIDE = "leads out of the folder: not shown here"
-KEPT = 8
-"""Number of folders whose images are cached."""
+ADDING = threading.Lock()
+"""Lock to hold while an uploaded folder is stored, so that two uploads of the same name do not replace each other."""
 
 
 @dataclass(frozen=True)
@@ -97,67 +96,43 @@ class Images:
         return [self.images[name] for name in names]
 
 
-class ImageFolders(Folders):
-    """The image folders that the page may show, with cached contents."""
+def add(folders: Folders, name: str, uploads: list[str], caption: str) -> Folder:
+    """Store uploaded images as a new folder, and return it. Raises `RunError` for an invalid or existing name.
 
-    def __init__(self, runs: Path, data: Path | None = None) -> None:
-        super().__init__(runs, data)
-        self.seen: dict[tuple[Path, str], tuple[int, Images]] = {}
-        self.lock, self.adding = threading.Lock(), threading.Lock()
-
-    def add(self, name: str, uploads: list[str], caption: str) -> Folder:
-        """Store uploaded images as a new folder, and return it. Raises `RunError` for an invalid or existing name.
-
-        `caption`: the caption of images without a caption file; if empty, the words of the file name."""
-        name = name if isinstance(name, str) else ""
-        if kind_of(self.runs):
-            raise RunError("This page shows a single run; start the application on a folder of runs to upload images.")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
-            raise RunError("A folder's name has letters, digits, hyphens and underscores, at most 64 of them.")
-        path = self.runs / SETS / name
-        with self.adding:
-            if path.exists():
-                raise RunError("A folder with this name already exists; choose another name.")
-            store_images(path, uploads, caption)
-        return self.find(f"uploads/{name}")
-
-    def images(self, folder: Folder, options: Options) -> Images:
-        """Return the contents of a folder; read them again only if a file changed."""
-        with self.lock:
-            now, key = state_of(folder, options), (folder.path, repr(options))
-            before, found = self.seen.pop(key, (None, None))
-            if before != now:
-                found = read(folder, options)
-            self.seen[key] = now, found
-            for old in list(self.seen)[:-KEPT]:
-                del self.seen[old]
-            return found
+    `caption`: the caption of images without a caption file; if empty, the words of the file name."""
+    name = name if isinstance(name, str) else ""
+    if kind_of(folders.runs):
+        raise RunError("This page shows a single run; start the application on a folder of runs to upload images.")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+        raise RunError("A folder's name has letters, digits, hyphens and underscores, at most 64 of them.")
+    path = folders.runs / SETS / name
+    with ADDING:
+        if path.exists():
+            raise RunError("A folder with this name already exists; choose another name.")
+        store_images(path, uploads, caption)
+    return folders.find(f"uploads/{name}")
 
 
+@cached_by(lambda *given: repr(given), 64)
 def options_of(resolution: object = "", buckets: object = False, column: object = "") -> Options:
     """Return the trainer's options for a resolution, use of aspect ratio buckets, and the caption column of tables.
 
-    Raises `RunError` with the trainer's message for an invalid setting.
+    `resolution`: whole numbers with spaces between them. Raises `RunError` for an invalid setting.
     """
-    return _flags(str(resolution or ""), buckets is True, str(column or ""))
-
-
-@functools.lru_cache(maxsize=64)
-def _flags(resolution: str, buckets: bool, column: str) -> Options:
-    """Return the options of `options_of`, from a cache; `resolution`: whole numbers separated by spaces."""
-    sides = resolution.split()
+    sides = str(resolution or "").split()
     if not all(side.isdecimal() for side in sides):
         raise RunError("Give the resolution as whole numbers with spaces between them, such as 512 768.")
     words = ["--train_data_dir", "images", *(["--resolution", *sides] if sides else [])]
-    words += ["--use_aspect_ratio_buckets"] if buckets else []
+    words += ["--use_aspect_ratio_buckets"] if buckets is True else []
     words += [f"--caption_column={column}"] if column else []
     return Options.of(**with_defaults(vars(trainers_parser().parse_args(words))))
 
 
-def state_of(folder: Folder, options: Options) -> int:
-    """Return a hash of a folder's files, which changes with any of them. Raises `RunError` if they cannot be read."""
+def state_of(folder: Folder, options: Options) -> Hashable:
+    """Return a value that changes with any of a folder's files. Raises `RunError` if they cannot be read."""
     try:
-        return hash(tuple((str(path), stamp_of(path)) for path in files_of(folder.path, options.data, options.output)))
+        files = files_of(folder.path, options.data, options.output)
+        return folder, repr(options), hash(tuple((str(path), stamp_of(path)) for path in files))
     except OSError:
         raise RunError("This folder cannot be read: check that it exists, then reload it.") from None
 
@@ -165,6 +140,7 @@ def state_of(folder: Folder, options: Options) -> int:
 # -- as the trainer reads a folder -------------------------------------------------------------------------------------
 
 
+@cached_by(state_of, 8)
 def read(folder: Folder, options: Options) -> Images:
     """Read all images of a folder as the trainer reads them, including the images that it skips."""
     options = options.replace(train_data_dir=str(folder.path))

@@ -39,7 +39,7 @@ from .folders import BUNDLED, UPLOADS, Folders
 from .launcher import ALONE, REPOSITORY, SCRIPT
 from .library import REPORT, Experiment, LanguageRun, Library, kind_of, language_script, refuse_language
 from .log_lock import is_held, locked_file
-from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, is_trainer, pick
+from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, pick
 from .uploads import contents_of, keep, place_of
 
 FILE, LOCK = "queue.json", ".queue.lock"
@@ -163,7 +163,7 @@ class Jobs:
 
     def begun(self, name: str, kind: type[Run]) -> Run | None:
         """Return the existing experiment with this name, to which runs are added; None for a new run or experiment."""
-        found = self.library.named(name, kind) if kind is Experiment else None
+        found = self.library.experiments().get(name) if kind is Experiment and isinstance(name, str) else None
         return found if found and found.config else None
 
     def kind_of(self, name: str, settings: dict) -> type[Run]:
@@ -270,7 +270,7 @@ class Jobs:
 
     def _launch(self, run: Run, words: list[str], device: str | None) -> Run:
         """Start the trainer of a run with its output in the run's log, which stays locked; return the run."""
-        self.asked = {process for process in self.asked if is_trainer(process)}
+        self.asked &= {active.process for active in self.all_active()}  # process ids are reused
         self.began.discard(run.name)
         # Requests that the last training did not handle, and the log of a failed start of the other kind.
         for left in {SAVE, SAMPLE, LOG_NAME, EXPERIMENT_LOG} - {run.log_name}:
@@ -295,9 +295,8 @@ class Jobs:
 
     def find(self, name: str, kind: type[Run] = Run) -> Run:
         """Return the run (of any trainer) or experiment with this name. Raises `RunError` if there is none."""
-        if kind is Experiment:
-            return self.library.find_experiment(name)
-        return self.library.named(name, LanguageRun) or self.library.find(name)
+        library = self.library
+        return library.find_experiment(name) if kind is Experiment else library.find_any(name, Run, LanguageRun)
 
     def stop(self, name: str, kind: type[Run] = Run, only: bool = False) -> str:
         """Ask a trainer to save and exit, and return a sentence about it.

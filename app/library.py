@@ -129,31 +129,28 @@ class Library:
     def everything(self) -> list[Run]:
         """Return the runs and experiments in the folder, newest first, then the extra runs."""
         found = [kind(path.name, path) for path in self._folders() if (kind := kind_of(path))]
-        own = {run.name for run in found if type(run) is Run}
+        own = {run.name for run in found if not isinstance(run, Experiment)}
         return found + [Run(path.name, path) for path in self.extra if path.name not in own and kind_of(path) is Run]
 
     def owns(self, run: Run) -> bool:
         """Return whether the parent folder of a run is the library's folder."""
         return run.folder.parent == self.folder
 
-    def named(self, name: object, kind: type[Run]) -> Run | None:
-        """Return the newest run with this name and of exactly this class, or None."""
-        return next((run for run in self.everything() if type(run) is kind and run.name == name), None)
+    def find_any(self, name: object, *kinds: type[Run]) -> Run:
+        """Return the run or experiment with this name and, if classes are given, of one of them.
 
-    def find_any(self, name: object) -> Run:
-        """Return the run or experiment with this name. Raises `RunError` if none has it."""
+        Raises `RunError` if there is none."""
         for run in self.everything():
-            if run.name == name:
+            if run.name == name and (not kinds or type(run) in kinds):
                 return run
         raise RunError("There is no run of that name; choose one from the list.")
 
     def find(self, name: object) -> Run:
         """Return the run of `train_sd.py` with this name. Raises `RunError` if none has it."""
-        if run := self.named(name, Run):
-            return run
-        if language := self.named(name, LanguageRun):
-            raise RunError(f"{name} was trained by {language_script(language)}, and appears only under Runs.")
-        raise RunError("There is no run of that name; choose one from the list.")
+        run = self.find_any(name, Run, LanguageRun)
+        if isinstance(run, LanguageRun):
+            raise RunError(f"{name} was trained by {language_script(run)}, and appears only under Runs.")
+        return run
 
     def beside(self, run: Run, names: object) -> Run:
         """Return a copy of `run` whose field `beside` has the runs with these names, to compare with it.

@@ -1,9 +1,8 @@
 """Render the queue and the list of runs as HTML; `rows.js` handles the buttons. All names are escaped."""
 
 import contextlib
-import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 
 from reslora.formatting import pluralize
@@ -16,7 +15,7 @@ from .folders import BUNDLED
 from .jobs import GONE, RUNNING, WAITING, Entry, Jobs
 from .library import Experiment, LanguageRun, language_script, last_change
 from .run_manager import RunManager
-from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError, stamp_of
+from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError, cached_by, stamp_of
 from .views import NAMES, bad, embedded, escape, notice
 
 MOST = 48
@@ -121,27 +120,25 @@ def runs(manager: RunManager, words: str) -> str:
     everything = [
         run for run in manager.library.everything() if words in run.name.casefold() or words in run.notes.casefold()
     ]
-    cards = "".join(card_of(manager, run) for run in everything[:MOST])
+    cards = "".join(card(manager, run) for run in everything[:MOST])
     found = f'<div class="runs">{cards}</div>' if cards else notice("No name and no notes of a run contain this.")
     if (more := len(everything) - MOST) > 0:
         found += notice(f"{more:,} older runs are not shown: find them by the search field above.")
     return found + trash(manager)
 
 
-def card_of(manager: RunManager, run: Run) -> str:
-    """Return a run's card as HTML, rendered again only if a file in the run's folder has changed."""
+def state_of(manager: RunManager, run: Run) -> Hashable:
+    """Return a value that changes if the run's card has to be rendered again."""
     jobs = manager.jobs
-    stamps = tuple(stamp_of(run.folder / name) for name in (".", NOTES, *run.methods))
     status = jobs.status(run) if jobs.is_active(run) else ""
-    return card(manager, run, status, last_change(run.folder), stamps)
+    stamps = (stamp_of(run.folder / name) for name in (".", NOTES, *run.methods))
+    return manager, run, status, last_change(run.folder), *stamps
 
 
-@functools.lru_cache(maxsize=4 * MOST)
-def card(manager: RunManager, run: Run, status: str, changed: float, stamps: tuple[tuple[int, ...], ...]) -> str:
-    """Return a run's card as HTML: newest sample, status, time of the last change, and notes.
-
-    `changed`: time of the last change. `stamps`: part of the cache key."""
-    name, status, owned = escape(run.name), status or run.status, manager.library.owns(run)
+@cached_by(state_of, 4 * MOST)
+def card(manager: RunManager, run: Run) -> str:
+    """Return a run's card as HTML: newest sample, status, time of the last change, and notes."""
+    name, status, owned = escape(run.name), manager.jobs.status(run), manager.library.owns(run)
     done, total = run.progress
     kind, script = isinstance(run, Experiment), language_script(run)
     facts = [
@@ -158,7 +155,7 @@ def card(manager: RunManager, run: Run, status: str, changed: float, stamps: tup
         f'<textarea rows="2" maxlength="{LONGEST_NOTES}" aria-label="notes on {name}" data-was="{escape(run.notes)}" '
         f'placeholder="no notes">\n{escape(run.notes)}</textarea><p class="told" role="status"></p>'
     )
-    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(last_change(run.folder)))
     return (
         f'<div class="run" role="group" aria-label="{name}" data-name="{name}">{picture(run)}'
         f'<p class="name" title="{name}">{name}</p><p>{badge(status)} <span class="when">{since}</span></p>'

@@ -3,9 +3,7 @@
 Each image is opened as the trainer opens it, when the page needs it. The result is cached until the file changes.
 """
 
-import base64
 import functools
-import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from reslora.content_hash import content_mark
-from reslora.images.data.images import damage, open_image
+from reslora.images.data.images import damage, data_uri, open_image
 from reslora.images.experiment.split import features_of, groups_of
 
 from .folders import Folder
@@ -154,7 +152,4 @@ def alike(looks: tuple[tuple[str, Look], ...]) -> dict[str, tuple[str, str]]:
 @cached_by_stamp(2000)
 def thumbnail(path: Path, side: int = SIDE) -> str:
     """Return an image of at most `side` pixels in width and height as a data URI."""
-    image, file = open_image(path), io.BytesIO()
-    image.thumbnail((side, side))
-    image.save(file, "WEBP", quality=80)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_uri(open_image(path), side, quality=80)

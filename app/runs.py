@@ -12,8 +12,8 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -21,7 +21,7 @@ from reslora.checkpoint import WEIGHTS_NAME
 from reslora.errors import InvalidArgument
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from reslora.images.model.lora_files.reading import pairs_of, read_content
-from reslora.io import read_object
+from reslora.io import is_alive, read_object
 from reslora.merges import MERGES
 from reslora.methods.adapters import ADAPTER_NAME
 from reslora.methods.registry import METHODS
@@ -47,10 +47,6 @@ PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 IN_PLACE = threading.Lock()
 """Lock to hold while writing in or moving a run's folder, so that no folder is moved during a write."""
-SCRIPTS = ("train_sd.py", "train_llm.py", "train_glue.py")
-"""The trainers. The page starts the first (for diffusion models), and only detects the others (for language models)."""
-TRAINERS = {word for name in SCRIPTS for word in (name, name[:-3], f"reslora-{name[:-3].replace('_', '-')}")}
-"""Names of a trainer in a process's command line: as a file, as a module, or as an installed command."""
 
 
 class RunError(ValueError):
@@ -82,15 +78,28 @@ def stamp_of(path: Path | None) -> tuple[int, ...]:
     return ()
 
 
-def cached_by_stamp(size: int) -> Callable:
-    """Cache the results of a function of a path and other arguments for `size` calls, each until its file changes."""
+@dataclass(frozen=True)
+class Call:
+    """A call of a cached function; calls of equal state have the same result."""
+
+    state: Hashable
+    given: tuple = field(compare=False)
+
+
+def cached_by(state: Callable[..., Hashable], size: int) -> Callable:
+    """Cache the results of a function for `size` calls, by the value of `state` for the same arguments."""
 
     def decorate(function: Callable) -> Callable:
-        """Return `function` with a cache whose keys include the time and size of its file."""
-        known = functools.lru_cache(size)(lambda path, stamp, *given: function(path, *given))
-        return functools.wraps(function)(lambda path, *given: known(path, stamp_of(path), *given))
+        """Return `function` with a cache."""
+        known = functools.lru_cache(size)(lambda call: function(*call.given))
+        return functools.wraps(function)(lambda *given: known(Call(state(*given), given)))
 
     return decorate
+
+
+def cached_by_stamp(size: int) -> Callable:
+    """Cache the results of a function of a path and other arguments for `size` calls, each until its file changes."""
+    return cached_by(lambda path, *given: (path, stamp_of(path), *given), size)
 
 
 @dataclass(frozen=True)
@@ -223,10 +232,9 @@ class Run:
     @property
     def process(self) -> int | None:
         """Process id of the trainer that is running in this folder, or None."""
-        path = self.inside(".lock")
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            number = int(path.read_text().partition("\n")[0][:20])
-            return number if is_trainer(number) else None
+        process = self.text(".lock").partition("\n")[2].strip()
+        with contextlib.suppress(ValueError):  # a damaged file
+            return int(process.split("-")[1]) if is_alive(process) else None
         return None
 
     @property
@@ -461,21 +469,3 @@ def is_complete_png(path: Path) -> bool:
             return file.read() == PNG_END
     except OSError:
         return False
-
-
-def is_trainer(pid: int) -> bool:
-    """Return whether a process is alive and a trainer, unless its command line is unreadable.
-
-    The command line is checked because process ids are reused."""
-    if pid <= 1:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    with contextlib.suppress(OSError):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-        return any(Path(word).name in TRAINERS for word in words)
-    return True

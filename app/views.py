@@ -18,6 +18,7 @@ from typing import TypeVar
 import PIL.Image
 
 from reslora.formatting import pluralize
+from reslora.images.data.images import data_uri
 from reslora.methods.registry import METHODS
 from reslora.options.prompts import clean
 
@@ -66,17 +67,14 @@ def embedded(path: Path) -> str:
 
     The image is at most `LARGEST_TILE` pixels wide and high. Raises an exception, which differs by image format, for a
     damaged file."""
-    content, kind = path.read_bytes(), "png"
+    content = path.read_bytes()
     with PIL.Image.open(io.BytesIO(content)) as image:
         image.load()  # raise for a damaged file, of which a browser would show nothing
-        scale = scaled(image.width)
         if max(image.size) > LARGEST_TILE:
-            image = image.convert("RGB")
-            image.thumbnail((LARGEST_TILE, LARGEST_TILE))
-            buffer = io.BytesIO()
-            image.save(buffer, "WEBP", quality=90)
-            content, kind = buffer.getvalue(), "webp"
-    return f'src="data:image/{kind};base64,{base64.b64encode(content).decode()}" {scale}'
+            source = data_uri(image.convert("RGB"), LARGEST_TILE, quality=90)
+        else:
+            source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        return f'src="{source}" {scaled(image.width)}'
 
 
 def scaled(width: int) -> str:

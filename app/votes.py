@@ -16,7 +16,7 @@ import numpy as np
 from reslora.experiment.record import EXPERIMENT
 from reslora.experiment.statistics import LEVEL, half_width, spread_of
 from reslora.formatting import pluralize
-from reslora.images.experiment.gallery import samples_of
+from reslora.images.experiment.gallery import chosen_samples
 from reslora.json_lines import values_of
 
 from .library import Experiment
@@ -47,6 +47,7 @@ def pairs(experiment: Experiment) -> dict[Pair, tuple[Path, Path]]:
     """
     content, found = experiment.read_json(EXPERIMENT), {}
     with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # a damaged file
+        content["arms"] = [arm for arm in content["arms"] if experiment.inside(arm["folder"])]
         prompts = [str(prompt) for prompt in content["settings"].get("validation_prompt") or ()]
         for verdict in content["verdicts"]:
             ours, theirs = (samples(experiment, content, str(verdict[end]), prompts) for end in ("label", "reference"))
@@ -60,18 +61,12 @@ def samples(experiment: Experiment, content: dict, label: str, prompts: Sequence
     """Return the first sample of the method `label` by (seed, prompt index), at the step nearest to its chosen step.
 
     `content`: the experiment's record."""
-    choice, found = content["chosen"][label], {}
-    for arm in content["arms"]:
-        is_chosen = arm["label"] == label and arm["learning_rate"] == choice["learning_rate"]
-        if not is_chosen or arm["status"] != "finished" or not experiment.inside(arm["folder"]):
-            continue
-        places = {step: place for step, place in samples_of(arm, experiment.folder, prompts).items() if step}
-        if not places:
-            continue
-        step = min(places, key=lambda step: (abs(step - choice["step"]), step))
-        images = ((number, places[step] / f"{number}-0.png") for number in range(len(prompts)))
-        found |= {(int(arm["seed"]), number): path for number, path in images if path.is_file()}
-    return found
+    return {
+        (int(arm["seed"]), number): path
+        for arm, _, place in chosen_samples(content, experiment.folder, label, prompts)
+        for number in range(len(prompts))
+        if (path := place / f"{number}-0.png").is_file()
+    }
 
 
 # -- votes -------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Images: view the images of a folder with their captions, and edit them before training."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -14,7 +15,7 @@ from ..folders import BUNDLED
 from ..generation_request import bounded
 from ..handlers import NO_PROGRESS, QUIET, paths_of, server_function
 from ..image_edits import ImageEdits
-from ..image_folders import ImageFolders
+from ..image_folders import Images, add
 from ..runs import RunError
 from .base import Parts, Tab, TabHost, answer_line, open_choice
 from .train import TrainTab
@@ -32,8 +33,8 @@ class DatasetTab(Tab):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.folders = ImageFolders(self.library.folder, self.jobs.data)
-        self.edits = ImageEdits(self.folders, self.jobs)
+        self.folders = self.jobs.images
+        self.edits = ImageEdits(self.jobs)
         self.captioning = Captioning(self.edits)
         self.choosing_rows()
         self.status = gr.HTML(views.notice(CHOOSE), elem_id="dataset-status")
@@ -134,12 +135,15 @@ class DatasetTab(Tab):
             button.click(None, js=f"() => {HOST}.next({by})")
         for button, which in ((self.tick_page, "page"), (self.tick_all, "all"), (self.untick, "none")):
             button.click(None, js=f"() => {HOST}.pick('{which}')")
-        change = [*self.asked, self.operation, self.text, self.other, self.ticked]
-        throw, undo = [*self.asked, self.ticked], [*self.asked, self.undo, self.ticked]
         done = [
-            self.apply.click(self.do_change, change, self.answer, js=WITH_TICKED, **QUIET),
-            self.trash.click(self.do_throw_away, throw, self.answer, js=WITH_TICKED, **QUIET),
-            self.undo.click(self.do_undo, undo, self.answer, js=WITH_TICKED, **QUIET),
+            button.click(partial(self.change_ticked, change), [*self.asked, *given, self.ticked], self.answer,
+                         js=WITH_TICKED, **QUIET)
+            for button, change, given in (
+                (self.apply, self.edits.change_captions, [self.operation, self.text, self.other]),
+                (self.trash, self.edits.throw_away, []), (self.undo, self.undo_labeled, [self.undo]),
+            )
+        ]  # fmt: skip
+        done += [
             self.check.click(self.do_check, self.asked, self.answer, concurrency_limit=1, **QUIET),
             self.write.click(
                 self.do_caption, [*self.asked, *self.of_model], self.answer, concurrency_limit=None, **QUIET
@@ -229,23 +233,19 @@ class DatasetTab(Tab):
         `settings`: resolution, whether buckets are used, caption column, page number (which is ignored)."""
         return self.edits.look(folder, settings[:3])
 
-    def do_change(self, *inputs) -> str:
-        """Change the captions of all ticked images, and return a notice."""
-        *asked, operation, text, other, ticked = inputs
-        refuse_other(ticked["folder"], asked[0])
-        return views.notice(self.edits.change_captions(self.look(*asked), ticked["names"], operation, text, other))
+    def change_ticked(self, change: Callable[..., str], *inputs) -> str:
+        """Apply a change to the shown folder, and return a notice.
 
-    def do_throw_away(self, *inputs) -> str:
-        """Move all ticked images to the trash, and return a notice."""
-        *asked, ticked = inputs
+        `change`: a function of the folder's images, the names of the ticked ones, and further arguments. `inputs`: the
+        values of `asked`, the further arguments, and what the page has ticked."""
+        *values, ticked = inputs
+        asked, given = values[: len(self.asked)], values[len(self.asked) :]
         refuse_other(ticked["folder"], asked[0])
-        return views.notice(self.edits.throw_away(self.look(*asked), ticked["names"]))
+        return views.notice(change(self.look(*asked), ticked["names"], *given))
 
-    def do_undo(self, *inputs) -> str:
-        """Undo the folder's last change, which must be the change that the Undo button describes; return a notice."""
-        *asked, label, ticked = inputs
-        refuse_other(ticked["folder"], asked[0])
-        return views.notice(self.edits.undo(self.look(*asked), str(label).removeprefix(f"{UNDO}: ")))
+    def undo_labeled(self, images: Images, _names: list[str], label: str) -> str:
+        """Undo the folder's last change, which must be the change that the Undo button describes."""
+        return self.edits.undo(images, str(label).removeprefix(f"{UNDO}: "))
 
     def do_check(self, *asked) -> Iterator[str]:
         """Open all images to find damaged images and duplicates, and yield the progress as HTML."""
@@ -268,7 +268,7 @@ class DatasetTab(Tab):
         """Store uploaded images as a new folder.
 
         Returns a notice, and updates of the folder lists under Images (which selects the folder) and Train."""
-        folder = self.folders.add(name, paths_of(uploads), str(caption or ""))
+        folder = add(self.folders, name, paths_of(uploads), str(caption or ""))
         choices = gr.update(choices=[BUNDLED, *self.jobs.folders()])
         shown = gr.update(choices=self.list_folders(), value=folder.name)
         return shown, choices, views.notice(f"{folder.name} is stored; select it as the image folder under Train.")

@@ -15,7 +15,7 @@ from .. import grids, views
 from ..generation_request import Drawn, Request
 from ..handlers import NO_PROGRESS, QUIET, path_of
 from ..launcher import safe_name
-from ..runs import Run, RunError
+from ..runs import RunError
 from ..sessions import TURNS, hears
 from ..studio import Cancelled
 from .base import TabHost, answer_line
@@ -92,7 +92,7 @@ class GridPart:
 
     def suggest(self, name: str, axis: str) -> str:
         """Return what `list_values` returns, even if no run is selected."""
-        return grids.suggestion(self.tab.library.named(name, Run), axis)
+        return grids.suggestion(self.tab.library.runs().get(str(name)), axis)
 
     def draw_grid(
         self, name, label, adapter, prompt, negative, seed, steps, guidance, width, height, strength, x, x_values, y,

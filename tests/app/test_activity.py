@@ -6,8 +6,9 @@ import os
 import pytest
 from app_runs import run_by_hand, with_one_wrong
 
-from app import runs, views
+from app import views
 from app.activity import activity
+from reslora.io import this_process
 
 TOLD = {"process": 7, "phase": "step", "name": "lora", "memory_bytes": 1.24e9}
 COUNTED = {"done": 60, "total": 200, "per_second": 3.11}
@@ -45,13 +46,12 @@ def test_whatever_the_file_holds_there_is_a_short_sentence():
         assert not isinstance(told, dict) or len(activity(told)) < 400
 
 
-def test_only_a_trainer_that_is_at_work_is_believed(tmp_path, monkeypatch):
+def test_only_a_trainer_that_is_at_work_is_believed(tmp_path):
     """The status file of a killed trainer is ignored, also if another process trains there now."""
     run = run_by_hand(tmp_path)
-    monkeypatch.setattr(runs, "is_trainer", lambda process: process == os.getpid())
     (run.folder / ".status.json").write_text(json.dumps(TOLD | {"process": os.getpid(), "phase": "<b>merging"}))
     assert run.activity == {}
-    (run.folder / ".lock").write_text(str(os.getpid()))
+    (run.folder / ".lock").write_text(f"{os.getpid()}\n{this_process()}")
     assert activity(run.activity).startswith("LoRA, <b>merging") and "LoRA, &lt;b&gt;merging" in views.summary(run, "")
     (run.folder / ".status.json").write_text(json.dumps(TOLD))
     assert run.activity == {}

@@ -9,7 +9,6 @@ from pipelines import image_folder
 from app.captioning import Captioning
 from app.folders import BUNDLED
 from app.image_edits import ImageEdits
-from app.image_folders import ImageFolders
 from app.jobs import Jobs
 from app.library import Library
 from app.runs import RunError
@@ -22,7 +21,7 @@ def captioning(tmp_path):
     image_folder(tmp_path / "data" / "set", layout="txt")
     min((tmp_path / "data" / "set").glob("*.txt")).unlink()
     library = Library(tmp_path / "runs")
-    return Captioning(ImageEdits(ImageFolders(library.folder, tmp_path / "data"), Jobs(library, tmp_path / "data")))
+    return Captioning(ImageEdits(Jobs(library, tmp_path / "data")))
 
 
 def captions(captioning, name="set") -> dict:

@@ -87,7 +87,7 @@ def test_a_damaged_record_is_no_error(library, content):
 def test_how_far_it_is(library):
     found, content = library.find_experiment("which"), examples.unfinished()
     write_experiment(found.folder, content)
-    (found.folder / ".lock").write_text(str(os.getpid()))  # of no trainer: it is stopped
+    (found.folder / ".lock").write_text(str(os.getpid()))  # which may be any process: it is stopped
     assert found.status == "stopped" and found.progress == (7, 60)
     told = experiments.summary(found, "running")
     each = sum(arm["seconds"] for arm in content["arms"][:7]) / 7

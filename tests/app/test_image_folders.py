@@ -17,7 +17,7 @@ from pipelines import image_folder, random_image
 from app import changes, image_cards, image_folders
 from app.folders import BUNDLED
 from app.image_edits import ADD_TAG, AFTER, ALIKE, BEFORE, LEFT_OUT, NO_CAPTION, REMOVE_TAG, REPLACE, ImageEdits
-from app.image_folders import ImageFolders, options_of
+from app.image_folders import options_of
 from app.jobs import Jobs
 from app.library import Library
 from app.runs import RunError
@@ -32,7 +32,7 @@ def edits(tmp_path):
     (tmp_path / "runs").mkdir()
     image_folder(tmp_path / "data" / "set", layout="txt")
     library = Library(tmp_path / "runs")
-    return ImageEdits(ImageFolders(library.folder, tmp_path / "data"), Jobs(library, tmp_path / "data"))
+    return ImageEdits(Jobs(library, tmp_path / "data"))
 
 
 def trained(folder, **flags):
@@ -334,7 +334,7 @@ def test_captions_are_changed_back_after_a_restart_and_only_the_last_changes_are
     edits.throw_away(edits.look("set"), ["5.png"])
     for tag in "abc":
         edits.change_captions(edits.look("set"), ["0.png", "1.png"], ADD_TAG, tag)
-    restarted = ImageEdits(edits.folders, edits.jobs)
+    restarted = ImageEdits(edits.jobs)
     for captions in (["red disc, a, b", "blue box, a, b"], ["red disc, a", "blue box, a"]):
         restarted.undo(restarted.look("set"))
         assert [caption for (caption,) in trained(folder).captions[:2]] == captions
@@ -376,7 +376,7 @@ def test_trash_is_not_trained_on_and_comes_back(edits, tmp_path, layout):
     assert len(edits.look("other").images) == 4
     assert layout != "txt" or len(trained(tmp_path / "data")) == 10  # read from above, too
     assert not {"1.png", "4.png", "1.txt", "4.txt"} & {path.name for path in folder.iterdir()}
-    restarted = ImageEdits(edits.folders, edits.jobs)
+    restarted = ImageEdits(edits.jobs)
     restarted.undo(restarted.look("other"))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert restarted.last(restarted.look("other").folder) is None
@@ -462,11 +462,11 @@ def test_names_and_captions_are_no_markup(edits, tmp_path):
 
 def test_an_upload_is_a_folder_of_its_own(edits, tmp_path):
     random_image(1).save(tmp_path / "red fox.png")
-    folder = edits.folders.add("mine", [str(tmp_path / "red fox.png")], "")
+    folder = image_folders.add(edits.folders, "mine", [str(tmp_path / "red fox.png")], "")
     assert folder.name == "uploads/mine" in edits.jobs.folders()
     assert trained(edits.jobs.choose_images("new", "uploads/mine", None)).captions == [["red fox"]]
     for name in ("mine", "../x", "", None):
         with pytest.raises(RunError):
-            edits.folders.add(name, [str(tmp_path / "red fox.png")], "")
+            image_folders.add(edits.folders, name, [str(tmp_path / "red fox.png")], "")
     with pytest.raises(RunError, match="bundled"):
         edits.change_captions(edits.look(BUNDLED), list(edits.look(BUNDLED).images)[:1], ADD_TAG, "x")

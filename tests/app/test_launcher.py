@@ -1,6 +1,5 @@
 """app/launcher.py and app/jobs.py: commands, uploads, and processes."""
 
-import contextlib
 import functools
 import json
 import os
@@ -17,7 +16,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from app_runs import HOSTILE, run_by_hand, write_exports, write_language_run, write_run
 from diffusers import AutoencoderKL
 from pipelines import image_folder, stable_diffusion
-from waiting import LIMIT, ended, wait_until
+from waiting import ended, wait_until
 
 import train_sd
 from app import experiments, form, launcher, lists, views
@@ -27,12 +26,12 @@ from app.jobs import SAMPLE, SAVE, Entry, Jobs
 from app.library import Experiment, Library
 from app.log_lock import locked_file
 from app.run_manager import RunManager
-from app.runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError, is_trainer
+from app.runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError
 from app.tabs.train import TrainTab
 from app.uploads import store_images
 from reslora.bundled import ASSETS
 from reslora.images.settings import BUNDLED_IMAGES, is_bundled, parse_args
-from reslora.io import write_json
+from reslora.io import this_process, write_json
 
 # In place of `accelerate launch`, which passes its stdout on to the trainer, and nothing else; it dies of SIGTERM.
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
@@ -46,12 +45,22 @@ while not pathlib.Path("../end").exists():
     time.sleep(0.01)
 print("train_sd.py: stopped before training began")
 """
+# In place of a trainer in the folder of the given lock.
+LOCKING = """
+import os, pathlib, signal, sys, time
+from reslora.io import this_process
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7))
+pathlib.Path(sys.argv[1]).write_text(f"{os.getpid()}\\n{this_process()}")
+while pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.01)
+"""
 # In place of a trainer that takes its time to save.
 SAVING = """
 import os, pathlib, sys, time
+from reslora.io import this_process
 from reslora.runtime.signals import StopRequest
 with StopRequest() as stop:
-    pathlib.Path(".lock").write_text(str(os.getpid()))
+    pathlib.Path(".lock").write_text(f"{os.getpid()}\\n{this_process()}")
     while stop.signal is None:
         time.sleep(0.01)
     pathlib.Path("saving").touch()
@@ -222,7 +231,7 @@ def test_a_run_that_an_error_has_ended_says_so_and_one_that_was_stopped_does_not
     experiment, manager = Experiment(run.name, run.folder), RunManager(trainings)
     for shown in (
         views.summary(run, status, said),
-        lists.card_of(manager, run),
+        lists.card(manager, run),
         experiments.summary(experiment, status, said),
     ):
         assert status == "stopped" and (f'<p class="bad">{views.escape(line)}</p>' in shown) == is_why
@@ -313,12 +322,8 @@ def test_what_was_stopped_while_it_encoded_is_started_anew(trainings, tmp_path, 
 
 
 def test_a_trainer_is_found_by_its_lock_and_stopped(run):
-    """A process that looks like a trainer holds the lock, and reports that it was asked to stop."""
-    code = (
-        "import os, pathlib, signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7)); "
-        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); [time.sleep(0.01) for _ in range(60_000)]"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(run.folder / ".lock"), "train_sd.py"])
+    """A process that has locked the folder reports that it was asked to stop."""
+    process = subprocess.Popen([sys.executable, "-c", LOCKING, str(run.folder / ".lock")], env=launcher.environment())
     trainings = Jobs(Library(run.folder.parent))
     wait_until(lambda: run.process, "the lock", process)
     assert trainings.status(run) == "running"
@@ -337,7 +342,7 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
 def test_who_is_told_to_stop_by_two_applications_saves(run):
     """The second application may be the first one after a restart: it does not know of the earlier request."""
     environment = launcher.environment()
-    process = subprocess.Popen([sys.executable, "-c", SAVING, "train_sd.py"], cwd=run.folder, env=environment)
+    process = subprocess.Popen([sys.executable, "-c", SAVING], cwd=run.folder, env=environment)
     wait_until(lambda: run.process, "the lock", process)
     for _ in range(2):
         assert "the trained steps are saved" in Jobs(Library(run.folder.parent)).stop("run")
@@ -437,27 +442,6 @@ def test_refusals_in_many_threads_leave_stderr_alone(trainings):
     assert sys.stderr is before
 
 
-@contextlib.contextmanager
-def started_as(name):
-    """Start a process with this word in its command line, as a trainer has it; return its id."""
-    command = [sys.executable, "-c", "input(input())", name]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdin.write(b"here\n")
-        process.stdin.flush()
-        assert process.stdout.read(4) == b"here"  # a process that has only just begun has no words yet
-        yield process.pid
-        process.communicate(b"\n", timeout=LIMIT)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["checkout/train_sd.py", "train_sd", "bin/reslora-train-sd", "train_glue", "bin/reslora-train-llm", "train_llm.py"],
-)
-def test_trainers_are_known_however_they_were_started(name):
-    with started_as(name) as process:
-        assert is_trainer(process)
-
-
 @pytest.mark.parametrize(("script", "task"), [("train_llm.py", "task"), ("train_glue.py", "task_name")])
 @pytest.mark.parametrize("kind", ["run", "experiment"])
 def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, task, kind):
@@ -465,8 +449,9 @@ def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, tas
     run = write_language_run(trainings.library.folder / "language", task)
     if kind == "experiment":
         (run / "experiment.json").write_text("{}")
-    with started_as(script) as process:
-        (run / ".lock").write_text(str(process))
+    command = [sys.executable, "-c", LOCKING, str(run / ".lock")]
+    with subprocess.Popen(command, env=launcher.environment()) as process:
+        wait_until(lambda: Run("language", run).process, "the lock", process)
         with pytest.raises(RunError, match="language is training"):
             RunManager(trainings).throw_away("language")
         with pytest.raises(RunError, match="language is training"):
@@ -475,12 +460,28 @@ def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, tas
             assert trainings.ask(request) == f"language is trained by {script}, which cannot save or sample on request."
             assert not (run / request).exists()
         assert "language was asked to stop" in trainings.stop("language", Experiment if kind == "experiment" else Run)
+        assert ended(process) == 7
 
 
-def test_only_trainers_are_stopped():
-    assert not is_trainer(os.getppid())
-    for pid in (0, 1, -1, 2**30):
-        assert not is_trainer(pid)
+@pytest.mark.parametrize(
+    "owner",
+    [
+        "",
+        "{pid}",
+        "{pid}\n",
+        "{pid}\n{host}",
+        "{pid}\n{host}-x-1",
+        "{pid}\nffffffff-{pid}-{start}",
+        "{pid}\n{host}-{pid}-1",
+    ],
+)
+def test_only_trainers_are_stopped(run, owner):
+    """Not those of another machine, nor another process that has the id of an ended trainer."""
+    host, _, start = this_process().split("-")
+    (run.folder / ".lock").write_text(owner.format(host=host, pid=os.getppid(), start=start))
+    assert run.process is None and Jobs(Library(run.folder.parent)).stop("run") == "Nothing is training."
+    (run.folder / ".lock").write_text(f"1\n{this_process()}")
+    assert run.process == os.getpid()
 
 
 def test_hidden_files_are_neither_shown_nor_counted(trainings):

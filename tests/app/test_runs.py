@@ -85,7 +85,7 @@ def test_a_run_of_a_language_script_is_listed_and_no_more(tmp_path, script, task
     assert {run.name for run in library.everything()} == {"language", "which"}
     with pytest.raises(RunError, match=f"language was trained by {script}, and appears only under Runs"):
         library.find("language")
-    run = library.named("language", LanguageRun)
+    run = library.find_any("language", LanguageRun)
     assert run.status == "stopped"
     (folder / "results.json").write_text("{}")
     assert run.status == "finished" and Library(folder).is_single

@@ -8,8 +8,8 @@ import PIL.Image
 import pytest
 from images.runs import load_images
 
-from app.folders import SETS, UPLOADS
-from app.image_folders import ImageFolders, options_of
+from app.folders import SETS, UPLOADS, Folders
+from app.image_folders import add, options_of
 from app.jobs import FEW, Entry, Jobs
 from app.library import Library
 from app.runs import RunError
@@ -127,7 +127,7 @@ def test_where_no_folder_can_be_made_it_is_said_in_a_line(lined, sent, tmp_path)
     for place in (SETS, UPLOADS):
         (tmp_path / "runs" / place).write_text("in its place")
     uploads = [image(sent / "a.png")]
-    folders = ImageFolders(tmp_path / "runs")
-    for attempt in (lambda: folders.add("mine", uploads, ""), lambda: again(lined, "my", uploads)):
+    folders = Folders(tmp_path / "runs")
+    for attempt in (lambda: add(folders, "mine", uploads, ""), lambda: again(lined, "my", uploads)):
         with pytest.raises(RunError, match=r"^The images cannot be stored \(.+\)\.$"):
             attempt()

@@ -1,5 +1,6 @@
 """Open, crop and scale one image."""
 
+import base64
 import errno
 import io
 from collections.abc import Sequence
@@ -73,6 +74,14 @@ def open_image(source: Content, ground: str = "white") -> PIL.Image.Image:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, ground), image)
     return image.convert("RGB")
+
+
+def data_uri(image: PIL.Image.Image, side: int, quality: int) -> str:
+    """Scale an image down to at most `side` pixels in width and height, and return it as a data URI (WebP)."""
+    image.thumbnail((side, side))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=quality)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def damage(error: Exception) -> str:

@@ -1,8 +1,6 @@
 """The samples of the chosen runs side by side: a slider between any two, and a table of all."""
 
-import base64
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -13,6 +11,7 @@ from ...io import read_object
 from ...plots.charts import escape
 from ...runtime.checkpoint_folders import EXPORTED, EXPORTS
 from ...runtime.sample_folders import MERGED, by_step, shows
+from ..data.images import data_uri
 
 LARGEST = 512
 """Length of the longer edge of an image in the page, in pixels."""
@@ -54,18 +53,31 @@ def columns_of(experiment: Experiment, folder: Path, prompts: Sequence[str]) -> 
     samples of these prompts are skipped: runs that were added later may have other prompts.
     """
     found = []
-    for label, choice in experiment["chosen"].items():
-        arms = [arm for arm in experiment["arms"] if arm["label"] == label and arm["status"] == "finished"]
-        arms = [arm for arm in arms if arm["learning_rate"] == choice["learning_rate"]]
-        for arm in sorted(arms, key=lambda arm: arm["seed"]):
-            places = samples_of(arm, folder, prompts)
-            if later := [step for step in places if step]:
-                step = min(later, key=lambda step: (abs(step - choice["step"]), step))
-                found.append((label, f"seed {arm['seed']}, step {step}", places[step]))
-                break
+    for label in experiment["chosen"]:
+        for arm, step, place in chosen_samples(experiment, folder, label, prompts):
+            found.append((label, f"seed {arm['seed']}, step {step}", place))
+            break
     bases = (samples_of(arm, folder, prompts).get(0) for arm in experiment["arms"])
     base = next(filter(None, bases), None)
     return [*([(BASE, "base model", base)] if base else []), *found]
+
+
+def chosen_samples(
+    experiment: Experiment, folder: Path, label: str, prompts: Sequence[str]
+) -> Iterator[tuple[Arm, int, Path]]:
+    """Yield a method's finished runs of the chosen learning rate, by seed.
+
+    Each comes with the trained step nearest to the chosen one that has samples of these prompts, and their folder. Runs
+    without such samples are skipped.
+    """
+    choice = experiment["chosen"][label]
+    arms = [arm for arm in experiment["arms"] if arm["label"] == label and arm["status"] == "finished"]
+    arms = [arm for arm in arms if arm["learning_rate"] == choice["learning_rate"]]
+    for arm in sorted(arms, key=lambda arm: arm["seed"]):
+        places = samples_of(arm, folder, prompts)
+        if later := [step for step in places if step]:
+            step = min(later, key=lambda step: (abs(step - choice["step"]), step))
+            yield arm, step, places[step]
 
 
 def samples_of(arm: Arm, folder: Path, prompts: Sequence[str]) -> dict[int, Path]:
@@ -128,9 +140,6 @@ def tile(path: Path, alt: str, cell: str) -> str:
         return ""
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return escape(f"damaged: {first_line(error)}")
-    image.thumbnail((LARGEST, LARGEST))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=88)
-    source = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    source = data_uri(image, LARGEST, quality=88)
     mark = f' data-cell="{cell}"' if cell else ""
     return f'<img src="{source}" alt="{escape(alt)}"{mark} width="{image.width}" height="{image.height}">'
