@@ -8,7 +8,6 @@ text file has the reason.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...errors import RunFailed, first_line
@@ -26,10 +26,6 @@ Item = Mapping[str, torch.Tensor] | str
 """The tensors of an item's variants, or the reason why the item could not be encoded."""
 
 TENSORS, REASON = ".safetensors", ".txt"
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 class Encoded:
@@ -52,8 +48,11 @@ class Encoded:
         """
         path = self.folder / (self.name(number) + TENSORS)
         try:
-            return read_variant(path, variant)
-        except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            with safe_open(path, "pt") as file:
+                parts = {name: file.get_slice(name) for name in file.offset_keys()}
+                chosen = {name: variant % part.get_shape()[0] for name, part in parts.items()}
+                return {name: part[chosen[name] : chosen[name] + 1][0].clone() for name, part in parts.items()}
+        except SafetensorError as error:
             fix = "remove it, and its content is encoded anew"
             raise OSError(f"{path} is damaged ({first_line(error)}): {fix}") from None
 
@@ -80,24 +79,6 @@ class Encoded:
                 temporary.write_text(item, encoding="utf-8")
             else:
                 save_file({name: value.cpu().contiguous() for name, value in item.items()}, temporary)
-
-
-def read_variant(path: Path, variant: int) -> dict[str, torch.Tensor]:
-    """Read one index of the first dimension of all tensors in a safetensors file; `variant` wraps around.
-
-    `safetensors.safe_open` maps files into memory instead, which takes longer for tensors of this size, and mapped
-    pages count as memory of the process.
-    """
-    found = {}
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        start = file.tell()
-        for name, entry in header.items():
-            (variants, *shape), (first, end) = entry["shape"], entry["data_offsets"]
-            size = (end - first) // variants
-            file.seek(start + first + variant % variants * size)
-            found[name] = torch.frombuffer(bytearray(file.read(size)), dtype=DTYPES[entry["dtype"]]).view(shape)
-    return found
 
 
 def fill(encoded: Encoded, make: Callable[[Sequence[int]], Generator[Item]], accelerator: Accelerator) -> None:

@@ -57,7 +57,7 @@ def test_items_of_any_shape_are_read_back(tmp_path, accelerator):
     assert found.problems() == {}
 
 
-@pytest.mark.parametrize("dtype", store.DTYPES.values())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_every_dtype_is_read_back(tmp_path, dtype):
     """Of tensors with several values and with one."""
     item = {"many": torch.arange(12).view(2, 3, 2).to(dtype), "one": torch.tensor([1, 0]).to(dtype)}
