@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
+import psutil
+
 from reslora.checkpoint import WEIGHTS_NAME
 from reslora.errors import InvalidArgument
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from reslora.images.model.lora_files.reading import pairs_of, read_content
-from reslora.io import is_alive, read_object
+from reslora.io import has_ended, read_object, this_process
 from reslora.merges import MERGES
 from reslora.methods.adapters import ADAPTER_NAME
 from reslora.methods.registry import METHODS
@@ -47,6 +49,15 @@ PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 IN_PLACE = threading.Lock()
 """Lock to hold while writing in or moving a run's folder, so that no folder is moved during a write."""
+
+
+def is_alive(process: str) -> bool:
+    """Return whether the process with this identifier from `this_process` is on this machine and has not ended.
+
+    Raises `ValueError` for a damaged identifier.
+    """
+    host, number, _ = process.split("-")
+    return host == this_process().partition("-")[0] and psutil.pid_exists(int(number)) and not has_ended(process)
 
 
 class RunError(ValueError):
@@ -233,7 +244,7 @@ class Run:
     def process(self) -> int | None:
         """Process id of the trainer that is running in this folder, or None."""
         process = self.text(".lock").partition("\n")[2].strip()
-        with contextlib.suppress(ValueError):  # a damaged file
+        with contextlib.suppress(ValueError, OverflowError):  # a damaged file
             return int(process.split("-")[1]) if is_alive(process) else None
         return None
 

@@ -11,6 +11,7 @@ measures the fraction of the shortcut terms that the merged weights miss, which 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,6 @@ from reslora.methods.adapters import load_adapter
 from reslora.options.texts import GlueOptions
 from reslora.texts import glue
 from reslora.texts.arguments import read
-from reslora.texts.results import unmerged_afterwards
 from reslora.tracing import to_device
 
 KEPT, SCRATCH = RESULTS / "merge_limits", paper.SCRATCH / "merge_limits"
@@ -59,20 +59,20 @@ def rows_of(seed: int, args: argparse.Namespace) -> Iterator[dict]:
     blocks = seen(model, unread)
 
     @torch.no_grad()
-    def loss() -> float:
-        """Return the loss on the validation split."""
+    def loss(model: torch.nn.Module) -> float:
+        """Return the loss of a model on the validation split."""
         return texts.validation(options, model, lambda: None)["loss"]
 
-    yield {"merge": "unmerged", "loss": loss()}
-    with unmerged_afterwards(model):
-        reslora.merge(model, "none")
-        yield {"merge": "none", "loss": loss()}
+    yield {"merge": "unmerged", "loss": loss(model)}
+    merged = copy.deepcopy(model)
+    reslora.merge(merged, "none")
+    yield {"merge": "none", "loss": loss(merged)}
     for ridge, count in itertools.product(RIDGES, COUNTS):
         regression.RIDGE = ridge
         tokens = sum(batch["input_ids"].numel() for batch in batches[:count])
-        with unmerged_afterwards(model):
-            reslora.merge(model, "lstsq", batches[:count])
-            figures = {"loss": loss(), "missed": missed(model, blocks)}
+        merged = copy.deepcopy(model)
+        reslora.merge(merged, "lstsq", batches[:count])
+        figures = {"loss": loss(merged), "missed": missed(merged, blocks)}
         yield {"merge": "lstsq", "examples": count, "tokens": tokens, "ridge": ridge, **figures}
 
 

@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 from safetensors import safe_open
 
 from .errors import first_line
@@ -118,24 +117,18 @@ def has_ended(process: str) -> bool:
     _, number, start = process.split("-")
     if not _can_be_checked(process):
         return False
-    with suppress(OverflowError):
-        if psutil.pid_exists(int(number)):
-            now = _start_of(int(number))
-            return "0" not in (start, now) and now != start
-    return True
-
-
-def is_alive(process: str) -> bool:
-    """Return whether the process with this identifier from `this_process` is on this machine and has not ended.
-
-    Unlike `is_running`, this also works where the start times of processes are unknown. Raises `ValueError` for a
-    damaged identifier.
-    """
-    return _can_be_checked(process) and not has_ended(process)
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass  # the process belongs to another user
+    now = _start_of(int(number))
+    return "0" not in (start, now) and now != start
 
 
 def _can_be_checked(process: str) -> bool:
-    return process.startswith(f"{_host()}-")
+    return process.startswith(f"{_host()}-") and os.name == "posix"  # on Windows `os.kill` would end the process
 
 
 def is_running(process: str) -> bool:
