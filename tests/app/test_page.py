@@ -544,7 +544,7 @@ def move_the_slider(page) -> None:
         page.locator("#download").click()
     with PIL.Image.open(download.value.path()) as image:
         assert image.format == "PNG"
-    assert page.locator('#train-curve path.line').count() == 2
+    assert page.locator("#train-curve path.line").count() == 2
 
 
 def take_along(page, runs: Path) -> None:
