@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
     validation = Validation(loss, training_data, None, accelerator, context.stop)
     calibration = image_batches(loss, training_data) if method.name == "reslora" else None
-    return merge_table(denoiser, lambda: {"loss": validation.losses(denoiser).mean().item()}, calibration)
+    return merge_table(denoiser, lambda model: {"loss": validation.losses(model).mean().item()}, calibration)
 
 
 def calibration_losses(flags: list[str], counts: Sequence[int], other: str, rows: list[dict]) -> dict[str, float]:
@@ -77,7 +76,7 @@ def calibration_losses(flags: list[str], counts: Sequence[int], other: str, rows
     found = {}
     for name, (examples, count) in sources.items():
         batches = calibration_batches(examples, count, options.training.eval_batch_size)
-        evaluate = functools.partial(texts.figures, options, model.eval(), lambda: None)
         with torch.no_grad():
-            found[name] = merge_table(model, evaluate, batches, ["lstsq"])["lstsq"]["loss"]
+            table = merge_table(model.eval(), lambda one: texts.figures(options, one, lambda: None), batches, ["lstsq"])
+            found[name] = table["lstsq"]["loss"]
     return found
