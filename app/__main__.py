@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     limit_spinning()
+    sys.setswitchinterval(0.001)  # so that a page is answered soon while a thread generates images
     neutral = Path(tempfile.mkdtemp(prefix="reslora-app-"))
     try:
         return serve(args, neutral)
