@@ -31,7 +31,7 @@ from reslora.experiment.record import ENDED_AS
 from reslora.io import read_object, write_json
 
 SCRATCH = ROOT / "runs" / "why"
-KEPT = RESULTS / "why"
+KEPT, AGAIN = RESULTS / "why", RESULTS / "again"
 LLM, ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"
 SEEDS = ("0", "1", "2", "3", "4")
 CONTROLS = ("lora", "lora_x2", "lora_x4", "lora_matched", "is_placebo", "ms_placebo")
@@ -170,12 +170,14 @@ def amended_svamp(name: str) -> Experiment:
     return llm("svamp", f"{AMENDMENTS[name]}, SVAMP", 60, *SVAMP_FLAGS, "--bf16", *flags, **more)
 
 
-def paper_task(task: str, title: str, *flags: str) -> Experiment:
-    """Return an experiment on a task of the paper's Table 1 whose examples are longer than those of SVAMP."""
-    flags = ("--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "25", "--bf16", *flags)
-    flags += ("--max_eval_samples", "100", "--max_test_samples", "200")
-    methods = ("lora", "lora_x2", "reslora")
-    return llm(task, f"{title}, 60 steps, rank 4", 60, *flags, methods=methods)
+def paper_task(task: str, title: str) -> Experiment:
+    """Return a short experiment on a task of the paper's Table 1, whose examples are longer than those of SVAMP.
+
+    Answers are cut after a few tokens: a model this small solves next to none, and only the loss is compared.
+    """
+    flags = ("--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "25", "--bf16")
+    flags += ("--max_eval_samples", "50", "--max_test_samples", "100", "--max_new_tokens", "4")
+    return llm(task, f"{title}, 40 steps, rank 4", 40, *flags, methods=("lora", "lora_x2", "reslora"))
 
 
 # In the order in which they run, the smallest first.
@@ -208,8 +210,8 @@ EXPERIMENTS = {
     },
     "qnli": glue("qnli", "QNLI", 400, methods=("lora", "lora_x2", "reslora")),
     **{f"{name}-svamp": amended_svamp(name) for name in AMENDMENTS},
-    "hellaswag": paper_task("hellaswag", "HellaSwag", "--max_new_tokens", "4"),
-    "gsm8k": paper_task("gsm8k", "GSM8K", "--max_new_tokens", "128"),
+    "hellaswag": paper_task("hellaswag", "HellaSwag"),
+    "gsm8k": paper_task("gsm8k", "GSM8K"),
     **{f"svamp-60-r{rank}": svamp(60, rank) for rank in (4, 1, 16)},
     **{f"svamp-200-r{rank}": svamp(200, rank) for rank in (4, 1, 16)},
 }  # fmt: skip
