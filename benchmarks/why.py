@@ -21,7 +21,7 @@ import argparse
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -145,7 +145,7 @@ def llm(task: str, shows: str, steps: int, *flags: str, **more) -> Experiment:
     flags = ("--model_name_or_path", "{llm}", "--task", task, "--data_dir", f"{{text}}/{task}", *flags)
     flags += ("--max_steps", str(steps), "--eval_strategy", "steps", "--eval_steps", every, "--save_steps", every)
     flags += ("--dtype", "float32", "--report_to", "none")
-    return Experiment("train_llm.py", shows, TEXT_RATES, flags, **more, seeds=SEEDS[:3], needs="text")
+    return Experiment("train_llm.py", shows, TEXT_RATES, flags, **({"seeds": SEEDS[:3], "needs": "text"} | more))
 
 
 SVAMP_FLAGS = (
@@ -163,11 +163,16 @@ def svamp(steps: int, rank: int) -> Experiment:
     return llm("svamp", shows, steps, *SVAMP_FLAGS, "--lora_r", str(rank), *bf16, **methods)
 
 
-def amended_svamp(name: str) -> Experiment:
-    """Return an experiment on an amendment of the shortcuts, on SVAMP."""
-    more = amended(name, "--lora_r", ("4", "5", "33"))
-    flags, _ = more.pop("flags"), more.pop("seeds")
-    return llm("svamp", f"{AMENDMENTS[name]}, SVAMP", 60, *SVAMP_FLAGS, "--bf16", *flags, **more)
+def amended_svamp(name: str, *rates: str) -> Experiment:
+    """Return an experiment on an amendment of the shortcuts, on SVAMP, with fewer controls than on images.
+
+    `gated` is compared with LoRA of its own and of its merged rank, and fading shortcuts only with LoRA.
+    """
+    more = amended(name, "--lora_r", ("4", "33"))
+    flags = more.pop("flags")
+    more |= {"seeds": SEEDS[:3], "methods": ("lora", "reslora")}
+    experiment = llm("svamp", f"{AMENDMENTS[name]}, SVAMP", 60, *SVAMP_FLAGS, "--bf16", *flags, **more)
+    return replace(experiment, rates=rates)
 
 
 def paper_task(task: str, title: str) -> Experiment:
@@ -209,7 +214,8 @@ EXPERIMENTS = {
         for task, title in (("stsb", "STS-B"), ("mrpc", "MRPC"))
     },
     "qnli": glue("qnli", "QNLI", 400, methods=("lora", "lora_x2", "reslora")),
-    **{f"{name}-svamp": amended_svamp(name) for name in AMENDMENTS},
+    "mean-svamp": amended_svamp("mean", *TEXT_RATES),
+    **{f"{name}-svamp": amended_svamp(name, "2e-3", "4e-3", "8e-3") for name in ("decay", "gated")},
     "hellaswag": paper_task("hellaswag", "HellaSwag"),
     "gsm8k": paper_task("gsm8k", "GSM8K"),
     **{f"svamp-60-r{rank}": svamp(60, rank) for rank in (4, 1, 16)},

@@ -38,7 +38,7 @@ FEW_CONTROLS = {
     "svamp": ("lora", "lora_x2", "lora_x4"),
     "depth": ("lora", "lora_x2", "lora_matched"),
     "decay": ("lora", "lora_matched"),
-    **dict.fromkeys(("mean", "gated"), ("lora",)),
+    **dict.fromkeys(("mean", "gated", "decay-svamp"), ("lora",)),
     **dict.fromkeys(("cola", "mrpc", "stsb", "qnli", "hellaswag", "gsm8k"), ("lora", "lora_x2")),
 }
 SHORTCUTS = {"sst2": ["input", "middle"], "svamp": ["middle"], "gated": ["gated"]}
