@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import why_plots
 from matplotlib.figure import Figure
 from measured import RESULTS, ROOT
-from why import AGAIN
+from why import AGAIN, KEPT
 from why import EXPERIMENTS as OF_WHY
 from why_report import NOT_RUN, Kept, again_table, alpha_table, counted, split_records, summary_table, why_tables
 
@@ -464,9 +464,11 @@ def over_rounds(values: list[float]) -> str:
 
 def not_run(experiments: dict) -> str:
     """Return a sentence that lists the experiments without a result."""
-    names = [name for name in experiments if not list((RESULTS / name).glob("*.json"))]
-    names += [name for name in OF_WHY if not (RESULTS / "why" / f"{name}.json").is_file()]
-    return f"These experiments have not run: {', '.join(f'`{name}`' for name in names)}."
+    of_paper = [name for name in experiments if not list((RESULTS / name).glob("*.json"))]
+    of_why = [name for name in OF_WHY if not (KEPT / f"{name}.json").is_file()]
+    scripts = {"paper.py": of_paper, "why.py": of_why}
+    named = [f"of `{script}`: {', '.join(f'`{name}`' for name in names)}" for script, names in scripts.items() if names]
+    return f"These experiments have not run; {'; '.join(named)}."
 
 
 def plot_of(found: list[Kept], shows: str, plot: Callable[[list[Kept]], Figure], name: str) -> str:
