@@ -79,8 +79,6 @@ class Experiment:
     """The figure of validation rows that selects the learning rate; a loss is better lower, all others higher."""
     required: bool = True
     seeds: tuple[int, ...] = (0, 1, 2)
-    train: int | None = None
-    """The number of training examples, sampled with a seed; all by default."""
     rates_of: str | None = field(default=None)
     """Another experiment whose chosen learning rates are used (that of `lora` for a variant it doesn't have)."""
 
@@ -93,15 +91,15 @@ def glue(task: str, score: str, steps: int, variants=APPROXIMATE, rates=(1e-3, 3
     return Experiment("train_glue.py", task, "Table 2", variants, rates, flags, score, **more)
 
 
-def llm(task: str, steps: int, shows: str, variants=MAIN, longest: int = 256, **more) -> Experiment:
-    """Return an experiment on a language task, with one learning rate for all methods.
+def svamp(shows: str, variants: tuple[str, ...], **more) -> Experiment:
+    """Return an experiment on SVAMP, with one learning rate for all methods.
 
     At ten minutes and more on a CPU core for each training, a search would take most of a day.
     """
-    flags = ("--max_steps", steps, "--eval_strategy", "steps", "--eval_steps", steps // 4, "--save_steps", steps)
-    flags += ("--per_device_train_batch_size", 8, "--per_device_eval_batch_size", 50, "--max_new_tokens", longest)
+    flags = ("--max_steps", 60, "--eval_strategy", "steps", "--eval_steps", 15, "--save_steps", 60)
+    flags += ("--per_device_train_batch_size", 8, "--per_device_eval_batch_size", 50, "--max_new_tokens", 32)
     flags += ("--max_test_samples", 150, "--bf16", "--dtype", "float32")
-    return Experiment("train_llm.py", task, shows, variants, (1e-3,), flags, "loss", **more)
+    return Experiment("train_llm.py", "svamp", shows, variants, (1e-3,), flags, "loss", **more)
 
 
 IMAGES = (
@@ -118,13 +116,9 @@ EXPERIMENTS = {
         "train_sd.py", "", "Figure 3", (*MAIN, "lora_x4"), (2e-4, 5e-4, 1e-3), IMAGES, "loss"
     ),
     "sst2": glue("sst2", "accuracy", 240, rates=(2e-3,)),
-    "svamp": llm("svamp", 60, "Figure 1, Tables 1, 3, 6, 7 and 9", (*MAIN, "lora_x4"), longest=32),
-    "pre_num": llm(
-        "svamp", 60, "Table 4, Figures 4 to 7", SWEEP, 32, required=False, seeds=(0,), rates_of="svamp"
-    ),
+    "svamp": svamp("Figure 1, Tables 1, 3, 6, 7 and 9", (*MAIN, "lora_x4")),
+    "pre_num": svamp("Table 4, Figures 4 to 7", SWEEP, required=False, seeds=(0,), rates_of="svamp"),
     "sst2-more": glue("sst2", "accuracy", 240, ("bs(4)", *BASELINES), rates=(2e-3,), required=False),
-    "gsm8k": llm("gsm8k", 240, "Tables 1, 3, 6 and 7", required=False, train=4000),
-    "hellaswag": llm("hellaswag", 240, "Tables 1, 6 and 7", required=False),
 }  # fmt: skip
 
 
@@ -276,7 +270,7 @@ def split_data(experiment: Experiment, args: argparse.Namespace, search: bool) -
     rows = read_lines(source / "train.jsonl")
     random.Random(0).shuffle(rows)
     held_out = min(1000, len(rows) // 10) if experiment.script == "train_glue.py" else min(100, len(rows) // 7)
-    chosen, rows = rows[:held_out], rows[held_out:][: experiment.train]
+    chosen, rows = rows[:held_out], rows[held_out:]
     own = source / ("test.jsonl" if (source / "test.jsonl").is_file() else "validation.jsonl")
     judged = chosen if search else read_lines(own)[:1000]
     folder = SCRATCH / "data" / f"{experiment.task}-{'search' if search else 'final'}"

@@ -12,10 +12,12 @@ import matplotlib.pyplot as plt
 import why_plots
 from matplotlib.figure import Figure
 from measured import RESULTS, ROOT
+from why import AGAIN, KEPT
 from why import EXPERIMENTS as OF_WHY
-from why_report import NOT_RUN, Kept, alpha_table, counted, split_records, summary_table, why_tables
+from why_report import NOT_RUN, Kept, again_table, alpha_table, counted, split_records, summary_table, why_tables
 
 from reslora.formatting import pluralize
+from reslora.io import read_object
 from reslora.merges import MERGES as FOR_LINKS
 
 matplotlib.use("Agg")
@@ -49,6 +51,7 @@ def part(name: str, experiments: dict) -> str:
         "cost": cost_table, "speed": speed_tables, "not-run": lambda: not_run(experiments), "limits": limits_table,
         "merging": merging_table, "why": lambda: why_tables(published),
         "counted": counted, "summary": summary_table, "alpha": alpha_table,
+        "again": again_table,
         "forest": lambda: plot_of(published, "every comparison with LoRA", why_plots.forest, "why-forest.png"),
         "rates": lambda: plot_of(published, "loss by learning rate and method", why_plots.rates, "why-rates.png"),
         "amendments": lambda: plot_of(amended, "amended shortcuts", why_plots.forest, "why-amendments.png")
@@ -284,13 +287,24 @@ def kept(found: list[dict], figure: str, merge: str) -> str:
     return spread([100 * share for share in shares], "{:.1f}") + "%" if shares else "—"
 
 
+def retained(found: list[dict]) -> list[str]:
+    """Return the fraction of the test loss that each merge retains, as cells of a table."""
+    return [kept(found, "loss", merge) for merge in ("input", "weights", "lstsq")]
+
+
 def merging_table() -> str:
     """Return a table of the fraction that each merge retains, for all tasks."""
     rows = []
     for task in ("svamp", "sst2", "pipeline"):
         for variant, found in results_of(task, ("is", "ms(4)")).items():
-            rows.append([task, variant, *(kept(found, "loss", merge) for merge in ("input", "weights", "lstsq"))])
-    return table(["task", "shortcut", "`input`", "`weights`", "`lstsq`"], rows) if rows else NOT_RUN
+            rows.append([task, variant, str(len(found)), *retained(found)])
+    for name, experiment in OF_WHY.items():
+        runs = read_object(AGAIN / f"{name}.json").get("runs", [])
+        for label in sorted({run["label"] for run in runs if "lstsq" in run["table"]}):
+            found = [run for run in runs if run["label"] == label]
+            variant = "is" if "input" in label else "ms(4)"
+            rows.append([experiment.shows.partition(",")[0], variant, str(len(found)), *retained(found)])
+    return table(["task", "shortcut", "seeds", "`input`", "`weights`", "`lstsq`"], rows) if rows else NOT_RUN
 
 
 def calibration(results: dict[str, list[dict]]) -> str:
@@ -450,9 +464,11 @@ def over_rounds(values: list[float]) -> str:
 
 def not_run(experiments: dict) -> str:
     """Return a sentence that lists the experiments without a result."""
-    names = [name for name in experiments if not list((RESULTS / name).glob("*.json"))]
-    names += [name for name in OF_WHY if not (RESULTS / "why" / f"{name}.json").is_file()]
-    return f"These experiments have not run: {', '.join(f'`{name}`' for name in names)}."
+    of_paper = [name for name in experiments if not list((RESULTS / name).glob("*.json"))]
+    of_why = [name for name in OF_WHY if not (KEPT / f"{name}.json").is_file()]
+    scripts = {"paper.py": of_paper, "why.py": of_why}
+    named = [f"of `{script}`: {', '.join(f'`{name}`' for name in names)}" for script, names in scripts.items() if names]
+    return f"These experiments have not run; {'; '.join(named)}."
 
 
 def plot_of(found: list[Kept], shows: str, plot: Callable[[list[Kept]], Figure], name: str) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from measured import ROOT
-from why import AMENDMENTS, EXPERIMENTS, KEPT, Experiment
+from why import AGAIN, AMENDMENTS, EXPERIMENTS, KEPT, Experiment
 
 from reslora.experiment.record import ENDED_AS, Verdict
 from reslora.experiment.statistics import (
@@ -26,6 +26,7 @@ from reslora.experiment.statistics import (
 from reslora.images.model.families import load_family
 from reslora.images.model.loading import Model
 from reslora.images.refusals import read_index
+from reslora.io import read_object
 
 SHORTCUTS = ("input", "block(4)", "middle(4)")
 WIRED = ("reslora", *(f"reslora {kind}" for kind in SHORTCUTS))  # the first if an experiment has only one kind
@@ -123,6 +124,38 @@ def counted() -> str:
         f"times and significantly above LoRA {above} times. Relative to LoRA's test loss, the minimum detectable "
         f"effect (80% power) is {' and '.join(effects)}."
     )
+
+
+def again_table() -> str:
+    """Return a row for every run that was trained again: its test loss, and what the earlier seeds predict."""
+    rows = []
+    for name, title, record, _ in records():
+        predicted = {
+            label: rerun(losses[np.isfinite(losses).all(1)].mean(1))
+            for label, losses in tested(record["arms"], record["chosen"]).items()
+        }
+        known = {(arm["label"], arm["seed"]) for arm in record["arms"]}
+        for run in read_object(AGAIN / f"{name}.json").get("runs", []):
+            if (run["label"], run["seed"]) in known:
+                continue  # not trained again, only merged
+            loss, interval = exported_loss(run["table"]), predicted[run["label"]]
+            cells = [
+                title,
+                run["label"],
+                run["seed"],
+                f"{loss:.4f}",
+                ends(interval, ".4f"),
+                "yes" if within(loss, interval) else "no",
+            ]
+            rows.append("| " + " | ".join(map(str, cells)) + " |")
+    head = ["| experiment | method | seed | test loss | 95% PI | in the interval |", "|---" * 6 + "|"]
+    return "\n".join([*head, *rows]) if rows else NOT_RUN
+
+
+def exported_loss(table: Mapping[str, Mapping[str, float]]) -> float:
+    """Return the loss of the adapter that a run exports: merged by the best method that there is."""
+    best = next(merge for merge in ("exact", "lstsq", "unmerged") if merge in table)
+    return table[best]["loss"]
 
 
 def alpha_table() -> str:

@@ -11,7 +11,7 @@ LAYERS = {
     "core": "config chains tracing wiring guards shortcuts merging merges regression calibration model ranks export "
     "checkpoint",
     "methods": "methods",
-    "runtime": "runtime plots bundled json_lines seeds options.argument_parser options.values",
+    "runtime": "runtime plots bundled json_lines losses seeds options.argument_parser options.values",
     "options": "options",
     "training": "training",
     "experiment": "experiment",

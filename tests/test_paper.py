@@ -206,7 +206,7 @@ def test_report_fills_the_marked_parts_and_nothing_else():
     merged = {"unmerged": {"loss": 0.2}, "none": {"loss": 0.4}, "lstsq": {"loss": 0.2, "block_error": 0.1}}
     for seed in range(3):
         kept(result("lora", seed, [1.0, 0.6, 0.5]), result("is", seed, [1.0, 0.5, 0.2], merged))
-    parts = ["before", "<!-- svamp -->", "old", "<!-- /svamp -->", "<!-- gsm8k --><!-- /gsm8k -->"]
+    parts = ["before", "<!-- svamp -->", "old", "<!-- /svamp -->", "<!-- sst2-more --><!-- /sst2-more -->"]
     paper_report.REPORT.write_text("\n".join([*parts, "<!-- not-run --><!-- /not-run -->", "after"]))
     paper_report.write(paper.EXPERIMENTS)
     report = paper_report.REPORT.read_text()

@@ -309,14 +309,15 @@ class Results:
             yield f"left out: {pluralize(more, 'run')} of {others}"
         endings = map(schedule.ended, arms)
         yield from (ended["reason"] for ended in endings if ended.get("status") == "failed" and ended["reason"])
-        waiting = {arm.label for arm in arms if arm not in losses}
+        waiting, ended = {arm.label for arm in arms if arm not in losses}, {arm.label for arm in losses}
         for label in schedule.grids:
             if label not in {*waiting, *self.chosen}:
                 problem = "at each learning rate, a seed failed or was stopped, so none is chosen"
                 slow = f" (or none was measured within {seconds:.3g} s)" if seconds else ""
                 yield f"{label}: {problem}{slow}; add a lower --learning_rate"
         for name, compared in schedule.labels.items():
-            if seconds is not None and compared.source in self.chosen and name not in {*waiting, *self.chosen}:
+            is_late = (compared.source in self.chosen and name not in waiting) or name in waiting & ended
+            if seconds is not None and is_late and name not in self.chosen:
                 yield f"{name}: left out, because it was not measured within {seconds:.3g} s; measure more often"
         advised: dict[str, list[str]] = {}
         for label in self.chosen:

@@ -14,7 +14,7 @@ from .context import ImageContext
 from .data.batch import Batch, stack_texts
 from .data.encoding import moments_of
 from .model.families.base import Conditions, Text
-from .model.loss import huber_of, masked
+from .model.loss import loss_of, masked
 from .model.objective import Objective
 
 
@@ -35,7 +35,7 @@ class DenoisingLoss:
         self.family, self.objective, self.pipeline = context.model.family, objective, pipeline
         self.config, self.dtype, self.training_options = config, context.dtype, context.options.training
         self.parts = context.encoders
-        self.huber = huber_of(self.training_options, objective)
+        self.loss = loss_of(self.training_options, objective)
         self.class_text = class_text  # frozen text states of --output_preservation_prompt; None without preservation
 
     def __call__(self, denoiser: nn.Module, batch: Batch, weighted: bool = True) -> torch.Tensor:
@@ -52,7 +52,7 @@ class DenoisingLoss:
         target = target.float()
         if not weighted:
             return self.squared(prediction, target, batch)
-        error = self.huber(prediction, target, timesteps) if self.huber else (prediction - target).square()
+        error = self.loss(prediction, target, timesteps)
         weight = self.objective.weight(timesteps) * batch.weight.to(timesteps.device)
         losses = self._mean(error, batch) * weight
         if self.class_text is None or not torch.is_grad_enabled():  # control methods are calibrated without gradients

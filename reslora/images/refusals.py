@@ -3,6 +3,7 @@
 `huggingface_hub` is imported only for `--push_to_hub`, so that `--help` appears at once.
 """
 
+import itertools
 import math
 from pathlib import Path
 
@@ -287,6 +288,12 @@ def report_doubtful(options: Options) -> None:
     if data.dataset_name and data.train_data_dir:
         where = f"the folder of that name in --dataset_name {data.dataset_name}"
         print(f"warning: --train_data_dir {as_typed(data.train_data_dir)}: {where}", flush=True)
+    for outer, inner in itertools.permutations(data.train_data_dir, 2):
+        if Path(inner).resolve().is_relative_to(Path(outer).resolve()):
+            print(
+                f"warning: --train_data_dir {as_typed([outer, inner])}: the second folder is inside the first",
+                flush=True,
+            )
     if split > 0.5:
         print(f"warning: --validation_split {split:g} holds out more images than it trains on")
 

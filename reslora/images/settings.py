@@ -41,7 +41,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str = "") -> Opti
     options = asked.base if isinstance(asked, Grid) else asked
     check_places(options)
     report_unread_by_methods(asked)
-    report_unused(options)
+    report_unused(asked)
     report_doubtful(options)
     return asked
 

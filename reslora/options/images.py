@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import InvalidArgument
+from ..losses import LOSSES
 from ..methods.patterns import HELP as PATTERNS
 from ..methods.registry import IN_WORDS
 from .groups import DEFAULTS
@@ -53,9 +54,9 @@ PRESERVATION = Need(
     lambda options: options.training.output_preservation_weight, "add --output_preservation_weight 1, or leave it out"
 )
 HUBER = Need(
-    lambda options: options.training.loss_type != "l2",
-    "leave it out, or change --huber_schedule",
-    "--loss_type l2 does not use it",
+    lambda options: LOSSES[options.training.loss_type].has_threshold,
+    "leave it out, or change --loss_type",
+    "this --loss_type does not use it",
 )
 
 
@@ -258,8 +259,8 @@ class TrainingOptions(SharedTrainingOptions):
         # preserves more of the subjects: assets/README.md
         kohya=("min_snr_gamma",))
     loss_type: str = option("l2",
-        "l2: squared error; huber and smooth_l1: kohya's pseudo-Huber losses, which give large errors less weight. "
-        "The validation loss is always the squared error", choices=("l2", "huber", "smooth_l1"), variable=True)
+        "; ".join(f"{name}: {loss.help}" for name, loss in LOSSES.items())
+        + ". The validation loss is always the squared error", choices=tuple(LOSSES), variable=True)
     huber_schedule: str = option("snr",
         "huber and smooth_l1: how the threshold above which errors get less weight depends on the timestep. "
         "constant: always --huber_c; exponential: it falls from 1 at the clean image to --huber_c at pure noise; "

@@ -38,11 +38,14 @@ def refuse_unused(options: Groups) -> None:
         raise InvalidArgument(as_option(option, options[option.name]), need.problem.format_map(options), need.fix)
 
 
-def report_unused(options: Groups) -> None:
-    """Print options without effect that commands for other scripts may contain."""
+def report_unused(asked: RunOptions | Grid) -> None:
+    """Print options without effect in any run that commands for other scripts may contain."""
+    options, *others = asked.variants() if isinstance(asked, Grid) else [asked]
+    read = [{option.name for option, _ in unmet(other, refuse=False)} for other in others]
     for option, need in unmet(options, refuse=False) if speaks() else ():
-        problem = ": ".join(filter(None, [need.problem.format_map(options), need.fix]))
-        print(f"{as_option(option, options[option.name])}: {problem}", flush=True)
+        if all(option.name in names for names in read):
+            problem = ": ".join(filter(None, [need.problem.format_map(options), need.fix]))
+            print(f"{as_option(option, options[option.name])}: {problem}", flush=True)
 
 
 def report_unread_by_methods(asked: RunOptions | Grid) -> None:

@@ -61,6 +61,27 @@ def test_an_experiment_chooses_at_equal_time_and_reports_what_each_label_costs(t
     assert '<th scope="col">File</th>' in report and "<td>2 MiB</td>" in report and "<td>2 s</td>" in report
 
 
+class Late(Timed):
+    """lora_x2 is measured only once, later than LoRA ends."""
+
+    def train(self, arm: Arm) -> None:
+        super().train(arm)
+        if arm.label == "lora_x2":
+            (self.schedule.folder_of(arm) / "log.jsonl").write_text(
+                json.dumps({"step": 3, "split": "validation", "loss": 0.1, "seconds": 9.0}) + "\n"
+            )
+
+
+def test_a_method_that_was_measured_too_late_is_named_also_while_runs_wait(tmp_path):
+    words = ["--method", "lora", "lora_x2", "--learning_rate", "1e-4", "--compare_at", "time"]
+    words += ["--output_dir", str(tmp_path), "--seed", "0", "1"]
+    for more in ([], ["2", "--experiment_minutes", "1e-9"]):
+        runner.train_and_conclude(Late(ArmSchedule(parse_args([*words, *more]))))
+    found = json.loads((tmp_path / "experiment.json").read_text())
+    assert any(arm["status"] == "waiting" for arm in found["arms"])
+    assert "lora_x2: left out, because it was not measured within 3 s; measure more often" in found["notes"]
+
+
 def test_an_average_takes_as_long_as_the_training_of_its_checkpoints(tmp_path):
     """It may be the reference; one that has no measurement within the time is left out, with a note."""
     words = "--method lora lora_x2 --learning_rate 1e-4 --seed 0 1 --compare_at time --average_checkpoints"

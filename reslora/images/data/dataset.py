@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -524,10 +525,10 @@ def _load_split(
             suffixes = {"webdataset": (".tar",), "json": (".json", ".jsonl")}.get(layout, (".parquet",))
             shards = training_files([path for path in everything if path.suffix in suffixes], folder, notes)
             splits = datasets.load_dataset(
-                layout, data_files={"train": list(map(str, shards))}, cache_dir=model.cache_dir
+                layout, data_files={"train": [glob.escape(str(shard)) for shard in shards]}, cache_dir=model.cache_dir
             )
         else:
-            source = {"path": str(folder)} if layout else {"path": "imagefolder", "data_dir": str(folder)}
+            source = {"path": str(folder)} if layout else {"path": "imagefolder", "data_dir": glob.escape(str(folder))}
             splits = datasets.load_dataset(**source, cache_dir=model.cache_dir)
     except InvalidArgument:
         raise

@@ -1,6 +1,7 @@
 """The sources of training images: one folder or dataset each, split, and assigned to buckets by size."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from ..generators import shuffled
 from .captions import VERBATIM, CaptionTransform
@@ -27,6 +28,22 @@ class Source:
     """How often an epoch uses each image."""
     transform: CaptionTransform = VERBATIM
     """The transform of the captions; captions of class images are unchanged."""
+
+
+def without_copies(sources: Sequence[Source]) -> tuple[tuple[Source, ...], int]:
+    """Return the sources without training images whose files are copies of held-out images, and the number of these.
+
+    A source that would have no image left keeps all.
+    """
+    held_out = {source.images.marks[image] for source in sources for image in source.held_out}
+    if not held_out:
+        return tuple(sources), 0
+    found = [
+        tuple(image for image in source.train if source.images.marks[image] not in held_out) or source.train
+        for source in sources
+    ]
+    removed = sum(len(source.train) - len(train) for source, train in zip(sources, found, strict=True))
+    return tuple(replace(source, train=train) for source, train in zip(sources, found, strict=True)), removed
 
 
 def split(count: int, share: float, seed: int, least: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -100,7 +100,8 @@ def file_inside(folder: Path, name: object, where: str, column: str) -> Path:
     except (ValueError, OSError, RuntimeError):
         raise nameless from None
     if not inside:
-        raise InvalidArgument(where, f"names {name}, outside the folder", "move the image into it")
+        link = "a link to a file " if path.is_symlink() else ""
+        raise InvalidArgument(where, f"names {name}, {link}outside the folder", "move the image into it")
     return path
 
 

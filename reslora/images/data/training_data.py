@@ -35,7 +35,7 @@ from .lengths import print_long_captions
 from .plan import Plan
 from .samples import TrainingData
 from .size import Size
-from .sources import Source, split
+from .sources import Source, split, without_copies
 
 NOTED = "images.json"  # the number of images of a run, their content hashes, and the images that are left out
 UNEVEN = 2  # if an epoch uses one bucket this many times as often as another, the trainer prints a line
@@ -54,9 +54,12 @@ def load_training_data(
     sources = tuple(
         source for images in kinds for source in sources_of(images, int(images is largest), pipeline, context)
     )
+    sources, copies = without_copies(sources)
     print_bucket_sizes(sources, context)
     for source in sources:
         print_skipped_images(source.images, context)
+    if copies:
+        context.accelerator.print(f"{pluralize(copies, 'image')} not trained: exact copies of held-out images")
     if any(images.of_class for images in kinds):
         per_forward = options.training.train_batch_size * context.accelerator.num_processes
         training, of_class = ([s for s in sources if s.images.of_class == kind] for kind in (False, True))
@@ -289,6 +292,8 @@ def print_uneven_buckets(plan: Plan, context: ImageContext) -> None:
 
 def times_of(source: Source, plan: Plan) -> str:
     """Format how often an epoch uses a source's images; with a single bucket, all are used equally often."""
+    if not source.train:
+        return "never"  # an experiment's splits may hold out all images of a small folder
     uses = {source.repeats * plan.uses_per_epoch[source.sizes[image]] for image in source.train}
     uses = uses if len(plan.uses_per_epoch) > 1 else {source.repeats}
     low, high = (f"{round(times, 1):g}" for times in (min(uses), max(uses)))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from ...experiment.schedule import ArmSchedule
-from ...experiment.study import print_estimate, time_steps
+from ...experiment.study import TIMED_STEPS, print_estimate, time_steps
 from ...options.grid import Grid
 from ...options.images import Options
 from ...runtime.processes import broadcast_from_main, is_main, wait
@@ -23,6 +24,7 @@ from ...training.preparing import attention_of, prepare
 from ...training.schedule import Schedule
 from ..context import ImageContext
 from ..data.dataset import ImageDataset
+from ..data.encoding import opened
 from ..data.samples import TIMESTEPS, losses_of
 from ..data.training_data import load_training_data
 from ..run import load_and_check
@@ -52,9 +54,14 @@ def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context
         before = there_of(arms.folder).get("validation_steps")
         samples = select * TIMESTEPS * SELECT_NOISES
         schedule = with_default_evaluations(schedule, options.training, arms.is_race, samples, before)
-    images = kinds[0].select(range(min(len(kinds[0]), options.training.train_batch_size)))
+    found, masked = kinds[0], options.training.masked_loss
+    usable = (number for number in range(len(found)) if not isinstance(opened(found, number, masked), str))
+    images = found.select(list(itertools.islice(usable, options.training.train_batch_size)))
     folder = broadcast_from_main(tempfile.mkdtemp)
-    own = options.replace(output_dir=folder, cache_dir=None, metric_model=None, method=options.adapter.method[:1])
+    own = options.replace(
+        output_dir=folder, cache_dir=None, metric_model=None, method=options.adapter.method[:1],
+        max_train_steps=2 + TIMED_STEPS,  # the captions of so many steps are encoded
+    )  # fmt: skip
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             start, step, a_sample = timed(images, schedule, dataclasses.replace(context, options=own, status=Status()))

@@ -1,24 +1,20 @@
-"""The loss of a prediction: squared error or pseudo-Huber, over the complete image or under a mask."""
+"""The loss of a prediction, over the complete image or under a mask."""
 
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import interpolate
 
+from ...losses import LOSSES
 from ...options.images import TrainingOptions
 from .objective import Objective
 
 
 @dataclass(frozen=True)
-class Huber:
-    """The pseudo-Huber loss of a difference d, as in kohya's scripts; its threshold may depend on the timestep.
+class PredictionLoss:
+    """The loss `kind` of `LOSSES`; its threshold may depend on the timestep, as in kohya's scripts.
 
-    With the threshold h, the loss is, by `kind`,
-
-    - `huber`: `2 h (sqrt(d^2 + h^2) - h)`, about `d^2` for small d;
-    - `smooth_l1`: `2 (sqrt(d^2 + h^2) - h)`, about `2 |d|` for large d.
-
-    At timestep t of T, the threshold h is, by `schedule`,
+    At timestep t of T, the threshold is, by `schedule`,
 
     - `constant`: `scale * c`;
     - `exponential`: `scale * c^(t/T)`, where `c^(t/T)` goes from 1 without noise to c in pure noise;
@@ -44,17 +40,13 @@ class Huber:
 
         `timesteps` has shape (batch,).
         """
-        c = self.threshold(timesteps).to(prediction.dtype).view(-1, *[1] * (prediction.dim() - 1))
-        square = (prediction - target).square()
-        loss = 2 * square / ((square + c.square()).sqrt() + c)  # numerically stable for d far below c
-        return c * loss if self.kind == "huber" else loss
+        threshold = self.threshold(timesteps).to(prediction.dtype).view(-1, *[1] * (prediction.dim() - 1))
+        return LOSSES[self.kind].formula(prediction - target, threshold)
 
 
-def huber_of(options: TrainingOptions, objective: Objective) -> Huber | None:
-    """Return the Huber loss that the options specify, or None for the squared error."""
-    if options.loss_type == "l2":
-        return None
-    return Huber(objective, options.loss_type, options.huber_schedule, options.huber_c, options.huber_scale)
+def loss_of(options: TrainingOptions, objective: Objective) -> PredictionLoss:
+    """Return the loss that the options specify."""
+    return PredictionLoss(objective, options.loss_type, options.huber_schedule, options.huber_c, options.huber_scale)
 
 
 def masked(error: torch.Tensor, mask: torch.Tensor | None, normalised: bool = False) -> torch.Tensor:

@@ -41,6 +41,12 @@ def test_images_that_metadata_below_does_not_list_are_counted(tmp_path):
     assert len(found) == 2 and found.notes[0].startswith("2 images not read")
 
 
+def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path):
+    folder = nested(tmp_path / "photos [2024]", "none", "jsonl")
+    found = load_images(parse_args(["--train_data_dir", str(folder), "--cache_dir", str(tmp_path / "cache")]))
+    assert len(found) == 2
+
+
 def test_metadata_of_two_kinds_below_is_refused_with_what_helps(tmp_path, capsys):
     folder = nested(tmp_path / "p" / "one", "jsonl", "csv").parent
     line = refused(capsys, "--train_data_dir", folder, "--cache_dir", tmp_path / "cache", quiet=False)

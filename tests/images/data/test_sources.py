@@ -1,5 +1,6 @@
 """Several folders, repeats, weights, kohya's folders and several resolutions: what is trained, and how often."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -31,7 +32,7 @@ from reslora.images.data.folders import load_folders
 from reslora.images.data.plan import Plan
 from reslora.images.data.samples import TrainingData
 from reslora.images.data.size import Size
-from reslora.images.data.sources import Source, split
+from reslora.images.data.sources import Source, split, without_copies
 from reslora.images.data.training_data import print_folder_counts, sources_of
 from reslora.images.settings import parse_args
 
@@ -170,6 +171,14 @@ def test_what_does_not_fit_is_refused(folders, brief_flags, capsys, tmp_path, wo
     assert expected in refused(capsys, *flags, quiet=False)
 
 
+def test_a_folder_inside_another_is_warned_of(folders, capsys):
+    outer, inner = Path(folders[0]).parent, folders[0]
+    parse_args(["--train_data_dir", str(outer), str(inner)])
+    assert (
+        f"warning: --train_data_dir {outer} {inner}: the second folder is inside the first" in capsys.readouterr().out
+    )
+
+
 def test_a_folder_that_is_not_there_is_named(folders, brief_flags, capsys, tmp_path):
     line = refused(capsys, *brief_flags, "--train_data_dir", *folders, tmp_path / "none")
     assert f"--train_data_dir {tmp_path / 'none'}: no such folder" in line
@@ -277,6 +286,24 @@ def test_what_is_told_of_folders_is_what_an_epoch_meets_and_counts():
         "of class: 3 class images, each 6 times an epoch, weight 0.5",
     ]
     assert not told(made([(64, 64)] * 8, *words), *words)
+
+
+def test_of_a_folder_that_an_experiment_holds_out_whole_no_image_is_used():
+    words = ("--resolution", 64, "--use_aspect_ratio_buckets", "--validation_split", 0)
+    small = [dataclasses.replace(source, train=()) for source in made([(64, 64)], *words, label="small")]
+    both = [*made([(64, 64), (128, 64)], *words, label="mine"), *small]
+    assert told(both, *words)[-1] == "small: 0 images, each never an epoch, weight 1"
+
+
+def test_copies_of_held_out_images_are_not_trained_whichever_folder_they_are_in():
+    words = ("--resolution", 64, 96, "--validation_split", 0.2)
+    first, *others = made([(600, 400)] * 5, *words, marks=list("abcde"))
+    (held_out,) = (first.images.marks[image] for image in first.held_out)
+    copied = made([(600, 400)] * 3, "--resolution", 64, "--validation_split", 0, marks=["f", held_out, "g"])
+    only_copies = made([(600, 400)], "--resolution", 64, "--validation_split", 0, marks=[held_out])
+    found, removed = without_copies([first, *others, *copied, *only_copies])
+    assert removed == 1 and [source.train for source in found[-2:]] == [(0, 2), (0,)]
+    assert found[0] == first and [source.train for source in found[1:-2]] == [source.train for source in others]
 
 
 def test_what_is_told_of_small_buckets_is_what_an_epoch_meets():

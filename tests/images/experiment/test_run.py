@@ -699,6 +699,20 @@ def test_a_plan_times_the_first_steps_and_leaves_no_files(flags, tmp_path, monke
 
 
 @pytest.mark.exhaustive
+def test_a_plan_encodes_the_captions_of_its_steps_and_passes_over_damaged_images(flags, images, tmp_path):
+    """More steps are timed than the runs have, each with another order of the tags."""
+    folder = tmp_path / "tags"
+    shutil.copytree(images, folder)
+    for path in folder.glob("*.txt"):
+        path.write_text("a, b, c, d, e, f, g")
+    first = min(folder.glob("*.png"))
+    first.write_bytes(first.read_bytes()[:-20])
+    own = [*flags, *SMALL, "--shuffle_caption", "--train_batch_size", "1", "--output_dir", tmp_path / "out", "--plan"]
+    own[own.index(str(images))] = str(folder)
+    only(printed(*own), "estimate: ")
+
+
+@pytest.mark.exhaustive
 def test_two_processes_stop_an_arm_together(flags, tmp_path):
     told = forked(SCRIPT, *flags, *RACE, "--output_dir", str(tmp_path / "out"), folder=tmp_path)
     assert told.count("lora/lr-0.0001/seed-0: stopped early at step 4: ") == 1 and told.count("estimate: ") == 1, told

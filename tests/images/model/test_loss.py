@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from images.runs import refused
-from reslora.images.model.loss import Huber, huber_of, masked
+from reslora.images.model.loss import PredictionLoss, loss_of, masked
 from reslora.images.model.objective import DdpmObjective, FlowObjective
 from reslora.images.settings import parse_args
 
@@ -45,29 +45,33 @@ def test_the_formulas_of_kohyas_scripts(kind, schedule, c, scale):
     by_hand = thresholds(kind, schedule, c, scale).reshape(-1, 1, 1, 1)
     apart = 2 * (np.sqrt((prediction - target).numpy() ** 2 + by_hand**2) - by_hand)
     for name, expected in (("huber", by_hand * apart), ("smooth_l1", apart)):
-        found = Huber(OBJECTIVES[kind], name, schedule, c, scale)(prediction, target, TIMESTEPS[kind])
+        found = PredictionLoss(OBJECTIVES[kind], name, schedule, c, scale)(prediction, target, TIMESTEPS[kind])
         np.testing.assert_allclose(found.numpy(), expected, rtol=2e-5)
 
 
 def test_kind_schedule_threshold_and_scale_are_those_of_the_flags():
     objective = OBJECTIVES["ddpm"]
     words = "--loss_type smooth_l1 --huber_schedule exponential --huber_c 0.2 --huber_scale 1.5"
-    assert huber_of(parse_args(words.split()).training, objective) == Huber(
+    assert loss_of(parse_args(words.split()).training, objective) == PredictionLoss(
         objective, kind="smooth_l1", schedule="exponential", c=0.2, scale=1.5
     )
-    assert huber_of(parse_args([]).training, objective) is None
+    prediction, target = torch.randn(2, 5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    loss = loss_of(parse_args([]).training, objective)(prediction, target, STEPS)
+    torch.testing.assert_close(loss, (prediction - target) ** 2, rtol=0, atol=0)
 
 
 def test_where_nothing_of_the_image_is_left_the_threshold_is_c():
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
-    assert float(Huber(DdpmObjective(scheduler), c=0.2).threshold(torch.tensor([999]))) == pytest.approx(0.2)
-    assert float(Huber(OBJECTIVES["flow"], c=0.2).threshold(torch.tensor([1000.0]))) == pytest.approx(0.2)
+    assert float(PredictionLoss(DdpmObjective(scheduler), c=0.2).threshold(torch.tensor([999]))) == pytest.approx(0.2)
+    assert float(PredictionLoss(OBJECTIVES["flow"], c=0.2).threshold(torch.tensor([1000.0]))) == pytest.approx(0.2)
 
 
 def test_small_errors_are_squared_and_their_gradients_are_finite():
     """In float32, where the difference of the roots would be mere rounding; and with an error of zero."""
     prediction = torch.tensor([[[[1e-4, 0.0]]]], requires_grad=True)
-    loss = Huber(OBJECTIVES["flow"], "huber", "constant", 1.0)(prediction, torch.zeros(1, 1, 1, 2), torch.tensor([5.0]))
+    loss = PredictionLoss(OBJECTIVES["flow"], "huber", "constant", 1.0)(
+        prediction, torch.zeros(1, 1, 1, 2), torch.tensor([5.0])
+    )
     loss.sum().backward()
     torch.testing.assert_close(loss.detach(), torch.tensor([[[[1e-8, 0.0]]]]), rtol=1e-5, atol=0)
     torch.testing.assert_close(prediction.grad, torch.tensor([[[[2e-4, 0.0]]]]), rtol=1e-5, atol=0)
@@ -100,8 +104,8 @@ def test_normalised_it_is_the_mean_over_what_counts_and_nothing_of_nothing():
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ("--huber_c 0.2", "--loss_type l2"),
-        ("--huber_schedule constant", "--loss_type l2"),
+        ("--huber_c 0.2", "change --loss_type"),
+        ("--huber_schedule constant", "change --loss_type"),
         ("--huber_scale 2.0 --loss_type huber", "--huber_schedule snr"),
         ("--huber_c 0 --loss_type huber", "above 0"),
         ("--masked_loss_normalised", "it has no effect"),
