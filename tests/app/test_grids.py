@@ -221,8 +221,8 @@ def test_what_is_drawn_before_a_cell_fails_can_be_taken_along(run, studio, tmp_p
     monkeypatch.setattr(grid_tab, "hears", lambda asked: True)
     tab = SimpleNamespace(library=Library(tmp_path), studio=studio, files=WorkingFiles())
     tab.chosen_weights = lambda run, label, *_: run.find_weights(label)
-    tab.save = lambda drawn: tab.files.new("cell.png")
-    part = SimpleNamespace(tab=tab, address=str, table="table", status="status")
+    tab.save = lambda drawn: "cell.png"
+    part = SimpleNamespace(tab=tab, table="table", status="status")
 
     def draw(checkpoints):
         settings = ["tiny", "reslora: unmerged, step 2", None, "red disc", "", 5, 2, 3.0, 32, 32, 1.0]
