@@ -428,7 +428,9 @@ class TrainTab(ControlTab):
         if folder := without_bundled(folder):
             settings["train_data_dir"] = str(self.jobs.images.find(folder).path)
         path = self.files.new(f"{launcher.safe_name(str(name))}.toml")
-        path.write_text("".join(f"{flag} = {json.dumps(value)}\n" for flag, value in settings.items()))
+        lines = (f"{flag} = {json.dumps(value, ensure_ascii=False)}\n" for flag, value in settings.items())
+        text = "".join(lines).replace("\x7f", "\\u007f")  # as TOML demands
+        path.write_text(text, encoding="utf-8", errors="replace")
         return str(path)
 
     def do_load(self, path: str) -> list:
