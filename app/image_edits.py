@@ -144,17 +144,17 @@ class ImageEdits:
         found = (change for change in changes(folder) if change.place not in self.refused)
         return next(found, None) or next(changes(folder), None)
 
-    def undo(self, images: Images, line: str | None = None) -> str:
+    def undo(self, images: Images, name: str | None = None) -> str:
         """Revert the last change of a folder, and return a sentence that reports it.
 
-        `line`: description of the change that the user wants to revert. Raises `RunError` if the last change has
-        another description, or if one of its files was changed later.
+        `name`: name of the change that the user wants to revert. Raises `RunError` if the last change is another one,
+        or if one of its files was changed later.
         """
         refuse_bundled(images.folder)
         change = self.last(images.folder)
         if change is None:
             return "There is nothing to undo."
-        if line not in (None, change.line):
+        if name not in (None, change.place.name):
             raise RunError(f"Nothing was undone, because the last change is now another one: {change.line}.")
         try:
             change.restore()

@@ -306,24 +306,24 @@ def test_what_a_killed_server_has_written_of_many_captions_can_be_taken_back(edi
     assert [caption.startswith("sks") for (caption,) in trained(killed).captions] == [True] * 3 + [False] * 2
     (killed / "1.txt").write_text("changed since")
     change = edits.last(edits.look("killed").folder)
-    assert change is not None and edits.undo(edits.look("killed"), change.line) == f"Undone: {change.line}."
+    assert change is not None and edits.undo(edits.look("killed"), change.place.name) == f"Undone: {change.line}."
     now = {name: image.captions for name, image in edits.look("killed").images.items()}
     assert now == captions | {"1.png": ("changed since",)}
     assert edits.last(edits.look("killed").folder) is None
 
 
 def test_undo_takes_back_what_its_button_says_change_by_change(edits, tmp_path):
-    """Also if two changes do the same, and another user changes something in between."""
-    folder, mine = tmp_path / "data" / "set", "the caption of 0.png"
-    for was, text in (("red disc", "b"), ("b", "red disc"), ("red disc", "b")):
-        assert edits.save_caption(edits.look("set"), "0.png", was, text) == text
-    edits.change_captions(edits.look("set"), ["1.png"], ADD_TAG, "theirs")
+    """Also if another user does the same in between."""
+    folder, names = tmp_path / "data" / "set", []
+    for image, tag in (("0.png", "mine"), ("0.png", "again"), ("1.png", "theirs")):
+        edits.change_captions(edits.look("set"), [image], ADD_TAG, tag)
+        names.append(edits.last(edits.look("set").folder).place.name)
     with pytest.raises(RunError, match=r"Nothing was undone.*add tag, 1 caption"):
-        edits.undo(edits.look("set"), mine)
-    assert trained(folder).captions[:2] == [["b"], ["blue box, theirs"]]
+        edits.undo(edits.look("set"), names[1])
+    assert trained(folder).captions[:2] == [["red disc, mine, again"], ["blue box, theirs"]]
     edits.undo(edits.look("set"))  # theirs, by themselves
-    for caption in ("red disc", "b", "red disc"):
-        edits.undo(edits.look("set"), mine)
+    for name, caption in ((names[1], "red disc, mine"), (names[0], "red disc")):
+        edits.undo(edits.look("set"), name)
         assert trained(folder).captions[:2] == [[caption], ["blue box"]]
     assert edits.last(edits.look("set").folder) is None
 
