@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -405,6 +406,22 @@ def test_trash_that_cannot_come_back_stays(edits, tmp_path):
     (folder / "1.txt").unlink()
     edits.undo(edits.look("set"))
     assert (folder / "1.png").exists() and (folder / "1.txt").exists() and not (folder / TRASH).exists()
+
+
+@pytest.mark.parametrize("linked", ["", "{place}", "{place}/set"])
+def test_links_in_the_trash_are_not_followed(edits, tmp_path, linked):
+    """Others may write in the folder."""
+    edits.throw_away(edits.look("."), ["set/1.png"])
+    trash = tmp_path / "data" / TRASH
+    (place,) = trash.iterdir()
+    link = trash / linked.format(place=place.name)
+    link.rename(outside := tmp_path / "outside")
+    link.symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    assert edits.undo(edits.look(".")) == "There is nothing to undo."
+    with pytest.raises(RunError, match="is a link") if linked == "" else nullcontext():
+        edits.change_captions(edits.look("."), ["set/0.png"], ADD_TAG, "x")
+    assert sorted(outside.rglob("*")) == before
 
 
 def test_images_that_are_trained_on_are_not_thrown_away(edits, tmp_path, monkeypatch):
