@@ -88,6 +88,8 @@ class ImageEdits:
                 f"{name} was changed in the meantime; nothing was written. Its caption is now {text_of(image)!r}"
             )
         several = len(image.captions or ()) > 1
+        if several and any(BETWEEN in in_box(caption) for caption in image.captions or ()):
+            raise RunError(f"A caption of {name} has an empty line, which separates its captions here: edit the table.")
         captions = tuple(clean(part).strip() for part in (text.split(BETWEEN) if several else [text]))
         captions = tuple(filter(None, captions)) if several else captions
         refuse_bundled(images.folder)

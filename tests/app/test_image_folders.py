@@ -352,6 +352,11 @@ def test_one_caption_is_saved_only_over_what_was_seen(edits, tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": ["one", "two"]}))
     assert edits.save_caption(edits.look("set"), "0.png", "one\n\ntwo", "one\n\n\n three") == "one\n\nthree"
     assert trained(folder).captions == [["one", "three"]]
+    captions = ["one\r\n\r\nmore", "two"]
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": captions}))
+    with pytest.raises(RunError, match="has an empty line"):
+        edits.save_caption(edits.look("set"), "0.png", "one\n\nmore\n\ntwo", "one\n\nmore\n\nTWO")
+    assert trained(folder).captions == [captions]
 
 
 def test_captions_with_other_line_ends_are_saved_from_a_browser_which_has_one_kind(edits, tmp_path):
