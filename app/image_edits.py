@@ -82,6 +82,8 @@ class ImageEdits:
 
         Raises `RunError` if the current caption is not `was`, the caption that the user saw.
         """
+        if not isinstance(was, str) or not isinstance(text, str):
+            raise RunError("A caption is text; nothing was written.")
         (image,) = images.find([name])
         if in_box(text_of(image)) != in_box(was):
             raise RunError(

@@ -175,7 +175,7 @@ def test_suggestions_are_values_that_can_be_drawn(run):
     assert suggestion(run, "checkpoint") == "2 4" and suggestion(run, "prompt") == "red disc\nblue box"
     for name in ("checkpoint", "method", "merge", "prompt", "seed", "strength", "steps", "guidance"):
         assert grid_of(run, (name, suggestion(run, name)), (NONE, "")).cells
-    assert suggestion(None, "method") == "" and suggestion(run, NONE) == ""
+    assert suggestion(None, "method") == "" and suggestion(run, NONE) == suggestion(run, ["seed"]) == ""
 
 
 def test_a_run_without_calibration_samples_is_merged_by_what_needs_none(run, studio, tmp_path):

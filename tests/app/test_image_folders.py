@@ -15,7 +15,7 @@ from app_runs import HOSTILE, write_run
 from images.runs import load_images, parts
 from pipelines import image_folder, random_image
 
-from app import changes, image_cards, image_folders
+from app import changes, image_cards, image_folders, looks
 from app.folders import BUNDLED
 from app.image_edits import ADD_TAG, AFTER, ALIKE, BEFORE, LEFT_OUT, NO_CAPTION, REMOVE_TAG, REPLACE, ImageEdits
 from app.image_folders import options_of
@@ -61,6 +61,7 @@ def test_only_folders_on_the_list_are_shown(edits, tmp_path):
     (tmp_path / "data" / ".hidden").mkdir()
     image_folder(tmp_path / "runs" / ".images" / "old")
     assert edits.jobs.folders() == [".", "set", "runs/old"]
+    assert edits.folders.of_paths(["set\0"], "a run") == "images of a run (not on the list)"
     assert list(edits.folders.all()) == [".", "set", "runs/old", BUNDLED]
     for name in (*HOSTILE, "out", ".hidden", "set/..", "runs/../old", "runs/.."):
         if name != ".":
@@ -179,7 +180,7 @@ def test_masks_are_no_images_and_go_and_come_with_theirs(edits, tmp_path):
     assert edits.look("set").images["0.png"].captions == ("a",)
 
 
-def test_a_pair_of_images_is_shown_together_and_nothing_outside_the_folder(edits, tmp_path):
+def test_a_pair_of_images_is_shown_together_and_nothing_outside_the_folder(edits, tmp_path, monkeypatch):
     """Reference images of a table's column are no images of their own; they are removed together with theirs."""
     folder, table = tmp_path / "data" / "set", tmp_path / "data" / "set" / "metadata.jsonl"
     (folder / "before").mkdir()
@@ -195,6 +196,7 @@ def test_a_pair_of_images_is_shown_together_and_nothing_outside_the_folder(edits
     assert len(images.images) == 6 and images.notes == () and edits.shown(images, LEFT_OUT) == []
     html = image_cards.cards(edits, images, list(images.images.values()), 1)
     assert html.count("enlarge the pair ") == 3 and html.count("enlarge the image ") == 3
+    monkeypatch.setattr(looks, "thumbnail", None)  # whose cache is for small images
     shown = edits.looks.enlarged(images.images["0.png"], images.folder)
     assert [title for title, _ in shown] == ["image", "reference image"]
     with PIL.Image.open(io.BytesIO(base64.b64decode(shown[1][1].partition(",")[2]))) as large:
@@ -352,6 +354,9 @@ def test_one_caption_is_saved_only_over_what_was_seen(edits, tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": ["one", "two"]}))
     assert edits.save_caption(edits.look("set"), "0.png", "one\n\ntwo", "one\n\n\n three") == "one\n\nthree"
     assert trained(folder).captions == [["one", "three"]]
+    for was, text in ((None, "x"), ("one\n\nthree", 5)):
+        with pytest.raises(RunError, match="A caption is text"):
+            edits.save_caption(edits.look("set"), "0.png", was, text)
     captions = ["one\r\n\r\nmore", "two"]
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": captions}))
     with pytest.raises(RunError, match="has an empty line"):
