@@ -117,8 +117,8 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
         print(f"python -m app: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     finally:
-        jobs.closed.set()
         studio.cancel()
+        jobs.close()
     return 0
 
 

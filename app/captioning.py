@@ -81,7 +81,8 @@ class Captioning:
             if self.job and not self.job.line and not self.job.error:
                 raise RunError(f"The captions of {self.job.folder} are being written; wait for them, or stop it first.")
             self.job = job = Job(images.folder.name, len(waiting))
-        threading.Thread(target=self.work, args=(job, images, waiting, words), daemon=True).start()
+        self.jobs.captioning = threading.Thread(target=self.work, args=(job, images, waiting, words), daemon=True)
+        self.jobs.captioning.start()
         return job
 
     def work(self, job: Job, images: Images, waiting: Sequence[Image], words: Sequence[str]) -> None:

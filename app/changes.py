@@ -97,6 +97,8 @@ def changing(folder: Folder, line: str) -> Iterator[Draft]:
     if a file cannot be written, or has changed since it was read.
     """
     with WRITING, readable():
+        if (folder.path / TRASH).is_symlink():
+            raise RunError(f"{TRASH} in the folder of images is a link; remove the link first.")
         draft = Draft()
         yield draft
         place, done = new_place(folder.path), []
@@ -152,18 +154,19 @@ def forget(place: Path) -> None:
 
 
 def changes(folder: Folder) -> Iterator[Change]:
-    """Yield the stored changes of a folder, newest first."""
+    """Yield the stored changes of a folder, newest first. Those whose stored files are outside of it are left out."""
     for record in sorted((folder.path / TRASH).glob(f"*/{RECORD}"), reverse=True):
-        with contextlib.suppress(OSError):
-            content = read_object(record)
+        with contextlib.suppress(OSError, RuntimeError):
+            content, place = read_object(record), record.parent
             files = content.get("files")
-            if isinstance(files, dict) and all(map(is_inside, files)):
-                yield Change(folder, record.parent, str(content.get("line"))[:200], files)
+            if isinstance(files, dict) and all(is_inside(place, name) for name in (RECORD, *files)):
+                yield Change(folder, place, str(content.get("line"))[:200], files)
 
 
-def is_inside(name: str) -> bool:
-    """Return whether `name` is a relative path without `..`."""
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
+def is_inside(place: Path, name: str) -> bool:
+    """Return whether `name` is a relative path without `..`, and no link to a folder leads out of `place`."""
+    path = place / name
+    return ".." not in path.parts and path.parent.resolve().is_relative_to(place)
 
 
 def mark_of(path: Path) -> str | None:

@@ -72,7 +72,8 @@ def columns(run: Run, step: int) -> list[Column]:
 def base_columns(run: Run) -> list[Column]:
     """Return the columns of samples from before training; runs with the same sampling options share a column.
 
-    An adapter adds nothing before its first step, so the samples of step 0 are the base model's.
+    An adapter adds nothing before its first step, so the samples of step 0 are the base model's, unless the run starts
+    from a LoRA (`--init_lora`).
     """
     alike: dict[tuple, list[Run]] = {}
     for one in run.compared:
@@ -84,7 +85,8 @@ def base_columns(run: Run) -> list[Column]:
             drawn = next((cells(one, at) for method in one.methods if (at := one.samples(method, 0))), {})
             images |= {cell: path for cell, path in drawn.items() if cell not in images}
         if images:
-            title = "Base model" if len(alike) == 1 else named(run, group[0], "Base model")
+            title = "Initial LoRA" if group[0].config.get("init_lora") else "Base model"
+            title = title if len(alike) == 1 else named(run, group[0], title)
             found.append(Column(title, "before training", group[0], images))
     return found
 

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +29,8 @@ UNKNOWN = "known after the first steps"
 AGAIN = "Open this tab again to repeat it."
 ABANDONED = 5.0
 """Seconds after which an estimate is given up that no page has asked for since."""
+MOST = 256
+"""Maximum number of stored estimates."""
 
 PEAK = re.compile(r"^the most, (\S+) (\w+)(?: of (\S+) \w+ that .+ has free)?, while (.+?);", re.MULTILINE)
 
@@ -100,8 +103,8 @@ def rounded(size: str, unit: str) -> str:
 class Question:
     """An estimate that a page may ask for."""
 
-    words: Callable[[], list[str]]
-    """Returns the arguments of the command; only called if the estimate is computed."""
+    words: Callable[[], AbstractContextManager[list[str]]]
+    """Yields the arguments of the command; only called if the estimate is computed."""
     answer: str = ""
     asked: float = 0.0
     """Time at which a page last asked."""
@@ -117,14 +120,18 @@ class MemoryEstimates:
         self.questions: dict[str, Question] = {}
         self.lock, self.at_work = threading.Lock(), False
 
-    def known(self, key: str, words: Callable[[], list[str]]) -> str:
+    def known(self, key: str, words: Callable[[], AbstractContextManager[list[str]]]) -> str:
         """Return a stored estimate; empty if it has to be computed, which `ask` does.
 
         An estimate that has failed is computed again, because pages call this when the form is shown or changed."""
         with self.lock:
-            if key in self.questions and self.questions[key].has_failed:
-                del self.questions[key]
-            return self.questions.setdefault(key, Question(words)).answer
+            question = self.questions.pop(key, None)
+            if question is None or question.has_failed:
+                question = Question(words)
+            self.questions[key] = question  # the last ones are those that pages need
+            if len(self.questions) > MOST:
+                del self.questions[next(iter(self.questions))]
+            return question.answer
 
     def ask(self, key: str) -> str:
         """Return the estimate, or start to compute it and return an empty string. The key is one given to `known`."""
@@ -148,7 +155,8 @@ class MemoryEstimates:
                 return
             question = max(found, key=lambda one: one.asked)
             try:
-                question.answer = peak_memory(self.jobs.plan(question.words(), partial(self.is_wanted, question)))
+                with question.words() as words:
+                    question.answer = peak_memory(self.jobs.plan(words, partial(self.is_wanted, question)))
             except RunError as error:
                 question.has_failed = self.is_wanted(question)
                 question.answer = f"{error} {AGAIN}" if question.has_failed else ""

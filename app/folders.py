@@ -87,7 +87,7 @@ class Folders:
         """Return what `of_run` returns, for folder paths in the settings of a run or file named `owner`."""
         if not named or (len(named) == 1 and bundled(named[0], IMAGES)):
             return ""
-        paths = [Path(name).resolve() for name in named]
+        paths = [Path(clean(name)).resolve() for name in named]
         found = (name for name, folder in self.all().items() if [folder.path.resolve()] == paths)
         return next(found, f"images of {owner} (not on the list)")
 

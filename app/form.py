@@ -265,7 +265,7 @@ def as_flag(option: Option, value: object) -> str:
 
 def wires(methods: Iterable[str]) -> bool:
     """Return whether any of these methods uses the options of ResLoRA's shortcuts."""
-    return any(METHODS[name].reads_shortcut_flags for name in methods if name in METHODS)
+    return any(METHODS[name].reads_shortcut_flags for name in methods if str(name) in METHODS)
 
 
 def values_of(settings: Mapping[str, object], names: Sequence[str]) -> list[object]:

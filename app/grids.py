@@ -61,6 +61,7 @@ class Grid:
 
 def suggestion(run: Run | None, name: str) -> str:
     """Return suggested values of an axis's setting, as text for the form."""
+    name = str(name)  # a program may send something else
     if run is None or name in SUGGESTED:
         return SUGGESTED.get(name, "")
     checkpoints = {weights.step for method in run.methods for weights in run.checkpoints(method)}

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import html
 import inspect
 import sys
 import tempfile
@@ -28,11 +29,15 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 @contextlib.contextmanager
 def translating() -> Iterator[None]:
-    """Convert any exception to a Gradio error of one sentence; unexpected exceptions are printed to the terminal."""
+    """Convert any exception to a Gradio error of one sentence; unexpected exceptions are printed to the terminal.
+
+    The sentence is escaped, because the page shows the message of a Gradio error as HTML."""
     try:
         yield
     except Exception as error:
-        raise translated(error) from None
+        told = translated(error)
+        told.message = html.escape(told.message, quote=False)
+        raise told from None
 
 
 def server_function(handler: Callable[[dict], dict]) -> Callable[[dict], dict]:

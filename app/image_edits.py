@@ -82,12 +82,16 @@ class ImageEdits:
 
         Raises `RunError` if the current caption is not `was`, the caption that the user saw.
         """
+        if not isinstance(was, str) or not isinstance(text, str):
+            raise RunError("A caption is text; nothing was written.")
         (image,) = images.find([name])
         if in_box(text_of(image)) != in_box(was):
             raise RunError(
                 f"{name} was changed in the meantime; nothing was written. Its caption is now {text_of(image)!r}"
             )
         several = len(image.captions or ()) > 1
+        if several and any(BETWEEN in in_box(caption) for caption in image.captions or ()):
+            raise RunError(f"A caption of {name} has an empty line, which separates its captions here: edit the table.")
         captions = tuple(clean(part).strip() for part in (text.split(BETWEEN) if several else [text]))
         captions = tuple(filter(None, captions)) if several else captions
         refuse_bundled(images.folder)
@@ -144,17 +148,17 @@ class ImageEdits:
         found = (change for change in changes(folder) if change.place not in self.refused)
         return next(found, None) or next(changes(folder), None)
 
-    def undo(self, images: Images, line: str | None = None) -> str:
+    def undo(self, images: Images, name: str | None = None) -> str:
         """Revert the last change of a folder, and return a sentence that reports it.
 
-        `line`: description of the change that the user wants to revert. Raises `RunError` if the last change has
-        another description, or if one of its files was changed later.
+        `name`: name of the change that the user wants to revert. Raises `RunError` if the last change is another one,
+        or if one of its files was changed later.
         """
         refuse_bundled(images.folder)
         change = self.last(images.folder)
         if change is None:
             return "There is nothing to undo."
-        if line not in (None, change.line):
+        if name not in (None, change.place.name):
             raise RunError(f"Nothing was undone, because the last change is now another one: {change.line}.")
         try:
             change.restore()

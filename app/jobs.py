@@ -56,6 +56,7 @@ FOLDERS = ("train_data_dir", "conditioning_data_dir", "class_data_dir", "dataset
 BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json", "logs"}
 """Files and folders that may be in a run's folder before training begins; `cache` contains encoded images."""
 FEW = 8  # images in the preview
+CLOSING = 10.0  # seconds to wait for captions when the application is closed
 PLAN_SECONDS = 600  # for what hangs: on a slow machine the libraries alone may take minutes to load
 STOP = getattr(signal, "SIGUSR1", signal.SIGTERM)
 """Signal that asks a trainer to save and exit. SIGTERM is only used where SIGUSR1 does not exist, because a second
@@ -134,6 +135,7 @@ class Jobs:
         self.began: set[str] = set()  # runs seen training, or stopped, since this process started them
         self.lock = threading.Lock()
         self.closed = threading.Event()
+        self.captioning: threading.Thread | None = None  # the thread that writes captions with a model
         self.busy, self.looked = False, -math.inf
 
     # -- what may start, and by which command --------------------------------------------------------------------------
@@ -593,6 +595,12 @@ class Jobs:
             if waiting := sum(entry.state == WAITING for entry in self.entries()):
                 print(f"python -m app: {waiting} waiting in the queue; they start automatically", file=sys.stderr)
         threading.Thread(target=self._look_again, daemon=True).start()
+
+    def close(self) -> None:
+        """End the threads; wait until captions that a model has written so far are stored."""
+        self.closed.set()
+        if self.captioning:
+            self.captioning.join(CLOSING)
 
     def _look_again(self) -> None:
         """Poll the queue until `closed` is set."""

@@ -129,7 +129,7 @@ class Library:
     def everything(self) -> list[Run]:
         """Return the runs and experiments in the folder, newest first, then the extra runs."""
         found = [kind(path.name, path) for path in self._folders() if (kind := kind_of(path))]
-        own = {run.name for run in found if not isinstance(run, Experiment)}
+        own = {run.name for run in found}
         return found + [Run(path.name, path) for path in self.extra if path.name not in own and kind_of(path) is Run]
 
     def owns(self, run: Run) -> bool:

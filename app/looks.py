@@ -91,7 +91,7 @@ class Looks:
                 try:
                     if not stamp_of(path) or not folder.holds(path):
                         raise FileNotFoundError(title)
-                    found.append((title, thumbnail(path, LARGEST)))
+                    found.append((title, data_uri(open_image(path), LARGEST, quality=80)))
                 except Exception as error:  # exceptions of damaged files differ by image format
                     raise RunError(f"{image.name}: its {title} cannot be shown ({damage(error)}).") from None
         return found
@@ -150,6 +150,6 @@ def alike(looks: tuple[tuple[str, Look], ...]) -> dict[str, tuple[str, str]]:
 
 
 @cached_by_stamp(2000)
-def thumbnail(path: Path, side: int = SIDE) -> str:
-    """Return an image of at most `side` pixels in width and height as a data URI."""
-    return data_uri(open_image(path), side, quality=80)
+def thumbnail(path: Path) -> str:
+    """Return an image of at most `SIDE` pixels in width and height as a data URI."""
+    return data_uri(open_image(path), SIDE, quality=80)

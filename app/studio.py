@@ -415,7 +415,7 @@ class Studio:
         Writes `reslora/merged-by-<method>-<step>/` (plain LoRA files, merge.json) and returns the merge report. Raises
         `RunError` if the checkpoint cannot be merged by this method, or if the files cannot be written.
         """
-        if method not in MERGES or checkpoint.kind != "adapter" or checkpoint.method != "reslora":
+        if str(method) not in MERGES or checkpoint.kind != "adapter" or checkpoint.method != "reslora":
             raise RunError("Choose one of the run's ResLoRA checkpoints and one of the merge methods.")
         with self.turns.turn():
             if not self._is_loaded(base := base_of(run)):

@@ -1,6 +1,7 @@
 """Validate images and captions that a browser uploads, and copy them to folders."""
 
 import itertools
+import os
 import re
 import shutil
 from collections import Counter
@@ -117,8 +118,11 @@ def problem_of(path: Path, stems: Collection[str]) -> str:
     return text if isinstance(text, str) else ""
 
 
-def write(folder: Path, contents: Contents) -> None:
-    """Write a new folder with these contents. Raises `RunError`, and leaves no folder, if a file cannot be written."""
+def write(folder: Path, contents: Contents, linked: bool = False) -> None:
+    """Write a new folder with these contents. Raises `RunError`, and leaves no folder, if a file cannot be written.
+
+    `linked`: link the files instead of copying them."""
+    add = os.link if linked else shutil.copyfile
     try:
         with replacing(folder) as temporary:
             temporary.mkdir()
@@ -126,6 +130,6 @@ def write(folder: Path, contents: Contents) -> None:
                 if isinstance(content, str):
                     (temporary / name).write_bytes(content.encode())
                 else:
-                    shutil.copyfile(content, temporary / name)
+                    add(content, temporary / name)
     except OSError as error:
         raise RunError(f"The images cannot be stored ({error.strerror}).") from None

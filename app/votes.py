@@ -60,12 +60,12 @@ def pairs(experiment: Experiment) -> dict[Pair, tuple[Path, Path]]:
 def samples(experiment: Experiment, content: dict, label: str, prompts: Sequence[str]) -> dict[tuple[int, int], Path]:
     """Return the first sample of the method `label` by (seed, prompt index), at the step nearest to its chosen step.
 
-    `content`: the experiment's record."""
+    `content`: the experiment's record. Files outside of the experiment's folder are left out."""
     return {
         (int(arm["seed"]), number): path
         for arm, _, place in chosen_samples(content, experiment.folder, label, prompts)
         for number in range(len(prompts))
-        if (path := place / f"{number}-0.png").is_file()
+        if (path := experiment.inside(str(place / f"{number}-0.png"))) and path.is_file()
     }
 
 

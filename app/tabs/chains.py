@@ -27,10 +27,10 @@ class ChainsTab(Tab):
                 self.checkpoint = open_choice("Checkpoint")
                 self.merge_method = gr.Dropdown(MERGE_CHOICES, value=MERGE_CHOICES[0], label="Merge method")
                 self.merge = gr.Button("Merge and export", elem_id="merge")
-                self.merged = gr.Markdown(
-                    "`lstsq` fits the shortcut terms by least squares, on samples stored with the run; `input` and "
-                    "`weights` are the paper's merges; `none` drops the shortcuts. The result appears under "
-                    "**Generate**."
+                self.merged = gr.HTML(
+                    "<code>lstsq</code> fits the shortcut terms by least squares, on samples stored with the run; "
+                    "<code>input</code> and <code>weights</code> are the paper's merges; <code>none</code> drops the "
+                    "shortcuts. The result appears under <b>Generate</b>."
                 )
         gr.Markdown("### Merge report")
         self.report = gr.HTML(elem_id="report")
@@ -90,7 +90,7 @@ class ChainsTab(Tab):
         labels = [weights.label for weights in run.weights()]
         made = f"reslora: step {checkpoint.step} merged by {method}"
         shown = merge_warning(report) + views.merge_report(report)
-        said = f"Done: **{made}** is under Generate, with the run `{run.name}`."
+        said = f"Done: <b>{made}</b> is under Generate, with the run <code>{views.escape(run.name)}</code>."
         return said, shown, gr.update(choices=labels, value=made)
 
     def keep_merge(self, name: str, label: str, method: str) -> tuple:

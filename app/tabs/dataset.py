@@ -39,6 +39,7 @@ class DatasetTab(Tab):
         self.choosing_rows()
         self.status = gr.HTML(views.notice(CHOOSE), elem_id="dataset-status")
         self.changing_rows()
+        self.last_change = gr.State(None)
         self.answer = answer_line(elem_id="dataset-answer")
         script = SCRIPT.read_text(encoding="utf-8")
         self.images = gr.HTML(
@@ -54,7 +55,7 @@ class DatasetTab(Tab):
         self.of_model = [self.model, self.instruction, self.prefix, self.overwrite]
         self.settings = [self.resolution, self.buckets, self.column]
         self.asked = [self.folder, self.which, self.words, *self.settings, self.page]
-        self.shown_parts = [self.status, self.images, self.page, self.undo]
+        self.shown_parts = [self.status, self.images, self.page, self.undo, self.last_change]
 
     def choosing_rows(self) -> None:
         """Make the components that select a folder and filter the folder's images."""
@@ -140,7 +141,7 @@ class DatasetTab(Tab):
                          js=WITH_TICKED, **QUIET)
             for button, change, given in (
                 (self.apply, self.edits.change_captions, [self.operation, self.text, self.other]),
-                (self.trash, self.edits.throw_away, []), (self.undo, self.undo_labeled, [self.undo]),
+                (self.trash, self.edits.throw_away, []), (self.undo, self.undo_shown, [self.last_change]),
             )
         ]  # fmt: skip
         done += [
@@ -187,13 +188,13 @@ class DatasetTab(Tab):
         return gr.update(choices=names, value=folder)
 
     def show(self, folder, which, words, *rest) -> list:
-        """Return the summary, one page of a folder's image cards, the page's number, and the Undo button.
+        """Return the summary, one page of a folder's image cards, the page's number, the Undo button, and its change.
 
         `which`: a filter. `words`: text in names or captions. `rest`: the settings, and the requested page's number.
         """
         *settings, page = rest
         if not folder:
-            return [views.notice(CHOOSE), "", 1, gr.update()]
+            return [views.notice(CHOOSE), "", 1, gr.update(), None]
         images = self.edits.look(folder, settings)
         shown = self.edits.shown(images, which, words)
         last = image_cards.pages(len(shown))
@@ -202,7 +203,8 @@ class DatasetTab(Tab):
         html = image_cards.cards(self.edits, images, shown, page)
         change = self.edits.last(images.folder)
         undo = gr.update(interactive=change is not None, value=f"{UNDO}: {change.line}" if change else UNDO)
-        return [image_cards.summary(self.edits, images, len(shown)), html, number, undo]
+        name = change and change.place.name
+        return [image_cards.summary(self.edits, images, len(shown)), html, number, undo, name]
 
     def enlarge(self, asked: dict) -> dict:
         """Return an image and its reference image, if it has one, each with a title and a data URI.
@@ -243,9 +245,9 @@ class DatasetTab(Tab):
         refuse_other(ticked["folder"], asked[0])
         return views.notice(change(self.look(*asked), ticked["names"], *given))
 
-    def undo_labeled(self, images: Images, _names: list[str], label: str) -> str:
-        """Undo the folder's last change, which must be the change that the Undo button describes."""
-        return self.edits.undo(images, str(label).removeprefix(f"{UNDO}: "))
+    def undo_shown(self, images: Images, _names: list[str], name: str | None) -> str:
+        """Undo the folder's last change, which must be the change `name`, which the Undo button describes."""
+        return self.edits.undo(images, str(name))
 
     def do_check(self, *asked) -> Iterator[str]:
         """Open all images to find damaged images and duplicates, and yield the progress as HTML."""

@@ -203,7 +203,7 @@ class GenerateTab(Tab):
                 if isinstance(event, Drawn):
                     done.append(event)
                     caption = f"{event.source['weights']} · seed {event.request.seed}"
-                    files.append((str(self.save(event)), caption))
+                    files.append((self.save(event), caption))
                     yield {self.gallery: list(files), self.made: views.settings_table(done)}
                 else:
                     yield {self.status: views.progress(event.text, event.share)}
@@ -214,9 +214,12 @@ class GenerateTab(Tab):
         bar = views.progress(f"{len(done)} of {pluralize(wanted, 'image')} done", 1)
         yield files, bar, request.seed, views.settings_table(done)
 
-    def save(self, drawn: Drawn):
-        """Save a generated image, with its settings, as a PNG file; return the path."""
-        return generation_request.save_image(drawn, self.files.new(f"seed-{drawn.request.seed}.png"))
+    def save(self, drawn: Drawn) -> str:
+        """Save a generated image, with its settings, as a PNG file; return the path of Gradio's copy.
+
+        Gradio keeps it for a day, while other visitors' images may replace the working file during a long request."""
+        path = generation_request.save_image(drawn, self.files.new(f"seed-{drawn.request.seed}.png"))
+        return self.gallery.move_resource_to_block_cache(path)
 
     def stopper(self, kind: str | None = None):
         """Return a handler that stops the client's requests, and returns a notice if there are none.

@@ -114,8 +114,9 @@ class GridPart:
         try:
             for event in self.tab.studio.draw(run, pictures, "grid", session, lambda: hears(asked)):
                 if isinstance(event, Drawn):
-                    place, path = next(cells), str(self.tab.save(event))
-                    drawn[place], files[place], shown[place] = event, path, self.address(path)
+                    place, path = next(cells), self.tab.save(event)
+                    drawn[place], files[place] = event, path
+                    shown[place] = f"gradio_api/file={urllib.parse.quote(path)}"
                     yield {self.table: grids.table(grid, shown)}
                 else:
                     yield {self.status: views.progress(event.text, event.share)}
@@ -131,7 +132,3 @@ class GridPart:
             sheet = str(grids.save_sheet(grid, drawn, self.tab.files.new(f"{safe_name(name or 'base')}-grid.png")))
         # Yield all values again instead of `skip`: an API client gets the last ones.
         yield grids.table(grid, shown), said, sheet, [files[place] for place in sorted(files)]
-
-    def address(self, path: str) -> str:
-        """Return the URL of a copy of a generated file, which Gradio makes and serves."""
-        return f"gradio_api/file={urllib.parse.quote(self.table.move_resource_to_block_cache(path))}"

@@ -1,7 +1,9 @@
 """Train: a form that starts a run or an experiment, trained by a separate process."""
 
+import contextlib
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from ..handlers import NO_PROGRESS, QUIET, named, paths_of
 from ..jobs import FEW, WAITING, Entry, NameTaken
 from ..library import Experiment
 from ..runs import Run, RunError
-from ..uploads import store_images
+from ..uploads import contents_of, write
 from .base import Parts, TabHost, answer_line, open_choice
 from .control import ControlTab
 from .report import ReportTab
@@ -366,12 +368,15 @@ class TrainTab(ControlTab):
         memory = self.memory_estimates.ask(key)
         return (views.facts({"Memory": memory}), gr.Timer(active=False)) if memory else gr.skip()
 
-    def with_uploads(self, words: list[str], paths: list[str], caption: str = "") -> list[str]:
-        """Return the arguments of a command, with uploaded images in a temporary folder."""
-        if not paths or "--train_data_dir" not in words:  # a resumed experiment keeps its images
-            return words
-        stored, place = store_images(self.files.new("images"), paths, caption), words.index("--train_data_dir") + 1
-        return [*words[:place], str(stored), *words[place + 1 :]]
+    @contextlib.contextmanager
+    def with_uploads(self, words: list[str], paths: list[str], caption: str = "") -> Iterator[list[str]]:
+        """Yield the arguments of a command; a temporary folder has links to uploaded images until the block ends."""
+        with tempfile.TemporaryDirectory() as folder:
+            if paths and "--train_data_dir" in words:  # a resumed experiment keeps its images
+                images, place = Path(folder) / "images", words.index("--train_data_dir") + 1
+                write(images, contents_of(paths, caption), linked=True)
+                words = [*words[:place], str(images), *words[place + 1 :]]
+            yield words
 
     def do_show(self, *inputs) -> str:
         """Return the form's training command as text."""
@@ -381,8 +386,9 @@ class TrainTab(ControlTab):
         """Yield a notice, then the trainer's memory estimate (`--plan`), as HTML; nothing is trained."""
         yield views.notice("Estimating memory; this takes a few seconds.")
         _, uploads, caption, *_ = inputs
-        words = self.with_uploads(self.words(*inputs), paths_of(uploads), str(caption or ""))
-        yield views.printed(self.jobs.plan(words))
+        with self.with_uploads(self.words(*inputs), paths_of(uploads), str(caption or "")) as words:
+            planned = self.jobs.plan(words)
+        yield views.printed(planned)
 
     def show_images(self, folder: str, uploads) -> str:
         """Return the number of uploaded images, else of those in the folder, with the first ones, as HTML.
@@ -422,7 +428,9 @@ class TrainTab(ControlTab):
         if folder := without_bundled(folder):
             settings["train_data_dir"] = str(self.jobs.images.find(folder).path)
         path = self.files.new(f"{launcher.safe_name(str(name))}.toml")
-        path.write_text("".join(f"{flag} = {json.dumps(value)}\n" for flag, value in settings.items()))
+        lines = (f"{flag} = {json.dumps(value, ensure_ascii=False)}\n" for flag, value in settings.items())
+        text = "".join(lines).replace("\x7f", "\\u007f")  # as TOML demands
+        path.write_text(text, encoding="utf-8", errors="replace")
         return str(path)
 
     def do_load(self, path: str) -> list:

@@ -139,7 +139,7 @@ def with_defaults(given: Given) -> dict[str, Any]:
 
 def is_bundled(model: str) -> bool:
     """Return whether a model is one of the bundled pipelines."""
-    return Path(model).resolve().parent == ASSETS
+    return Path(clean(model)).resolve().parent == ASSETS
 
 
 def with_family(options: Options, defaults: Mapping[str, object]) -> Options:

@@ -72,3 +72,15 @@ def test_only_listed_models_and_folders_that_may_change_are_captioned(captioning
     with pytest.raises(RunError, match="captions of set are being written"):
         captioning.start(images, "owner/model", "", "", False)
     assert "stored" in captioning.stop() and captioning.job.stopped
+
+
+def test_what_is_written_is_stored_when_the_application_is_closed(captioning, monkeypatch):
+    def caption(job, folder, words) -> str:
+        (folder / "images" / "000000.txt").write_text("sks dog")
+        captioning.jobs.closed.wait(10)
+        return "terminated"
+
+    monkeypatch.setattr(captioning, "caption", caption)
+    captioning.start(captioning.edits.look("set"), "owner/model", "", "", False)
+    captioning.jobs.close()
+    assert ("sks dog",) in captions(captioning).values()

@@ -75,6 +75,11 @@ def test_columns_and_grid_show_the_chosen_step(run):
     assert {(red, green, 0) for red in reds for green in (0, 100)} <= colours
 
 
+def test_a_run_that_starts_from_a_lora_does_not_show_the_base_model(tmp_path):
+    folder = write_run(tmp_path / "run", init_lora="start.safetensors")
+    assert compared.columns(Run("run", folder), 2)[0].title == "Initial LoRA"
+
+
 def test_a_run_without_prompts_shows_its_losses(tmp_path):
     folder = write_run(tmp_path / "runs" / "quiet", validation_prompt=[])
     for samples in folder.glob("*/samples"):

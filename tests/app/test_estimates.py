@@ -1,6 +1,7 @@
 """Time and memory before a run starts: from a run of the same model and batch, and from `--plan`."""
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 from app_runs import write_run
@@ -82,7 +83,7 @@ def test_memory_is_estimated_in_the_background_for_the_last_question_only(jobs, 
     monkeypatch.setattr(jobs, "plan", plan)
     memory = MemoryEstimates(jobs)
     for key in ("a", "b", "c"):
-        assert memory.known(key, lambda key=key: [key]) == ""
+        assert memory.known(key, lambda key=key: nullcontext([key])) == ""
     assert memory.ask("a") == memory.ask("nothing of the kind") == ""
     wait_until(lambda: memory.ask("a") or planned, "the first estimate")
     memory.questions["a"].asked -= 10  # the form has changed
@@ -90,7 +91,7 @@ def test_memory_is_estimated_in_the_background_for_the_last_question_only(jobs, 
     held.set()
     wait_until(lambda: memory.ask("c"), "the second estimate")
     assert planned == [["a"], ["c"]] and memory.ask("c") == "1 GiB, while training"
-    assert memory.known("c", list) == memory.ask("c") and memory.known("a", list) == ""
+    assert memory.known("c", nullcontext) == memory.ask("c") and memory.known("a", nullcontext) == ""
 
 
 def test_an_estimate_that_took_too_long_is_repeated_when_the_form_is_shown_again(jobs, monkeypatch):
@@ -105,9 +106,17 @@ def test_an_estimate_that_took_too_long_is_repeated_when_the_form_is_shown_again
 
     monkeypatch.setattr(jobs, "plan", plan)
     memory = MemoryEstimates(jobs)
-    assert memory.known("a", list) == ""
+    assert memory.known("a", nullcontext) == ""
     wait_until(lambda: memory.ask("a"), "the estimate to fail")
     assert memory.ask("a") == f"The estimate took longer than 180 seconds. {estimates.AGAIN}" and len(planned) == 1
-    assert memory.known("a", list) == ""  # the tab is opened again
+    assert memory.known("a", nullcontext) == ""  # the tab is opened again
     wait_until(lambda: memory.ask("a"), "the second estimate")
-    assert memory.known("a", list) == "1 GiB, while training" and len(planned) == 2
+    assert memory.known("a", nullcontext) == "1 GiB, while training" and len(planned) == 2
+
+
+def test_only_the_newest_estimates_are_stored(jobs, monkeypatch):
+    monkeypatch.setattr(estimates, "MOST", 2)
+    memory = MemoryEstimates(jobs)
+    for key in ("a", "b", "a", "c"):
+        memory.known(key, nullcontext)
+    assert list(memory.questions) == ["a", "c"]

@@ -387,8 +387,16 @@ def test_what_an_earlier_choice_has_left_is_not_handed_out(library, best):
 
 def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(library, tmp_path, monkeypatch):
     """Uploaded images are those of a new experiment; an existing one keeps its own."""
-    trainings, planned = Jobs(library), []
-    monkeypatch.setattr(trainings, "plan", lambda words: planned.append(words) or "")
+    trainings, planned, images = Jobs(library), [], {}
+
+    def plan(words) -> str:
+        planned.append(words)
+        if "--train_data_dir" in words:
+            folder = Path(words[words.index("--train_data_dir") + 1])
+            images.update((path, path.stat().st_nlink) for path in sorted(folder.iterdir()))
+        return ""
+
+    monkeypatch.setattr(trainings, "plan", plan)
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "red disc.png")
     with gr.Blocks():
         tab = TrainTab(Parts(library, trainings, Studio()))
@@ -396,6 +404,6 @@ def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(libra
     for name, uploads in (("new", [{"path": str(tmp_path / "red disc.png")}]), ("which", None)):
         first, _ = tab.do_plan(name, uploads, "", None, "", *values)
         assert "a few seconds" in first
-    stored = Path(planned[0][planned[0].index("--train_data_dir") + 1])
-    assert [path.suffix for path in sorted(stored.iterdir())] == [".png", ".txt"]
+    assert [(path.suffix, links) for path, links in images.items()] == [(".png", 2), (".txt", 1)]  # not a copy
+    assert not any(path.exists() for path in images)
     assert "--train_data_dir" not in planned[1] and str(library.folder / "which" / "config.json") in planned[1]

@@ -205,3 +205,8 @@ def test_a_switch_that_is_on_unless_something_else_is_given_is_shown_as_on():
 def test_options_of_shortcuts_are_read_by_methods_with_shortcuts_alone():
     assert form.wires(["lora", "reslora"]) and form.wires(["lora_matched"]) and form.wires(["ms_placebo"])
     assert not form.wires(["lora", "lora_x2", "adalora"]) and not form.wires([])
+    assert not form.wires([["reslora"], {}])  # from a program
+
+
+def test_a_damaged_name_of_a_model_has_the_defaults_of_a_model():
+    assert form.defaults({form.MODEL: "owner/\0"}) == form.defaults({form.MODEL: "owner/model"})

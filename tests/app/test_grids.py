@@ -175,7 +175,7 @@ def test_suggestions_are_values_that_can_be_drawn(run):
     assert suggestion(run, "checkpoint") == "2 4" and suggestion(run, "prompt") == "red disc\nblue box"
     for name in ("checkpoint", "method", "merge", "prompt", "seed", "strength", "steps", "guidance"):
         assert grid_of(run, (name, suggestion(run, name)), (NONE, "")).cells
-    assert suggestion(None, "method") == "" and suggestion(run, NONE) == ""
+    assert suggestion(None, "method") == "" and suggestion(run, NONE) == suggestion(run, ["seed"]) == ""
 
 
 def test_a_run_without_calibration_samples_is_merged_by_what_needs_none(run, studio, tmp_path):
@@ -221,8 +221,8 @@ def test_what_is_drawn_before_a_cell_fails_can_be_taken_along(run, studio, tmp_p
     monkeypatch.setattr(grid_tab, "hears", lambda asked: True)
     tab = SimpleNamespace(library=Library(tmp_path), studio=studio, files=WorkingFiles())
     tab.chosen_weights = lambda run, label, *_: run.find_weights(label)
-    tab.save = lambda drawn: tab.files.new("cell.png")
-    part = SimpleNamespace(tab=tab, address=str, table="table", status="status")
+    tab.save = lambda drawn: "cell.png"
+    part = SimpleNamespace(tab=tab, table="table", status="status")
 
     def draw(checkpoints):
         settings = ["tiny", "reslora: unmerged, step 2", None, "red disc", "", 5, 2, 3.0, 32, 32, 1.0]

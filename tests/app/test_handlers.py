@@ -7,7 +7,7 @@ import tempfile
 import gradio as gr
 import pytest
 
-from app.handlers import translating
+from app.handlers import server_function, translating
 from app.runs import RunError
 
 
@@ -15,6 +15,7 @@ from app.runs import RunError
     ("raised", "told", "printed"),
     [
         (RunError("There is no such run."), "There is no such run.", ""),
+        (RunError("It's <b>x</b>.png"), "It's &lt;b&gt;x&lt;/b&gt;.png", ""),  # the page shows it as HTML
         (
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{tempfile.gettempdir()}/reslora-app-1/grid.png"),
             "A file cannot be written (No space left on device): make room on the disk that has the system's "
@@ -34,3 +35,10 @@ def test_errors_are_sentences_without_paths(raised, told, printed, capsys):
         raise raised
     assert caught.value.message == told
     assert printed in (said := capsys.readouterr().err) and bool(said) == bool(printed)
+
+
+def test_a_script_gets_the_sentence_as_text():
+    def refuse(_: dict) -> dict:
+        raise RunError("No <b> here.")
+
+    assert server_function(refuse)({}) == {"error": "No <b> here."}

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ from app_runs import HOSTILE, write_run
 from images.runs import load_images, parts
 from pipelines import image_folder, random_image
 
-from app import changes, image_cards, image_folders
+from app import changes, image_cards, image_folders, looks
 from app.folders import BUNDLED
 from app.image_edits import ADD_TAG, AFTER, ALIKE, BEFORE, LEFT_OUT, NO_CAPTION, REMOVE_TAG, REPLACE, ImageEdits
 from app.image_folders import options_of
@@ -60,6 +61,7 @@ def test_only_folders_on_the_list_are_shown(edits, tmp_path):
     (tmp_path / "data" / ".hidden").mkdir()
     image_folder(tmp_path / "runs" / ".images" / "old")
     assert edits.jobs.folders() == [".", "set", "runs/old"]
+    assert edits.folders.of_paths(["set\0"], "a run") == "images of a run (not on the list)"
     assert list(edits.folders.all()) == [".", "set", "runs/old", BUNDLED]
     for name in (*HOSTILE, "out", ".hidden", "set/..", "runs/../old", "runs/.."):
         if name != ".":
@@ -178,7 +180,7 @@ def test_masks_are_no_images_and_go_and_come_with_theirs(edits, tmp_path):
     assert edits.look("set").images["0.png"].captions == ("a",)
 
 
-def test_a_pair_of_images_is_shown_together_and_nothing_outside_the_folder(edits, tmp_path):
+def test_a_pair_of_images_is_shown_together_and_nothing_outside_the_folder(edits, tmp_path, monkeypatch):
     """Reference images of a table's column are no images of their own; they are removed together with theirs."""
     folder, table = tmp_path / "data" / "set", tmp_path / "data" / "set" / "metadata.jsonl"
     (folder / "before").mkdir()
@@ -194,6 +196,7 @@ def test_a_pair_of_images_is_shown_together_and_nothing_outside_the_folder(edits
     assert len(images.images) == 6 and images.notes == () and edits.shown(images, LEFT_OUT) == []
     html = image_cards.cards(edits, images, list(images.images.values()), 1)
     assert html.count("enlarge the pair ") == 3 and html.count("enlarge the image ") == 3
+    monkeypatch.setattr(looks, "thumbnail", None)  # whose cache is for small images
     shown = edits.looks.enlarged(images.images["0.png"], images.folder)
     assert [title for title, _ in shown] == ["image", "reference image"]
     with PIL.Image.open(io.BytesIO(base64.b64decode(shown[1][1].partition(",")[2]))) as large:
@@ -306,24 +309,24 @@ def test_what_a_killed_server_has_written_of_many_captions_can_be_taken_back(edi
     assert [caption.startswith("sks") for (caption,) in trained(killed).captions] == [True] * 3 + [False] * 2
     (killed / "1.txt").write_text("changed since")
     change = edits.last(edits.look("killed").folder)
-    assert change is not None and edits.undo(edits.look("killed"), change.line) == f"Undone: {change.line}."
+    assert change is not None and edits.undo(edits.look("killed"), change.place.name) == f"Undone: {change.line}."
     now = {name: image.captions for name, image in edits.look("killed").images.items()}
     assert now == captions | {"1.png": ("changed since",)}
     assert edits.last(edits.look("killed").folder) is None
 
 
 def test_undo_takes_back_what_its_button_says_change_by_change(edits, tmp_path):
-    """Also if two changes do the same, and another user changes something in between."""
-    folder, mine = tmp_path / "data" / "set", "the caption of 0.png"
-    for was, text in (("red disc", "b"), ("b", "red disc"), ("red disc", "b")):
-        assert edits.save_caption(edits.look("set"), "0.png", was, text) == text
-    edits.change_captions(edits.look("set"), ["1.png"], ADD_TAG, "theirs")
+    """Also if another user does the same in between."""
+    folder, names = tmp_path / "data" / "set", []
+    for image, tag in (("0.png", "mine"), ("0.png", "again"), ("1.png", "theirs")):
+        edits.change_captions(edits.look("set"), [image], ADD_TAG, tag)
+        names.append(edits.last(edits.look("set").folder).place.name)
     with pytest.raises(RunError, match=r"Nothing was undone.*add tag, 1 caption"):
-        edits.undo(edits.look("set"), mine)
-    assert trained(folder).captions[:2] == [["b"], ["blue box, theirs"]]
+        edits.undo(edits.look("set"), names[1])
+    assert trained(folder).captions[:2] == [["red disc, mine, again"], ["blue box, theirs"]]
     edits.undo(edits.look("set"))  # theirs, by themselves
-    for caption in ("red disc", "b", "red disc"):
-        edits.undo(edits.look("set"), mine)
+    for name, caption in ((names[1], "red disc, mine"), (names[0], "red disc")):
+        edits.undo(edits.look("set"), name)
         assert trained(folder).captions[:2] == [[caption], ["blue box"]]
     assert edits.last(edits.look("set").folder) is None
 
@@ -351,6 +354,14 @@ def test_one_caption_is_saved_only_over_what_was_seen(edits, tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": ["one", "two"]}))
     assert edits.save_caption(edits.look("set"), "0.png", "one\n\ntwo", "one\n\n\n three") == "one\n\nthree"
     assert trained(folder).captions == [["one", "three"]]
+    for was, text in ((None, "x"), ("one\n\nthree", 5)):
+        with pytest.raises(RunError, match="A caption is text"):
+            edits.save_caption(edits.look("set"), "0.png", was, text)
+    captions = ["one\r\n\r\nmore", "two"]
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": captions}))
+    with pytest.raises(RunError, match="has an empty line"):
+        edits.save_caption(edits.look("set"), "0.png", "one\n\nmore\n\ntwo", "one\n\nmore\n\nTWO")
+    assert trained(folder).captions == [captions]
 
 
 def test_captions_with_other_line_ends_are_saved_from_a_browser_which_has_one_kind(edits, tmp_path):
@@ -405,6 +416,22 @@ def test_trash_that_cannot_come_back_stays(edits, tmp_path):
     (folder / "1.txt").unlink()
     edits.undo(edits.look("set"))
     assert (folder / "1.png").exists() and (folder / "1.txt").exists() and not (folder / TRASH).exists()
+
+
+@pytest.mark.parametrize("linked", ["", "{place}", "{place}/set"])
+def test_links_in_the_trash_are_not_followed(edits, tmp_path, linked):
+    """Others may write in the folder."""
+    edits.throw_away(edits.look("."), ["set/1.png"])
+    trash = tmp_path / "data" / TRASH
+    (place,) = trash.iterdir()
+    link = trash / linked.format(place=place.name)
+    link.rename(outside := tmp_path / "outside")
+    link.symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    assert edits.undo(edits.look(".")) == "There is nothing to undo."
+    with pytest.raises(RunError, match="is a link") if linked == "" else nullcontext():
+        edits.change_captions(edits.look("."), ["set/0.png"], ADD_TAG, "x")
+    assert sorted(outside.rglob("*")) == before
 
 
 def test_images_that_are_trained_on_are_not_thrown_away(edits, tmp_path, monkeypatch):

@@ -387,6 +387,10 @@ def test_a_configuration_is_saved_for_the_command_line_and_loaded_again(lined, t
     assert tab.settings("new", model, [*loaded, defaults]) == {
         "model": model, "method": ["lora", "lora_x2"], "seed": "0 1", "rank": "8", "random_flip": True, "vary": vary
     }  # fmt: skip
+    path = Path(
+        tab.do_save("mine", None, "", "cats", "", *tab.values_of({"validation_prompt": ["\U0001f98a\x7f\ud800"]}))
+    )
+    assert launcher.read_config(path)["validation_prompt"] == ["\U0001f98a\x7f?"]
     (tmp_path / "other.toml").write_text('max_train_steps = 5\noutput_dir = "x"\n')
     assert "this form cannot set output_dir" in tab.do_load(str(tmp_path / "other.toml"))[0]
     (tmp_path / "wrong.toml").write_text("nonsense = 5\n")

@@ -15,6 +15,7 @@ import urllib.request
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import browsers
 import gradio as gr
@@ -36,6 +37,7 @@ from app.library import Library
 from app.page import Page, create_demo
 from app.studio import Studio
 from app.tabs.base import Parts
+from app.tabs.chains import ChainsTab
 from app.tabs.generate import GenerateTab
 from app.tabs.train import TrainTab
 from reslora.experiment.report import write_report
@@ -130,6 +132,15 @@ def test_weights_say_what_is_used_in_their_place():
         weights, instead = GenerateTab.show_used(None, adapter, loras, "")
         assert instead["value"] == text and instead["visible"] == bool(text) == (weights["visible"] == "hidden")
     assert GenerateTab.show_used(None, None, stack, "1 0.5")[1]["value"] == "one: lora, two: lora; strengths 1 0.5"
+
+
+def test_the_name_of_a_merged_run_is_escaped():
+    run = SimpleNamespace(name="<b>run", find_weights=lambda _: SimpleNamespace(step=4), weights=list)
+    library, studio = SimpleNamespace(find=lambda _: run), SimpleNamespace(merge=lambda *_: {})
+    said, *_ = ChainsTab.do_merge(
+        SimpleNamespace(library=library, studio=studio), run.name, "reslora: unmerged, step 4", "input"
+    )
+    assert "&lt;b&gt;run" in said and "<b>run" not in said
 
 
 def test_threads_are_told_to_spin_briefly_before_torch_is_there():

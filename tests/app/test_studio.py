@@ -387,8 +387,9 @@ def test_only_resloras_checkpoints_are_merged(studio, run):
     ):
         with pytest.raises(RunError):
             studio.merge(run, run.find_weights(label), method)
-    with pytest.raises(RunError):
-        studio.merge(run, run.find_weights("reslora: unmerged, step 4"), "../../x")
+    for method in ("../../x", ["input"], None):
+        with pytest.raises(RunError):
+            studio.merge(run, run.find_weights("reslora: unmerged, step 4"), method)
 
 
 def test_weights_that_end_in_numbers_that_are_not_finite_are_not_drawn(studio, run, tmp_path):

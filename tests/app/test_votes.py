@@ -133,3 +133,13 @@ def test_a_damaged_record_has_no_pairs_and_leads_nowhere(experiment):
         arm["folder"] = "../outside"
     (experiment.folder / "experiment.json").write_text(json.dumps(content))
     assert votes.pairs(experiment) == {}
+
+
+@pytest.mark.parametrize("linked", ["samples", "samples/{step}", "samples/{step}/0-0.png"])
+def test_a_link_to_outside_of_the_experiment_is_no_sample(experiment, linked):
+    (_, path), *_ = votes.pairs(experiment).values()
+    link = path.parents[2] / linked.format(step=path.parent.name)
+    link.rename(outside := experiment.folder.parent / "outside")
+    link.symlink_to(outside)
+    found = [path for pair in votes.pairs(experiment).values() for path in pair]
+    assert found and path not in found and not any(path.is_relative_to(outside) for path in found)

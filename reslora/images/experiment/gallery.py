@@ -49,8 +49,8 @@ def gallery(experiment: Experiment, folder: Path) -> str:
 def columns_of(experiment: Experiment, folder: Path, prompts: Sequence[str]) -> list[tuple[str, str, Path]]:
     """Return the columns of the gallery: label, seed and step, and folder of samples.
 
-    The first column shows the base model, whose samples are those of any run before its first step. Folders without
-    samples of these prompts are skipped: runs that were added later may have other prompts.
+    The first column shows the base model, or the LoRA of --init_lora: the samples of any run before its first step.
+    Folders without samples of these prompts are skipped: runs that were added later may have other prompts.
     """
     found = []
     for label in experiment["chosen"]:
@@ -59,7 +59,8 @@ def columns_of(experiment: Experiment, folder: Path, prompts: Sequence[str]) -> 
             break
     bases = (samples_of(arm, folder, prompts).get(0) for arm in experiment["arms"])
     base = next(filter(None, bases), None)
-    return [*([(BASE, "base model", base)] if base else []), *found]
+    start = "initial LoRA" if experiment["settings"].get("init_lora") else "base model"
+    return [*([(BASE, start, base)] if base else []), *found]
 
 
 def chosen_samples(

@@ -33,3 +33,12 @@ def test_no_image_is_shown_under_a_prompt_that_it_was_not_drawn_of(tmp_path):
     assert "seed 1, step 2" in other and 'alt="a fox: lora"' in other and 'alt="a fox: before training"' in other
     assert other.count("<img src=") == 2 and other.count("no image") == 2
     assert gallery(experiment(["a fish"], "one", "two"), tmp_path) == ""
+
+
+def test_the_first_column_is_named_by_what_training_starts_from(tmp_path):
+    draw(tmp_path / "one", {0: ["a cat"], 4: ["a cat"]})
+    found = experiment(["a cat"], "one")
+    assert "before training<br>base model" in gallery(found, tmp_path)
+    found["settings"]["init_lora"] = "start.safetensors"
+    shown = gallery(found, tmp_path)
+    assert "before training<br>initial LoRA" in shown and "base model" not in shown
