@@ -244,7 +244,7 @@ def merge(
     base = base_model(model)
     connection = connected(base, adapter_name)
     method = _resolve(method, connection, calibration, max_rank)
-    layers, described = lora_layers(base, adapter_name), base.peft_config[adapter_name]
+    layers = lora_layers(base, adapter_name)
     guards.refuse_merged(layers)
     _check_factors(layers, connection)
     plan = [_factors(chain, layers, connection) for chain in connection.chains] if connection.shortcut else []
@@ -265,7 +265,7 @@ def merge(
         disconnect(model, adapter_name)  # no allocation from here on, so all layers change or none
         for layer, result in written.items():
             ranks.write(layer, result, adapter_name)
-        ranks.declare(described, layers, adapter_name)
+        ranks.declare(base, layers, adapter_name)
     torch.clear_autocast_cache()  # an enclosing autocast context still caches casts of the old weights
     return MergeReport(method, connection.config.shortcut, tuple(blocks), tuple(dict.fromkeys(notes)))
 

@@ -1,5 +1,6 @@
 """Write ranks and alphas into layers and PEFT's configuration, so that PEFT can load the saved adapter."""
 
+import copy
 import dataclasses
 import math
 import re
@@ -54,7 +55,7 @@ def write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:
         modules[adapter_name] = new.train(old.training)
 
 
-def declare(config: LoraConfig, layers: dict[str, LoraLayer], adapter_name: str) -> None:
+def declare(base: nn.Module, layers: dict[str, LoraLayer], adapter_name: str) -> None:
     """Write changed ranks and alphas into the layers and, by full name, into PEFT's configuration.
 
     PEFT uses the first pattern that matches a layer, and sorts the patterns when it writes the file. Therefore, if the
@@ -72,6 +73,8 @@ def declare(config: LoraConfig, layers: dict[str, LoraLayer], adapter_name: str)
         layer = layers[name]
         alpha = whole(nominal(layer, adapter_name) * _divisor(layer, adapter_name, rank))
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, alpha
+    # A copy, because PEFT stores the caller's object, which other adapters may share.
+    config = base.peft_config[adapter_name] = copy.copy(base.peft_config[adapter_name])
     ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     config.rank_pattern = _patterns(ranks, changed, config.r, config.rank_pattern)
