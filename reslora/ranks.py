@@ -79,6 +79,8 @@ def declare(base: nn.Module, layers: dict[str, LoraLayer], adapter_name: str) ->
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     config.rank_pattern = _patterns(ranks, changed, config.r, config.rank_pattern)
     config.alpha_pattern = _patterns(alphas, changed, config.lora_alpha, config.alpha_pattern)
+    if config.init_lora_weights == "orthogonal":  # PEFT repeats it when it loads the adapter, and refuses odd ranks
+        config.init_lora_weights = True
 
 
 # -- scales that differ from alpha ------------------------------------------------------------------------------------

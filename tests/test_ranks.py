@@ -147,6 +147,15 @@ def test_a_merge_leaves_the_configuration_of_the_user_alone():
     assert config.rank_pattern == {} == config.alpha_pattern
 
 
+def test_stock_peft_loads_an_odd_rank_of_an_orthogonal_start(tmp_path):
+    model = lora_stack(r=2, init_lora_weights="orthogonal")
+    reslora.connect(model, ResLoraConfig("block", 1), example_inputs=STACK_INPUTS)
+    reslora.merge(model, max_rank=3)
+    model.save_pretrained(tmp_path)
+    bare = lora_stack(r=2, init_lora_weights="orthogonal").unload()
+    assert_equal(run(PeftModel.from_pretrained(bare, tmp_path).eval(), STACK_INPUTS), run(model.eval(), STACK_INPUTS))
+
+
 @pytest.mark.parametrize(
     "init, changes",
     [(True, False), ("gaussian", False), ("eva", False), ("pissa", True), ("pissa_niter_4", True), ("olora", True)],
