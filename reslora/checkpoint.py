@@ -210,27 +210,27 @@ def _read_plan(content: dict) -> Chains:
 # -- comparing and filling ---------------------------------------------------------------------------------------------
 
 
-def adapter_state(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """Return the adapter's tensors by names that are the same for wrapped and unwrapped models."""
+def adapter_state(model: nn.Module, adapter_name: str, keep_vars: bool = False) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors by names that are the same for wrapped and unwrapped models.
+
+    With `keep_vars`, these are the parameters themselves.
+    """
     outer = unwrap(model)
     source = outer if isinstance(outer, PeftModel) else base_model(outer)
+    values = source.state_dict(keep_vars=True) if keep_vars else None
     with keeping_shortcuts():
-        state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
+        state = get_peft_model_state_dict(source, values, adapter_name, save_embedding_layers=False)
     return {key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
 
 
 def _fill(outer: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
-    base = base_model(outer)
-    for name, layer in lora_layers(base, adapter_name).items():
-        # PEFT copies into the existing parameters. A float32 adapter on a half-precision base must stay float32.
-        dtype = tensors[f"{name}.lora_A.weight"].dtype if f"{name}.lora_A.weight" in tensors else None
-        for part in (layer.lora_A, layer.lora_B):
-            if adapter_name in part and dtype is not None:
-                part[adapter_name].to(dtype)
+    # PEFT copies into the existing parameters. A float32 adapter on a half-precision base must stay float32.
+    for key, parameter in adapter_state(outer, adapter_name, keep_vars=True).items():
+        parameter.data = parameter.data.to(tensors[key].dtype)
     wrapped = isinstance(outer, PeftModel)
     state = {PEFT_PREFIX + key: value for key, value in tensors.items()} if wrapped else tensors
     with keeping_shortcuts():
-        set_peft_model_state_dict(outer if wrapped else base, state, adapter_name=adapter_name)
+        set_peft_model_state_dict(outer if wrapped else base_model(outer), state, adapter_name=adapter_name)
 
 
 def _attach(model: nn.Module, lora: LoraConfig, adapter_name: str, saved: _Saved, directory: Path) -> nn.Module:

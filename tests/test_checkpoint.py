@@ -256,6 +256,20 @@ def test_only_the_named_adapter_is_saved(llama, tmp_path):
     assert not any("o_proj" in key or "other" in key for key in load_file(tmp_path / WEIGHTS))
 
 
+def test_float32_on_a_half_precision_base_is_not_rounded(tmp_path):
+    arch = ARCHITECTURES["bert"]
+    model = arch.lora(base=base_of(arch).bfloat16(), target_modules=["query", "word_embeddings"])
+    reslora.connect(model, ResLoraConfig("gated"))
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    for part in ("lora_A", "lora_embedding_B", "lora_gates", "modules_to_save"):
+        assert any(part in name for name in trained)
+    for value in trained.values():
+        value.data = torch.randn(value.shape)
+    reslora.save(model, tmp_path)
+    loaded = dict(reslora.load(base_of(arch).bfloat16(), tmp_path).named_parameters())
+    assert_equal({name: loaded[name] for name in trained}, trained, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_are_kept(llama, tmp_path, dtype):
     model = llama.lora().float()
