@@ -27,7 +27,14 @@ from transformers import PreTrainedModel
 from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
 from .config import ResLoraConfig
 from .errors import first_line
-from .guards import keeping_shortcuts, refuse_distributed, refuse_inactive, refuse_inner, refuse_merged
+from .guards import (
+    keeping_shortcuts,
+    refuse_distributed,
+    refuse_inactive,
+    refuse_inner,
+    refuse_merged,
+    refuse_unknown_peft,
+)
 from .io import (
     check_checksums,
     forget_checksums,
@@ -95,6 +102,8 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     - Files are missing or damaged.
     - Layers, ranks, alphas or shapes differ; the message names the first difference.
     - The model is already connected, with other chains or another configuration.
+
+    Raises `RuntimeError` if the installed PEFT does not support LoRA variants.
     """
     directory = Path(directory)
     saved = _read(directory)
@@ -108,6 +117,8 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         )
     if connection is None:
         refuse_distributed(model, saved.config)
+        if saved.config.wired:
+            refuse_unknown_peft()
     try:
         layers = lora_layers(base, adapter_name)
     except ValueError:

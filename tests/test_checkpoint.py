@@ -26,7 +26,7 @@ from core_models import (
     tiny_unet,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import dispatch_default
+from peft.tuners.lora.layer import Linear, dispatch_default
 from safetensors.torch import load_file, save_file
 from suites import quick
 from wired import one_each, pair
@@ -691,6 +691,16 @@ def test_a_layer_that_ignores_variants_is_refused(llama, tmp_path):
     with pytest.raises(ValueError) as error:
         reslora.load(model, tmp_path)
     assert_one_line(error, "model.layers.1.self_attn.q_proj", "does not call LoRA variants")
+
+
+def test_a_peft_that_does_not_call_variants_is_refused(llama, tmp_path, monkeypatch):
+    saved(llama, tmp_path)
+    base = base_of(llama)
+    monkeypatch.setattr(Linear, "forward", lambda layer, x, *args, **kwargs: layer.base_layer(x))
+    with pytest.raises(RuntimeError) as error:
+        reslora.load(base, tmp_path)
+    assert_one_line(error, "do not call their variants")
+    assert not adapter_layers(base)
 
 
 def test_norms_of_another_training_are_forgotten(llama, tmp_path):
