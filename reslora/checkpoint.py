@@ -44,7 +44,7 @@ from .io import (
     write_json,
     write_tensors,
 )
-from .ranks import rescale, rescaled
+from .ranks import changes_base, rescale, rescaled
 from .shortcuts.gated import GATES, gates_in
 from .tracing import meta_copy
 from .wiring import attach_wires, connected, connection_of
@@ -100,7 +100,8 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     Raises `ValueError`, and leaves the model unchanged, in these cases:
 
     - Files are missing or damaged.
-    - Layers, ranks, alphas or shapes differ; the message names the first difference.
+    - Layers, ranks, alphas or shapes differ, or an initialization that changes the frozen weights; the message names
+      the first difference.
     - The model is already connected, with other chains or another configuration.
 
     Raises `RuntimeError` if the installed PEFT does not support LoRA variants.
@@ -124,8 +125,11 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     except ValueError:
         layers = {}
     if layers:
-        for field in ("lora_alpha", "use_rslora", "alpha_pattern"):
-            here, there = getattr(base.peft_config[adapter_name], field), getattr(saved.lora, field)
+        adapter, fields = base.peft_config[adapter_name], ["lora_alpha", "use_rslora", "alpha_pattern"]
+        if changes_base(adapter) or changes_base(saved.lora):
+            fields.append("init_lora_weights")
+        for field in fields:
+            here, there = getattr(adapter, field), getattr(saved.lora, field)
             if here != there:
                 raise ValueError(f"the adapter has {field}={here!r}, but {directory / CONFIG_NAME} has {there!r}")
         if connection is None:

@@ -748,3 +748,5 @@ def test_an_initialisation_from_the_frozen_weight_is_repeated_on_a_bare_base(tmp
     inputs = ARCHITECTURES["llama"].inputs()
     loaded = reslora.load(bare, tmp_path)
     assert torch.allclose(run(loaded, inputs), run(model, inputs), atol=1e-5)
+    plain = get_peft_model(tiny_llama().float(), LoraConfig(r=RANK, target_modules=["q_proj"]))
+    assert_nothing_loaded(plain, tmp_path, f"init_lora_weights=True, but {tmp_path / CONFIG} has {init!r}")
