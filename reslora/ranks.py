@@ -23,7 +23,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def changes_base(config: LoraConfig) -> bool:
     """Return whether the adapter's initialization changed the frozen weights by an amount that depends on the rank."""
-    return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(CHANGES_BASE)
+    return isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(CHANGES_BASE)
 
 
 def prepared(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:

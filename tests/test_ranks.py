@@ -158,7 +158,7 @@ def test_stock_peft_loads_an_odd_rank_of_an_orthogonal_start(tmp_path):
 
 @pytest.mark.parametrize(
     "init, changes",
-    [(True, False), ("gaussian", False), ("eva", False), ("pissa", True), ("pissa_niter_4", True), ("olora", True)],
+    [(True, False), ("gaussian", False), ("eva", False), ("pissa", True), ("pissa_niter_4", True), ("OLoRA", True)],
 )
 def test_initialisations_that_change_the_frozen_weights(init, changes):
     assert ranks.changes_base(LoraConfig(init_lora_weights=init)) == changes
