@@ -118,8 +118,9 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         )
     if connection is None:
         refuse_distributed(model, saved.config)
-        if saved.config.wired:
-            refuse_unknown_peft()
+    wirable = connection is None and saved.config.wired
+    if wirable:
+        refuse_unknown_peft()
     try:
         layers = lora_layers(base, adapter_name)
     except ValueError:
@@ -135,7 +136,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         if connection is None:
             refuse_merged(layers)
             refuse_inactive(layers, adapter_name)
-        _check(saved, outer, adapter_name, directory, wirable=connection is None)
+        _check(saved, outer, adapter_name, directory, wirable)
         if connection is not None and connection.config.wired and _wiring(connection.chains) != _wiring(saved.plan):
             raise ValueError(
                 f"this model is connected by other chains ({connection.chains.links} links) than those saved in "
@@ -147,7 +148,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         lora = copy.deepcopy(saved.lora)
         lora.init_lora_weights = False  # some initializations read the frozen weight, which has no storage here
         tried = _attach(meta_copy(base), lora, adapter_name, saved, directory)
-        _check(saved, tried, adapter_name, directory)
+        _check(saved, tried, adapter_name, directory, wirable)
     check_checksums(directory, [CONFIG_NAME, WEIGHTS_NAME])
     loaded = outer if layers else _attach(outer, saved.lora, adapter_name, saved, directory)
     if connection is None:
@@ -266,14 +267,14 @@ def _attach(model: nn.Module, lora: LoraConfig, adapter_name: str, saved: _Saved
         ) from error
 
 
-def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, wirable: bool = True) -> None:
+def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, wirable: bool) -> None:
     """Raise `ValueError` for the first key or shape in which the model's adapter and the files differ.
 
     With `wirable`, also raise for layers that `connect` does not support: they would run as plain LoRA.
     """
     base, tensors = base_model(model), saved.tensors
     expected = {key: tuple(value.shape) for key, value in adapter_state(model, adapter_name).items()}
-    if wirable and saved.config.wired and saved.config.shortcut == "gated":
+    if wirable and saved.config.shortcut == "gated":
         gates = ((block.name, gates_in(chain)) for chain in saved.plan for block in chain)
         expected |= {f"{name}.{GATES}": (count,) for name, count in gates if count}
     for key in (*expected, *tensors):

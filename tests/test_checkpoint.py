@@ -703,6 +703,17 @@ def test_a_peft_that_does_not_call_variants_is_refused(llama, tmp_path, monkeypa
     assert not adapter_layers(base)
 
 
+@pytest.mark.parametrize("into", ["bare", "adapter"])
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}])
+def test_without_wires_layers_that_cannot_be_wired_come_back(lora, into, tmp_path):
+    """`connect` and `save` accept them, too."""
+    arch = ARCHITECTURES["gpt2"]
+    model = saved(arch, tmp_path, "none", **lora).eval()
+    target = base_of(arch) if into == "bare" else randomize(arch.lora(**lora), seed=9)
+    loaded = reslora.load(target, tmp_path).eval()
+    assert_equal(run(loaded, arch.inputs()), run(model, arch.inputs()))
+
+
 def test_norms_of_another_training_are_forgotten(llama, tmp_path):
     saved(llama, tmp_path)  # without a step, and so without norms
     model = llama.lora()
