@@ -36,7 +36,8 @@ class BlockReport:
     alpha: float | list[float] | None
     """alpha*, or the list of alpha_{n-k} (k = 1..m), times the factor of `set_shortcut_scale`.
 
-    None for `lstsq` and exact merges; 0 if `lstsq` merged a block by `none`.
+    None for exact merges. For `lstsq`: 1 or 0 for a head (see `ResLoraConfig.head`), 0 for a block that it merged by
+    `none`, and None for other blocks.
     """
     rank: int
     """Rank after the merge."""
