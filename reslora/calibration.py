@@ -11,6 +11,7 @@ from .errors import first_line
 from .merging import Factors, Merged
 from .regression import Inputs
 from .shortcuts.base import Shortcut, rows
+from .shortcuts.shared import version_of
 from .shortcuts.state import Wires
 from .tracing import evaluating, to_device
 
@@ -51,7 +52,7 @@ class Calibrator:
         self.postponed: set[str] = set()
         """Names of first blocks (see `leaders`) whose inputs did not fit into `BUDGET` in this pass."""
         # Weak references, so that the calibration does not keep every layer's input in memory.
-        self.seen: list[tuple[weakref.ref, str]] = []
+        self.seen: list[tuple[weakref.ref, int | None, str]] = []
         self.entered: torch.Tensor | None = None
 
     def read(self, base: nn.Module, wires: Wires, calibration: Iterable[Mapping]) -> list[str]:
@@ -128,10 +129,11 @@ class Calibrator:
         The first block that reads the tensor adds its rows `tokens` (T x p); other blocks use the same collection.
         Returns None if the inputs exceed `BUDGET`.
         """
-        leader = next((other for seen, other in self.seen if seen() is entered), None)
-        if leader is None:
-            leader = name
-            self.seen.append((weakref.ref(entered), name))
+        version = version_of(entered)
+        same = (other for seen, at, other in self.seen if seen() is entered and at == version and version is not None)
+        leader = next(same, name)
+        if leader == name:
+            self.seen.append((weakref.ref(entered), version, name))
         if self.leaders.setdefault(name, leader) != leader:
             raise ValueError(
                 f"{name} shares its input with other layers than in the first calibration batch; give batches that "

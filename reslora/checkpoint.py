@@ -27,7 +27,14 @@ from transformers import PreTrainedModel
 from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
 from .config import ResLoraConfig
 from .errors import first_line
-from .guards import keeping_shortcuts, refuse_distributed, refuse_inactive, refuse_inner, refuse_merged
+from .guards import (
+    keeping_shortcuts,
+    refuse_distributed,
+    refuse_inactive,
+    refuse_inner,
+    refuse_merged,
+    refuse_unknown_peft,
+)
 from .io import (
     check_checksums,
     forget_checksums,
@@ -37,7 +44,7 @@ from .io import (
     write_json,
     write_tensors,
 )
-from .ranks import rescale, rescaled
+from .ranks import changes_base, rescale, rescaled
 from .shortcuts.gated import GATES, gates_in
 from .tracing import meta_copy
 from .wiring import attach_wires, connected, connection_of
@@ -93,8 +100,11 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     Raises `ValueError`, and leaves the model unchanged, in these cases:
 
     - Files are missing or damaged.
-    - Layers, ranks, alphas or shapes differ; the message names the first difference.
+    - Layers, ranks, alphas or shapes differ, or an initialization that changes the frozen weights; the message names
+      the first difference.
     - The model is already connected, with other chains or another configuration.
+
+    Raises `RuntimeError` if the installed PEFT does not support LoRA variants.
     """
     directory = Path(directory)
     saved = _read(directory)
@@ -108,19 +118,25 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         )
     if connection is None:
         refuse_distributed(model, saved.config)
+    wirable = connection is None and saved.config.wired
+    if wirable:
+        refuse_unknown_peft()
     try:
         layers = lora_layers(base, adapter_name)
     except ValueError:
         layers = {}
     if layers:
-        for field in ("lora_alpha", "use_rslora", "alpha_pattern"):
-            here, there = getattr(base.peft_config[adapter_name], field), getattr(saved.lora, field)
+        adapter, fields = base.peft_config[adapter_name], ["lora_alpha", "use_rslora", "alpha_pattern"]
+        if changes_base(adapter) or changes_base(saved.lora):
+            fields.append("init_lora_weights")
+        for field in fields:
+            here, there = getattr(adapter, field), getattr(saved.lora, field)
             if here != there:
                 raise ValueError(f"the adapter has {field}={here!r}, but {directory / CONFIG_NAME} has {there!r}")
         if connection is None:
             refuse_merged(layers)
             refuse_inactive(layers, adapter_name)
-        _check(saved, outer, adapter_name, directory, wirable=connection is None)
+        _check(saved, outer, adapter_name, directory, wirable)
         if connection is not None and connection.config.wired and _wiring(connection.chains) != _wiring(saved.plan):
             raise ValueError(
                 f"this model is connected by other chains ({connection.chains.links} links) than those saved in "
@@ -132,7 +148,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         lora = copy.deepcopy(saved.lora)
         lora.init_lora_weights = False  # some initializations read the frozen weight, which has no storage here
         tried = _attach(meta_copy(base), lora, adapter_name, saved, directory)
-        _check(saved, tried, adapter_name, directory)
+        _check(saved, tried, adapter_name, directory, wirable)
     check_checksums(directory, [CONFIG_NAME, WEIGHTS_NAME])
     loaded = outer if layers else _attach(outer, saved.lora, adapter_name, saved, directory)
     if connection is None:
@@ -210,27 +226,27 @@ def _read_plan(content: dict) -> Chains:
 # -- comparing and filling ---------------------------------------------------------------------------------------------
 
 
-def adapter_state(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """Return the adapter's tensors by names that are the same for wrapped and unwrapped models."""
+def adapter_state(model: nn.Module, adapter_name: str, keep_vars: bool = False) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors by names that are the same for wrapped and unwrapped models.
+
+    With `keep_vars`, these are the parameters themselves.
+    """
     outer = unwrap(model)
     source = outer if isinstance(outer, PeftModel) else base_model(outer)
+    values = source.state_dict(keep_vars=True) if keep_vars else None
     with keeping_shortcuts():
-        state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
+        state = get_peft_model_state_dict(source, values, adapter_name, save_embedding_layers=False)
     return {key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
 
 
 def _fill(outer: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
-    base = base_model(outer)
-    for name, layer in lora_layers(base, adapter_name).items():
-        # PEFT copies into the existing parameters. A float32 adapter on a half-precision base must stay float32.
-        dtype = tensors[f"{name}.lora_A.weight"].dtype if f"{name}.lora_A.weight" in tensors else None
-        for part in (layer.lora_A, layer.lora_B):
-            if adapter_name in part and dtype is not None:
-                part[adapter_name].to(dtype)
+    # PEFT copies into the existing parameters. A float32 adapter on a half-precision base must stay float32.
+    for key, parameter in adapter_state(outer, adapter_name, keep_vars=True).items():
+        parameter.data = parameter.data.to(tensors[key].dtype)
     wrapped = isinstance(outer, PeftModel)
     state = {PEFT_PREFIX + key: value for key, value in tensors.items()} if wrapped else tensors
     with keeping_shortcuts():
-        set_peft_model_state_dict(outer if wrapped else base, state, adapter_name=adapter_name)
+        set_peft_model_state_dict(outer if wrapped else base_model(outer), state, adapter_name=adapter_name)
 
 
 def _attach(model: nn.Module, lora: LoraConfig, adapter_name: str, saved: _Saved, directory: Path) -> nn.Module:
@@ -251,14 +267,14 @@ def _attach(model: nn.Module, lora: LoraConfig, adapter_name: str, saved: _Saved
         ) from error
 
 
-def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, wirable: bool = True) -> None:
+def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, wirable: bool) -> None:
     """Raise `ValueError` for the first key or shape in which the model's adapter and the files differ.
 
     With `wirable`, also raise for layers that `connect` does not support: they would run as plain LoRA.
     """
     base, tensors = base_model(model), saved.tensors
     expected = {key: tuple(value.shape) for key, value in adapter_state(model, adapter_name).items()}
-    if wirable and saved.config.wired and saved.config.shortcut == "gated":
+    if wirable and saved.config.shortcut == "gated":
         gates = ((block.name, gates_in(chain)) for chain in saved.plan for block in chain)
         expected |= {f"{name}.{GATES}": (count,) for name, count in gates if count}
     for key in (*expected, *tensors):

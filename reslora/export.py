@@ -33,7 +33,7 @@ from .chains import base_model, lora_layers
 from .checkpoint import PEFT_PREFIX, adapter_state, jsonable
 from .guards import refuse_merged
 from .io import replacing, replacing_both, serialized, write_tensors
-from .ranks import commonest, declare_scaling, whole
+from .ranks import changes_base, commonest, declare_scaling, whole
 from .wiring import connection_of
 
 DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE = (
@@ -266,7 +266,7 @@ def lora_config(layers: Mapping[str, Factors]) -> LoraConfig:
 def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
     """Return the LoRA factors of every adapted layer, by the layer's name in exported files.
 
-    Raises `ValueError` if the adapter trained parameters other than A and B.
+    Raises `ValueError` if the adapter trained parameters other than A and B, or changed the frozen weights.
     """
     base = _plain(model, adapter_name)
     config = base.peft_config[adapter_name]
@@ -282,6 +282,11 @@ def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
             name = f"text_model.{name}"  # newer transformers drop this prefix, which files have
         down, up = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
         found[name] = Factors(down, up, layer.scaling[adapter_name])
+    if changes_base(config):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changed the frozen weights, and readers of this file "
+            "would add it to the original ones: use export_peft or export_merged, or train with init_lora_weights=True"
+        )
     return found
 
 

@@ -38,10 +38,15 @@ _REFUSED = {
     "load_adapter": (_REPLACES, "default"),
     "load_lora_adapter": (_REPLACES, "a new one"),
 }
-_NAMING = ("adapter_name", "selected_adapters", "adapters")
+_NAMING = ("adapter_name", "adapter_names", "selected_adapters", "adapters")
 
-# Methods that remove the adapted layers together with their shortcuts.
-_LEAVING = ("unload", "unload_lora")
+# Methods that remove adapters. With the connected adapter, its shortcuts are removed.
+_LEAVING = ("unload", "unload_lora", "delete_adapter", "delete_adapters")
+
+# Methods that merge adapters, or undo it. Even if they name another adapter, merged layers do not call the shortcuts.
+_MERGING = ("merge_adapter", "merge_and_unload", "unmerge_adapter", "fuse_lora", "unfuse_lora")
+
+_GUARDED = (*_REFUSED, *_LEAVING, *_MERGING)
 
 # True while `reslora.checkpoint`, which stores the shortcuts itself, gets or sets weights through PEFT.
 _keeps_shortcuts = contextvars.ContextVar("reslora_keeps_shortcuts", default=False)
@@ -149,15 +154,20 @@ class _Guard:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method, or raise `RuntimeError` if the call concerns the connected adapter.
 
-        Methods that unload adapters are always called, after the shortcuts are removed.
+        Methods that remove adapters are always called; if they remove the connected one, after its shortcuts.
         """
         method = self.previous or functools.partial(getattr(type(self.module), self.verb), self.module)
         connection = live_connection(base_model(self.module))
-        if connection is not None and self.verb in _LEAVING:
-            connection.clear(self.outer)
-        elif connection is not None and connection.config.wired:
+        if connection is not None:
+            connected = connection.adapter_name
             arguments = inspect.signature(method).bind(*args, **kwargs).arguments
-            _refuse(connection.adapter_name, arguments, self.verb, *_REFUSED[self.verb])
+            if self.verb in _LEAVING:
+                if connected in _named(arguments, connected):
+                    connection.clear(self.outer)
+            elif connection.config.wired:
+                if self.verb in _MERGING:
+                    raise merge_refused(f"the adapter {connected!r}")
+                _refuse(connected, arguments, self.verb, *_REFUSED[self.verb])
         return method(*args, **kwargs)
 
     def remove(self) -> None:
@@ -177,7 +187,7 @@ def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
     modules, wired = with_wrappers(model), list(wired)
     outer, base = modules[0], modules[-1]
     for module in modules:
-        for verb in (*_REFUSED, *_LEAVING):
+        for verb in _GUARDED:
             if hasattr(type(module), verb) and not isinstance(vars(module).get(verb), _Guard):
                 vars(module)[verb] = _Guard(module, verb, base if module is base else outer)
     # PEFT merges layer by layer: without this, plain layers would be merged before the first connected one raises. Its
@@ -195,7 +205,7 @@ def remove(model: nn.Module) -> None:
     """Remove the guards that `install` installed."""
     modules = with_wrappers(model)
     for module in modules:
-        for verb in (*_REFUSED, *_LEAVING):
+        for verb in _GUARDED:
             if isinstance(guard := vars(module).get(verb), _Guard):
                 guard.remove()
     for module in modules[-1].modules():
@@ -220,14 +230,18 @@ def _refuse(connected: str, arguments: dict, verb: str, does: str, default: str 
     `does`: what the call would do, for the message. A call that names no adapter applies to the adapter `default`, or
     to the connected one if `default` is None.
     """
-    arguments = {**arguments, **arguments.get("kwargs", {})}
-    found = [arguments[key] for key in _NAMING if arguments.get(key) is not None]
-    named = [name for value in found for name in ([value] if isinstance(value, str) else value)]
-    if connected in (named or [default or connected]):
+    if connected in _named(arguments, default or connected):
         raise RuntimeError(
             f"{verb} would {does} of the connected adapter {connected!r}: call reslora.merge first, or use "
             "reslora.save and reslora.load, which keep the shortcuts"
         )
+
+
+def _named(arguments: dict, default: str) -> list[str]:
+    """Return the names of the adapters in the arguments of a call; `default` if it names none."""
+    arguments = {**arguments, **arguments.get("kwargs", {})}
+    found = [arguments[key] for key in _NAMING if arguments.get(key) is not None]
+    return [name for value in found for name in ([value] if isinstance(value, str) else value)] or [default]
 
 
 def _refuse_merge(name: str, *args: object, **kwargs: object) -> None:

@@ -36,7 +36,8 @@ class BlockReport:
     alpha: float | list[float] | None
     """alpha*, or the list of alpha_{n-k} (k = 1..m), times the factor of `set_shortcut_scale`.
 
-    None for `lstsq` and exact merges; 0 if `lstsq` merged a block by `none`.
+    None for exact merges. For `lstsq`: 1 or 0 for a head (see `ResLoraConfig.head`), 0 for a block that it merged by
+    `none`, and None for other blocks.
     """
     rank: int
     """Rank after the merge."""
@@ -244,7 +245,7 @@ def merge(
     base = base_model(model)
     connection = connected(base, adapter_name)
     method = _resolve(method, connection, calibration, max_rank)
-    layers, described = lora_layers(base, adapter_name), base.peft_config[adapter_name]
+    layers = lora_layers(base, adapter_name)
     guards.refuse_merged(layers)
     _check_factors(layers, connection)
     plan = [_factors(chain, layers, connection) for chain in connection.chains] if connection.shortcut else []
@@ -265,7 +266,7 @@ def merge(
         disconnect(model, adapter_name)  # no allocation from here on, so all layers change or none
         for layer, result in written.items():
             ranks.write(layer, result, adapter_name)
-        ranks.declare(described, layers, adapter_name)
+        ranks.declare(base, layers, adapter_name)
     torch.clear_autocast_cache()  # an enclosing autocast context still caches casts of the old weights
     return MergeReport(method, connection.config.shortcut, tuple(blocks), tuple(dict.fromkeys(notes)))
 

@@ -1,5 +1,6 @@
 """Write ranks and alphas into layers and PEFT's configuration, so that PEFT can load the saved adapter."""
 
+import copy
 import dataclasses
 import math
 import re
@@ -22,7 +23,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def changes_base(config: LoraConfig) -> bool:
     """Return whether the adapter's initialization changed the frozen weights by an amount that depends on the rank."""
-    return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(CHANGES_BASE)
+    return isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(CHANGES_BASE)
 
 
 def prepared(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
@@ -54,7 +55,7 @@ def write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:
         modules[adapter_name] = new.train(old.training)
 
 
-def declare(config: LoraConfig, layers: dict[str, LoraLayer], adapter_name: str) -> None:
+def declare(base: nn.Module, layers: dict[str, LoraLayer], adapter_name: str) -> None:
     """Write changed ranks and alphas into the layers and, by full name, into PEFT's configuration.
 
     PEFT uses the first pattern that matches a layer, and sorts the patterns when it writes the file. Therefore, if the
@@ -72,10 +73,14 @@ def declare(config: LoraConfig, layers: dict[str, LoraLayer], adapter_name: str)
         layer = layers[name]
         alpha = whole(nominal(layer, adapter_name) * _divisor(layer, adapter_name, rank))
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, alpha
+    # A copy, because PEFT stores the caller's object, which other adapters may share.
+    config = base.peft_config[adapter_name] = copy.copy(base.peft_config[adapter_name])
     ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     config.rank_pattern = _patterns(ranks, changed, config.r, config.rank_pattern)
     config.alpha_pattern = _patterns(alphas, changed, config.lora_alpha, config.alpha_pattern)
+    if config.init_lora_weights == "orthogonal":  # PEFT repeats it when it loads the adapter, and refuses odd ranks
+        config.init_lora_weights = True
 
 
 # -- scales that differ from alpha ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 from core_models import (
     ARCHITECTURES,
+    STACK_INPUTS,
     Stack,
     adapter_layers,
     assert_equal,
@@ -12,6 +13,7 @@ from core_models import (
     find_layer,
     lora_stack,
     randomize,
+    run,
     tiny_llama,
     tiny_unet,
     token_inputs,
@@ -128,6 +130,28 @@ def test_layers_that_cast_what_they_read_share_it_too(monkeypatch):
     monkeypatch.setattr(calibration, "BUDGET", 1)
     report = merged(model, [token_inputs(batch=8)])
     assert " 8 passes" in report.notes[0]  # four layers behind the first: what q and v read, and what down_proj reads
+
+
+class InPlace(Stack):
+    """A residual stack that adds to its stream in place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        for layer in self.layers:
+            x += layer(x)
+        return x
+
+
+@pytest.mark.parametrize("method", ["lstsq", "input"])
+def test_a_tensor_that_changes_in_place_is_another_input_for_each_layer(method):
+    reports = []
+    for kind in (Stack, InPlace):
+        torch.manual_seed(0)
+        model = lora_stack(kind())
+        reslora.connect(model, ResLoraConfig("input"), example_inputs=STACK_INPUTS)
+        run(model, STACK_INPUTS)  # records norms
+        reports.append(reslora.merge(model, method, calibration=[STACK_INPUTS] if method == "lstsq" else None))
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.parametrize("method", ["input", "weights", "none"])

@@ -26,7 +26,7 @@ from core_models import (
     tiny_unet,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import dispatch_default
+from peft.tuners.lora.layer import Linear, dispatch_default
 from safetensors.torch import load_file, save_file
 from suites import quick
 from wired import one_each, pair
@@ -254,6 +254,20 @@ def test_only_the_named_adapter_is_saved(llama, tmp_path):
     reslora.connect(model, ResLoraConfig("input"))
     reslora.save(model, tmp_path)
     assert not any("o_proj" in key or "other" in key for key in load_file(tmp_path / WEIGHTS))
+
+
+def test_float32_on_a_half_precision_base_is_not_rounded(tmp_path):
+    arch = ARCHITECTURES["bert"]
+    model = arch.lora(base=base_of(arch).bfloat16(), target_modules=["query", "word_embeddings"])
+    reslora.connect(model, ResLoraConfig("gated"))
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    for part in ("lora_A", "lora_embedding_B", "lora_gates", "modules_to_save"):
+        assert any(part in name for name in trained)
+    for value in trained.values():
+        value.data = torch.randn(value.shape)
+    reslora.save(model, tmp_path)
+    loaded = dict(reslora.load(base_of(arch).bfloat16(), tmp_path).named_parameters())
+    assert_equal({name: loaded[name] for name in trained}, trained, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -679,6 +693,27 @@ def test_a_layer_that_ignores_variants_is_refused(llama, tmp_path):
     assert_one_line(error, "model.layers.1.self_attn.q_proj", "does not call LoRA variants")
 
 
+def test_a_peft_that_does_not_call_variants_is_refused(llama, tmp_path, monkeypatch):
+    saved(llama, tmp_path)
+    base = base_of(llama)
+    monkeypatch.setattr(Linear, "forward", lambda layer, x, *args, **kwargs: layer.base_layer(x))
+    with pytest.raises(RuntimeError) as error:
+        reslora.load(base, tmp_path)
+    assert_one_line(error, "do not call their variants")
+    assert not adapter_layers(base)
+
+
+@pytest.mark.parametrize("into", ["bare", "adapter"])
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}])
+def test_without_wires_layers_that_cannot_be_wired_come_back(lora, into, tmp_path):
+    """`connect` and `save` accept them, too."""
+    arch = ARCHITECTURES["gpt2"]
+    model = saved(arch, tmp_path, "none", **lora).eval()
+    target = base_of(arch) if into == "bare" else randomize(arch.lora(**lora), seed=9)
+    loaded = reslora.load(target, tmp_path).eval()
+    assert_equal(run(loaded, arch.inputs()), run(model, arch.inputs()))
+
+
 def test_norms_of_another_training_are_forgotten(llama, tmp_path):
     saved(llama, tmp_path)  # without a step, and so without norms
     model = llama.lora()
@@ -724,3 +759,5 @@ def test_an_initialisation_from_the_frozen_weight_is_repeated_on_a_bare_base(tmp
     inputs = ARCHITECTURES["llama"].inputs()
     loaded = reslora.load(bare, tmp_path)
     assert torch.allclose(run(loaded, inputs), run(model, inputs), atol=1e-5)
+    plain = get_peft_model(tiny_llama().float(), LoraConfig(r=RANK, target_modules=["q_proj"]))
+    assert_nothing_loaded(plain, tmp_path, f"init_lora_weights=True, but {tmp_path / CONFIG} has {init!r}")

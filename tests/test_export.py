@@ -29,7 +29,15 @@ from suites import quick
 
 import reslora
 from reslora import ResLoraConfig
-from reslora.export import export_diffusers, export_kohya, export_merged, export_peft, merged_state_dict, tuned_layers
+from reslora.export import (
+    export_comfyui,
+    export_diffusers,
+    export_kohya,
+    export_merged,
+    export_peft,
+    merged_state_dict,
+    tuned_layers,
+)
 
 LORA = "pytorch_lora_weights.safetensors"
 TOLERANCE = 1e-3  # float32: up to 1.1e-4, with another number of threads; LoRA changes the output by more than 1
@@ -473,6 +481,17 @@ def test_what_trains_beside_lora_is_merged_and_in_no_plain_file(more, words, tmp
         with pytest.raises(ValueError) as error:
             write(model, path)
         assert_one_line(error, words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_lora_on_changed_frozen_weights_is_in_no_plain_file(init, tmp_path):
+    """The readers of these files would add it to the weights as they were before."""
+    model = get_peft_model(Stack(), LoraConfig(r=2, target_modules=["proj"], init_lora_weights=init))
+    for write in (export_diffusers, export_kohya, export_comfyui):
+        with pytest.raises(ValueError) as error:
+            write(model, tmp_path / "file")
+        assert_one_line(error, f"init_lora_weights={init!r}", "export_peft or export_merged")
     assert not list(tmp_path.iterdir())
 
 

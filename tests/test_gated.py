@@ -91,6 +91,16 @@ def test_forward_and_gradients_follow_the_formula(name):
     assert_equal(of_gates, [by_name[id(value)] for value in gates(model).values()])
 
 
+def test_gates_in_float32_multiply_half_precision():
+    """GPT-2's layers are not `nn.Linear`, so their products are not added in place."""
+    arch = ARCHITECTURES["gpt2"]
+    model = connected(arch)[0].bfloat16().eval()
+    expected = run(model, arch.inputs())
+    for value in gates(model).values():
+        value.data = value.data.float()
+    assert torch.equal(run(model, arch.inputs()), expected)
+
+
 def test_dropout_is_drawn_once_for_the_input_of_a_block(llama):
     model, plain = connected(llama, lora_dropout=0.4)
     fix_dropout(model), fix_dropout(plain)

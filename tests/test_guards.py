@@ -468,6 +468,38 @@ def test_an_adapter_that_takes_the_name_of_a_deleted_one_is_not_connected(config
     assert_bare(model.get_base_model())
 
 
+def test_deleting_the_connected_adapter_leaves_plain_layers(llama):
+    """In half precision, a layer without a shortcut needs PEFT's cast of its input."""
+    config = LoraConfig(r=RANK, target_modules=["q_proj"])
+    model = llama.lora(base=tiny_llama().bfloat16())
+    model.add_adapter("other", config)
+    reslora.connect(model, WIRED[0])
+    model.delete_adapter("other")
+    assert_refused(model.merge_and_unload, "reslora.merge")
+    base = model.get_base_model()
+    model.delete_adapter("default")
+    assert_bare(base)
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    run(model, llama.inputs())
+    model.merge_and_unload()
+
+
+def test_deleting_the_connected_adapter_of_a_unet_leaves_plain_layers(unet):
+    model = connected(unet)
+    model.delete_adapters(["default"])
+    assert_bare(model)
+
+
+def test_layers_that_another_adapter_adds_are_not_merged_while_connected(llama):
+    model = connected(llama)
+    model.add_adapter("more", LoraConfig(r=RANK, target_modules=["embed_tokens", "q_proj"]))
+    layers = list(adapter_layers(model).values())
+    for merge in (model.merge_and_unload, model.merge_adapter, lambda: model.merge_adapter(["more"])):
+        assert_refused(merge, "reslora.merge")
+        assert list(adapter_layers(model).values()) == layers and not any(layer.merged for layer in layers)
+
+
 @pytest.mark.exhaustive
 @wired
 def test_what_is_left_after_deleting_the_connected_adapter_is_free(llama, tmp_path, config):

@@ -5,8 +5,18 @@ import math
 
 import pytest
 import torch
-from core_models import RANK, STACK_INPUTS, assert_equal, assert_one_line, find_layer, gradients_of, lora_stack, run
-from peft import LoraConfig, PeftModel
+from core_models import (
+    RANK,
+    STACK_INPUTS,
+    Stack,
+    assert_equal,
+    assert_one_line,
+    find_layer,
+    gradients_of,
+    lora_stack,
+    run,
+)
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
@@ -127,9 +137,28 @@ def test_a_merge_that_keeps_the_rank_keeps_the_patterns():
     assert (config.rank_pattern, config.alpha_pattern) == ({"proj": RANK}, {"layers.1.proj": 9})
 
 
+def test_a_merge_leaves_the_configuration_of_the_user_alone():
+    config = LoraConfig(r=RANK, lora_alpha=5, target_modules=["proj"])
+    model = get_peft_model(Stack().double(), config)
+    model.add_adapter("other", config)
+    reslora.connect(model, ResLoraConfig("block", 2), example_inputs=STACK_INPUTS)
+    reslora.merge(model)
+    assert model.peft_config["default"].rank_pattern and model.peft_config["other"] is config
+    assert config.rank_pattern == {} == config.alpha_pattern
+
+
+def test_stock_peft_loads_an_odd_rank_of_an_orthogonal_start(tmp_path):
+    model = lora_stack(r=2, init_lora_weights="orthogonal")
+    reslora.connect(model, ResLoraConfig("block", 1), example_inputs=STACK_INPUTS)
+    reslora.merge(model, max_rank=3)
+    model.save_pretrained(tmp_path)
+    bare = lora_stack(r=2, init_lora_weights="orthogonal").unload()
+    assert_equal(run(PeftModel.from_pretrained(bare, tmp_path).eval(), STACK_INPUTS), run(model.eval(), STACK_INPUTS))
+
+
 @pytest.mark.parametrize(
     "init, changes",
-    [(True, False), ("gaussian", False), ("eva", False), ("pissa", True), ("pissa_niter_4", True), ("olora", True)],
+    [(True, False), ("gaussian", False), ("eva", False), ("pissa", True), ("pissa_niter_4", True), ("OLoRA", True)],
 )
 def test_initialisations_that_change_the_frozen_weights(init, changes):
     assert ranks.changes_base(LoraConfig(init_lora_weights=init)) == changes

@@ -100,5 +100,5 @@ def merged(model: nn.Module) -> nn.Module:
             delattr(layer, name)
         layer.other_param_names = tuple(name for name in layer.other_param_names if name not in INITIAL)
     if found:
-        ranks.declare(base.peft_config[DEFAULT], found, DEFAULT)
+        ranks.declare(base, found, DEFAULT)
     return model

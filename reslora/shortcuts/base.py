@@ -29,7 +29,7 @@ from torch import nn
 from ..chains import Before
 from ..merges import AUTO, MERGES, Merge
 from ..merging import Factors, Merged, Moments, relative_error, share_of
-from .shared import SharedProduct, autocasts, sharded
+from .shared import SharedProduct, autocasts, sharded, version_of
 from .state import State, Wires
 
 OWN = "A x"
@@ -265,10 +265,13 @@ class Shortcut(LoraVariant):
         """
         if state.norms is None or not self.records:
             return
-        if state.normed[0] is not value:
+        latest, at, norm = state.normed
+        version = version_of(value)
+        if latest is not value or at != version or version is None:
             dtype = torch.promote_types(value.dtype, torch.float32)
-            state.normed = value, torch.linalg.vector_norm(value.detach(), dtype=dtype)
-        state.norms[self.name] = state.normed[1]
+            norm = torch.linalg.vector_norm(value.detach(), dtype=dtype)
+            state.normed = value, version, norm
+        state.norms[self.name] = norm
 
     def _observe(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
         if self.wires.observer is not None:

@@ -60,7 +60,7 @@ class GatedShortcut(BlockShortcut):
         refuse_replica(module)
         a = self._pooled([module.lora_A[active_adapter], *(a for a, _ in self.chain)], x, dim=0)
         b = self._pooled([module.lora_B[active_adapter], *(b for _, b in self.chain)], x, dim=1)
-        b = b * getattr(module, GATES)[active_adapter].to(x.device)
+        b = b * getattr(module, GATES)[active_adapter].to(b)
         if self.wires.observer is not None:
             self.wires.observer(self, x, a, b)
         hidden = F.linear(rows(module.lora_dropout[active_adapter](cast(x, a))), a)

@@ -58,10 +58,16 @@ class SharedProduct:
 
 def _circumstances(x: torch.Tensor) -> tuple:
     """Return the version of `x`, gradient mode and autocast dtype: a stored product is reused only if all are equal."""
-    # In a compiled graph, and for tensors created in inference mode, the version is not available.
-    version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None
-    return version, torch.is_grad_enabled(), dtype
+    return version_of(x), torch.is_grad_enabled(), dtype
+
+
+def version_of(x: torch.Tensor) -> int | None:
+    """Return the version of a tensor, which every change in place raises.
+
+    None in a compiled graph and for tensors created in inference mode: they have no version.
+    """
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _usable(weights: list[torch.Tensor], rows: torch.Tensor) -> bool:

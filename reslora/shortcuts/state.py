@@ -31,7 +31,7 @@ class State:
         # `block`: -> (sum of B A, whether it was computed with gradients).
         self.handed: dict[tuple[str, str], tuple[torch.Tensor, Any]] = {} if handed is None else handed
         self.norms: dict[str, torch.Tensor] | None = {} if recording else None
-        self.normed: tuple = (None, None)
+        self.normed: tuple = (None, None, None)  # the latest tensor, its version and its norm; see `Shortcut._record`
         self.shared: tuple | None = None  # the latest product for several blocks; see `SharedProduct`
         self.grad = torch.is_grad_enabled()
         self.segments = segments  # number of checkpointed segments, with contexts of `Wires.contexts`, that now run

@@ -131,7 +131,7 @@ def _refuse_others(flag: str, config: Mapping) -> None:
     """Raise `InvalidArgument` for PEFT methods other than plain LoRA, and for initializations that change the base."""
     if config.get("peft_type", "LORA") != "LORA":
         raise InvalidArgument(flag, f"{config['peft_type']}, which is not plain LoRA", "give a LoRA")
-    if str(init := config.get("init_lora_weights")).startswith(CHANGES_BASE):
+    if str(init := config.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
         problem = f"its init_lora_weights, {init}, has changed the base model, too"
         raise InvalidArgument(flag, problem, "save it with PEFT's path_initial_model_for_weight_conversion")
     for name in NOT_PLAIN:

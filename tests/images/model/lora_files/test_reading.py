@@ -251,7 +251,7 @@ def test_a_model_of_another_size_is_refused(tmp_path):
             for field in ({"peft_type": "LOHA"}, {"peft_type": "OFT"}, {"use_dora": True})
         ),
         *((field, "plain LoRA") for field in ({"lora_bias": True}, {"modules_to_save": ["conv_in"]})),
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4, has changed the base model"),
+        *(({"init_lora_weights": init}, f"{init}, has changed the base model") for init in ("pissa_niter_4", "OLoRA")),
     ],
 )
 def test_other_adapters_of_peft_are_refused(field, words, tmp_path):
