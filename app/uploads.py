@@ -1,5 +1,6 @@
 """Validate images and captions that a browser uploads, and copy them to folders."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -121,8 +122,7 @@ def problem_of(path: Path, stems: Collection[str]) -> str:
 def write(folder: Path, contents: Contents, linked: bool = False) -> None:
     """Write a new folder with these contents. Raises `RunError`, and leaves no folder, if a file cannot be written.
 
-    `linked`: link the files instead of copying them."""
-    add = os.link if linked else shutil.copyfile
+    `linked`: link the files, where the file system can, instead of copying them."""
     try:
         with replacing(folder) as temporary:
             temporary.mkdir()
@@ -130,6 +130,14 @@ def write(folder: Path, contents: Contents, linked: bool = False) -> None:
                 if isinstance(content, str):
                     (temporary / name).write_bytes(content.encode())
                 else:
-                    add(content, temporary / name)
+                    copy(content, temporary / name, linked)
     except OSError as error:
         raise RunError(f"The images cannot be stored ({error.strerror}).") from None
+
+
+def copy(source: Path, target: Path, linked: bool) -> None:
+    """Copy a file or, with `linked`, link it if both are on a file system with links."""
+    if linked:
+        with contextlib.suppress(OSError):
+            return os.link(source, target)
+    shutil.copyfile(source, target)
