@@ -18,6 +18,7 @@ from ..export import export_peft, merged_state_dict
 from ..io import remove_leftovers, replacing, write_json
 from ..merges import AUTO, MERGES
 from ..methods import pissa
+from ..methods.adapters import rank_allocator
 from ..methods.controls import merged
 from ..methods.registry import METHODS
 from ..model import Connection, MergeReport, connection_of, merge
@@ -143,6 +144,8 @@ def export(
     report = as_plain(model, adapter, calibration, folder if is_main() else None)
     if is_main():
         remove_leftovers(folder / "peft")  # of a process that was killed while writing
+        if allocator := rank_allocator(model):
+            allocator.read_ranks()
         export_peft(model, folder / "peft")
         if adapter.merge_and_save:
             _write_merged(base_model(model), folder / "merged", tokenizer)
