@@ -10,9 +10,9 @@ from ..checks import check_writable, is_path, require_package
 from ..errors import InvalidArgument, refused_as, speaks
 from ..formatting import pluralize
 from ..methods.patterns import LEARNING_RATES, entries
-from ..methods.registry import METHODS, check_steps, refuse_unable
+from ..methods.registry import check_steps, refuse_unable
 from ..options.averages import averages_of
-from ..options.contradictions import check_compiled, check_method, check_texts
+from ..options.contradictions import check_compiled, check_method, check_texts, refuse_unable_to_start
 from ..options.images import (
     DataOptions,
     MethodOptions,
@@ -26,7 +26,6 @@ from ..options.images import (
 from ..options.optimizers import check_installed, named, options_of
 from ..options.unused import refuse_unused
 from ..options.values import as_typed
-from ..shortcuts import PLAIN
 from .cache_folder import cache_folder
 from .model.kinds import read_index, refuse_others, refuse_parts, refuse_quantized
 
@@ -167,17 +166,7 @@ def check_start(adapter: MethodOptions) -> None:
     flag = f"--init_lora {adapter.init_lora}"
     if not Path(adapter.init_lora).exists():
         raise InvalidArgument(flag, "no such file or folder", "give a LoRA file, or a folder with one")
-    for method in (METHODS[name] for name in adapter.method):
-        if method.measured or not method.trains_lora:
-            measured, without = "can only start from zero", "has no plain LoRA weights that could start from it"
-            problem = f"--method {method.name} {measured if method.trains_lora else without}"
-            raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
-        if method.shortcuts and adapter.shortcut != PLAIN and adapter.pre_num != 0:
-            problem = (
-                f"with --shortcut {adapter.shortcut} its blocks would also enter their neighbors, and the first step "
-                "would not start from the base model plus that LoRA"
-            )
-            raise InvalidArgument(flag, problem, "give --method lora, or --shortcut none")
+    refuse_unable_to_start(adapter, flag)
 
 
 def check_optimizer(options: OptimizerOptions) -> None:

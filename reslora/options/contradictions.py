@@ -9,7 +9,7 @@ from .grid import Grid
 from .option import Given
 from .prompts import clean
 from .shared import RunOptions, SharedMethodOptions
-from .values import listed
+from .values import as_typed, listed
 
 
 def check_texts(values: Given) -> None:
@@ -86,6 +86,34 @@ def check_compiled(flag: str, options: SharedMethodOptions, checkpointing: bool)
     if checkpointing and carries_activations(options):
         problem = f"with --gradient_checkpointing cannot keep --shortcut {options.shortcut}"
         raise InvalidArgument(flag, problem, "leave one of them out, or use --shortcut block")
+
+
+def refuse_unable_to_start(options: SharedMethodOptions, flag: str) -> None:
+    """Raise `InvalidArgument` for a method that cannot start from the base model plus the LoRA that `flag` names."""
+    for method in (METHODS[name] for name in options.method):
+        if method.measured or not method.trains_lora:
+            measured, without = "can only start from zero", "has no plain LoRA weights that could start from it"
+            problem = f"--method {method.name} {measured if method.trains_lora else without}"
+            raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
+        if method.shortcuts and options.shortcut != PLAIN and options.pre_num != 0:
+            problem = (
+                f"with --shortcut {options.shortcut} its blocks would also enter their neighbors, and the first step "
+                "would not start from the base model plus that LoRA"
+            )
+            raise InvalidArgument(flag, problem, "give --method lora, or --shortcut none")
+
+
+def refuse_other_than_lora(given: Given, found: Given) -> None:
+    """Raise `InvalidArgument` for a given option that contradicts the LoRA of --init_lora.
+
+    `found`: rank, alpha and target modules of the LoRA, by option. Rank and alpha patterns contradict it, because the
+    LoRA sets rank and alpha of each layer.
+    """
+    for name, value in (found | dict.fromkeys(FIELDS)).items():
+        asked = given.get(name)
+        if asked is not None and {*listed(asked)} != {*listed(value)}:
+            what = "its layers are others" if isinstance(value, list) else f"--init_lora has {value or 'its own'}"
+            raise InvalidArgument(f"--{name} {as_typed(asked)}", what, "leave it out")
 
 
 def check_no_experiment(options: RunOptions) -> None:

@@ -237,8 +237,8 @@ class TextStudy(Study):
     def adapted(self, tell: Callable[[str], object] = lambda _: None) -> PeftModel:
         """Return the model with a newly initialized adapter; pass lines about layers without shortcuts to `tell`."""
         model = self.texts.adapted(self.options, self.context.accelerator.device, self.schedule.steps)
-        if start := self.method.init_lora:
-            put_start(model, start)
+        if self.method.init_lora:
+            put_start(model, self.method)
         print_links(model, self.method.name, self.method.reslora_config, tell, self.texts.example)
         return model
 

@@ -1,5 +1,6 @@
 """Options of the language scripts: one line and exit status 2 for what cannot work."""
 
+import json
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -155,6 +156,25 @@ def test_amendments_without_effect_are_refused(kind, prog, tmp_path):
         options("--torch_compile", "--shortcut_decay", "0.75")
     options("--torch_compile", "--shortcut_scale", "mean")
     options("--torch_compile", "--shortcut_decay", "0.75", "--method", "lora")
+
+
+def test_what_contradicts_the_lora_to_start_from_is_refused(tmp_path):
+    start = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["v_proj", "q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(start))
+    (tmp_path / "adapter_model.safetensors").touch()
+    more = ("--init_lora", str(tmp_path), "--output_dir", str(tmp_path / "run"))
+    adapter = parse("--method", "lora_x2", "--lora_r", "2", "--target_modules", "q_proj", "v_proj", *more).adapter
+    assert (adapter.rank, adapter.lora_alpha, adapter.target_modules) == (2, 6, ["q_proj", "v_proj"])
+    for words, problem in (
+        ("--pre_num 1", "with --shortcut input its blocks would also enter their neighbors"),
+        ("--method lora_matched", "--method lora_matched can only start from zero"),
+        ("--method lora --lora_r 16", "--lora_r 16: --init_lora has 2; leave it out"),
+        ("--method lora --lora_alpha 4", "--lora_alpha 4: --init_lora has 6"),
+        ("--method lora --rank_pattern q_proj=4", "--rank_pattern q_proj=4: --init_lora has its own"),
+        ("--method lora --target_modules q_proj", "--target_modules q_proj: its layers are others"),
+    ):
+        with pytest.raises(InvalidArgument, match=problem):
+            parse(*words.split(), *more)
 
 
 def test_deepspeed_alone_means_the_bundled_configuration():

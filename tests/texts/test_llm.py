@@ -516,7 +516,7 @@ def test_a_run_may_start_from_a_lora_of_peft(tiny, data, tmp_path, capsys):
         flags(tiny, data, tmp_path / "other", "--init_lora", data), capsys, ["--init_lora", "no LoRA in PEFT's"]
     )
     assert_refused(
-        flags(tiny, data, tmp_path / "other", "--method", "loha", *start), capsys, ["--method loha trains no"]
+        flags(tiny, data, tmp_path / "other", "--method", "loha", *start), capsys, ["--method loha has no plain LoRA"]
     )
 
 
