@@ -195,6 +195,13 @@ def test_what_a_killed_export_has_left_goes(tmp_path):
     assert sorted(path.name for path in left.parent.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+def test_a_merged_model_of_an_earlier_export_goes(tmp_path):
+    """It contains another adapter than peft/."""
+    for merge_and_save in (True, False):
+        export(build("lora", "none")[0], tmp_path, adapter_of("lora", merge_and_save=merge_and_save))
+        assert (tmp_path / "merged").exists() == merge_and_save
+
+
 def test_adalora_is_exported_with_the_ranks_of_its_weights(tmp_path):
     """Its latest allocation may have fewer, for example if --save_best chooses an earlier step."""
     torch.manual_seed(0)
