@@ -105,6 +105,10 @@ class Texts(ABC):
     def empty(self, options: Any) -> PreTrainedModel:
         """Return the base model without its weights; call it with the meta device as the default."""
 
+    def frozen_bytes(self, options: Any, model: PeftModel) -> float:
+        """Return the bytes of the frozen weights, for the model of `empty` with an adapter."""
+        return sum(value.numel() * value.element_size() for value in model.parameters() if not value.requires_grad)
+
     @abstractmethod
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return a batch of training examples: `input_ids` and other tensors whose first dimension is the batch."""

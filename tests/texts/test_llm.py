@@ -18,6 +18,7 @@ from reslora.options.texts import ZERO2_OFFLOAD
 from reslora.runtime.folder_lock import locked
 from reslora.runtime.script import run_script
 from reslora.texts import llm, study
+from reslora.texts.adapter import attach
 from reslora.texts.llm_tasks import TASKS, Example, examples_of
 from reslora.texts.llm_tokens import Encoder
 from reslora.texts.plan import saved_bytes
@@ -495,6 +496,19 @@ def test_a_plan_counts_steps_and_memory_and_writes_nothing(tiny, data, tmp_path,
     found = saved_bytes(model, {"input_ids": torch.zeros(2, 8, dtype=torch.long, device="meta")})
     logits = 2 * 4 * 2 * 8 * model.config.vocab_size
     assert found > logits + 3 * 2 * 8 * model.config.hidden_size * 4  # at least an input of each layer
+
+
+def test_a_plan_counts_quantized_weights(tiny, data, tmp_path, monkeypatch):
+    """All linear layers but the output, which is the embedding here; 0.516 bytes with the scales."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: object())
+    asked = {more: parsed(flags(tiny, data, tmp_path, "--method", "lora", *more)) for more in ((), ("--load_in_4bit",))}
+    monkeypatch.undo()
+    found, texts = [], llm.LlmTexts()
+    for options in asked.values():
+        with torch.device("meta"):
+            found.append(texts.frozen_bytes(options, attach(texts.empty(options), options.adapter, 4)))
+    embedding, linear, norms = 257 * 32, 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48), 7 * 32
+    assert found == [4 * (embedding + linear + norms), pytest.approx(4 * (embedding + norms) + 0.516 * linear)]
 
 
 def test_a_run_may_start_from_a_lora_of_peft(tiny, data, tmp_path, capsys):
