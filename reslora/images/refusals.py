@@ -12,7 +12,13 @@ from ..formatting import pluralize
 from ..methods.patterns import LEARNING_RATES, entries
 from ..methods.registry import check_steps, refuse_unable
 from ..options.averages import averages_of
-from ..options.contradictions import check_compiled, check_method, check_texts, refuse_unable_to_start
+from ..options.contradictions import (
+    check_compiled,
+    check_method,
+    check_schedule,
+    check_texts,
+    refuse_unable_to_start,
+)
 from ..options.images import (
     DataOptions,
     MethodOptions,
@@ -30,7 +36,6 @@ from .cache_folder import cache_folder
 from .model.kinds import read_index, refuse_others, refuse_parts, refuse_quantized
 
 PRODIGY = named("prodigy").path
-POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
 
 
 def check_options(options: Options) -> None:
@@ -51,7 +56,7 @@ def check_options(options: Options) -> None:
         f"--max_train_steps {options.training.max_train_steps}",
     )
     check_optimizer(options.optimizer)
-    check_schedule(options.optimizer)
+    check_schedule(options.optimizer, "--lr_scheduler")
     check_hub(options.output)
     if options.training.compile:
         check_compile(options.model, options.adapter, options.training)
@@ -185,28 +190,6 @@ def check_optimizer(options: OptimizerOptions) -> None:
         argument = patterns if options.lr_pattern else f"--loraplus_lr_ratio {options.loraplus_lr_ratio:g}"
         problem = f"--optimizer {options.optimizer} estimates one learning rate for all layers"
         raise InvalidArgument(argument, problem, "leave it out, or give another optimizer")
-
-
-def check_schedule(options: OptimizerOptions) -> None:
-    """Raise `InvalidArgument` for a learning rate or step rules that --lr_scheduler does not support."""
-    if options.lr_scheduler == "polynomial" and options.learning_rate <= POLYNOMIAL_END:
-        problem, fix = f"--lr_scheduler polynomial ends at {POLYNOMIAL_END:g}", "give a larger one, or another schedule"
-        raise InvalidArgument(f"--learning_rate {options.learning_rate:g}", problem, fix)
-    rules = options.lr_step_rules or ""
-    if options.lr_scheduler == "piecewise_constant" and not is_step_rules(rules):
-        problem = "--lr_scheduler piecewise_constant needs factor:step pairs and a last factor"
-        raise InvalidArgument(f"--lr_step_rules {rules}".strip(), problem, "give rules such as 1:100,0.1:200,0.01")
-
-
-def is_step_rules(text: str) -> bool:
-    """Return whether diffusers can parse the rules: `factor:step` pairs followed by a last factor."""
-    *pairs, last = text.split(",")
-    try:
-        rules = [pair.split(":") for pair in pairs]
-        factors, steps = [float(last), *(float(factor) for factor, _ in rules)], [int(step) for _, step in rules]
-    except ValueError:
-        return False
-    return all(0 <= factor < math.inf for factor in factors) and all(step > 0 for step in steps)
 
 
 def check_compile(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions) -> None:

@@ -1,5 +1,7 @@
 """Validation shared by all scripts: options of a method or an experiment that contradict each other."""
 
+import math
+
 from ..errors import InvalidArgument
 from ..merges import MERGES
 from ..methods.patterns import FIELDS, entries
@@ -8,8 +10,10 @@ from ..shortcuts import PLAIN, shortcut_class
 from .grid import Grid
 from .option import Given
 from .prompts import clean
-from .shared import RunOptions, SharedMethodOptions
+from .shared import RunOptions, SharedMethodOptions, SharedOptimizerOptions
 from .values import as_typed, listed
+
+POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
 
 
 def check_texts(values: Given) -> None:
@@ -114,6 +118,31 @@ def refuse_other_than_lora(given: Given, found: Given) -> None:
         if asked is not None and {*listed(asked)} != {*listed(value)}:
             what = "its layers are others" if isinstance(value, list) else f"--init_lora has {value or 'its own'}"
             raise InvalidArgument(f"--{name} {as_typed(asked)}", what, "leave it out")
+
+
+def check_schedule(options: SharedOptimizerOptions, flag: str) -> None:
+    """Raise `InvalidArgument` for a learning rate or step rules that the schedule does not support.
+
+    `flag` is the script's option for the schedule.
+    """
+    if options.lr_scheduler == "polynomial" and options.learning_rate <= POLYNOMIAL_END:
+        problem, fix = f"{flag} polynomial ends at {POLYNOMIAL_END:g}", "give a larger one, or another schedule"
+        raise InvalidArgument(f"--learning_rate {options.learning_rate:g}", problem, fix)
+    rules = options.lr_step_rules or ""
+    if options.lr_scheduler == "piecewise_constant" and not is_step_rules(rules):
+        problem = f"{flag} piecewise_constant needs factor:step pairs and a last factor"
+        raise InvalidArgument(f"--lr_step_rules {rules}".strip(), problem, "give rules such as 1:100,0.1:200,0.01")
+
+
+def is_step_rules(text: str) -> bool:
+    """Return whether diffusers can parse the rules: `factor:step` pairs followed by a last factor."""
+    *pairs, last = text.split(",")
+    try:
+        rules = [pair.split(":") for pair in pairs]
+        factors, steps = [float(last), *(float(factor) for factor, _ in rules)], [int(step) for _, step in rules]
+    except ValueError:
+        return False
+    return all(0 <= factor < math.inf for factor in factors) and all(step > 0 for step in steps)
 
 
 def check_no_experiment(options: RunOptions) -> None:

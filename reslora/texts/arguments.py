@@ -128,6 +128,7 @@ def checked(options: T) -> T:
     output, optimizer = options.output.output_dir, options.optimizer
     check_writable(Path(output), f"--output_dir {output}")
     check_installed(optimizer.optimizer, optimizer.optimizer_args, f"--optim {optimizer.optimizer}")
+    contradictions.check_schedule(optimizer, "--lr_scheduler_type")
     if optimizer.warmup_ratio and optimizer.lr_warmup_steps:
         raise InvalidArgument(f"--warmup_ratio {optimizer.warmup_ratio:g}", "and --warmup_steps", "give one of them")
     if options.training.bf16 and options.training.fp16:

@@ -267,6 +267,9 @@ def test_nothing_heavy_is_imported_before_the_options_make_sense():
         ("--warmup_ratio 0.1 --warmup_steps 3", "--warmup_ratio 0.1"),
         ("--bf16 --fp16", "--fp16: contradicts --bf16"),
         ("--optim paged_adamw", "--optim paged_adamw"),
+        ("--lr_scheduler_type piecewise_constant", "--lr_step_rules: --lr_scheduler_type piecewise_constant needs"),
+        ("--lr_scheduler_type piecewise_constant --lr_step_rules 1:x,1", "--lr_step_rules 1:x,1: "),
+        ("--lr_scheduler_type polynomial --learning_rate 1e-7", "--lr_scheduler_type polynomial ends at 1e-07"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_status_2(capsys, bad):
