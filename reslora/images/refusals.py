@@ -3,7 +3,6 @@
 `huggingface_hub` is imported only for `--push_to_hub`, so that `--help` appears at once.
 """
 
-import math
 from pathlib import Path
 
 from ..checks import check_writable, is_path, require_package
@@ -11,8 +10,8 @@ from ..errors import InvalidArgument, refused_as, speaks
 from ..formatting import pluralize
 from ..methods.patterns import LEARNING_RATES, entries
 from ..methods.registry import check_steps, refuse_unable
-from ..options.averages import averages_of
 from ..options.contradictions import (
+    check_averages,
     check_compiled,
     check_method,
     check_schedule,
@@ -29,7 +28,7 @@ from ..options.images import (
     TrainingOptions,
     ValidationOptions,
 )
-from ..options.optimizers import check_installed, named, options_of
+from ..options.optimizers import check_installed, named
 from ..options.unused import refuse_unused
 from ..options.values import as_typed
 from .cache_folder import cache_folder
@@ -45,7 +44,7 @@ def check_options(options: Options) -> None:
     refuse_unused(options)
     check_text_encoder(options.adapter, options.optimizer)
     check_prompts(options.validation)
-    check_averages(options.validation, options.output, options.training.max_train_steps)
+    check_averages(options, options.training.max_train_steps)
     check_method(options.adapter, "merge_calibration_samples")
     if options.model.base_precision != "no":
         refuse_unable(options.adapter.method, "packed")
@@ -146,24 +145,6 @@ def check_prompts(validation: ValidationOptions) -> None:
         raise InvalidArgument(f"--validation_image {as_typed(images)}", problem, "give one, or one for each prompt")
 
 
-def check_averages(validation: ValidationOptions, output: OutputOptions, steps: int | None) -> None:
-    """Raise `InvalidArgument` if fewer checkpoints will be retained than --average_checkpoints averages.
-
-    `steps`: number of training steps; None while it is unknown.
-    """
-    if validation.average_checkpoints is None:
-        return
-    least = max(average.least for average in averages_of(validation.average_checkpoints))
-    flag, averaged = f"--average_checkpoints {validation.average_checkpoints}", f"averages {least} or more checkpoints"
-    if output.checkpoints_total_limit and output.checkpoints_total_limit < least:
-        problem = f"{averaged}, and --checkpoints_total_limit {output.checkpoints_total_limit} retains fewer"
-        raise InvalidArgument(flag, problem, f"give --checkpoints_total_limit {least}")
-    if steps and (count := math.ceil(steps / output.checkpointing_steps)) < least:
-        saved = f"--checkpointing_steps {output.checkpointing_steps} saves {count} in {pluralize(steps, 'step')}"
-        fix = f"give --checkpointing_steps {steps // least}" if steps >= least else "train for more steps"
-        raise InvalidArgument(flag, f"{averaged}, and {saved}", fix)
-
-
 def check_start(adapter: MethodOptions) -> None:
     """Raise `InvalidArgument` unless each method can start from the base model plus the LoRA of --init_lora."""
     if adapter.init_lora is None:
@@ -182,8 +163,6 @@ def check_optimizer(options: OptimizerOptions) -> None:
         )
     flag = "--use_8bit_adam" if options.use_8bit_adam else f"--optimizer {options.optimizer}"
     check_installed(options.optimizer, options.optimizer_args, flag)
-    if (own := options_of(options.optimizer_args)).keys() & {"lr"}:
-        raise InvalidArgument(f"--optimizer_args lr={own['lr']}", "--learning_rate sets it", "leave it out")
     entries(LEARNING_RATES, options.lr_pattern)
     if options.has_factors and named(options.optimizer).path == PRODIGY:
         patterns = f"--lr_pattern {as_typed(options.lr_pattern)}"

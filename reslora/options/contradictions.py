@@ -3,14 +3,16 @@
 import math
 
 from ..errors import InvalidArgument
+from ..formatting import pluralize
 from ..merges import MERGES
 from ..methods.patterns import FIELDS, entries
 from ..methods.registry import METHODS, refuse_settings
 from ..shortcuts import PLAIN, shortcut_class
+from .averages import averages_of
 from .grid import Grid
 from .option import Given
 from .prompts import clean
-from .shared import RunOptions, SharedMethodOptions, SharedOptimizerOptions
+from .shared import RunOptions, SharedMethodOptions, SharedOptimizerOptions, TrainOptions
 from .values import as_typed, listed
 
 POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
@@ -90,6 +92,26 @@ def check_compiled(flag: str, options: SharedMethodOptions, checkpointing: bool)
     if checkpointing and carries_activations(options):
         problem = f"with --gradient_checkpointing cannot keep --shortcut {options.shortcut}"
         raise InvalidArgument(flag, problem, "leave one of them out, or use --shortcut block")
+
+
+def check_averages(options: TrainOptions, steps: int | None) -> None:
+    """Raise `InvalidArgument` if fewer checkpoints will be retained than --average_checkpoints averages.
+
+    `steps`: number of training steps; None while it, or the steps between checkpoints, is unknown.
+    """
+    if options.validation.average_checkpoints is None:
+        return
+    limit, every = options.output.checkpoints_total_limit, options.output.checkpointing_steps
+    limit_flag, every_flag = (options.option(name).flag for name in ("checkpoints_total_limit", "checkpointing_steps"))
+    least = max(average.least for average in averages_of(options.validation.average_checkpoints))
+    flag = f"--average_checkpoints {options.validation.average_checkpoints}"
+    averaged = f"averages {least} or more checkpoints"
+    if limit and limit < least:
+        raise InvalidArgument(flag, f"{averaged}, and {limit_flag} {limit} retains fewer", f"give {limit_flag} {least}")
+    if steps and (count := math.ceil(steps / every)) < least:
+        saved = f"{every_flag} {every} saves {count} in {pluralize(steps, 'step')}"
+        fix = f"give {every_flag} {steps // least}" if steps >= least else "train for more steps"
+        raise InvalidArgument(flag, f"{averaged}, and {saved}", fix)
 
 
 def refuse_unable_to_start(options: SharedMethodOptions, flag: str) -> None:

@@ -125,6 +125,7 @@ def checked(options: T) -> T:
     """
     contradictions.check_method(options.adapter, "calibration_examples")
     refuse_unused(options)
+    contradictions.check_averages(options, None)
     output, optimizer = options.output.output_dir, options.optimizer
     check_writable(Path(output), f"--output_dir {output}")
     check_installed(optimizer.optimizer, optimizer.optimizer_args, f"--optim {optimizer.optimizer}")
@@ -133,8 +134,8 @@ def checked(options: T) -> T:
         raise InvalidArgument(f"--warmup_ratio {optimizer.warmup_ratio:g}", "and --warmup_steps", "give one of them")
     if options.training.bf16 and options.training.fp16:
         raise InvalidArgument("--fp16", "contradicts --bf16", "leave one of them out")
-    if options.output.push_to_hub:
-        raise InvalidArgument("--push_to_hub", "is not supported", "upload the run's peft/ with `hf upload` instead")
+    if refused := [name for name in ("push_to_hub", "hub_model_id", "hub_token") if options[name]]:
+        raise InvalidArgument(f"--{refused[0]}", "is not supported", "upload the run's peft/ with `hf upload` instead")
     if options.training.deepspeed:
         require_package("--deepspeed", "deepspeed")
     if options.training.compile:

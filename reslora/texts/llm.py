@@ -138,7 +138,7 @@ def precision(task: LlmTaskOptions, training: TrainingOptions, device: torch.dev
     dtype = dtype_of(task, training)
     if not task.load_in_4bit:
         return {"dtype": dtype}
-    compute = dtype if dtype != torch.float32 else torch.bfloat16
+    compute = torch.bfloat16 if task.dtype == "auto" and dtype == torch.float32 else dtype
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

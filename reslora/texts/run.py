@@ -14,6 +14,7 @@ from ..content_hash import folder_mark
 from ..errors import InvalidArgument, Stopped, refused_as
 from ..experiment.record import EXPERIMENT
 from ..formatting import pluralize
+from ..options.contradictions import check_averages
 from ..options.texts import T, TextOptions, TrainingOptions
 from ..options.unused import report_unread_by_methods, report_unused
 from ..options.values import as_typed
@@ -51,6 +52,7 @@ def run(texts: Texts, options: T, stop: StopRequest) -> None:
         schedule, resolved = schedule_of(plan_of(texts, options, context.accelerator).updates, options)
         context = Context(resolved, texts, context.accelerator, stop, status=context.status)
         check_optimizer(context)
+        check_averages(resolved, schedule.steps)
         broadcast_from_main(lambda: check_length(options, resume, schedule.steps))
         start_trackers(context, "reslora", wandb={"name": options.output.run_name})
         note_settings(resolved, {}, context.accelerator)

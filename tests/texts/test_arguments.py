@@ -19,7 +19,7 @@ from reslora.options.contradictions import check_method
 from reslora.options.grid import Grid
 from reslora.options.option import number, whole
 from reslora.options.texts import GLUE_TASK, LLM_TASK, NEAREST, ZERO2_OFFLOAD, GlueOptions, LlmOptions
-from reslora.options.unused import report_unread_by_methods
+from reslora.options.unused import report_unread_by_methods, report_unused
 from reslora.runtime.script import run_script
 from reslora.texts.arguments import TextParser, read, resolve
 
@@ -57,6 +57,23 @@ def test_what_the_method_does_not_read_is_told(capsys, flag, value, method, othe
     report_unread_by_methods(resolve(LlmOptions, {"method": [method], flag: value}))
     report_unread_by_methods(resolve(LlmOptions, {"method": [other], "lora_r": 3}))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        ("--warmup_steps 2 --lr_scheduler_type constant", "--lr_scheduler_type linear"),
+        ("--warmup_ratio 0.1 --lr_scheduler_type constant", "--lr_scheduler_type cosine"),
+        ("--eval_steps 1 --eval_strategy epoch", ""),
+        ("--save_steps 1 --save_strategy epoch", ""),
+    ],
+)
+def test_steps_without_effect_are_told(capsys, words, read):
+    flag, value, *other = words.split()
+    report_unused(parse(flag, value, *read.split()))
+    assert capsys.readouterr().out == ""
+    report_unused(parse(flag, value, *other))
+    assert capsys.readouterr().out == f"{flag} {value}: it has no effect with {' '.join(other)}\n"
 
 
 def test_blocks_without_others_are_warned_of(capsys):
@@ -267,6 +284,10 @@ def test_nothing_heavy_is_imported_before_the_options_make_sense():
         ("--warmup_ratio 0.1 --warmup_steps 3", "--warmup_ratio 0.1"),
         ("--bf16 --fp16", "--fp16: contradicts --bf16"),
         ("--optim paged_adamw", "--optim paged_adamw"),
+        ("--optimizer_args lr=0.5", "--optimizer_args lr=0.5: --learning_rate sets it"),
+        ("--hub_model_id me/x", "--hub_model_id: is not supported"),
+        ("--hub_token x", "--hub_token: is not supported"),
+        ("--save_best --average_checkpoints last:5 --save_total_limit 2", "2 retains fewer; give --save_total_limit 5"),
         ("--lr_scheduler_type piecewise_constant", "--lr_step_rules: --lr_scheduler_type piecewise_constant needs"),
         ("--lr_scheduler_type piecewise_constant --lr_step_rules 1:x,1", "--lr_step_rules 1:x,1: "),
         ("--lr_scheduler_type polynomial --learning_rate 1e-7", "--lr_scheduler_type polynomial ends at 1e-07"),

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_llm
 from reslora.errors import InvalidArgument
-from reslora.options.texts import ZERO2_OFFLOAD
+from reslora.options.texts import ZERO2_OFFLOAD, LlmTaskOptions, TrainingOptions
 from reslora.runtime.folder_lock import locked
 from reslora.runtime.script import run_script
 from reslora.texts import llm, study
@@ -459,6 +459,19 @@ def test_a_four_bit_model_cannot_be_written_merged(tiny, data, tmp_path, monkeyp
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: object())
     with pytest.raises(InvalidArgument, match="--merge_and_save"):
         parsed(flags(tiny, data, tmp_path, "--load_in_4bit", "--merge_and_save"))
+
+
+@pytest.mark.parametrize(("given", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_a_four_bit_model_computes_in_the_given_type(monkeypatch, given, expected):
+    monkeypatch.setattr(llm, "BitsAndBytesConfig", lambda **settings: settings)
+    found = llm.precision(LlmTaskOptions(load_in_4bit=True, dtype=given), TrainingOptions(), torch.device("cpu"))
+    assert found["dtype"] == found["quantization_config"]["bnb_4bit_compute_dtype"] == expected
+
+
+def test_more_checkpoints_are_averaged_than_are_saved(tiny, data, tmp_path, capsys):
+    more = ("--eval_steps", 2, "--save_best", "--average_checkpoints", "last:5")
+    words = ["--average_checkpoints last:5: ", "--save_steps 2 saves 2 in 4 steps; train for more"]
+    assert_refused(flags(tiny, data, tmp_path / "run", *more), capsys, words)
 
 
 def test_a_loss_that_is_no_number_is_one_line_and_status_1(tiny, data, tmp_path, capsys):
