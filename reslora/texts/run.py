@@ -42,7 +42,7 @@ def run(texts: Texts, options: T, stop: StopRequest) -> None:
         context = begin(options, stop, stack, lambda: check_folder(options))
         texts.read(options)
         identity = identity_of(texts, options)
-        resume = broadcast_from_main(lambda: plan_resume(options, identity))
+        resume = broadcast_from_main(lambda: plan_resume(options, identity, files=texts.files(options)))
         for line in resume.notes:
             context.accelerator.print(line)
         (method,) = options.adapter.method

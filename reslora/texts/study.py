@@ -141,6 +141,10 @@ class Texts(ABC):
     def facts(self, options: Any, model: PeftModel, check: Check) -> dict[str, Any]:
         """Return the task, the model and the numbers of examples for `results.json`."""
 
+    def files(self, options: Any) -> list[str]:
+        """Return the names of the files that the options ask for, in addition to those of every run."""
+        return ["merged"] * options.adapter.merge_and_save
+
     def predict(self, options: Any, model: PeftModel, check: Check) -> dict[str, list[str]]:
         """Return the lines of each file of predictions."""
         return {}

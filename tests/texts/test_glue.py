@@ -353,6 +353,7 @@ def test_predictions_are_in_the_order_of_the_examples_numbered_from_zero(roberta
     texts.sets = {"test": [{"input_ids": [0]}] * len(rows)}
     expected = ["index\tprediction", *(f"{number}\t{row}" for number, row in enumerate(rows))]
     assert texts.predict(options, None, None) == {f"predict_results_{task}.txt": expected}
+    assert texts.files(options) == [f"predict_results_{task}.txt"]
 
 
 def test_predictions_are_wanted_but_there_is_no_test_split(capfd, roberta, rte, tmp_path):

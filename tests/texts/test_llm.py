@@ -524,6 +524,21 @@ def test_a_plan_counts_quantized_weights(tiny, data, tmp_path, monkeypatch):
     assert found == [4 * (embedding + linear + norms), pytest.approx(4 * (embedding + norms) + 0.516 * linear)]
 
 
+def test_a_finished_run_is_exported_again_if_another_file_is_asked_for(tiny, data, tmp_path, capsys):
+    output, merged = tmp_path / "run", tmp_path / "run" / "merged"
+    argv = flags(tiny, data, output, "--method", "lora", "--max_steps", 1)
+    assert run(argv) == 0
+    adapter = (output / "peft" / "adapter_model.safetensors").read_bytes()
+    argv.append("--merge_and_save")
+    assert run(argv) == 0 and merged.is_dir()
+    assert (output / "peft" / "adapter_model.safetensors").read_bytes() == adapter
+    assert "finished; nothing to do" not in capsys.readouterr().out
+    assert run(argv) == 0 and "finished; nothing to do" in capsys.readouterr().out
+    shutil.rmtree(merged)
+    shutil.rmtree(output / "checkpoint-1")
+    assert_refused(argv, capsys, [f"{output} has no merged, and checkpoint-1, which holds the adapter, is missing"])
+
+
 def test_a_run_may_start_from_a_lora_of_peft(tiny, data, tmp_path, capsys):
     """Until the first step, the model equals the exported one; it cannot be resumed with another LoRA."""
     assert run(flags(tiny, data, tmp_path / "first", "--method", "lora", "--lora_r", "2")) == 0
