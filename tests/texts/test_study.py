@@ -212,13 +212,13 @@ def test_a_last_batch_that_not_every_process_has_is_a_step(examples, processes, 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_an_epoch_has_every_example_once_and_processes_share_it(grouped):
-    """Two processes take the batches of one in turn; 22 examples are filled up with the first two."""
+    """Two processes take the batches of one with as many examples in a step; 22 are filled up with the first two."""
 
     def numbers(found: BatchPlan, steps: int) -> list[list[int]]:
         places = [place for step in range(1, steps + 1) for place in found.of_step(step)]
         return [[row["input_ids"][0] for row in found[place]] for place in places]
 
-    one = numbers(plan(22, 1, group_by_length=grouped), 12)
+    one = numbers(plan(22, 1, 2, group_by_length=grouped), 6)
     assert [len(batch) for batch in one] == [4, 4, 4, 4, 4, 2] * 2
     for epoch in (one[:6], one[6:]):
         assert sorted(number for batch in epoch for number in batch) == list(range(22))
