@@ -198,19 +198,27 @@ def expected_times(training: TrainingOptions, schedule: Schedule, parts: Parts, 
 
 
 class TextReports(Reports):
-    """The log and the trackers of a method; a row of training losses is the mean over --logging_steps."""
+    """The log and the trackers of a method; a row of training losses is the mean over --logging_steps.
 
-    def __init__(self, every: float, *args: Any) -> None:
+    The last row is the mean over the remaining steps. After a resume, means whose first steps were before it are left
+    out.
+    """
+
+    def __init__(self, every: float, steps: int, *args: Any) -> None:
         super().__init__(*args)
-        self.every, self.losses = every, list[torch.Tensor]()
+        self.every, self.steps, self.losses = every, steps, list[torch.Tensor]()
 
     def note(self, split: str, loss: torch.Tensor | float, **figures: Any) -> None:
-        """Store a row; rows of the training loss only every --logging_steps steps."""
+        """Store a row; rows of the training loss only every --logging_steps steps, and after the last step."""
         if split == "train" and self.every > 1:
             self.losses.append(torch.as_tensor(loss))
-            if self.learner.step % self.every:
+            count = self.learner.step % self.every
+            if count and self.learner.step < self.steps:
                 return
-            loss, self.losses = torch.stack(self.losses).mean(), []
+            losses, self.losses = self.losses, []
+            if len(losses) < (count or self.every):
+                return
+            loss = torch.stack(losses).mean()
         super().note(split, loss, **figures)
 
 
@@ -280,7 +288,7 @@ class TextStudy(Study):
         """Yield the log and the trackers."""
         folder, every = self.context.folder_of(learner.method), self.options.output.logging_steps
         with contextlib.closing(
-            TextReports(every, folder, learner, self.schedule, self.context.accelerator)
+            TextReports(every, self.schedule.steps, folder, learner, self.schedule, self.context.accelerator)
         ) as reports:
             yield reports
 
