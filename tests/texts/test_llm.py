@@ -485,6 +485,15 @@ def test_a_loss_that_is_no_number_is_one_line_and_status_1(tiny, data, tmp_path,
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+def test_a_run_that_diverges_exports_its_best_adapter_and_records_the_steps_it_took(tiny, data, tmp_path, monkeypatch):
+    take = loop.take_step
+    monkeypatch.setattr(loop, "take_step", lambda learner, *given: take(learner, *given) / (learner.step != 3))
+    more = ["--method", "lora", "--max_steps", 8, "--eval_steps", 1, "--save_best"]
+    assert run(flags(tiny, data, tmp_path / "run", *more)) == 1
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["steps"] == 3 > results["best_step"]
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("save", ["no", "steps"])
 @pytest.mark.parametrize("method", ["lora", "reslora"])
