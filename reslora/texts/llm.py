@@ -159,6 +159,7 @@ class LlmTexts(Texts):
         "--model meta-llama/Llama-2-7b-hf --task svamp --bf16 --shortcut block --pre_num 4 --num_train_epochs 20 "
         "--output runs/llama2-svamp"
     )
+    data_options = ("data_dir", "eval_strategy")  # examples may be held out for validation
     encoder: Encoder
     examples: dict[str, list[Example]]
     """Examples by split."""

@@ -101,9 +101,10 @@ def identity_of(texts: Texts, options: TextOptions) -> Identity:
     name, revision = texts.model_of(options)
     model = f"content {folder_mark(Path(name))}" if Path(name).is_dir() else f"{name} {revision or 'main'}"
     examples = f"{pluralize(len(texts.rows), 'example')}, content {derive(json.dumps(texts.rows)):016x}"
+    data = " ".join(f"--{option} {as_typed(options[option])}" for option in texts.data_options)
     start = options.adapter.init_lora
     return Identity(
-        model, examples, f"--model_name_or_path {name}", f"--data_dir {as_typed(options['data_dir'])}",
+        model, examples, f"--model_name_or_path {name}", data,
         lora=f"content {folder_mark(Path(start))}" if start else "", lora_flag=f"--init_lora {start}",
     )  # fmt: skip
 

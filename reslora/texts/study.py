@@ -72,6 +72,8 @@ class Texts(ABC):
     """Name of the script."""
     real: str
     """Example options with a full-size model, printed after a run with a bundled model."""
+    data_options: Sequence[str] = ("data_dir",)
+    """Options to name if a resumed run has other training examples."""
     tokenizer: Any
     """The model's tokenizer."""
     rows: list[dict[str, Any]]

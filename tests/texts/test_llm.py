@@ -192,6 +192,14 @@ def test_a_single_training_example_cannot_be_held_out(tiny, tmp_path, capsys):
     )
 
 
+def test_a_resumed_run_holds_out_the_same_examples(tiny, tmp_path, capsys):
+    data = write_rows(tmp_path / "data", train=numbered(20), test=[row(0)])
+    argv = flags(tiny, data, tmp_path / "run", "--method", "lora", "--max_steps", 1)
+    assert run([*argv, "--eval_strategy", "epoch"]) == 0
+    words = [f"--data_dir {data} --eval_strategy no: ", "was trained on 18 examples, ", "these are 20 examples"]
+    assert_refused([*argv, "--max_steps", "2", "--resume_from_checkpoint", "latest"], capsys, words)
+
+
 def test_the_best_checkpoint_is_chosen_on_held_out_training_examples(tiny, tmp_path):
     data = write_rows(tmp_path / "data", train=numbered(30), test=numbered(6, 30))
     more = ["--eval_strategy", "steps", "--eval_steps", 2, "--save_best", "--method", "lora"]
