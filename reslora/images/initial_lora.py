@@ -19,6 +19,7 @@ from ..export import PEFT_FILE, Factors, lora_config
 from ..methods.adapters import attach
 from ..methods.patterns import FIELDS, entries, spell_out
 from ..methods.registry import METHODS, AdapterSettings, adapter_config
+from ..options.contradictions import refuse_other_than_lora
 from ..options.images import MethodOptions, Options, TrainingOptions
 from ..training.trained import Trained
 from .context import ImageContext
@@ -96,11 +97,7 @@ def with_start(options: Options, start: Start) -> Options:
     """
     own = lora_config(start.layers)
     found = {"rank": own.r, "lora_alpha": own.lora_alpha, "target_modules": [start.targets]}
-    for name, value in (found | dict.fromkeys(FIELDS)).items():  # patterns: the LoRA sets them for each layer
-        if (given := options[name]) not in (None, value):
-            shown = " ".join(given) if isinstance(given, list) else given
-            what = "its layers are others" if isinstance(value, list) else f"--init_lora has {value or 'its own'}"
-            raise InvalidArgument(f"--{name} {shown}", what, "leave it out")
+    refuse_other_than_lora(options.flat(), found)
     return options.replace(**found)
 
 

@@ -4,16 +4,21 @@
 """
 
 import itertools
-import math
 from pathlib import Path
 
 from ..checks import check_writable, is_path, require_package
 from ..errors import InvalidArgument, refused_as, speaks
 from ..formatting import pluralize
 from ..methods.patterns import LEARNING_RATES, entries
-from ..methods.registry import METHODS, check_steps, refuse_unable
-from ..options.averages import averages_of
-from ..options.contradictions import check_compiled, check_method, check_texts
+from ..methods.registry import check_steps, refuse_unable
+from ..options.contradictions import (
+    check_averages,
+    check_compiled,
+    check_method,
+    check_schedule,
+    check_texts,
+    refuse_unable_to_start,
+)
 from ..options.images import (
     DataOptions,
     MethodOptions,
@@ -24,15 +29,13 @@ from ..options.images import (
     TrainingOptions,
     ValidationOptions,
 )
-from ..options.optimizers import check_installed, named, options_of
+from ..options.optimizers import check_installed, named
 from ..options.unused import refuse_unused
 from ..options.values import as_typed
-from ..shortcuts import PLAIN
 from .cache_folder import cache_folder
 from .model.kinds import read_index, refuse_others, refuse_parts, refuse_quantized
 
 PRODIGY = named("prodigy").path
-POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
 
 
 def check_options(options: Options) -> None:
@@ -42,7 +45,7 @@ def check_options(options: Options) -> None:
     refuse_unused(options)
     check_text_encoder(options.adapter, options.optimizer)
     check_prompts(options.validation)
-    check_averages(options.validation, options.output, options.training.max_train_steps)
+    check_averages(options, options.training.max_train_steps)
     check_method(options.adapter, "merge_calibration_samples")
     if options.model.base_precision != "no":
         refuse_unable(options.adapter.method, "packed")
@@ -53,7 +56,7 @@ def check_options(options: Options) -> None:
         f"--max_train_steps {options.training.max_train_steps}",
     )
     check_optimizer(options.optimizer)
-    check_schedule(options.optimizer)
+    check_schedule(options.optimizer, "--lr_scheduler")
     check_hub(options.output)
     if options.training.compile:
         check_compile(options.model, options.adapter, options.training)
@@ -143,24 +146,6 @@ def check_prompts(validation: ValidationOptions) -> None:
         raise InvalidArgument(f"--validation_image {as_typed(images)}", problem, "give one, or one for each prompt")
 
 
-def check_averages(validation: ValidationOptions, output: OutputOptions, steps: int | None) -> None:
-    """Raise `InvalidArgument` if fewer checkpoints will be retained than --average_checkpoints averages.
-
-    `steps`: number of training steps; None while it is unknown.
-    """
-    if validation.average_checkpoints is None:
-        return
-    least = max(average.least for average in averages_of(validation.average_checkpoints))
-    flag, averaged = f"--average_checkpoints {validation.average_checkpoints}", f"averages {least} or more checkpoints"
-    if output.checkpoints_total_limit and output.checkpoints_total_limit < least:
-        problem = f"{averaged}, and --checkpoints_total_limit {output.checkpoints_total_limit} retains fewer"
-        raise InvalidArgument(flag, problem, f"give --checkpoints_total_limit {least}")
-    if steps and (count := math.ceil(steps / output.checkpointing_steps)) < least:
-        saved = f"--checkpointing_steps {output.checkpointing_steps} saves {count} in {pluralize(steps, 'step')}"
-        fix = f"give --checkpointing_steps {steps // least}" if steps >= least else "train for more steps"
-        raise InvalidArgument(flag, f"{averaged}, and {saved}", fix)
-
-
 def check_start(adapter: MethodOptions) -> None:
     """Raise `InvalidArgument` unless each method can start from the base model plus the LoRA of --init_lora."""
     if adapter.init_lora is None:
@@ -168,17 +153,7 @@ def check_start(adapter: MethodOptions) -> None:
     flag = f"--init_lora {adapter.init_lora}"
     if not Path(adapter.init_lora).exists():
         raise InvalidArgument(flag, "no such file or folder", "give a LoRA file, or a folder with one")
-    for method in (METHODS[name] for name in adapter.method):
-        if method.measured or not method.trains_lora:
-            measured, without = "can only start from zero", "has no plain LoRA weights that could start from it"
-            problem = f"--method {method.name} {measured if method.trains_lora else without}"
-            raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
-        if method.shortcuts and adapter.shortcut != PLAIN and adapter.pre_num != 0:
-            problem = (
-                f"with --shortcut {adapter.shortcut} its blocks would also enter their neighbors, and the first step "
-                "would not start from the base model plus that LoRA"
-            )
-            raise InvalidArgument(flag, problem, "give --method lora, or --shortcut none")
+    refuse_unable_to_start(adapter, flag)
 
 
 def check_optimizer(options: OptimizerOptions) -> None:
@@ -189,36 +164,12 @@ def check_optimizer(options: OptimizerOptions) -> None:
         )
     flag = "--use_8bit_adam" if options.use_8bit_adam else f"--optimizer {options.optimizer}"
     check_installed(options.optimizer, options.optimizer_args, flag)
-    if (own := options_of(options.optimizer_args)).keys() & {"lr"}:
-        raise InvalidArgument(f"--optimizer_args lr={own['lr']}", "--learning_rate sets it", "leave it out")
     entries(LEARNING_RATES, options.lr_pattern)
     if options.has_factors and named(options.optimizer).path == PRODIGY:
         patterns = f"--lr_pattern {as_typed(options.lr_pattern)}"
         argument = patterns if options.lr_pattern else f"--loraplus_lr_ratio {options.loraplus_lr_ratio:g}"
         problem = f"--optimizer {options.optimizer} estimates one learning rate for all layers"
         raise InvalidArgument(argument, problem, "leave it out, or give another optimizer")
-
-
-def check_schedule(options: OptimizerOptions) -> None:
-    """Raise `InvalidArgument` for a learning rate or step rules that --lr_scheduler does not support."""
-    if options.lr_scheduler == "polynomial" and options.learning_rate <= POLYNOMIAL_END:
-        problem, fix = f"--lr_scheduler polynomial ends at {POLYNOMIAL_END:g}", "give a larger one, or another schedule"
-        raise InvalidArgument(f"--learning_rate {options.learning_rate:g}", problem, fix)
-    rules = options.lr_step_rules or ""
-    if options.lr_scheduler == "piecewise_constant" and not is_step_rules(rules):
-        problem = "--lr_scheduler piecewise_constant needs factor:step pairs and a last factor"
-        raise InvalidArgument(f"--lr_step_rules {rules}".strip(), problem, "give rules such as 1:100,0.1:200,0.01")
-
-
-def is_step_rules(text: str) -> bool:
-    """Return whether diffusers can parse the rules: `factor:step` pairs followed by a last factor."""
-    *pairs, last = text.split(",")
-    try:
-        rules = [pair.split(":") for pair in pairs]
-        factors, steps = [float(last), *(float(factor) for factor, _ in rules)], [int(step) for _, step in rules]
-    except ValueError:
-        return False
-    return all(0 <= factor < math.inf for factor in factors) and all(step > 0 for step in steps)
 
 
 def check_compile(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import InvalidArgument
 from ..experiment.record import EXPERIMENT
+from ..options.contradictions import check_averages
 from ..options.images import Options
 from ..runtime.folder_lock import locked
 from ..runtime.processes import all_gather, broadcast_from_main, on_all
@@ -50,7 +51,6 @@ from .output.hub import check_upload, publish
 from .output.metric import load_metric
 from .output.reports import FINISHED
 from .output.summary import print_summary, write_figures
-from .refusals import check_averages
 from .schedule import schedule_of, steps_of
 from .settings import with_family
 from .study import ImageStudy
@@ -77,7 +77,7 @@ def run(options: Options, stop: StopRequest) -> None:
         free_encoder(pipeline, context)
         schedule = schedule_of(training_data.updates(context.accelerator.num_processes), context)
         broadcast_from_main(lambda: check_length(context.options, resume, schedule.steps))
-        check_averages(context.options.validation, context.options.output, schedule.steps)
+        check_averages(context.options, schedule.steps)
         note_settings(context.options, steps_of(schedule), context.accelerator)
         study = ImageStudy(schedule, identity, context, pipeline, training_data)
         for method in context.options.adapter.method:

@@ -215,6 +215,16 @@ class RankAllocator:
         """Reallocate ranks; call this after optimizer step number `global_step`, before gradients are cleared."""
         self.tuner.update_and_allocate(global_step)
 
+    def read_ranks(self) -> None:
+        """Set the allocated ranks to those of the present weights: E is zero for all others.
+
+        Weights that were loaded or averaged after the latest allocation may have more ranks, and an export would drop
+        them.
+        """
+        parameters = self.tuner.model.named_parameters()
+        ranks = {name: (value != 0).flatten().tolist() for name, value in parameters if f"lora_E.{DEFAULT}" in name}
+        self._config.rank_pattern = ranks
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return each parameter's running importance and the allocated ranks, as tensors by name.
 

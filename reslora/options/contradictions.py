@@ -1,15 +1,21 @@
 """Validation shared by all scripts: options of a method or an experiment that contradict each other."""
 
+import math
+
 from ..errors import InvalidArgument
+from ..formatting import pluralize
 from ..merges import MERGES
 from ..methods.patterns import FIELDS, entries
 from ..methods.registry import METHODS, refuse_settings
 from ..shortcuts import PLAIN, shortcut_class
+from .averages import averages_of
 from .grid import Grid
 from .option import Given
 from .prompts import clean
-from .shared import RunOptions, SharedMethodOptions
-from .values import listed
+from .shared import RunOptions, SharedMethodOptions, SharedOptimizerOptions, TrainOptions
+from .values import as_typed, listed
+
+POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
 
 
 def check_texts(values: Given) -> None:
@@ -86,6 +92,79 @@ def check_compiled(flag: str, options: SharedMethodOptions, checkpointing: bool)
     if checkpointing and carries_activations(options):
         problem = f"with --gradient_checkpointing cannot keep --shortcut {options.shortcut}"
         raise InvalidArgument(flag, problem, "leave one of them out, or use --shortcut block")
+
+
+def check_averages(options: TrainOptions, steps: int | None) -> None:
+    """Raise `InvalidArgument` if fewer checkpoints will be retained than --average_checkpoints averages.
+
+    `steps`: number of training steps; None while it, or the steps between checkpoints, is unknown.
+    """
+    if options.validation.average_checkpoints is None:
+        return
+    limit, every = options.output.checkpoints_total_limit, options.output.checkpointing_steps
+    limit_flag, every_flag = (options.option(name).flag for name in ("checkpoints_total_limit", "checkpointing_steps"))
+    least = max(average.least for average in averages_of(options.validation.average_checkpoints))
+    flag = f"--average_checkpoints {options.validation.average_checkpoints}"
+    averaged = f"averages {least} or more checkpoints"
+    if limit and limit < least:
+        raise InvalidArgument(flag, f"{averaged}, and {limit_flag} {limit} retains fewer", f"give {limit_flag} {least}")
+    if steps and (count := math.ceil(steps / every)) < least:
+        saved = f"{every_flag} {every} saves {count} in {pluralize(steps, 'step')}"
+        fix = f"give {every_flag} {steps // least}" if steps >= least else "train for more steps"
+        raise InvalidArgument(flag, f"{averaged}, and {saved}", fix)
+
+
+def refuse_unable_to_start(options: SharedMethodOptions, flag: str) -> None:
+    """Raise `InvalidArgument` for a method that cannot start from the base model plus the LoRA that `flag` names."""
+    for method in (METHODS[name] for name in options.method):
+        if method.measured or not method.trains_lora:
+            measured, without = "can only start from zero", "has no plain LoRA weights that could start from it"
+            problem = f"--method {method.name} {measured if method.trains_lora else without}"
+            raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
+        if method.shortcuts and options.shortcut != PLAIN and options.pre_num != 0:
+            problem = (
+                f"with --shortcut {options.shortcut} its blocks would also enter their neighbors, and the first step "
+                "would not start from the base model plus that LoRA"
+            )
+            raise InvalidArgument(flag, problem, "give --method lora, or --shortcut none")
+
+
+def refuse_other_than_lora(given: Given, found: Given) -> None:
+    """Raise `InvalidArgument` for a given option that contradicts the LoRA of --init_lora.
+
+    `found`: rank, alpha and target modules of the LoRA, by option. Rank and alpha patterns contradict it, because the
+    LoRA sets rank and alpha of each layer.
+    """
+    for name, value in (found | dict.fromkeys(FIELDS)).items():
+        asked = given.get(name)
+        if asked is not None and {*listed(asked)} != {*listed(value)}:
+            what = "its layers are others" if isinstance(value, list) else f"--init_lora has {value or 'its own'}"
+            raise InvalidArgument(f"--{name} {as_typed(asked)}", what, "leave it out")
+
+
+def check_schedule(options: SharedOptimizerOptions, flag: str) -> None:
+    """Raise `InvalidArgument` for a learning rate or step rules that the schedule does not support.
+
+    `flag` is the script's option for the schedule.
+    """
+    if options.lr_scheduler == "polynomial" and options.learning_rate <= POLYNOMIAL_END:
+        problem, fix = f"{flag} polynomial ends at {POLYNOMIAL_END:g}", "give a larger one, or another schedule"
+        raise InvalidArgument(f"--learning_rate {options.learning_rate:g}", problem, fix)
+    rules = options.lr_step_rules or ""
+    if options.lr_scheduler == "piecewise_constant" and not is_step_rules(rules):
+        problem = f"{flag} piecewise_constant needs factor:step pairs and a last factor"
+        raise InvalidArgument(f"--lr_step_rules {rules}".strip(), problem, "give rules such as 1:100,0.1:200,0.01")
+
+
+def is_step_rules(text: str) -> bool:
+    """Return whether diffusers can parse the rules: `factor:step` pairs followed by a last factor."""
+    *pairs, last = text.split(",")
+    try:
+        rules = [pair.split(":") for pair in pairs]
+        factors, steps = [float(last), *(float(factor) for factor, _ in rules)], [int(step) for _, step in rules]
+    except ValueError:
+        return False
+    return all(0 <= factor < math.inf for factor in factors) and all(step > 0 for step in steps)
 
 
 def check_no_experiment(options: RunOptions) -> None:

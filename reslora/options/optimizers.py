@@ -67,15 +67,16 @@ def options_of(words: Sequence[str]) -> dict[str, Any]:
 
 
 def check_installed(optimizer: str, words: Sequence[str], flag: str) -> None:
-    """Raise `InvalidArgument` if an optimizer is not installed, or its arguments have a wrong form.
+    """Raise `InvalidArgument` if an optimizer is not installed, which `flag` names, or for invalid arguments.
 
-    The error names `flag`.
+    Invalid are arguments of a wrong form, and `lr`, because --learning_rate sets it.
     """
     row = named(optimizer)
     if "." not in row.path:
         raise InvalidArgument(flag, "no such optimizer", f"{CHOICE}, or package.Class")
     require_package(flag, row.package, row.path.partition(".")[0])
-    options_of(words)
+    if "lr" in (given := options_of(words)):
+        raise InvalidArgument(f"--optimizer_args lr={given['lr']}", "--learning_rate sets it", "leave it out")
 
 
 def class_of(optimizer: str) -> type:

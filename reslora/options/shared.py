@@ -33,6 +33,7 @@ LARGEST_BATCH = 65536
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant",
 )  # fmt: skip
+WITHOUT_WARMUP = ("constant", "piecewise_constant")
 BATCHES = "the images of a step and their noise"
 CHOSEN_OVER_SEEDS = "leave it out: experiments choose checkpoints over seeds"
 HELD_OUT = Need(
@@ -168,7 +169,7 @@ class SharedOptimizerOptions:
     lr_warmup_steps: int | None = option(None,
         "warmup steps, in which the learning rate rises; none with --lr_scheduler constant", NATURAL,
         or_else="500, at most a tenth of the run",
-        needs=Need(lambda options: options.optimizer.lr_scheduler not in ("constant", "piecewise_constant")
+        needs=Need(lambda options: options.optimizer.lr_scheduler not in WITHOUT_WARMUP
         or not options.optimizer.lr_warmup_steps,
         "", "it has no effect with --lr_scheduler {lr_scheduler}", refuse=False))
     lr_step_rules: str | None = option(None,

@@ -29,6 +29,7 @@ from .option import (
 )  # fmt: skip
 from .shared import (
     SCHEDULES,
+    WITHOUT_WARMUP,
     SharedExperimentOptions,
     SharedMethodOptions,
     SharedOptimizerOptions,
@@ -47,6 +48,18 @@ BATCHES = "the examples of a step"
 VALIDATED = Need(
     lambda options: options.validation.eval_strategy != "no", "add --eval_strategy epoch", "nothing is validated"
 )
+EVALUATED_BY_STEPS = Need(
+    lambda options: options.validation.eval_strategy == "steps",
+    "", "it has no effect with --eval_strategy {eval_strategy}", refuse=False,
+)  # fmt: skip
+SAVED_BY_STEPS = Need(
+    lambda options: options.output.save_strategy == "steps",
+    "", "it has no effect with --save_strategy {save_strategy}", refuse=False,
+)  # fmt: skip
+WARMED_UP = Need(
+    lambda options: options.optimizer.lr_scheduler not in WITHOUT_WARMUP,
+    "", "it has no effect with --lr_scheduler_type {lr_scheduler_type}", refuse=False,
+)  # fmt: skip
 NEAREST = {
     "deepspeed": "fsdp fsdp_config parallelism_config",
     "dataloader_num_workers": "dataloader_drop_last dataloader_in_order dataloader_pin_memory "
@@ -229,9 +242,10 @@ class OptimizerOptions(SharedOptimizerOptions):
 
     learning_rate: float = again(default=5e-5, bundled=SAME, bundled_flow=SAME)
     lr_scheduler: str = again(name="lr_scheduler_type", default="linear", choices=(*SCHEDULES, "inverse_sqrt"))
-    lr_warmup_steps: int | None = again(name="warmup_steps", default=0, parse=NOT_NEGATIVE, or_else="", needs=(),
+    lr_warmup_steps: int | None = again(name="warmup_steps", default=0, parse=NOT_NEGATIVE, or_else="", needs=WARMED_UP,
         help="warmup steps; a value below 1 is a fraction of all training steps")
-    warmup_ratio: float | None = option(None, "--warmup_steps as a fraction of all training steps", FRACTION)
+    warmup_ratio: float | None = option(None, "--warmup_steps as a fraction of all training steps", FRACTION,
+        needs=WARMED_UP)
     optimizer: str = again(name="optim", short="optimizer", help=f"one of {', '.join(OPTIMIZERS)}, or the path of a "
         f"class as package.Class; or transformers' name: {', '.join(TRANSFORMERS)}")
     adam_weight_decay: float = again(name="weight_decay", default=0.0)
@@ -249,7 +263,7 @@ class ValidationOptions(SharedValidationOptions):
         essential="when to evaluate: no, steps or epoch")
     eval_steps: float | None = free(None,
         "steps between evaluations; a value below 1 is a fraction of all steps", POSITIVE,
-        or_else="--logging_steps")
+        or_else="--logging_steps", needs=EVALUATED_BY_STEPS)
 
 
 @group
@@ -258,7 +272,7 @@ class OutputOptions(SharedOutputOptions):
 
     output_dir: str = again(default="runs/adapter")
     checkpointing_steps: int = again(name="save_steps", parse=POSITIVE, bundled=SAME,
-        help="steps between checkpoints; a value below 1 is a fraction of all steps")
+        help="steps between checkpoints; a value below 1 is a fraction of all steps", needs=SAVED_BY_STEPS)
     checkpoints_total_limit: int | None = again(name="save_total_limit", help="checkpoints to retain")
     plan: bool | None = again(
         help="print the number of steps and an estimate of the memory, and exit",

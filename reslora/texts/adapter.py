@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..chains import base_model
+from ..chains import base_model, lora_layers
 from ..errors import InvalidArgument, refused_as
 from ..formatting import pluralize
 from ..methods import adapters
@@ -66,17 +67,24 @@ def attach(
     return adapted
 
 
-def put_start(model: PeftModel, folder: str) -> None:
-    """Copy the LoRA of --init_lora into a newly initialized adapter with the same rank and alpha.
+@torch.no_grad()
+def put_start(model: PeftModel, adapter: MethodOptions) -> None:
+    """Copy the LoRA of --init_lora, whose rank and alpha the options have, into a newly initialized adapter.
+
+    B is rescaled for the adapter's own scaling, so that the adapter's weight update equals that of the LoRA.
 
     Raises `InvalidArgument` if its layers differ from those of the adapter.
     """
+    folder, scale = adapter.init_lora, adapter.lora_alpha / adapter.rank
     state, own = load_peft_weights(folder, device="cpu"), get_peft_model_state_dict(model)
     for name in (*own, *state):
         if name not in own or name not in state or own[name].shape != state[name].shape:
             problem = f"it does not fit the model, first at {name}"
             raise InvalidArgument(f"--init_lora {folder}", problem, "give a LoRA of this model")
     set_peft_model_state_dict(model, state)
+    for layer in lora_layers(base_model(model), "default").values():
+        for up in (*layer.lora_B.parameters(), *layer.lora_embedding_B.parameters()):
+            up.mul_(scale / layer.scaling["default"])
 
 
 def _refuse_tied(base: PreTrainedModel, flag: str) -> None:

@@ -11,7 +11,7 @@ from ..checks import check_writable, is_path, require_package
 from ..errors import InvalidArgument
 from ..experiment.arms import check_values
 from ..io import read_object
-from ..methods.registry import METHODS, refuse_unable
+from ..methods.registry import refuse_unable
 from ..options import contradictions
 from ..options.grid import Grid, first_of
 from ..options.optimizers import check_installed, named
@@ -85,7 +85,7 @@ def resolve(kind: type[T], given: Given) -> T | Grid[T]:
     if "learning_rate" not in given and None not in own:
         values["learning_rate"] = own.pop()
     options, varied = first_of(kind, values | {"optim": optimizers if len(optimizers) > 1 else optimizers[0]})
-    options = with_start(options)
+    options = with_start(options, given)
     if not varied and len(options.adapter.method) == 1:
         contradictions.check_no_experiment(options)
         return checked(options)
@@ -95,10 +95,11 @@ def resolve(kind: type[T], given: Given) -> T | Grid[T]:
     return grid
 
 
-def with_start(options: T) -> T:
+def with_start(options: T, given: Given) -> T:
     """Return the options with rank, alpha and target modules of --init_lora.
 
-    Raises `InvalidArgument` if it is not a plain LoRA with one rank and one alpha, or if the method does not train one.
+    Raises `InvalidArgument` if it is not a plain LoRA with one rank and one alpha, if a method cannot start from it, or
+    if a given option contradicts it.
     """
     if (place := options.adapter.init_lora) is None:
         return options
@@ -107,10 +108,11 @@ def with_start(options: T) -> T:
         raise InvalidArgument(flag, "contains no LoRA in PEFT's format", "give a folder such as RUN/peft")
     if others := [name for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if config.get(name)]:
         raise InvalidArgument(flag, f"it has {others[0]}", "give a LoRA with one rank and one alpha")
-    if unable := [name for name in options.adapter.method if not METHODS[name].trains_lora]:
-        raise InvalidArgument(flag, f"--method {unable[0]} trains no plain LoRA", "use --method lora or reslora")
+    contradictions.refuse_unable_to_start(options.adapter, flag)
     targets = sorted(listed(config["target_modules"]))
-    return options.replace(rank=config["r"], lora_alpha=config["lora_alpha"], target_modules=targets)
+    found = {"lora_r": config["r"], "lora_alpha": config["lora_alpha"], "target_modules": targets}
+    contradictions.refuse_other_than_lora(given, found)
+    return options.replace(**found)
 
 
 # -- validation without the model --------------------------------------------------------------------------------------
@@ -123,15 +125,17 @@ def checked(options: T) -> T:
     """
     contradictions.check_method(options.adapter, "calibration_examples")
     refuse_unused(options)
+    contradictions.check_averages(options, None)
     output, optimizer = options.output.output_dir, options.optimizer
     check_writable(Path(output), f"--output_dir {output}")
     check_installed(optimizer.optimizer, optimizer.optimizer_args, f"--optim {optimizer.optimizer}")
+    contradictions.check_schedule(optimizer, "--lr_scheduler_type")
     if optimizer.warmup_ratio and optimizer.lr_warmup_steps:
         raise InvalidArgument(f"--warmup_ratio {optimizer.warmup_ratio:g}", "and --warmup_steps", "give one of them")
     if options.training.bf16 and options.training.fp16:
         raise InvalidArgument("--fp16", "contradicts --bf16", "leave one of them out")
-    if options.output.push_to_hub:
-        raise InvalidArgument("--push_to_hub", "is not supported", "upload the run's peft/ with `hf upload` instead")
+    if refused := [name for name in ("push_to_hub", "hub_model_id", "hub_token") if options[name]]:
+        raise InvalidArgument(f"--{refused[0]}", "is not supported", "upload the run's peft/ with `hf upload` instead")
     if options.training.deepspeed:
         require_package("--deepspeed", "deepspeed")
     if options.training.compile:

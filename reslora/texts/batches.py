@@ -49,7 +49,7 @@ class BatchPlan(Dataset):
         random = torch.Generator().manual_seed(self.training.seed + epoch)
         if not self.training.group_by_length:
             return torch.randperm(len(self.rows), generator=random).tolist()
-        size = self.training.train_batch_size * self.training.gradient_accumulation_steps
+        size = self.training.train_batch_size * self.training.gradient_accumulation_steps * self.processes
         lengths = [len(row["input_ids"]) for row in self.rows]
         return get_length_grouped_indices(lengths, size, generator=random)
 

@@ -301,7 +301,5 @@ class TextExperiment(ExperimentStudy):
             return ["peft"]
         model = self.restored(arm, step)
         check_held()
-        if not method.merge_and_save:
-            remove(self.schedule.folder / "merged")
         export(model, self.schedule.folder, method, tokenizer=self.texts.tokenizer)
         return ["peft", *["merged"] * method.merge_and_save]

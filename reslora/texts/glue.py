@@ -325,16 +325,24 @@ class GlueTexts(Texts):
     def predict(self, options: GlueOptions, model: PeftModel, check: Check) -> dict[str, list[str]]:
         """Return the lines of `predict_results_<task>.txt` for each test split, as run_glue.py writes them."""
         task, files = self.task, {}
-        for name, rows in self.sets.items():
-            if name.startswith("test"):
-                logits = self.all_logits(options, model, rows, check)
-                lines = [
-                    f"{i}\t{task.labels[p] if task.labels else f'{p:.3f}'}"
-                    for i, p in enumerate(predicted(task, logits.numpy()))
-                ]
-                file = f"predict_results_{options.data.task_name}{name.removeprefix('test')}.txt"
-                files[file] = ["index\tprediction", *lines]
+        for file, rows in self.predictions(options).items():
+            logits = self.all_logits(options, model, rows, check)
+            lines = [
+                f"{i}\t{task.labels[p] if task.labels else f'{p:.3f}'}"
+                for i, p in enumerate(predicted(task, logits.numpy()))
+            ]
+            files[file] = ["index\tprediction", *lines]
         return files
+
+    def predictions(self, options: GlueOptions) -> dict[str, list[dict]]:
+        """Return the encoded examples of each test split by the name of its file of predictions."""
+        begin = f"predict_results_{options.data.task_name}"
+        tests = {name: rows for name, rows in self.sets.items() if name.startswith("test")}
+        return {f"{begin}{name.removeprefix('test')}.txt": rows for name, rows in tests.items()}
+
+    def files(self, options: GlueOptions) -> list[str]:
+        """Return the names of the files that the options ask for, in addition to those of every run."""
+        return [*super().files(options), *self.predictions(options)]
 
     def facts(self, options: GlueOptions, model: PeftModel, check: Check) -> dict[str, Any]:
         """Return task, model, numbers of examples and the metrics on labeled test examples."""

@@ -100,7 +100,7 @@ def check_rows(task: Task, where: str, rows: list[dict], labelled: bool) -> list
     `labelled`: labels are required. Otherwise they may be missing in all rows (-1 on the Hub means none). Raises
     `InvalidArgument` naming the first invalid row.
     """
-    labelled = labelled or ("label" in rows[0] and any(row.get("label") not in (None, -1, -1.0) for row in rows))
+    labelled = labelled or any(row.get("label") not in (None, -1, -1.0) for row in rows)
     names = [*task.columns, *["label"] * labelled]
     found = list(dict.fromkeys(name for row in rows for name in row))
     missing = [name for name in names if name not in found]

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import InvalidArgument, refused_as
 from ..formatting import is_or_are
@@ -31,6 +33,7 @@ from .study import Check, Texts, mine
 
 CAUSAL_MODEL = "give a folder or a name on the hub of a causal model"
 PROG = "train_llm.py"
+NF4_BYTES = 0.516  # bytes of a weight in NF4 with its share of the scales, which are quantized too
 HELD_OUT = 500  # maximum number of validation examples held out of the training examples
 
 
@@ -135,7 +138,7 @@ def precision(task: LlmTaskOptions, training: TrainingOptions, device: torch.dev
     dtype = dtype_of(task, training)
     if not task.load_in_4bit:
         return {"dtype": dtype}
-    compute = dtype if dtype != torch.float32 else torch.bfloat16
+    compute = torch.bfloat16 if task.dtype == "auto" and dtype == torch.float32 else dtype
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -156,6 +159,7 @@ class LlmTexts(Texts):
         "--model meta-llama/Llama-2-7b-hf --task svamp --bf16 --shortcut block --pre_num 4 --num_train_epochs 20 "
         "--output runs/llama2-svamp"
     )
+    data_options = ("data_dir", "eval_strategy")  # examples may be held out for validation
     encoder: Encoder
     examples: dict[str, list[Example]]
     """Examples by split."""
@@ -209,6 +213,17 @@ class LlmTexts(Texts):
         task = options.task
         config = AutoConfig.from_pretrained(task.model_name_or_path, **source(task))
         return AutoModelForCausalLM.from_config(config, dtype=dtype_of(task, options.training))
+
+    def frozen_bytes(self, options: LlmOptions, model: PeftModel) -> float:
+        """Return the bytes of the frozen weights; --load_in_4bit stores all but the linear layers in float32."""
+        if not options.task.load_in_4bit:
+            return super().frozen_bytes(options, model)
+        head = model.get_output_embeddings()
+        kept = getattr(head, "base_layer", head)  # the output layer is not quantized
+        linear = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer is not kept]
+        quantized = {layer.weight for layer in linear}
+        frozen = [value for value in model.parameters() if not value.requires_grad]
+        return sum(value.numel() * (NF4_BYTES if value in quantized else 4) for value in frozen)
 
     def _check_positions(self, model: PreTrainedModel, task: LlmTaskOptions) -> None:
         """Remove validation examples with more tokens than the model has positions; print their number and the first.

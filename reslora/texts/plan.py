@@ -72,11 +72,8 @@ def show_plan(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
     batch = to_device(texts.collate(longest[: options.training.train_batch_size]), "meta")
     if options.training.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    frozen, trained = (
-        [value for value in model.parameters() if value.requires_grad is wanted] for wanted in (False, True)
-    )
-    weights = sum(value.numel() * value.element_size() for value in frozen)
-    states = STATES * sum(value.numel() for value in trained)
+    weights = texts.frozen_bytes(options, model)
+    states = STATES * sum(value.numel() for value in model.parameters() if value.requires_grad)
     activations = saved_bytes(model, batch)
     looks = math.ceil(schedule.steps / schedule.validation_steps) if schedule.validation_steps else 0
     say(

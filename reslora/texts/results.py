@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from ..chains import base_model
 from ..errors import Diverged, RunFailed, first_line
 from ..export import export_peft, merged_state_dict
-from ..io import remove_leftovers, replacing, write_json
+from ..io import remove, remove_leftovers, replacing, write_json
 from ..merges import AUTO, MERGES
 from ..methods import pissa
+from ..methods.adapters import rank_allocator
 from ..methods.controls import merged
 from ..methods.registry import METHODS
 from ..model import Connection, MergeReport, connection_of, merge
@@ -134,7 +135,7 @@ def export(
     - `peft/`: a plain adapter, with which PEFT computes the merged model's logits.
     - `chains.json` and `merge.json`, if the model was connected: its chains of blocks, and the report.
     - `merged/`, with --merge_and_save: the base model with the adapter merged in float32, and the tokenizer, for
-      transformers.
+      transformers. Without --merge_and_save, a `merged/` of an earlier export is removed.
 
     Every process must call this function; rank 0 writes the files.
     """
@@ -142,7 +143,11 @@ def export(
         _share_norms(connection)
     report = as_plain(model, adapter, calibration, folder if is_main() else None)
     if is_main():
+        if not adapter.merge_and_save:
+            remove(folder / "merged")  # of an earlier export, whose adapter was another one
         remove_leftovers(folder / "peft")  # of a process that was killed while writing
+        if allocator := rank_allocator(model):
+            allocator.read_ranks()
         export_peft(model, folder / "peft")
         if adapter.merge_and_save:
             _write_merged(base_model(model), folder / "merged", tokenizer)

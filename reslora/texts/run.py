@@ -14,6 +14,7 @@ from ..content_hash import folder_mark
 from ..errors import InvalidArgument, Stopped, refused_as
 from ..experiment.record import EXPERIMENT
 from ..formatting import pluralize
+from ..options.contradictions import check_averages
 from ..options.texts import T, TextOptions, TrainingOptions
 from ..options.unused import report_unread_by_methods, report_unused
 from ..options.values import as_typed
@@ -41,7 +42,7 @@ def run(texts: Texts, options: T, stop: StopRequest) -> None:
         context = begin(options, stop, stack, lambda: check_folder(options))
         texts.read(options)
         identity = identity_of(texts, options)
-        resume = broadcast_from_main(lambda: plan_resume(options, identity))
+        resume = broadcast_from_main(lambda: plan_resume(options, identity, files=texts.files(options)))
         for line in resume.notes:
             context.accelerator.print(line)
         (method,) = options.adapter.method
@@ -51,6 +52,7 @@ def run(texts: Texts, options: T, stop: StopRequest) -> None:
         schedule, resolved = schedule_of(plan_of(texts, options, context.accelerator).updates, options)
         context = Context(resolved, texts, context.accelerator, stop, status=context.status)
         check_optimizer(context)
+        check_averages(resolved, schedule.steps)
         broadcast_from_main(lambda: check_length(options, resume, schedule.steps))
         start_trackers(context, "reslora", wandb={"name": options.output.run_name})
         note_settings(resolved, {}, context.accelerator)
@@ -99,9 +101,10 @@ def identity_of(texts: Texts, options: TextOptions) -> Identity:
     name, revision = texts.model_of(options)
     model = f"content {folder_mark(Path(name))}" if Path(name).is_dir() else f"{name} {revision or 'main'}"
     examples = f"{pluralize(len(texts.rows), 'example')}, content {derive(json.dumps(texts.rows)):016x}"
+    data = " ".join(f"--{option} {as_typed(options[option])}" for option in texts.data_options)
     start = options.adapter.init_lora
     return Identity(
-        model, examples, f"--model_name_or_path {name}", f"--data_dir {as_typed(options['data_dir'])}",
+        model, examples, f"--model_name_or_path {name}", data,
         lora=f"content {folder_mark(Path(start))}" if start else "", lora_flag=f"--init_lora {start}",
     )  # fmt: skip
 

@@ -72,6 +72,8 @@ class Texts(ABC):
     """Name of the script."""
     real: str
     """Example options with a full-size model, printed after a run with a bundled model."""
+    data_options: Sequence[str] = ("data_dir",)
+    """Options to name if a resumed run has other training examples."""
     tokenizer: Any
     """The model's tokenizer."""
     rows: list[dict[str, Any]]
@@ -105,6 +107,10 @@ class Texts(ABC):
     def empty(self, options: Any) -> PreTrainedModel:
         """Return the base model without its weights; call it with the meta device as the default."""
 
+    def frozen_bytes(self, options: Any, model: PeftModel) -> float:
+        """Return the bytes of the frozen weights, for the model of `empty` with an adapter."""
+        return sum(value.numel() * value.element_size() for value in model.parameters() if not value.requires_grad)
+
     @abstractmethod
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return a batch of training examples: `input_ids` and other tensors whose first dimension is the batch."""
@@ -136,6 +142,10 @@ class Texts(ABC):
     @abstractmethod
     def facts(self, options: Any, model: PeftModel, check: Check) -> dict[str, Any]:
         """Return the task, the model and the numbers of examples for `results.json`."""
+
+    def files(self, options: Any) -> list[str]:
+        """Return the names of the files that the options ask for, in addition to those of every run."""
+        return ["merged"] * options.adapter.merge_and_save
 
     def predict(self, options: Any, model: PeftModel, check: Check) -> dict[str, list[str]]:
         """Return the lines of each file of predictions."""
@@ -190,19 +200,27 @@ def expected_times(training: TrainingOptions, schedule: Schedule, parts: Parts, 
 
 
 class TextReports(Reports):
-    """The log and the trackers of a method; a row of training losses is the mean over --logging_steps."""
+    """The log and the trackers of a method; a row of training losses is the mean over --logging_steps.
 
-    def __init__(self, every: float, *args: Any) -> None:
+    The last row is the mean over the remaining steps. After a resume, means whose first steps were before it are left
+    out.
+    """
+
+    def __init__(self, every: float, steps: int, *args: Any) -> None:
         super().__init__(*args)
-        self.every, self.losses = every, list[torch.Tensor]()
+        self.every, self.steps, self.losses = every, steps, list[torch.Tensor]()
 
     def note(self, split: str, loss: torch.Tensor | float, **figures: Any) -> None:
-        """Store a row; rows of the training loss only every --logging_steps steps."""
+        """Store a row; rows of the training loss only every --logging_steps steps, and after the last step."""
         if split == "train" and self.every > 1:
             self.losses.append(torch.as_tensor(loss))
-            if self.learner.step % self.every:
+            count = self.learner.step % self.every
+            if count and self.learner.step < self.steps:
                 return
-            loss, self.losses = torch.stack(self.losses).mean(), []
+            losses, self.losses = self.losses, []
+            if len(losses) < (count or self.every):
+                return
+            loss = torch.stack(losses).mean()
         super().note(split, loss, **figures)
 
 
@@ -237,8 +255,8 @@ class TextStudy(Study):
     def adapted(self, tell: Callable[[str], object] = lambda _: None) -> PeftModel:
         """Return the model with a newly initialized adapter; pass lines about layers without shortcuts to `tell`."""
         model = self.texts.adapted(self.options, self.context.accelerator.device, self.schedule.steps)
-        if start := self.method.init_lora:
-            put_start(model, start)
+        if self.method.init_lora:
+            put_start(model, self.method)
         print_links(model, self.method.name, self.method.reslora_config, tell, self.texts.example)
         return model
 
@@ -272,7 +290,7 @@ class TextStudy(Study):
         """Yield the log and the trackers."""
         folder, every = self.context.folder_of(learner.method), self.options.output.logging_steps
         with contextlib.closing(
-            TextReports(every, folder, learner, self.schedule, self.context.accelerator)
+            TextReports(every, self.schedule.steps, folder, learner, self.schedule, self.context.accelerator)
         ) as reports:
             yield reports
 

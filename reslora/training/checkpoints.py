@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,16 +96,19 @@ class Resume:
     finished: list[str]
     """Methods that are trained, merged and exported as requested."""
     merge_anew: list[str]
-    """Trained methods that must be merged again, because the options of merging have changed."""
+    """Trained methods that must be merged again, because the options of merging have changed or a file is missing."""
     checkpoints: dict[str, list[Path]]
     """Checkpoints of each method, in the order in which to try them; empty for a method that starts from zero."""
     notes: list[str] = field(default_factory=list)
     """Lines to print about options that have no effect on finished methods."""
 
 
-def plan_resume(options: TrainOptions, identity: Identity | None = None, place: str = "") -> Resume:
+def plan_resume(
+    options: TrainOptions, identity: Identity | None = None, place: str = "", files: Sequence[str] = ()
+) -> Resume:
     """Compare the options with the run's directory and return what to resume.
 
+    `files`: names of files that the export of a method writes; a trained method without one of them is exported again.
     Raises `InvalidArgument` if the earlier run had other settings, or another `identity` (not compared if None).
     `place`: directory of an experiment's run inside its method's directory. Only the main process calls this, and
     broadcasts the result.
@@ -114,7 +118,7 @@ def plan_resume(options: TrainOptions, identity: Identity | None = None, place: 
     checkpoints = {method: checkpoints_of(folder) for method, folder in folders.items()}
     for checkpoint in (checkpoint for found in checkpoints.values() for checkpoint in found):
         check_past(options, checkpoint, read_checkpoint(checkpoint), identity)
-    finished, merge_anew, notes = already_trained(options, folders, identity)
+    finished, merge_anew, notes = already_trained(options, folders, identity, files)
     checkpoints |= {method: [path] for method, path in merge_anew.items()}
     todo = [method for method in options.adapter.method if method not in finished]
     if named is None and any(checkpoints[method] for method in todo if method not in merge_anew):
@@ -137,11 +141,11 @@ def plan_resume(options: TrainOptions, identity: Identity | None = None, place: 
 
 
 def already_trained(
-    options: TrainOptions, folders: dict[str, Path], identity: Identity | None
+    options: TrainOptions, folders: dict[str, Path], identity: Identity | None, files: Sequence[str]
 ) -> tuple[list[str], dict[str, Path], list[str]]:
     """Return the finished methods, the checkpoints of methods to merge again, and notes about the finished ones.
 
-    Raises `InvalidArgument` if such a checkpoint is missing.
+    `files`: as in `plan_resume`. Raises `InvalidArgument` if such a checkpoint is missing.
     """
     finished, merge_anew, notes = [], {}, []
     for method, folder in folders.items():
@@ -151,11 +155,15 @@ def already_trained(
         check_past(options, folder, record, identity)
         merging = named_by("merged", options)
         merged = METHODS[method].shortcuts and {name: record[name] for name in merging if name in record}
-        if merged and any(options[name] != value for name, value in merged.items()):
+        remerged = merged and any(options[name] != value for name, value in merged.items())
+        missing = [name for name in files if not (folder / name).exists()]
+        if remerged or missing:
             path = folder / f"checkpoint-{record['step']}"
             if not (path / RECORD).is_file():
-                problem = f"{folder} was merged by another method, and {path.name}, which holds the adapter, is missing"
-                raise InvalidArgument(f"--merge {options.adapter.merge}", problem, "choose another --output_dir")
+                state = "was merged by another method" if remerged else f"has no {missing[0]}"
+                flag = f"--merge {options.adapter.merge}" if remerged else f"--output_dir {options.output.output_dir}"
+                problem = f"{folder} {state}, and {path.name}, which holds the adapter, is missing"
+                raise InvalidArgument(flag, problem, "choose another --output_dir")
             merge_anew[method] = path
         elif all((folder / name).exists() for name in record.get("difference_of_255", ["none"])):
             finished.append(method)

@@ -93,7 +93,7 @@ def train_and_export(learner: Learner, study: Study) -> None:
             raise
         accelerator.free_memory()
         accelerator.print(f"{learner.name}: training has diverged; exporting the best adapter, of step {best.step}")
-        study.export(learner, study.schedule)
+        study.export(learner, dataclasses.replace(study.schedule, steps=learner.step))
         raise  # without `exports.json`, as the method is not finished
     schedule = dataclasses.replace(study.schedule, steps=learner.step, is_over=learner.over)
     if options.validation.average_checkpoints:

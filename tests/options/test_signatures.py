@@ -25,10 +25,11 @@ SEE_ALL = {
     "reslora/texts/study.py": "schedule_of plan_of adapted",
     "reslora/texts/experiment.py": "start_texts opened timed",
     # the examples, the model and the metrics of a run of texts
-    "reslora/texts/llm.py": "model_of read parts prepare load empty calibration validation figures _figures measured "
-    "_evaluated facts",
+    "reslora/texts/llm.py": "model_of read parts prepare load empty frozen_bytes calibration validation figures "
+    "_figures measured _evaluated facts",
     "reslora/texts/glue.py": "read_splits _read encode load_tokenizer load_model check_fit task_of model_of read take "
-    "parts prepare load empty calibration logits all_logits evaluated validation figures measured predict facts",
+    "parts prepare load empty calibration logits all_logits evaluated validation figures measured predict "
+    "predictions files facts",
     # the runs of an experiment
     "reslora/experiment/arms.py": "labels_of averages_of_labels check_evaluations others_of rates_of "
     "reference_of references_of options_of check_values",

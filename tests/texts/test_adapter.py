@@ -1,15 +1,17 @@
 """The adapter of a language model, as the options specify it."""
 
+import copy
+
 import pytest
 import torch
-from core_models import assert_one_line, tiny_bert, tiny_llama
+from core_models import assert_one_line, tiny_bert, tiny_llama, token_inputs
 
 from reslora.chains import base_model
 from reslora.config import ResLoraConfig
 from reslora.errors import InvalidArgument, RunFailed
 from reslora.methods.adapters import save_adapter
 from reslora.model import connection_of
-from reslora.texts.adapter import attach
+from reslora.texts.adapter import attach, put_start
 from texts.helpers import adapter_of
 
 from .helpers import STEPS, build, trained, trained_parameters
@@ -22,6 +24,20 @@ def test_the_adapter_is_what_the_flags_say():
     assert (config.r, config.lora_alpha, config.lora_dropout, config.task_type) == (2, 6, 0.25, "CAUSAL_LM")
     assert config.target_modules == {"k_proj"}
     assert connection_of(base_model(model)).config == ResLoraConfig("middle", 2, "none")
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_x4", "rslora", "reslora"])
+def test_the_first_output_is_that_of_the_base_plus_the_lora(tmp_path, method):
+    torch.manual_seed(0)
+    base = tiny_llama(layers=3).float()
+    lora, _ = build("lora", base=copy.deepcopy(base), lora_r=2, lora_alpha=6)
+    with torch.no_grad():
+        for value in trained_parameters(lora):
+            value.normal_()
+    lora.save_pretrained(tmp_path)
+    started, adapter = build(method, "none", base, init_lora=str(tmp_path))
+    put_start(started, adapter)
+    torch.testing.assert_close(started.eval()(**token_inputs()).logits, lora.eval()(**token_inputs()).logits)
 
 
 def test_tied_embeddings_are_not_adapted_where_they_would_be_merged():

@@ -1,5 +1,6 @@
 """Options of the language scripts: one line and exit status 2 for what cannot work."""
 
+import json
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -18,7 +19,7 @@ from reslora.options.contradictions import check_method
 from reslora.options.grid import Grid
 from reslora.options.option import number, whole
 from reslora.options.texts import GLUE_TASK, LLM_TASK, NEAREST, ZERO2_OFFLOAD, GlueOptions, LlmOptions
-from reslora.options.unused import report_unread_by_methods
+from reslora.options.unused import report_unread_by_methods, report_unused
 from reslora.runtime.script import run_script
 from reslora.texts.arguments import TextParser, read, resolve
 
@@ -56,6 +57,23 @@ def test_what_the_method_does_not_read_is_told(capsys, flag, value, method, othe
     report_unread_by_methods(resolve(LlmOptions, {"method": [method], flag: value}))
     report_unread_by_methods(resolve(LlmOptions, {"method": [other], "lora_r": 3}))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        ("--warmup_steps 2 --lr_scheduler_type constant", "--lr_scheduler_type linear"),
+        ("--warmup_ratio 0.1 --lr_scheduler_type constant", "--lr_scheduler_type cosine"),
+        ("--eval_steps 1 --eval_strategy epoch", ""),
+        ("--save_steps 1 --save_strategy epoch", ""),
+    ],
+)
+def test_steps_without_effect_are_told(capsys, words, read):
+    flag, value, *other = words.split()
+    report_unused(parse(flag, value, *read.split()))
+    assert capsys.readouterr().out == ""
+    report_unused(parse(flag, value, *other))
+    assert capsys.readouterr().out == f"{flag} {value}: it has no effect with {' '.join(other)}\n"
 
 
 def test_blocks_without_others_are_warned_of(capsys):
@@ -157,6 +175,25 @@ def test_amendments_without_effect_are_refused(kind, prog, tmp_path):
     options("--torch_compile", "--shortcut_decay", "0.75", "--method", "lora")
 
 
+def test_what_contradicts_the_lora_to_start_from_is_refused(tmp_path):
+    start = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["v_proj", "q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(start))
+    (tmp_path / "adapter_model.safetensors").touch()
+    more = ("--init_lora", str(tmp_path), "--output_dir", str(tmp_path / "run"))
+    adapter = parse("--method", "lora_x2", "--lora_r", "2", "--target_modules", "q_proj", "v_proj", *more).adapter
+    assert (adapter.rank, adapter.lora_alpha, adapter.target_modules) == (2, 6, ["q_proj", "v_proj"])
+    for words, problem in (
+        ("--pre_num 1", "with --shortcut input its blocks would also enter their neighbors"),
+        ("--method lora_matched", "--method lora_matched can only start from zero"),
+        ("--method lora --lora_r 16", "--lora_r 16: --init_lora has 2; leave it out"),
+        ("--method lora --lora_alpha 4", "--lora_alpha 4: --init_lora has 6"),
+        ("--method lora --rank_pattern q_proj=4", "--rank_pattern q_proj=4: --init_lora has its own"),
+        ("--method lora --target_modules q_proj", "--target_modules q_proj: its layers are others"),
+    ):
+        with pytest.raises(InvalidArgument, match=problem):
+            parse(*words.split(), *more)
+
+
 def test_deepspeed_alone_means_the_bundled_configuration():
     def given(*words) -> dict:
         return vars(TextParser("train_llm.py", LlmOptions).parse_args(words))
@@ -247,6 +284,13 @@ def test_nothing_heavy_is_imported_before_the_options_make_sense():
         ("--warmup_ratio 0.1 --warmup_steps 3", "--warmup_ratio 0.1"),
         ("--bf16 --fp16", "--fp16: contradicts --bf16"),
         ("--optim paged_adamw", "--optim paged_adamw"),
+        ("--optimizer_args lr=0.5", "--optimizer_args lr=0.5: --learning_rate sets it"),
+        ("--hub_model_id me/x", "--hub_model_id: is not supported"),
+        ("--hub_token x", "--hub_token: is not supported"),
+        ("--save_best --average_checkpoints last:5 --save_total_limit 2", "2 retains fewer; give --save_total_limit 5"),
+        ("--lr_scheduler_type piecewise_constant", "--lr_step_rules: --lr_scheduler_type piecewise_constant needs"),
+        ("--lr_scheduler_type piecewise_constant --lr_step_rules 1:x,1", "--lr_step_rules 1:x,1: "),
+        ("--lr_scheduler_type polynomial --learning_rate 1e-7", "--lr_scheduler_type polynomial ends at 1e-07"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_status_2(capsys, bad):

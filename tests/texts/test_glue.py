@@ -25,10 +25,11 @@ from transformers import (
 )
 
 import train_glue
+from reslora.errors import InvalidArgument
 from reslora.runtime.folder_lock import locked
 from reslora.runtime.script import run_script
 from reslora.texts import glue
-from reslora.texts.glue_tasks import TASKS, scores
+from reslora.texts.glue_tasks import TASKS, check_rows, scores
 from texts.helpers import parsed_glue, run_glue
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -353,6 +354,7 @@ def test_predictions_are_in_the_order_of_the_examples_numbered_from_zero(roberta
     texts.sets = {"test": [{"input_ids": [0]}] * len(rows)}
     expected = ["index\tprediction", *(f"{number}\t{row}" for number, row in enumerate(rows))]
     assert texts.predict(options, None, None) == {f"predict_results_{task}.txt": expected}
+    assert texts.files(options) == [f"predict_results_{task}.txt"]
 
 
 def test_predictions_are_wanted_but_there_is_no_test_split(capfd, roberta, rte, tmp_path):
@@ -527,6 +529,15 @@ def test_bad_data(capfd, roberta, rte, tmp_path):
     (data / "validation.jsonl").write_text('{"sentence1": "a"\n')
     assert_refused(capfd, flags(roberta, data, out), "validation.jsonl line 1", "JSON")
     assert not out.exists()
+
+
+def test_a_row_without_a_label_among_others_is_named():
+    first, *others = make_rows("rte", 3)
+    del first["label"]
+    with pytest.raises(InvalidArgument, match=r"^test\.jsonl, row 1: label None"):
+        check_rows(TASKS["rte"], "test.jsonl", [first, *others], labelled=False)
+    (row,) = check_rows(TASKS["rte"], "test.jsonl", [first], labelled=False)
+    assert row[-1] is None
 
 
 def test_a_score_outside_its_range(capfd, roberta, tmp_path):

@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_llm
 from reslora.errors import InvalidArgument
-from reslora.options.texts import ZERO2_OFFLOAD
+from reslora.options.texts import ZERO2_OFFLOAD, LlmTaskOptions, TrainingOptions
 from reslora.runtime.folder_lock import locked
 from reslora.runtime.script import run_script
 from reslora.texts import llm, study
+from reslora.texts.adapter import attach
 from reslora.texts.llm_tasks import TASKS, Example, examples_of
 from reslora.texts.llm_tokens import Encoder
 from reslora.texts.plan import saved_bytes
@@ -189,6 +190,14 @@ def test_a_single_training_example_cannot_be_held_out(tiny, tmp_path, capsys):
         capsys,
         ["--eval_strategy", "validate", "add validation.jsonl"],
     )
+
+
+def test_a_resumed_run_holds_out_the_same_examples(tiny, tmp_path, capsys):
+    data = write_rows(tmp_path / "data", train=numbered(20), test=[row(0)])
+    argv = flags(tiny, data, tmp_path / "run", "--method", "lora", "--max_steps", 1)
+    assert run([*argv, "--eval_strategy", "epoch"]) == 0
+    words = [f"--data_dir {data} --eval_strategy no: ", "was trained on 18 examples, ", "these are 20 examples"]
+    assert_refused([*argv, "--max_steps", "2", "--resume_from_checkpoint", "latest"], capsys, words)
 
 
 def test_the_best_checkpoint_is_chosen_on_held_out_training_examples(tiny, tmp_path):
@@ -460,6 +469,19 @@ def test_a_four_bit_model_cannot_be_written_merged(tiny, data, tmp_path, monkeyp
         parsed(flags(tiny, data, tmp_path, "--load_in_4bit", "--merge_and_save"))
 
 
+@pytest.mark.parametrize(("given", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_a_four_bit_model_computes_in_the_given_type(monkeypatch, given, expected):
+    monkeypatch.setattr(llm, "BitsAndBytesConfig", lambda **settings: settings)
+    found = llm.precision(LlmTaskOptions(load_in_4bit=True, dtype=given), TrainingOptions(), torch.device("cpu"))
+    assert found["dtype"] == found["quantization_config"]["bnb_4bit_compute_dtype"] == expected
+
+
+def test_more_checkpoints_are_averaged_than_are_saved(tiny, data, tmp_path, capsys):
+    more = ("--eval_steps", 2, "--save_best", "--average_checkpoints", "last:5")
+    words = ["--average_checkpoints last:5: ", "--save_steps 2 saves 2 in 4 steps; train for more"]
+    assert_refused(flags(tiny, data, tmp_path / "run", *more), capsys, words)
+
+
 def test_a_loss_that_is_no_number_is_one_line_and_status_1(tiny, data, tmp_path, capsys):
     shutil.copytree(tiny, tmp_path / "broken")
     model = AutoModelForCausalLM.from_pretrained(tiny)
@@ -469,6 +491,15 @@ def test_a_loss_that_is_no_number_is_one_line_and_status_1(tiny, data, tmp_path,
     assert run(flags(tmp_path / "broken", data, tmp_path / "run")) == 1
     assert "train_llm.py: reslora: train loss nan at step 1" in capsys.readouterr().err
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_run_that_diverges_exports_its_best_adapter_and_records_the_steps_it_took(tiny, data, tmp_path, monkeypatch):
+    take = loop.take_step
+    monkeypatch.setattr(loop, "take_step", lambda learner, *given: take(learner, *given) / (learner.step != 3))
+    more = ["--method", "lora", "--max_steps", 8, "--eval_steps", 1, "--save_best"]
+    assert run(flags(tiny, data, tmp_path / "run", *more)) == 1
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["steps"] == 3 > results["best_step"]
 
 
 @pytest.mark.exhaustive
@@ -497,6 +528,34 @@ def test_a_plan_counts_steps_and_memory_and_writes_nothing(tiny, data, tmp_path,
     assert found > logits + 3 * 2 * 8 * model.config.hidden_size * 4  # at least an input of each layer
 
 
+def test_a_plan_counts_quantized_weights(tiny, data, tmp_path, monkeypatch):
+    """All linear layers but the output, which is the embedding here; 0.516 bytes with the scales."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: object())
+    asked = {more: parsed(flags(tiny, data, tmp_path, "--method", "lora", *more)) for more in ((), ("--load_in_4bit",))}
+    monkeypatch.undo()
+    found, texts = [], llm.LlmTexts()
+    for options in asked.values():
+        with torch.device("meta"):
+            found.append(texts.frozen_bytes(options, attach(texts.empty(options), options.adapter, 4)))
+    embedding, linear, norms = 257 * 32, 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48), 7 * 32
+    assert found == [4 * (embedding + linear + norms), pytest.approx(4 * (embedding + norms) + 0.516 * linear)]
+
+
+def test_a_finished_run_is_exported_again_if_another_file_is_asked_for(tiny, data, tmp_path, capsys):
+    output, merged = tmp_path / "run", tmp_path / "run" / "merged"
+    argv = flags(tiny, data, output, "--method", "lora", "--max_steps", 1)
+    assert run(argv) == 0
+    adapter = (output / "peft" / "adapter_model.safetensors").read_bytes()
+    argv.append("--merge_and_save")
+    assert run(argv) == 0 and merged.is_dir()
+    assert (output / "peft" / "adapter_model.safetensors").read_bytes() == adapter
+    assert "finished; nothing to do" not in capsys.readouterr().out
+    assert run(argv) == 0 and "finished; nothing to do" in capsys.readouterr().out
+    shutil.rmtree(merged)
+    shutil.rmtree(output / "checkpoint-1")
+    assert_refused(argv, capsys, [f"{output} has no merged, and checkpoint-1, which holds the adapter, is missing"])
+
+
 def test_a_run_may_start_from_a_lora_of_peft(tiny, data, tmp_path, capsys):
     """Until the first step, the model equals the exported one; it cannot be resumed with another LoRA."""
     assert run(flags(tiny, data, tmp_path / "first", "--method", "lora", "--lora_r", "2")) == 0
@@ -516,7 +575,7 @@ def test_a_run_may_start_from_a_lora_of_peft(tiny, data, tmp_path, capsys):
         flags(tiny, data, tmp_path / "other", "--init_lora", data), capsys, ["--init_lora", "no LoRA in PEFT's"]
     )
     assert_refused(
-        flags(tiny, data, tmp_path / "other", "--method", "loha", *start), capsys, ["--method loha trains no"]
+        flags(tiny, data, tmp_path / "other", "--method", "loha", *start), capsys, ["--method loha has no plain LoRA"]
     )
 
 

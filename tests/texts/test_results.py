@@ -1,5 +1,6 @@
 """Merge tables that leave the model unchanged, and exports that stock libraries load."""
 
+import copy
 import json
 
 import pytest
@@ -192,6 +193,26 @@ def test_what_a_killed_export_has_left_goes(tmp_path):
     left.write_bytes(b"half")
     export(build("lora", "none")[0], tmp_path, adapter_of("lora"))
     assert sorted(path.name for path in left.parent.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_merged_model_of_an_earlier_export_goes(tmp_path):
+    """It contains another adapter than peft/."""
+    for merge_and_save in (True, False):
+        export(build("lora", "none")[0], tmp_path, adapter_of("lora", merge_and_save=merge_and_save))
+        assert (tmp_path / "merged").exists() == merge_and_save
+
+
+def test_adalora_is_exported_with_the_ranks_of_its_weights(tmp_path):
+    """Its latest allocation may have fewer, for example if --save_best chooses an earlier step."""
+    torch.manual_seed(0)
+    base = tiny_llama(layers=3).float()
+    model, _ = random_model("adalora", "none", copy.deepcopy(base))
+    expected = model.eval()(**token_inputs()).logits
+    ranks = {name: value for name, value in model.base_model.model.named_parameters() if "lora_E" in name}
+    model.peft_config["default"].rank_pattern = {name: [True, *[False] * 5] for name in ranks}
+    export(model, tmp_path, adapter_of("adalora"))
+    stock = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    torch.testing.assert_close(stock(**token_inputs()).logits, expected)
 
 
 def rows_batch() -> dict[str, torch.Tensor]:

@@ -190,6 +190,20 @@ def test_rows_of_the_log_are_means_over_logging_steps(tmp_path):
     assert [row["loss"] for row in three] == pytest.approx(means, rel=1e-6)
 
 
+def test_the_last_row_of_the_log_is_the_mean_of_the_remaining_steps_also_after_a_resume(tmp_path):
+    trained_in(tmp_path / "one", "lora")
+    trained_in(tmp_path / "four", "lora", logging_steps=4)
+    losses = [row["loss"] for row in read_log(tmp_path / "one")]
+    first, last = read_log(tmp_path / "four")
+    assert (first["step"], last["step"]) == (4, 6)
+    assert (first["loss"], last["loss"]) == pytest.approx((sum(losses[:4]) / 4, sum(losses[4:]) / 2), rel=1e-6)
+    for name in ("checkpoint-6", "checkpoint-4"):
+        shutil.rmtree(tmp_path / "four" / name)
+    (tmp_path / "four" / "exports.json").unlink()
+    trained_in(tmp_path / "four", "lora", logging_steps=4, resume="latest")
+    assert read_log(tmp_path / "four") == [last]  # without the mean over steps 1 to 4, of which two were before
+
+
 # -- batches and schedules ---------------------------------------------------------------------------------------------
 
 
@@ -212,13 +226,13 @@ def test_a_last_batch_that_not_every_process_has_is_a_step(examples, processes, 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_an_epoch_has_every_example_once_and_processes_share_it(grouped):
-    """Two processes take the batches of one in turn; 22 examples are filled up with the first two."""
+    """Two processes take the batches of one with as many examples in a step; 22 are filled up with the first two."""
 
     def numbers(found: BatchPlan, steps: int) -> list[list[int]]:
         places = [place for step in range(1, steps + 1) for place in found.of_step(step)]
         return [[row["input_ids"][0] for row in found[place]] for place in places]
 
-    one = numbers(plan(22, 1, group_by_length=grouped), 12)
+    one = numbers(plan(22, 1, 2, group_by_length=grouped), 6)
     assert [len(batch) for batch in one] == [4, 4, 4, 4, 4, 2] * 2
     for epoch in (one[:6], one[6:]):
         assert sorted(number for batch in epoch for number in batch) == list(range(22))
