@@ -135,7 +135,7 @@ def refuse_other_than_lora(given: Given, found: Given) -> None:
     `found`: rank, alpha and target modules of the LoRA, by option. Rank and alpha patterns contradict it, because the
     LoRA sets rank and alpha of each layer.
     """
-    for name, value in (found | dict.fromkeys(FIELDS)).items():
+    for name, value in {**found, **dict.fromkeys(FIELDS)}.items():
         asked = given.get(name)
         if asked is not None and {*listed(asked)} != {*listed(value)}:
             what = "its layers are others" if isinstance(value, list) else f"--init_lora has {value or 'its own'}"
