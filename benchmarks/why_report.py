@@ -103,27 +103,44 @@ def summary_table() -> str:
 
 
 def counted() -> str:
-    """Return two sentences: how many shortcuts differ significantly from LoRA, and the minimum detectable effects."""
-    found = [
-        (unit, verdict)
-        for _, _, record, unit in split_records()[0]
-        for verdict in to_reference(record)
-        if verdict["label"].startswith("reslora")
-    ]
-    if not found:
+    """Return three sentences: how many shortcuts differ significantly from LoRA, and the minimum detectable effects."""
+    published, amended = map(compared_with_lora, split_records())
+    if not published:
         return NOT_RUN
-    below, above = (sum(verdict["conclusion"] == which for _, verdict in found) for which in ("better", "worse"))
     effects = []
     for kind in ("images", "examples"):
-        sizes = [verdict["detectable"] for unit, verdict in found if unit == kind and verdict["detectable"] is not None]
+        sizes = [verdict["detectable"] for unit, verdict in published if unit == kind and verdict["detectable"]]
         if sizes:
             name = "images" if kind == "images" else "text"
             effects.append(f"{min(sizes):.2f}% to {max(sizes):.2f}% for {name}")
-    return (
-        f"In {len(found)} comparisons of a shortcut with LoRA, the shortcut ended significantly below LoRA {below} "
-        f"times and significantly above LoRA {above} times. Relative to LoRA's test loss, the minimum detectable "
-        f"effect (80% power) is {' and '.join(effects)}."
-    )
+    below, above = times(published)
+    sentences = [
+        f"In {len(published)} comparisons of a shortcut with LoRA, the shortcut ended significantly below LoRA {below} "
+        f"times and significantly above LoRA {above} times.",
+        "Relative to LoRA's test loss, the minimum detectable effect (80% power) is " + " and ".join(effects) + ".",
+    ]
+    if amended:
+        below, above = times(amended)
+        sentences.append(
+            f"Of {len(amended)} averaged and fading shortcuts, {below} ended significantly below LoRA, and {above} "
+            "significantly above it."
+        )
+    return " ".join(sentences)
+
+
+def compared_with_lora(found: Sequence[Kept]) -> list[tuple[str, Verdict]]:
+    """Return the comparisons of shortcuts with LoRA, each with its unit of training data."""
+    return [
+        (unit, verdict)
+        for _, _, record, unit in found
+        for verdict in to_reference(record)
+        if verdict["label"].startswith("reslora") and verdict["reference"] == "lora"
+    ]
+
+
+def times(found: Sequence[tuple[str, Verdict]]) -> list[int]:
+    """Return how many comparisons are significantly better, and how many significantly worse."""
+    return [sum(verdict["conclusion"] == which for _, verdict in found) for which in ("better", "worse")]
 
 
 def again_table() -> str:
