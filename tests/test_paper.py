@@ -213,7 +213,7 @@ def test_report_fills_the_marked_parts_and_nothing_else():
     assert report.startswith("before\n") and report.endswith("after") and "old" not in report
     assert "| is | 0.001 | 0.2000 ± 0.0000 | -0.3000 ± 0.0000 | 0.500 ± 0.000 | 10 ± 0 |" in report
     assert "*Not run yet.*" in report and "`svamp`" not in report
-    assert "These experiments have not run: `cost`, `pipeline`," in report
+    assert "These experiments have not run; of `paper.py`: `cost`, `pipeline`," in report
     assert (paper_report.RESULTS / "svamp.png").stat().st_size > 1000
 
 

@@ -17,7 +17,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS, *(ROOT / "assets").rglob("*.md")]
 # What a reader has and the checkout hasn't: a model on the hub, a finished run.
 STAND_INS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "assets/pipeline",
-    "runs/my-style/reslora": "app/example/reslora",
+    "runs/my-style/lora": "app/example/lora",
 }
 HEADING = re.compile(r"^#+ +(.+)$", re.M)
 LIBRARY = "reslora.merge(model, calibration=batches)"

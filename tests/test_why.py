@@ -38,7 +38,7 @@ FEW_CONTROLS = {
     "svamp": ("lora", "lora_x2", "lora_x4"),
     "depth": ("lora", "lora_x2", "lora_matched"),
     "decay": ("lora", "lora_matched"),
-    **dict.fromkeys(("mean", "gated", "decay-svamp"), ("lora",)),
+    **dict.fromkeys(("mean", "gated"), ("lora",)),
     **dict.fromkeys(("cola", "mrpc", "stsb", "qnli", "hellaswag", "gsm8k"), ("lora", "lora_x2")),
 }
 SHORTCUTS = {"sst2": ["input", "middle"], "svamp": ["middle"], "gated": ["gated"]}
@@ -53,7 +53,7 @@ def test_trainers_take_every_command_with_all_controls_and_enough_seeds_and_rate
         else:
             found = read(TEXTS[experiment.script], experiment.script, command).flat()
         kind, swept = name.partition("-")[0], name.endswith("pre_num")
-        controls = ("lora",) if swept else FEW_CONTROLS.get(kind, why.CONTROLS)
+        controls = ("lora",) if swept or name == "decay-svamp" else FEW_CONTROLS.get(kind, why.CONTROLS)
         methods = why.BASELINES if name.endswith("baselines") else (*controls, "reslora")
         assert found["method"] == list(methods)
         assert min(len(found["learning_rate"]), len(found["seed"])) >= (3 if swept or kind in FEW_CONTROLS else 5)
@@ -183,7 +183,9 @@ def test_an_amendment_is_compared_with_the_reference_of_its_experiment():
     arms = [arm(label, seed, [loss, loss + 0.1, loss + seed / 9]) for label, loss in losses.items() for seed in (0, 1)]
     (why.KEPT / "gated-pipeline.json").write_text(json.dumps(record(arms) | {"references": ["reslora rank 4"]}))
     published, (each,) = why_report.split_records()
-    assert published == [] and each.title == "Gated shortcuts, the bundled U-Net (compared with reslora rank 4)"
+    assert (
+        published == [] and each.title == "Gated shortcuts (reslora), the bundled U-Net (compared with reslora rank 4)"
+    )
     signs = {verdict["label"]: np.sign(verdict["relative"]) for verdict in why_report.to_reference(each.record)}
     assert signs == {"lora rank 4": 1, "lora rank 5": -1}
     assert "difference to reslora rank 4" in why_report.why_tables(why_report.records())
