@@ -240,9 +240,11 @@ def adapter_state(model: nn.Module, adapter_name: str, keep_vars: bool = False) 
 
 
 def _fill(outer: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
-    # PEFT copies into the existing parameters. A float32 adapter on a half-precision base must stay float32.
+    # PEFT copies into the existing parameters. A float32 adapter on a half-precision base must stay float32. Modules of
+    # `modules_to_save` have the dtype of the model, whose inputs they do not cast.
     for key, parameter in adapter_state(outer, adapter_name, keep_vars=True).items():
-        parameter.data = parameter.data.to(tensors[key].dtype)
+        if "lora_" in key:
+            parameter.data = parameter.data.to(tensors[key].dtype)
     wrapped = isinstance(outer, PeftModel)
     state = {PEFT_PREFIX + key: value for key, value in tensors.items()} if wrapped else tensors
     with keeping_shortcuts():
