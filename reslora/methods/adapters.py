@@ -100,6 +100,10 @@ def attach(
     # Models of transformers have `add_adapter` too, but are wrapped by default.
     in_place = in_place or (hasattr(model, "add_adapter") and not isinstance(model, PreTrainedModel))
     adapted = _add(model, pissa.plain(config) if starts else config, in_place)
+    # PEFT would train the divisor of AdaLoRA's scaling if the base is in half precision, and never saves it.
+    for name, value in adapted.named_parameters() if isinstance(config, AdaLoraConfig) else ():
+        if ".ranknum." in name:
+            value.requires_grad_(False)
     if starts:
         pissa.put_on(adapted)
     if shortcuts is not None:

@@ -196,6 +196,14 @@ def test_adalora_is_measured_by_the_rank_that_was_asked_for_and_lokr_by_none():
     attach(tiny_llama(), adapter_config("lokr", AdapterSettings(**{**FLAGS, "r": 100_000}, targets=["v_proj"])))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adalora_trains_only_what_peft_saves(dtype):
+    settings = AdapterSettings(**FLAGS, targets=TARGETS["llama"])
+    model = attach(tiny_llama().to(dtype), adapter_config("adalora", settings))
+    trained = {name.split(".")[-2] for name, value in model.named_parameters() if value.requires_grad}
+    assert trained == {"lora_A", "lora_B", "lora_E"}
+
+
 def test_adalora_refuses_convolutions():
     with pytest.raises(ValueError) as error:
         attach(tiny_unet(), adapter_config("adalora", AdapterSettings(**FLAGS, targets=["to_q", "conv_in"])))
