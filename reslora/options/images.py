@@ -56,7 +56,7 @@ PRESERVATION = Need(
 HUBER = Need(
     lambda options: LOSSES[options.training.loss_type].has_threshold,
     "leave it out, or change --loss_type",
-    "this --loss_type does not use it",
+    "--loss_type {loss_type} does not use it",
 )
 
 
