@@ -43,7 +43,7 @@ FEWER = ("lora", "lora_x2", "lora_matched", "is_placebo", "ms_placebo")
 UNDERTRAINED = ("lora", "lora_x2", "lora_x4")
 """The controls that hypothesis 5 requires; `ms(4)` converges fastest, and one run of SVAMP takes over five minutes."""
 SHORTCUTS = ("input", "block", "middle")
-AMENDMENTS = {"mean": "averaged shortcuts", "decay": "fading shortcuts", "gated": "gated shortcuts (reslora)"}
+AMENDMENTS = {"mean": "averaged shortcuts", "decay": "fading shortcuts", "gated": "gated (reslora)"}
 PIPELINES = {"pipeline": "the bundled U-Net", "pipeline-flow": "the bundled transformer"}
 
 

@@ -35,7 +35,7 @@ def forest(experiments: Sequence[Kept]) -> Figure:
     """Plot the difference to LoRA (or to an experiment's other reference) of every label, with its interval and MDE."""
     columns: list[list[Kept]] = [[], []]
     for each in experiments:
-        columns["transformer" not in each.title or len(experiments) < 8].append(each)
+        columns["transformer" not in each.title or len(experiments) < 12].append(each)
     columns = [column for column in columns if column]
     found = [[to_reference(each.record) for each in column] for column in columns]
     rows = max(sum(len(verdicts) + 2.2 for verdicts in column) for column in found)

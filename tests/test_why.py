@@ -183,9 +183,7 @@ def test_an_amendment_is_compared_with_the_reference_of_its_experiment():
     arms = [arm(label, seed, [loss, loss + 0.1, loss + seed / 9]) for label, loss in losses.items() for seed in (0, 1)]
     (why.KEPT / "gated-pipeline.json").write_text(json.dumps(record(arms) | {"references": ["reslora rank 4"]}))
     published, (each,) = why_report.split_records()
-    assert (
-        published == [] and each.title == "Gated shortcuts (reslora), the bundled U-Net (compared with reslora rank 4)"
-    )
+    assert published == [] and each.title == "Gated (reslora), the bundled U-Net (compared with reslora rank 4)"
     signs = {verdict["label"]: np.sign(verdict["relative"]) for verdict in why_report.to_reference(each.record)}
     assert signs == {"lora rank 4": 1, "lora rank 5": -1}
     assert "difference to reslora rank 4" in why_report.why_tables(why_report.records())
