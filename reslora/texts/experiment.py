@@ -34,7 +34,7 @@ from ..io import read_object, remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter
 from ..options.grid import Grid
 from ..options.texts import T, TextOptions
-from ..options.unused import report_unread_by_methods
+from ..options.unused import report_unread_by_methods, report_unused
 from ..options.values import refuse_other_value
 from ..runtime.checkpoint_folders import ADAPTERS, EXPORTED, EXPORTS, adapter_folder
 from ..runtime.folder_lock import check_held, locked, share_lock, writing_into
@@ -95,6 +95,7 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
     With `orders`, this process is a worker of --arms_at_once; the main process has locked and validated the directory.
     """
     report_unread_by_methods(grid)
+    report_unused(grid)
     schedule = ArmSchedule(grid)
     plain, *_ = [options_of(arm, schedule) for arm in schedule.arms()]
     with contextlib.ExitStack() as stack:
