@@ -16,7 +16,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import why
 from measured import check_names, machine
@@ -33,6 +33,7 @@ from reslora.texts.experiment import TextArmStudy, opened
 from reslora.texts.results import merge_table
 
 SCRIPTS = {"train_llm.py": (llm.LlmTexts, LlmOptions), "train_glue.py": (glue.GlueTexts, GlueOptions)}
+NOT_EXACT = re.compile("reslora(?! block)")  # the shortcuts whose merges are approximate
 ON_TEXT = [name for name, experiment in why.EXPERIMENTS.items() if experiment.needs == "text"]
 
 
@@ -40,8 +41,8 @@ def main() -> None:
     """Repeat and merge the chosen runs of the named experiments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", metavar="EXPERIMENT", help=f"of {', '.join(ON_TEXT)}")
-    parser.add_argument("--seeds", nargs="+", default=["5", "6"], help="seeds that the experiment does not have")
-    parser.add_argument("--merge_only", action="store_true", help="train nothing; merge the runs of `why.py run`")
+    parser.add_argument("--seeds", nargs="+", help="seeds that the experiment does not have (default: 5 6)")
+    parser.add_argument("--merge_only", action="store_true", help="merge runs of `why.py run`, of --seeds if given")
     parser.add_argument("--llm", default=why.LLM, help="causal model, folder or name on the hub")
     parser.add_argument("--encoder", default=why.ENCODER, help="text encoder for GLUE, folder or name on the hub")
     parser.add_argument("--text", metavar="FOLDER", required=True, help="holds TASK/{train,validation,test}.jsonl")
@@ -60,34 +61,35 @@ def main() -> None:
 def again(name: str, chosen: Mapping[str, Mapping], args: argparse.Namespace) -> list[dict]:
     """Train LoRA and every shortcut without an exact merge at its chosen learning rate, and return their losses."""
     experiment, runs = why.EXPERIMENTS[name], []
-    for label in ("lora", *(label for label in chosen if re.match("reslora(?! block)", label))):
+    for label in ("lora", *filter(NOT_EXACT.match, chosen)):
         kind = re.search("input|middle", label)
         one = dataclasses.replace(
             experiment, methods=tuple(label.split()[:1]), rates=(f"{chosen[label]['learning_rate']:g}",),
-            shortcuts=(kind[0],) if kind else experiment.shortcuts, seeds=tuple(args.seeds),
+            shortcuts=(kind[0],) if kind else experiment.shortcuts, seeds=tuple(args.seeds or ("5", "6")),
         )  # fmt: skip
         command = [word for word in one.command(f"{name}-again/{label}", args) if word != "--extend_rates"]
         subprocess.run([sys.executable, *command], check=True)
-        found = losses_of_runs(experiment.script, command[1:], {label.split()[0]: chosen[label]})
+        found = losses_of_runs(experiment.script, command[1:], {label.split()[0]: chosen[label]}, one.seeds)
         runs += [run | {"label": label} for run in found]
     return runs
 
 
 def merge_only(name: str, chosen: Mapping[str, Mapping], args: argparse.Namespace) -> list[dict]:
-    """Return the losses of the shortcuts' runs of `why.py run NAME`, whose folder must still exist."""
+    """Return the losses of the runs of `why.py run NAME` without an exact merge; their folder must still exist."""
     experiment = why.EXPERIMENTS[name]
-    shortcuts = {label: choice for label, choice in chosen.items() if label.startswith("reslora")}
-    return losses_of_runs(experiment.script, experiment.command(name, args)[1:], shortcuts)
+    shortcuts = {label: choice for label, choice in chosen.items() if NOT_EXACT.match(label)}
+    seeds = args.seeds or experiment.seeds
+    return losses_of_runs(experiment.script, experiment.command(name, args)[1:], shortcuts, seeds)
 
 
-def losses_of_runs(script: str, flags: list[str], chosen: Mapping[str, Mapping]) -> list[dict]:
+def losses_of_runs(script: str, flags: list[str], chosen: Mapping[str, Mapping], seeds: Sequence[str]) -> list[dict]:
     """Return the test loss of each run at its label's chosen learning rate and step, unmerged and after every merge."""
     new, options = SCRIPTS[script]
     texts, runs = new(), []
     with opened(texts, read(options, script, flags), StopRequest()) as experiment:
         for arm in experiment.schedule.arms():
             choice = chosen.get(arm.label, {})
-            if arm.rate != choice.get("learning_rate"):
+            if arm.rate != choice.get("learning_rate") or str(arm.seed) not in seeds:
                 continue
             study, folder = experiment.study_of(arm), experiment.schedule.folder_of(arm)
             model = study.adapted()
