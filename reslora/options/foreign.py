@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from .option import Option
 
 DEFAULT = "the default"
-# Options of kohya's scripts that do not correspond to a single option here.
+# Options of kohya's and of diffusers' scripts that do not correspond to a single option here.
 KOHYA = {
     "config_file": "--config",
     "dataset_config": "--train_data_dir, --train_data_repeats, --resolution and others",
@@ -15,7 +15,9 @@ KOHYA = {
     "cache_latents_to_disk": DEFAULT,
     "cache_text_encoder_outputs": DEFAULT,
     "save_state": DEFAULT,
+    "sdpa": DEFAULT,
 }
+DIFFUSERS = {"instance_prompt": "captions in --train_data_dir: .txt files, or images in a subfolder named 1_PROMPT"}
 
 
 def foreign_names(table: Mapping[str, Option]) -> dict[str, tuple[str, str]]:
@@ -24,6 +26,7 @@ def foreign_names(table: Mapping[str, Option]) -> dict[str, tuple[str, str]]:
     The equivalent is an option, for some with a value.
     """
     found = {name: ("kohya's", here) for name, here in KOHYA.items()}
+    found |= {name: ("diffusers'", here) for name, here in DIFFUSERS.items()}
     for option in table.values():
         for whose, names in (("kohya's", option.kohya), ("diffusers'", option.diffusers)):
             for entry in names:

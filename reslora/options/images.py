@@ -73,7 +73,7 @@ class ModelOptions:
         compared_as="base model")
     pretrained_vae_model_name_or_path: str | None = by_content(None,
         "another autoencoder: a folder in diffusers' format or a name on the hub", metavar="VAE", path="absolute",
-        compared_as="base model")
+        compared_as="base model", kohya=("vae",))
     pretrained_transformer_file: str | None = by_content(None,
         ".safetensors file with the transformer, in the model's own layout, ComfyUI's or diffusers'; the configuration "
         "and all other parts are those of --pretrained_model_name_or_path", metavar="FILE", path="absolute",
@@ -88,7 +88,8 @@ class ModelOptions:
     cache_dir: str | None = free(None, "folder for downloads and encoded images and captions",
         or_else="the hub's own cache, and <output_dir>/cache", metavar="FOLDER", path="absolute")
     prediction_type: str | None = option(None, "what the denoiser predicts", or_else="what the scheduler says",
-        choices=("epsilon", "v_prediction"), objective="ddpm", compared_as="how losses are measured")
+        choices=("epsilon", "v_prediction"), objective="ddpm", compared_as="how losses are measured",
+        kohya=("v_parameterization v_prediction",))
     mixed_precision: str = option(None, "precision of the frozen weights and of the computation; the adapter's "
         "weights stay fp32",
         or_else="what accelerate was started with; bf16 for a bundled pipeline on a CPU that has instructions for it",
@@ -102,7 +103,7 @@ class ModelOptions:
         "the GPU when it is needed: less memory, slower, same results", NATURAL)
     allow_tf32: bool = option(False, "allow TF32 matrix products on Ampere and later GPUs")
     enable_xformers_memory_efficient_attention: bool = option(False, "use the attention of xformers instead of "
-        "PyTorch's")
+        "PyTorch's", kohya=("xformers",))
 
 
 @group
@@ -148,7 +149,7 @@ class DataOptions:
         "(webdataset) or JSON files, or what save_to_disk wrote; or kohya's folders, named <repeats>_<caption>",
         or_else="the bundled images", metavar="FOLDER", collapses=True, short="data",
         essential="folder of images with captions", path="absolute", yields_to="dataset_name",
-        compared_as="held-out images")
+        compared_as="held-out images", diffusers=("instance_data_dir",))
     train_data_repeats: list[int] = option([1],
         "how often an epoch uses each image: one number for all folders, or one per folder; it multiplies the "
         "repeats of kohya's folders", COUNT, metavar="N", collapses=True, kohya=("dataset_repeats",),
@@ -190,7 +191,7 @@ class DataOptions:
     class_data_dir: str | None = by_content(None,
         "folder of class images: images of the same kind of thing, which keep the model from forgetting what it "
         "knows. If the folder has kohya's subfolders, no images are generated", metavar="FOLDER", path="absolute",
-        compared_as="held-out images")
+        compared_as="held-out images", diffusers=("with_prior_preservation FOLDER",))
     class_prompt: str | None = option(None,
         "caption of class images that have none, and prompt for generating class images if there are too few",
         metavar="PROMPT")

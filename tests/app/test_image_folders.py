@@ -157,13 +157,20 @@ def test_rows_that_are_wrong_and_images_that_are_not_listed_are_told(edits, tmp_
         edits.change_captions(images, ["0.png"], ADD_TAG, "x")
 
 
+def replace_texts(table: Path, rows: list[dict]) -> None:
+    """Write a table of captions, and remove the caption files next to it."""
+    table.write_text("\n".join(map(json.dumps, rows)))
+    for text in table.parent.glob("*.txt"):
+        text.unlink()
+
+
 def test_masks_are_no_images_and_go_and_come_with_theirs(edits, tmp_path):
     folder, table = tmp_path / "data" / "set", tmp_path / "data" / "set" / "metadata.jsonl"
     for name in ("mask.png", "shared.png"):
         PIL.Image.new("L", (9, 9)).save(folder / name)  # of another size, which matters to --masked_loss alone
     masks = {"0.png": "mask.png", "1.png": "shared.png", "2.png": "./shared.png", "3.png": "4.png"}
     rows = [{"file_name": f"{n}.png", "text": "a", "mask": masks.get(f"{n}.png")} for n in range(6)]
-    table.write_text("\n".join(map(json.dumps, rows)))
+    replace_texts(table, rows)
     before = {path.name for path in folder.iterdir()}
     images = edits.look("set")
     assert list(images.images) == [f"{n}.png" for n in range(6)]
@@ -188,7 +195,7 @@ def test_a_pair_of_images_is_shown_together_and_nothing_outside_the_folder(edits
         PIL.Image.new("RGB", (640, 1280), "red").save(folder / name)
     pairs = {0: "before/0.png", 1: "before/1.png", 2: "3.png"}
     rows = [{"file_name": f"{n}.png", "text": "a", "conditioning_image": pairs.get(n)} for n in range(6)]
-    table.write_text("\n".join(map(json.dumps, rows)))
+    replace_texts(table, rows)
     images = edits.look("set")
     assert [image.reference and image.reference.name for image in images.images.values()] == [
         *("0.png", "1.png", "3.png"), *[None] * 3

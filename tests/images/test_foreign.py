@@ -45,6 +45,8 @@ def test_the_command_line_names_all_of_them(capsys):
     )
     line = refused(capsys, "--dataset_config", "x.toml")
     assert "--dataset_config is kohya's name; here it is --train_data_dir" in line
+    line = refused(capsys, "--instance_prompt", "a sks dog")
+    assert "--instance_prompt is diffusers' name; here it is captions in --train_data_dir: .txt files" in line
 
 
 def test_a_configuration_does_too(tmp_path):

@@ -247,6 +247,9 @@ def read_folder(
         found = dataclasses.replace(read_metadata(metadata, data, training), metadata=metadata)
         missing = len(unlisted(found.rows, files))
         found.notes += [f"{pluralize(missing, 'image')} not listed in {metadata.name}"] if missing else []
+        if beside := sum(bool(caption_files(path)) for path in files):
+            unread = f"a caption file, which is not read: the captions are those of {metadata.name}"
+            found.notes.append(f"{pluralize(beside, 'image')} with {unread}")
         return _with_folder_notes(found, folder, data, everything, deep)
     if any(path.name in METADATA for path in everything):
         return None

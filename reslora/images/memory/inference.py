@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ...calibration import BUDGET
 from ...methods.registry import METHODS
@@ -76,7 +77,10 @@ def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phas
     exact = empty_denoiser(rehearsal.model, torch.float32)
     whole, shapes = tensor_bytes(exact), [layer.weight.shape for _, layer in block_layers(exact)]
     rehearsal.stage.place(exact.eval())
+    times = 4 // rehearsal.dtype.itemsize
+    encoders = times * tensor_bytes(*rehearsal.trained_encoders, trained=False)
     found = {name: step.held[name] for name in KEPT}
+    found[BASE] = (found[BASE] or 0) + encoders - encoders // times  # they are converted in place
     draw = partial(drawing, rehearsal, exact, torch.float32, contextlib.nullcontext)
     activations = rehearsal.known("activations of sampling in float32", draw)
     plain = rehearsal.dtype == torch.float32 and rehearsal.options.model.base_precision == "no"
@@ -85,13 +89,12 @@ def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phas
         if whole > max(IN_MEMORY, left) and shapes:  # its block weights are read one at a time
             sizes = [4 * shape.numel() for shape in shapes]
             whole -= sum(sizes) - max(sizes)
-        found |= {EXACT: whole, ADAPTER: 2 * (step.held[ADAPTER] or 0)}
+        found |= {EXACT: whole + encoders, ADAPTER: 2 * (step.held[ADAPTER] or 0)}
     if METHODS[method].shortcuts and rehearsal.options.adapter.merge_calibration_samples:
         found[MERGE] = merging(rehearsal, exact)
         size, count = rehearsal.size, rehearsal.options.training.train_batch_size
         read = partial(denoising, rehearsal, exact, count, size, torch.float32)
         activations = max(activations or 0, rehearsal.known("activations of the merge", read) or 0)
-    times = 4 // rehearsal.dtype.itemsize
     stay: Held = {name: times * (size or 0) for name, size in rehearsal.staying.items()}
     return Phase("exporting", found | {ACTIVATIONS: activations, AUTOENCODER: rehearsal.autoencoder(times)} | stay)
 
@@ -154,6 +157,7 @@ def denoising(rehearsal: Rehearsal, denoiser: Any, count: int, size: Size, dtype
         text = rehearsal.text(count, dtype)
         if rehearsal.trainable:
             text = family.encode_trained(rehearsal.pipeline, rehearsal.captions(count), text)
+            text = tree_map(lambda value: value.to(dtype), text)  # encoders of an export are in float32, too
         reference = None
         if family.edits:
             of_reference = family.latent_shape(rehearsal.pipeline, *family.reference_size(size.height, size.width))

@@ -122,6 +122,11 @@ class Rehearsal:
         return self._modules(self.family.text_parts)
 
     @property
+    def trained_encoders(self) -> list[nn.Module]:
+        """The text encoders that are trained."""
+        return self._modules(self.trainable)
+
+    @property
     def staying(self) -> Held:
         """The bytes of the frozen text encoders that stay loaded during training; empty if none do."""
         stay = [] if self.options.data.cache_text_embeddings else self._modules(self.frozen)
@@ -134,7 +139,7 @@ class Rehearsal:
         vae = self.autoencoder_in(torch.float32 if overflows(self.family, self.pipeline.vae) else self.dtype)
         activations = self.known("activations of the autoencoder", lambda: self._encode(vae))
         found: Held = {AUTOENCODER: tensor_bytes(vae), ACTIVATIONS: activations}
-        trained: Held = {BASE: tensor_bytes(*self._modules(self.trainable))} if self.trainable else {}
+        trained: Held = {BASE: tensor_bytes(*self.trained_encoders)} if self.trainable else {}
         return Phase("encoding images", found | self.staying | trained)
 
     def _encode(self, vae: Any) -> int:

@@ -208,6 +208,11 @@ def objective_of(
     """Return the objective of the model's family; raises `InvalidArgument` for options that have no effect with it."""
     between = between_of(training, pipeline.scheduler.config.num_train_timesteps)
     check_objective(model, training, family)
+    argument = f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}"
+    # The objective's noise levels follow from one of these. EDM's schedulers, as of Playground 2.5, have neither.
+    if ("shift" if family.objective == "flow" else "beta_schedule") not in pipeline.scheduler.config:
+        problem = f"its {type(pipeline.scheduler).__name__} has other noise levels than {family.name} is trained with"
+        raise InvalidArgument(argument, problem, "give another model")
     if family.objective == "flow":
         objective = FlowObjective(
             pipeline.scheduler, training.timestep_sampling, training.weighting_scheme, training.discrete_flow_shift,
@@ -215,6 +220,5 @@ def objective_of(
         )  # fmt: skip
         check_sampling(training, objective.sampling)
         return objective
-    argument = f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}"
     with refused_as(argument, "give another model, or --prediction_type", (ValueError,)):
         return DdpmObjective(pipeline.scheduler, training.snr_gamma, between)

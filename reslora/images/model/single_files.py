@@ -50,9 +50,25 @@ def unpacked(path: Path, model: ModelOptions, output: OutputOptions) -> Path:
         fix += "; if it has no text encoders, give the pipeline's folder, and this with --pretrained_transformer_file"
     with refused_as(flag, fix):
         pipeline = family.pipeline.from_single_file(str(path), cache_dir=model.cache_dir)
+        pipeline.scheduler.register_to_config(**scheduler_settings(path))
         with replacing(folder) as temporary:
             pipeline.save_pretrained(temporary)
     return folder
+
+
+def scheduler_settings(path: Path) -> dict[str, object]:
+    """Return the scheduler's settings that a checkpoint declares; diffusers uses only those of its own configuration.
+
+    The tensors `v_pred` and `ztsnr` declare v prediction and zero terminal SNR, as ComfyUI reads them. ModelSpec's
+    header declares the prediction type.
+    """
+    with safe_open(path, "pt") as file:
+        names, header = set(file.keys()), file.metadata() or {}
+    predicted = "v" if "v_pred" in names else header.get("modelspec.prediction_type")
+    types = {"v": "v_prediction", "epsilon": "epsilon"}
+    found: dict[str, object] = {"prediction_type": types[predicted]} if predicted in types else {}
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return found | (zero if "ztsnr" in names else {})
 
 
 def with_transformer(base: Path, family: Family, model: ModelOptions, output: OutputOptions) -> Path:

@@ -324,14 +324,14 @@ def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
 
 
 def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: ImageContext) -> None:
-    """Write every format that the method supports."""
+    """Write every format that the method supports; a disk too full for merged weights has the small files already."""
     family, folder = context.model.family, context.folder_of(method)
+    write_adapters(parts, folder, family, metadata if METHODS[method].plain_lora else None)
     for name, part in parts.items() if context.writes_merged else ():
         if name == family.denoiser:
             write_merged(part, folder / name, context.model.stored_denoiser())
         else:
             export.export_merged(part, folder / name)
-    write_adapters(parts, folder, family, metadata if METHODS[method].plain_lora else None)
 
 
 def write_adapters(parts: Parts, folder: Path, family: Family, metadata: dict[str, str] | None) -> None:

@@ -51,6 +51,16 @@ def test_a_stray_text_does_not_hide_metadata_csv(tmp_path):
     assert gather(folder, "--cache_dir", str(tmp_path / "cache")).captions == [["red disc"], ["blue box"]]
 
 
+@pytest.mark.parametrize("layout", ["jsonl", "csv"])
+def test_caption_files_beside_a_table_are_told_because_they_are_not_read(tmp_path, layout):
+    folder = image_folder(tmp_path / "p", 3, layout=layout)
+    (folder / "0.txt").write_text("edited")
+    (folder / "2.caption").write_text("edited")
+    found, told = gather(folder), "with a caption file, which is not read: the captions are those of metadata"
+    assert_are_three(found)
+    assert only(list(found.notes), told) == f"2 images {told}.{layout}"
+
+
 def test_cells_of_metadata_csv_are_text(tmp_path):
     """A spreadsheet writes quotes and a byte order mark; NA and 7 are captions too, an empty cell is none."""
     folder = image_folder(tmp_path / "p", 6, layout="none")

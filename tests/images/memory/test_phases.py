@@ -1,5 +1,7 @@
 """A rehearsed run needs the memory of a real one: weights and states exactly, activations approximately."""
 
+import dataclasses
+
 import pytest
 import torch
 from pipelines import FAMILIES, image_folder
@@ -7,8 +9,10 @@ from pipelines import FAMILIES, image_folder
 from images.memory.rehearsed import consume_request, resolved
 from reslora.images.context import ImageContext
 from reslora.images.memory import phases
-from reslora.images.memory.inference import drawing_class_images
-from reslora.images.memory.phases import ACTIVATIONS, ADAPTER, BASE, GRADIENTS, OPTIMIZER, Phase, Rehearsal
+from reslora.images.memory.components import empty_denoiser
+from reslora.images.memory.inference import drawing_class_images, exporting
+from reslora.images.memory.meta_tensors import tensor_bytes
+from reslora.images.memory.phases import ACTIVATIONS, ADAPTER, BASE, EXACT, GRADIENTS, OPTIMIZER, Phase, Rehearsal
 from reslora.images.memory.plan import guess, plan_of
 
 NAMES = ["encoding images", "encoding captions", "training", "sampling", "exporting"]
@@ -43,6 +47,19 @@ def test_text_encoders_that_train_and_images_that_are_encoded_in_the_step_count(
     images, context = resolved(model, data, tmp_path / "out", "--train_text_encoder", "--no-cache_latents")
     rehearsal = Rehearsal(images, context)
     assert_planned(rehearsal.training("lora"), rehearsal, context)
+
+
+def test_exports_of_text_encoders_that_train_in_half_precision_are_planned(model, data, tmp_path):
+    """They are converted to float32, and loaded from disk once more in float32."""
+    images, context = resolved(model, data, tmp_path / "out", "--train_text_encoder")
+    context = dataclasses.replace(context, options=context.options.replace(mixed_precision="bf16"))
+    rehearsal = Rehearsal(images, context)
+    step = rehearsal.training("lora")
+    planned = exporting(rehearsal, "lora", step, 0).held
+    half = tensor_bytes(rehearsal.pipeline.text_encoder, trained=False)
+    exact = tensor_bytes(empty_denoiser(context.model, torch.float32))
+    assert rehearsal.unknown == [] and planned[ACTIVATIONS] > 0
+    assert planned[BASE] == step.held[BASE] + half and planned[EXACT] == exact + 2 * half
 
 
 @pytest.mark.exhaustive

@@ -241,7 +241,7 @@ def test_hub_that_cannot_be_reached_is_said_at_once(capsys, data, tmp_path, monk
 def test_a_single_file_is_made_a_folder_once(brief_flags, model, tmp_path, monkeypatch):
     """diffusers' conversion, which needs configurations from the Hub, is replaced by its result."""
     path, converted = tmp_path / "model.safetensors", []
-    save_file({"weight": torch.zeros(3)}, path)
+    save_file({"weight": torch.zeros(3)}, path, {"modelspec.prediction_type": "v"})
 
     def convert(given, **more):
         converted.append(given)
@@ -252,5 +252,5 @@ def test_a_single_file_is_made_a_folder_once(brief_flags, model, tmp_path, monke
     for name in ("one", "two"):
         assert main(*flags, "--output_dir", tmp_path / name) == 0
     assert converted == [str(path)]
-    assert main(*brief_flags, "--output_dir", tmp_path / "folder") == 0
+    assert main(*brief_flags, "--prediction_type", "v_prediction", "--output_dir", tmp_path / "folder") == 0
     assert losses(tmp_path / "one", "lora") == losses(tmp_path / "folder", "lora")

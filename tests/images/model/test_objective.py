@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from core_models import assert_equal
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from images.runs import parts
 from reslora.errors import InvalidArgument
@@ -135,6 +135,18 @@ def test_gamma_and_the_timesteps_are_those_of_the_flags():
     assert_equal(objective.weight(TIMESTEPS).double(), snr.clamp(max=3) / snr, rtol=1e-3)
     plain = objective_of(*parts(flags("--snr_gamma", "0"), "model", "training"), family, pipeline)
     assert plain.weight(TIMESTEPS).tolist() == [1] * len(TIMESTEPS) and drawn_of(plain, 100).max() > 203
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [("ddpm", EDMEulerScheduler), ("ddpm", FlowMatchEulerDiscreteScheduler), ("flow", DDPMScheduler)],
+)
+def test_a_scheduler_with_noise_levels_of_another_kind_is_refused(kind, other):
+    """As of Playground 2.5, whose pipeline has SDXL's class; the noise levels would be the default ones of DDPM."""
+    family, pipeline = SimpleNamespace(name="sdxl", objective=kind), SimpleNamespace(scheduler=other())
+    options = Options.of(snr_gamma=None)
+    with pytest.raises(InvalidArgument, match=f"its {other.__name__} has other noise levels than sdxl is trained"):
+        objective_of(options.model, options.training, family, pipeline)
 
 
 @pytest.mark.parametrize(

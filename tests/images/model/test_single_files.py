@@ -16,7 +16,7 @@ from images.runs import assert_same, final_weights, losses, main, refused
 from reslora.errors import InvalidArgument
 from reslora.images.model.families import load_family
 from reslora.images.model.lora_files.names import names_of
-from reslora.images.model.single_files import read_transformer
+from reslora.images.model.single_files import read_transformer, scheduler_settings
 
 Q, K = "query_norm.scale", "key_norm.scale"
 FLUX = {
@@ -272,6 +272,30 @@ def test_weights_that_do_not_fit_are_an_error(family, change, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InvalidArgument, match=f"^IN: {re.escape(words)}.*; give a file and a pipeline of the same"):
         read(family, tmp_path / "in.safetensors", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "header", "settings"),
+    [
+        ((), {}, {}),
+        ((), {"modelspec.prediction_type": "v"}, {"prediction_type": "v_prediction"}),
+        ((), {"modelspec.prediction_type": "epsilon"}, {"prediction_type": "epsilon"}),
+        (("v_pred",), {}, {"prediction_type": "v_prediction"}),
+        (
+            ("v_pred", "ztsnr"),
+            {},
+            {
+                "prediction_type": "v_prediction",
+                "rescale_betas_zero_snr": True,
+                "timestep_spacing": "trailing",
+            },
+        ),
+    ],
+)
+def test_a_complete_checkpoint_declares_what_it_predicts(names, header, settings, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(0) for name in ("weight", *names)}, path, header)
+    assert scheduler_settings(path) == settings
 
 
 def test_every_family_with_a_transformer_is_here():

@@ -221,6 +221,20 @@ def test_earlier_adapters_stay_until_the_new_ones_are_there(tmp_path, monkeypatc
     assert there() == [f"peft/{config}"]
 
 
+def test_a_disk_too_full_for_merged_weights_has_the_adapters_already(monkeypatch):
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    written: list[str] = []
+    monkeypatch.setattr(results, "write_adapters", lambda *_: written.append("adapters"))
+    monkeypatch.setattr(results, "write_merged", full)
+    model = SimpleNamespace(family=SimpleNamespace(denoiser="unet"), stored_denoiser=dict)
+    context = SimpleNamespace(model=model, folder_of=Path, writes_merged=True)
+    with pytest.raises(OSError, match="No space"):
+        results.write_formats({"unet": None}, "lora", {}, context)
+    assert written == ["adapters"]
+
+
 @pytest.mark.parametrize("difference", [0, 1, 2, -2])
 def test_exports_may_differ_by_two_of_255(tmp_path, monkeypatch, difference):
     assert compared(folder_of(tmp_path), monkeypatch, 100, 100 + difference) == {"peft": abs(difference)}

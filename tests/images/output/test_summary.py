@@ -42,6 +42,14 @@ def test_where_loss_png_is_the_weights_are_in_their_place(tmp_path, monkeypatch)
     assert (tmp_path / "loss.png").is_file() and (tmp_path / weights.name).read_bytes() == b"weights"
 
 
+def test_a_copy_of_an_earlier_run_of_one_method_is_removed(tmp_path):
+    """A user who loads the run's folder would get weights that its method had before it was trained further."""
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"earlier")
+    options = flags_of(tmp_path).replace(method=["lora", "reslora"])
+    summary.write_figures(*parts(options, "adapter", "validation", "output"), 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
 def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(tmp_path, monkeypatch):
     samples, drawn, above_it = tmp_path / "lora" / "samples", [], []
     draw(samples / "step-000000", ["green star", "blue box"])
