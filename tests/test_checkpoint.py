@@ -407,6 +407,16 @@ def test_saving_a_plain_lora_model_is_an_error(llama, tmp_path):
     assert_one_line(error, "connect")
 
 
+def test_weights_on_the_meta_device_are_not_saved(llama, tmp_path):
+    model = saved(llama, tmp_path)
+    before = (tmp_path / WEIGHTS).read_bytes()
+    model.to("meta")
+    with pytest.raises(ValueError) as error:
+        reslora.save(model, tmp_path)
+    assert_one_line(error, "layers.0.self_attn.q_proj.lora_A", "meta")
+    assert (tmp_path / WEIGHTS).read_bytes() == before
+
+
 def test_nothing_is_saved_over_a_file(llama, tmp_path):
     model = llama.lora()
     reslora.connect(model, ResLoraConfig())
