@@ -170,10 +170,22 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], met
 
 
 def serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> tuple[dict, bytes]:
-    """Return the header of a safetensors file, and the bytes of its tensors."""
+    """Return the header of a safetensors file, and the bytes of its tensors.
+
+    Raises `ValueError` for a tensor on the meta device.
+    """
     from safetensors.torch import save
 
-    content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata)
+    stored: dict[str, torch.Tensor] = {}
+    places = set()
+    for key, value in tensors.items():
+        if value.is_meta:
+            raise ValueError(f"{key} is on the meta device: load it, or disable offloading, first")
+        value = value.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory, such as tied weights that are trained in `modules_to_save`.
+        stored[key] = value.clone() if value.data_ptr() in places else value
+        places.add(value.data_ptr())
+    content = save(stored, metadata)
     start = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:start]), content[start:]
 

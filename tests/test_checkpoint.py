@@ -24,6 +24,7 @@ from core_models import (
     run,
     tiny_llama,
     tiny_unet,
+    token_inputs,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear, dispatch_default
@@ -162,6 +163,22 @@ def test_modules_to_save_come_back(tmp_path):
     reslora.save(model, tmp_path)
     loaded = reslora.load(base_of(arch), tmp_path)
     assert torch.equal(run(loaded.eval(), arch.inputs()), run(model.eval(), arch.inputs()))
+
+
+def test_tied_weights_that_are_trained_come_back(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return tiny_llama(tie_word_embeddings=True)
+
+    model = ARCHITECTURES["llama"].lora(base=base(), modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    reslora.connect(model, ResLoraConfig("input"))
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight.mul_(2)
+    reslora.save(model, tmp_path)
+    loaded = reslora.load(base(), tmp_path)
+    assert torch.equal(run(loaded, token_inputs()), run(model, token_inputs()))
+    state = loaded.get_base_model()
+    assert state.lm_head.weight.data_ptr() == state.get_input_embeddings().weight.data_ptr()
 
 
 @one_each
@@ -388,6 +405,16 @@ def test_saving_a_plain_lora_model_is_an_error(llama, tmp_path):
     with pytest.raises((ValueError, RuntimeError)) as error:
         reslora.save(llama.lora(), tmp_path / "out")
     assert_one_line(error, "connect")
+
+
+def test_weights_on_the_meta_device_are_not_saved(llama, tmp_path):
+    model = saved(llama, tmp_path)
+    before = (tmp_path / WEIGHTS).read_bytes()
+    model.to("meta")
+    with pytest.raises(ValueError) as error:
+        reslora.save(model, tmp_path)
+    assert_one_line(error, "layers.0.self_attn.q_proj.lora_A", "meta")
+    assert (tmp_path / WEIGHTS).read_bytes() == before
 
 
 def test_nothing_is_saved_over_a_file(llama, tmp_path):

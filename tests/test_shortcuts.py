@@ -27,11 +27,13 @@ from core_models import (
     tiny_llama,
 )
 from suites import quick
-from torch.func import functional_call, vmap
-from wired import AMENDED, PLAIN, SOME, WIRED, amended, connected, language, one_each, pair, some, wired
+from torch.func import functional_call, grad, vmap
+from wired import AMENDED, PLAIN, SOME, WIRED, amended, connected, language, one_each, pair, some, stateful, wired
 
 import reslora
 from reslora import ResLoraConfig
+from reslora.chains import base_model
+from reslora.wiring import connection_of
 
 # --- Eqs. 1-4 ---------------------------------------------------------------------------------------------------------
 
@@ -353,6 +355,25 @@ def test_an_ensemble_of_adapters_is_computed_at_once(shortcut, pre_num, head):
         }
         return vmap(lambda weights: functional_call(candidate, weights, (STACK_INPUTS["x"],)))(stacked)
 
+    assert_equal(results(model), results(oracle))
+
+
+@stateful
+def test_gradients_of_single_samples_record_no_norms(shortcut, pre_num, head):
+    model = lora_stack()
+    oracle = Oracle(model, [stack_chain()], shortcut, pre_num, head).model
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head, window=3), example_inputs=STACK_INPUTS)
+
+    def results(candidate):
+        def loss(weights, x):
+            return functional_call(candidate, weights, (x[None],)).square().sum()
+
+        weights = {name: value.detach() for name, value in candidate.named_parameters() if value.requires_grad}
+        return vmap(grad(loss), in_dims=(None, 0))(weights, STACK_INPUTS["x"])
+
+    assert_equal(results(model), results(oracle))
+    model(**STACK_INPUTS)
+    assert connection_of(base_model(model)).wires.norms.count == 1
     assert_equal(results(model), results(oracle))
 
 

@@ -130,7 +130,11 @@ class Wires:
         """Create a state for a forward pass, which may be a nested one; a forward pre-hook of the base model."""
         refuse_replica(module)
         recording = self.norms.window > 0 and bool(self.norms.names) and module.training and torch.is_grad_enabled()
-        frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+        frame = None
+        if not torch.compiler.is_compiling():
+            frame = sys._getframe(1)
+            # Inside a transform, such as `torch.func.grad`, norms cannot be written to the window.
+            recording = recording and torch._C._functorch.peek_interpreter_stack() is None
         slot = self.threads.slot
         slot.state = State(recording=recording, outer=_unfinished(slot.state), frame=frame)
 
