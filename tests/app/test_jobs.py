@@ -87,6 +87,9 @@ def test_one_after_the_other_and_what_fails_does_not_stop_the_next(lined, tmp_pa
     lined.move("e", 1)
     lined.move("c", -1)
     lined.move("c", -1)  # it is the first that waits
+    for by in (0, "up", None, [1]):
+        with pytest.raises(RunError, match=r"by -1 \(up\) or 1 \(down\)"):
+            lined.move("c", by)
     lined.remove("b")
     (tmp_path / "data" / "cats").rmdir()
     for name in "ac":
