@@ -390,6 +390,10 @@ def test_a_configuration_is_saved_for_the_command_line_and_loaded_again(lined, t
     assert tab.settings("new", model, [*loaded, defaults]) == {
         "model": model, "method": ["lora", "lora_x2"], "seed": "0 1", "rank": "8", "random_flip": True, "vary": vary
     }  # fmt: skip
+    PIL.Image.new("RGB", (32, 32)).save(tmp_path / "red.png")  # an upload is used instead of the folder
+    path = tab.do_save("mine", [{"path": str(tmp_path / "red.png")}], "", "cats", "", *values)
+    assert launcher.read_config(Path(path))["train_data_dir"] == [str(lined.library.folder / ".images" / "mine")]
+    assert tab.settings("new", model, ["lora_x2", *loaded[1:-1], [], defaults])["method"] == ["lora_x2"]
     path = Path(
         tab.do_save("mine", None, "", "cats", "", *tab.values_of({"validation_prompt": ["\U0001f98a\x7f\ud800"]}))
     )
