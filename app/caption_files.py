@@ -63,13 +63,19 @@ def write(images: Images, edits: Sequence[Edit], line: str = "") -> None:
             table.put(draft)
 
 
+def caption_file(image: Image) -> Path:
+    """Return the caption file of an image, which may not exist yet. Raises `RunError` if it cannot be decoded."""
+    path = next(iter(caption_files(image.path)), image.path.with_suffix(".txt"))
+    if path.is_file() and isinstance(problem := read_caption(path), str):
+        raise RunError(f"{path.name}: {problem}; correct this file first.")
+    return path
+
+
 def write_beside(edit: Edit, image: Image, draft: Draft) -> None:
     """Add an edit to the draft, as new content of the caption file next to the image."""
-    path = next(iter(caption_files(image.path)), image.path.with_suffix(".txt"))
+    path = caption_file(image)
     stamp = stamp_of(path)
     read = read_caption(path) if stamp else None
-    if isinstance(read, str):
-        raise RunError(f"{path.name}: {read}; correct this file first.")
     now = None if read is None else tuple(map(clean, read))
     # An image without a file shows its default caption, so the user saw that one.
     edit.check((image.otherwise,) if now is None and image.otherwise is not None and edit.was else now)

@@ -15,7 +15,7 @@ from pathlib import Path
 from reslora.formatting import pluralize
 
 from .bases import is_hub_name
-from .caption_files import Edit, write
+from .caption_files import Edit, caption_file, write
 from .image_edits import ImageEdits, refuse_bundled
 from .image_folders import OUTSIDE, Image, Images, read
 from .launcher import environment
@@ -58,9 +58,12 @@ class Captioning:
     def start(self, images: Images, model: object, prompt: str, prefix: str, overwrite: bool) -> Job:
         """Start to write captions, and return the job.
 
-        Images with a caption are left out unless `overwrite`. Raises `RunError` for an invalid model, if no image needs
+        Images with a caption are left out unless `overwrite`. Of several images with one caption file, the first is
+        described. Raises `RunError` for an invalid model, for a caption file that cannot be decoded, if no image needs
         a caption, and while another folder is captioned.
         """
+        if not isinstance(overwrite, bool):
+            raise RunError("Say by true or false whether existing captions are replaced.")
         named = str(model or "").strip()
         word = str(self.models().get(named, named))
         if word == named and not is_hub_name(named):
@@ -73,6 +76,10 @@ class Captioning:
             raise RunError(f"Captions cannot be changed here: {images.fixed}.")
         waiting = [image for image in images.images.values() if overwrite or not any(image.captions or ())]
         waiting = [image for image in waiting if image.problem != OUTSIDE and image.path.is_file()]
+        first: dict[object, Image] = {}
+        for image in waiting:
+            first.setdefault(image.name if image.metadata else caption_file(image), image)
+        waiting = list(first.values())
         if not waiting:
             raise RunError("Every image has a caption; check Replace existing captions to write new ones.")
         given = {"model": word, "prompt": str(prompt or ""), "prefix": str(prefix or "")}

@@ -13,7 +13,7 @@ from reslora.plots.charts import Line, line_chart, swatch
 from reslora.runtime.log import of_split
 
 from .differences import LOSSES, differing, same_sampling
-from .runs import NO_CONFIG, Run, number
+from .runs import NO_CONFIG, Run, RunError, number
 from .views import COLORS, NAMES, escape, figure, notice, table, tile
 
 MOST_ROWS = 16
@@ -97,10 +97,10 @@ def cells(run: Run, images: dict[tuple[int, int], Path]) -> dict[Cell, Path]:
 
 
 def rows_of(shown: list[Column]) -> list[Cell]:
-    """Return at most `MOST_ROWS` cells with an image in any column, by prompt index, then by the order of the runs."""
+    """Return the cells with an image in any column, by prompt index, then by the order of the runs."""
     found = list(dict.fromkeys(cell for column in shown for cell in column.images))
     prompts = list(dict.fromkeys(cell[2] for cell in found))
-    return sorted(found, key=lambda cell: (cell[0], prompts.index(cell[2]), cell[1]))[:MOST_ROWS]
+    return sorted(found, key=lambda cell: (cell[0], prompts.index(cell[2]), cell[1]))
 
 
 def prompt_of(run: Run, number: int) -> str:
@@ -125,7 +125,7 @@ def images(run: Run, step: int, status: str = "") -> str:
             return notice("This run ended before its first samples; its log, under Train, says why.")
         return notice("No samples yet: the first ones are generated before the first training step.")
     header, body = "".join(map(heading, shown)), ""
-    for row, cell in enumerate(rows):
+    for row, cell in enumerate(rows[:MOST_ROWS]):
         prompt, tiles = cell[2], ""
         for place, column in enumerate(shown):
             absent = column.absent if prompt_of(column.run, cell[0]) == prompt else "other prompt"
@@ -133,7 +133,10 @@ def images(run: Run, step: int, status: str = "") -> str:
         body += f'<tr><th><div class="prompt" title="{escape(prompt)}">{escape(prompt)}</div></th>{tiles}</tr>'
     mark = f'data-step="{step}" style="--columns:{len(shown)}"'
     kind = "samples wide" if len(shown) > FEW_COLUMNS else "samples"
-    return table(kind, f"Samples at step {step}", f"<tr><th></th>{header}</tr>{body}", mark)
+    grid = table(kind, f"Samples at step {step}", f"<tr><th></th>{header}</tr>{body}", mark)
+    if (more := len(rows) - MOST_ROWS) > 0:
+        grid += notice(f"{pluralize(more, 'row')} of samples not shown: see the folders samples in the run's folder.")
+    return grid
 
 
 def heading(column: Column) -> str:
@@ -145,9 +148,11 @@ def heading(column: Column) -> str:
 
 
 def save_grid(run: Run, step: int, path: Path) -> None:
-    """Save the grid of samples at a step as one image."""
+    """Save the grid of samples at a step as one image. Raises `RunError` if there are no samples."""
     shown = columns(run, step)
-    rows = [(cell[2], [("", [column.images.get(cell) for column in shown])]) for cell in rows_of(shown)]
+    if not (found := rows_of(shown)[:MOST_ROWS]):
+        raise RunError(f"{run.name} has no samples yet.")
+    rows = [(cell[2], [("", [column.images.get(cell) for column in shown])]) for cell in found]
     figures.comparison(path, [f"{column.title}\n{column.subtitle}" for column in shown], rows)
 
 

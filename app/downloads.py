@@ -58,7 +58,8 @@ def packed(run: Run, one: Download, working: WorkingFiles) -> Path:
     name = safe_name("-".join(dict.fromkeys([run.name, one.root.parent.name, one.root.name.partition(".")[0]])))
     if one.root.is_dir():
         path = working.new(f"{name}.zip")
-        with zipfile.ZipFile(path, "w") as archive:  # not compressed: weights would not get smaller
+        # Not compressed: weights would not get smaller. Not strict: a copied file may have a time before 1980.
+        with zipfile.ZipFile(path, "w", strict_timestamps=False) as archive:
             for file in one.files:
                 archive.write(file, file.relative_to(one.root))
     else:

@@ -18,6 +18,8 @@ LIMITS = {
     "width": (32, 1024, 8), "height": (32, 1024, 8), "images": (1, 8, 1),
 }  # fmt: skip
 """Minimum and maximum of each setting, and the number of which it must be a multiple; None: fractions are valid."""
+LONGEST = 10_000
+"""Maximum number of characters of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,21 @@ class Request:
     strength: float = 1.0
 
     def check(self) -> None:
-        """Raise `RunError` for a number that is missing, invalid or outside its limits."""
+        """Raise `RunError` for a setting that `clamped` would change: a wrong or missing number, or a long prompt."""
+        valid = self.clamped()
+        for prompt in (self.prompt, self.negative_prompt):
+            if len(str(prompt or "")) > LONGEST:
+                raise RunError(f"A prompt has {len(str(prompt)):,} characters: give at most {LONGEST:,}.")
         for name, (least, greatest, multiple) in LIMITS.items():
             value = getattr(self, name)
-            number = bounded(value, whole=False)
-            if not least <= number <= greatest or (multiple and number % multiple):
+            if bounded(value, whole=False) != getattr(valid, name):
                 kind = {None: "a number", 1: "a whole number"}.get(multiple, f"a multiple of {multiple}")
                 written = "empty" if value in (None, "") else str(value)[:40]
                 raise RunError(f"{name.capitalize()} is {written}: give {kind} from {least} to {greatest}.")
 
     def clamped(self) -> Request:
         """Return the nearest valid request."""
-        prompt, negative = (str(text or "").replace("\0", "")[:1000] for text in (self.prompt, self.negative_prompt))
+        prompt, negative = (str(text or "").replace("\0", "")[:LONGEST] for text in (self.prompt, self.negative_prompt))
         numbers = {}
         for name, (least, greatest, multiple) in LIMITS.items():
             value = bounded(getattr(self, name), least, greatest, getattr(Request, name), multiple is not None)

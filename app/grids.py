@@ -115,7 +115,9 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
             weights = weights_of(run, start, chosen)
             asked = {name: value for name, value in chosen.items() if name in (*NUMBERS, "prompt")}
             title = f"Row {row + 1} of {len(y.values)}, column {column + 1} of {len(x.values)}: {weights.label}"
-            picture = Picture(weights, replace(request, **asked).clamped(), title)
+            one = replace(request, **asked)
+            one.check()
+            picture = Picture(weights, one.clamped(), title)
             groups.setdefault((weights.label, picture.request.strength), {})[row, column] = picture
     cells = {place: picture for group in groups.values() for place, picture in group.items()}
     return Grid(x, y, cells, heading(start, request, (x.name, y.name)))

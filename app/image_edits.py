@@ -25,14 +25,16 @@ FILTERS = (EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE)
 
 
 def with_tag(caption: str, tag: str, _: str) -> str:
-    """Return the caption with a tag appended; a caption that already has the tag is unchanged."""
-    return caption if tag.strip() in tags_of(caption) else f"{SEPARATOR} ".join([*filter(None, [caption]), tag.strip()])
+    """Return the caption with the tags in `tag` appended that it does not have."""
+    tags = tags_of(caption)
+    return f"{SEPARATOR} ".join([*filter(None, [caption]), *(one for one in tags_of(tag) if one not in tags)])
 
 
 def without_tag(caption: str, tag: str, _: str) -> str:
-    """Return the caption without a tag; a caption without the tag is unchanged."""
-    tags = tags_of(caption)
-    return f"{SEPARATOR} ".join(one for one in tags if one != tag.strip()) if tag.strip() in tags else caption
+    """Return the caption without the tags in `tag`; a caption without these tags is unchanged."""
+    tags, others = tags_of(caption), tags_of(tag)
+    kept = [one for one in tags if one not in others]
+    return f"{SEPARATOR} ".join(kept) if kept != tags else caption
 
 
 def tags_of(caption: str) -> list[str]:
@@ -64,7 +66,11 @@ class ImageEdits:
         return read(self.folders.find(name), options_of(*settings))
 
     def shown(self, images: Images, which: str, words: str = "") -> list[Image]:
-        """Return the images that the filter `which` selects and whose name or caption contains `words`."""
+        """Return the images that the filter `which` selects and whose name or caption contains `words`.
+
+        Raises `RunError` for an unknown filter."""
+        if which not in FILTERS:
+            raise RunError(f"There is no such filter; choose one of: {', '.join(FILTERS)}.")
         alike, found = self.looks.alike(images), list(images.images.values())
         if which == LEFT_OUT:
             found = [image for image in found if self.looks.problem(image)]
@@ -103,12 +109,13 @@ class ImageEdits:
 
         `operation`: a key of `OPERATIONS`. `text` and `other`: the operation's arguments."""
         change = pick(OPERATIONS, operation, f"Choose one of: {', '.join(OPERATIONS)}.")
-        if not str(text).strip():
+        text, other = str(text or ""), str(other or "")
+        if not text.strip():
             raise RunError("No words to use: enter words or a tag first.")
         edits = []
         for image in images.find(names):
             before = image.captions or ("",)
-            captions = tuple(change(caption, str(text), str(other)).strip() for caption in before)
+            captions = tuple(change(caption, text, other).strip() for caption in before)
             if captions != before:
                 edits.append(Edit(image.name, image.captions, captions))
         if not edits:

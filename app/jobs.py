@@ -480,14 +480,16 @@ class Jobs:
         self.refuse_active(self.run_of(entry))
 
     def move(self, name: str, by: int) -> None:
-        """Move a waiting entry up (`by` = -1) or down (any other number) by one place among the waiting entries."""
+        """Move a waiting entry up (`by` = -1) or down (1) by one place among the waiting entries."""
+        if by not in (-1, 1):
+            raise RunError("An entry is moved by -1 (up) or 1 (down).")
         with self.changing() as entries:
             waiting = [entry for entry in entries if entry.state == WAITING]
             names = [entry.name for entry in waiting]
             if name not in names:
                 raise RunError("No entry with this name waits in the queue.")
             here = names.index(name)
-            there = here + (-1 if by == -1 else 1)
+            there = here + int(by)
             if 0 <= there < len(waiting):
                 first, second = (entries.index(waiting[place]) for place in (here, there))
                 entries[first], entries[second] = entries[second], entries[first]

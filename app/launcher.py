@@ -49,6 +49,8 @@ def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
         value = settings.get(name)
         if value in EMPTY or (form.in_box(value) == form.in_box(option.fixed_default) and not with_defaults):
             continue
+        if option.is_switch and not isinstance(value, bool):
+            raise RunError(f"{name} {str(value)[:40]}: give true or false.")
         if option.is_switch:
             words.append(f"--{name}" if value else f"--no-{name}")
         elif values := words_of(option, value):

@@ -72,18 +72,31 @@ def samples(experiment: Experiment, content: dict, label: str, prompts: Sequence
 # -- votes -------------------------------------------------------------------------------------------------------------
 
 
-def votes(experiment: Experiment) -> dict[Pair, list[int]]:
-    """Return the values of the votes (see `VALUES`) on each pair; damaged lines of the file are skipped."""
+def votes(experiment: Experiment, known: Mapping[Pair, tuple[Path, Path]]) -> dict[Pair, list[int]]:
+    """Return the values of the votes (see `VALUES`) on each pair in `known`, all pairs with their images.
+
+    Damaged lines of the file are skipped, and so are votes on other images: an extended experiment may choose others.
+    """
     found: dict[Pair, list[int]] = defaultdict(list)
     for _, row in values_of(experiment.text(FILE)):
         with contextlib.suppress(LookupError, TypeError):
-            found[Pair(*(row[name] for name in Pair._fields))].append(VALUES[row["vote"]])
+            pair, value = Pair(*(row[name] for name in Pair._fields)), VALUES[row["vote"]]
+            if row.get("images") in (None, names_of(experiment, known[pair])):
+                found[pair].append(value)
     return found
 
 
-def add(experiment: Experiment, pair: Pair, vote: str) -> None:
-    """Append a vote (a key of `VALUES`) to the experiment's file. Raises `RunError` if it cannot be written."""
+def names_of(experiment: Experiment, images: Sequence[Path]) -> list[str]:
+    """Return the paths of images in the experiment's folder."""
+    return [image.relative_to(experiment.resolved).as_posix() for image in images]
+
+
+def add(experiment: Experiment, pair: Pair, vote: str, images: Sequence[Path]) -> None:
+    """Append a vote (a key of `VALUES`) on these images of a pair to the experiment's file.
+
+    Raises `RunError` if it cannot be written."""
     row = {**pair._asdict(), "vote": vote, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    row["images"] = names_of(experiment, images)
     try:
         with IN_PLACE, (experiment.folder / FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -124,7 +137,8 @@ def preference(known: Sequence[Pair], given: Mapping[Pair, list[int]]) -> tuple[
 @unless_damaged
 def result(experiment: Experiment) -> str:
     """Return a table (HTML) of each method's preference with interval, its loss verdict, and whether the two agree."""
-    known, given, rows = pairs(experiment), votes(experiment), []
+    known, rows = pairs(experiment), []
+    given = votes(experiment, known)
     verdicts = experiment.read_json(EXPERIMENT).get("verdicts") or ()
     for verdict in verdicts if known else ():
         label, reference = str(verdict["label"]), str(verdict["reference"])

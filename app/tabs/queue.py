@@ -76,7 +76,7 @@ class QueueTab(ListTab):
         elif what == "remove":
             self.jobs.remove(name)
         else:
-            self.jobs.move(name, -1 if what == "up" else 1)
+            self.jobs.move(name, {"up": -1, "down": 1}.get(what, 0))
         return "", *self.show()
 
     # -- endpoints -----------------------------------------------------------------------------------------------------

@@ -77,9 +77,10 @@ class StackPart:
         asked: gr.Request = None,
     ) -> Iterator[tuple]:  # fmt: skip
         """Write the run's complete model with the selected weights; yield progress, path, and how to load the model."""
+        Request(strength=strength).check()
         run, target = self.library.find(name), whole_models.place_for(self.library, model)
         weights = self.tab.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
-        weights, session = stacks.to_write(weights, Request(strength=strength).clamped().strength), asked.session_hash
+        weights, session = stacks.to_write(weights, float(strength)), asked.session_hash
         nothing = "", "", gr.update(visible=False)
         try:
             for event in self.studio.write_whole(run, weights, target, session or "", lambda: hears(asked)):

@@ -20,12 +20,12 @@ from reslora.training.stopping import SAMPLE, SAVE
 from .. import experiments, form, launcher, views
 from ..bases import DEFAULT, PIPELINES, word_of_model
 from ..estimates import MemoryEstimates, number_of_runs, training_time
-from ..folders import BUNDLED
+from ..folders import BUNDLED, UPLOADS
 from ..handlers import NO_PROGRESS, QUIET, named, paths_of
 from ..jobs import FEW, WAITING, Entry, NameTaken
 from ..library import Experiment
 from ..runs import Run, RunError
-from ..uploads import contents_of, write
+from ..uploads import contents_of, place_of, write
 from .base import Parts, TabHost, answer_line, open_choice
 from .control import ControlTab
 from .report import ReportTab
@@ -310,7 +310,7 @@ class TrainTab(ControlTab):
         begun, model = self.jobs.begun(name, Experiment), str(model or "").strip()
         model = "" if model == DEFAULT and not begun else model
         settings = dict(zip(self.all_names(), flags, strict=True)) | {"model": model}
-        methods = [*(settings["method"] if isinstance(settings["method"], list) else []), *listed(controls)]
+        methods = [*listed(settings["method"]), *listed(controls)]
         left_out = {} if form.wires(methods) else dict.fromkeys(OF_SHORTCUTS)
         if isinstance(defaults, dict) and not begun:
             left_out |= {flag: None for flag, value in settings.items() if value == defaults.get(flag, ())}
@@ -423,9 +423,12 @@ class TrainTab(ControlTab):
 
     def do_save(self, *inputs) -> str:
         """Return the path of a TOML file with the form's settings, for `train_sd.py --config`."""
-        name, _, _, folder, model, *values = inputs
+        name, uploads, caption, folder, model, *values = inputs
         settings = launcher.parsed(self.settings(name, model, values))
-        if folder := without_bundled(folder):
+        if paths := paths_of(uploads):  # as in the command: the folder is written when training starts
+            place = self.library.folder / UPLOADS / launcher.safe_name(str(name))
+            settings["train_data_dir"] = str(place_of(place, contents_of(paths, str(caption or ""))))
+        elif folder := without_bundled(folder):
             settings["train_data_dir"] = str(self.jobs.images.find(folder).path)
         path = self.files.new(f"{launcher.safe_name(str(name))}.toml")
         lines = (f"{flag} = {json.dumps(value, ensure_ascii=False)}\n" for flag, value in settings.items())

@@ -15,9 +15,10 @@ KEYS = """
 document.addEventListener('keydown', event => {
     const button = {ArrowLeft: '#vote-left', ArrowDown: '#vote-equal', ArrowRight: '#vote-right'}[event.key];
     const is_open = button && element.offsetParent && element.querySelector('img');
-    if (!is_open || event.target.closest('input, textarea, select, [role=tab], [role=slider]')) return;
+    const with_other = event.altKey || event.ctrlKey || event.metaKey;  // Alt and the left arrow go back
+    if (!is_open || with_other || event.target.closest('input, textarea, select, [role=tab], [role=slider]')) return;
     event.preventDefault();
-    document.querySelector(button).click();
+    if (!event.repeat) document.querySelector(button).click();
 });
 """
 """Script by which the arrow keys vote while a pair is shown."""
@@ -68,7 +69,8 @@ class VotesTab(Tab):
         no pairs.
         """
         experiment = self.library.find_experiment(name)
-        known, given = votes.pairs(experiment), votes.votes(experiment)
+        known = votes.pairs(experiment)
+        given = votes.votes(experiment, known)
         if not known:
             raise RunError("This experiment has no samples of two compared methods with the same prompt and seed.")
         pair = votes.next_pair(known, given, before)
@@ -76,19 +78,19 @@ class VotesTab(Tab):
         sides = known[pair][::-1] if swapped else known[pair]
         done = sum(bool(given.get(one)) for one in known)
         line = views.notice(f"{done} of {len(known)} pairs have a vote.")
-        return views.side_by_side(sides), (name, pair, swapped), line
+        return views.side_by_side(sides), (name, pair, swapped, known[pair]), line
 
     def vote(self, side: str, name: str, asked: tuple | None) -> tuple:
         """Store a vote on the shown pair, and return what `next` returns for the next pair.
 
-        `asked`: name of the experiment, pair, and whether the reference method is on the left side. `side`: `left`,
-        `right` or `equal`.
+        `asked`: name of the experiment, pair, whether the reference method is on the left side, and the images. `side`:
+        `left`, `right` or `equal`.
         """
         if not asked or asked[0] != name:
             return self.next(name)
-        _, pair, swapped = asked
+        _, pair, swapped, images = asked
         preferred = "equal" if side == "equal" else "label" if (side == "left") != swapped else "reference"
-        votes.add(self.library.find_experiment(name), pair, preferred)
+        votes.add(self.library.find_experiment(name), pair, preferred, images)
         return self.next(name, pair)
 
     def outcome(self, name: str) -> str:

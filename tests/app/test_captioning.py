@@ -1,6 +1,7 @@
 """Captions by an image-text model: which images are captioned, which captions stay, and undo."""
 
 import json
+import shutil
 
 import pytest
 from images.test_captioning import blip
@@ -67,11 +68,32 @@ def test_only_listed_models_and_folders_that_may_change_are_captioned(captioning
             captioning.start(images, model, "", "", False)
     with pytest.raises(RunError, match="bundled images cannot be changed"):
         captioning.start(captioning.edits.look(BUNDLED), "owner/model", "", "", True)
+    with pytest.raises(RunError, match="by true or false"):
+        captioning.start(images, "owner/model", "", "", "false")
     monkeypatch.setattr(captioning, "work", lambda *_: None)  # it goes on
     captioning.start(images, "owner/model", "--prefix", "", False)
     with pytest.raises(RunError, match="captions of set are being written"):
         captioning.start(images, "owner/model", "", "", False)
     assert "stored" in captioning.stop() and captioning.job.stopped
+
+
+def test_captions_are_stored_where_two_images_share_a_file_and_no_file_is_met_that_cannot_be(captioning, monkeypatch):
+    """All captions are stored or none: what keeps one from being stored is found before the model is loaded."""
+
+    def caption(job, folder, words) -> str:
+        for link in list((folder / "images").iterdir()):
+            link.with_suffix(".txt").write_text(f"sks {link.stem}")
+        return ""
+
+    monkeypatch.setattr(captioning, "caption", caption)
+    folder, (first, *_) = captioning.edits.look("set").folder.path, sorted(captions(captioning))
+    shutil.copy(folder / first, (folder / first).with_suffix(".webp"))
+    assert written(captioning, model="owner/model") == "set: 1 caption written."
+    assert captions(captioning)[first] == captions(captioning)[f"{(folder / first).stem}.webp"] == ("sks 000000",)
+    assert written(captioning, overwrite=True, model="owner/model") == "set: 6 captions written."
+    (folder / first).with_suffix(".txt").write_bytes(b"caf\xe9")
+    with pytest.raises(RunError, match=f"^{(folder / first).stem}.txt: its caption is not UTF-8; correct this file"):
+        written(captioning, overwrite=True, model="owner/model")
 
 
 def test_what_is_written_is_stored_when_the_application_is_closed(captioning, monkeypatch):

@@ -14,7 +14,7 @@ from app.differences import differences
 from app.jobs import Jobs
 from app.library import MOST_BESIDE, Library
 from app.log_lock import locked_file
-from app.runs import LOG_NAME, Run
+from app.runs import LOG_NAME, Run, RunError
 from app.studio import Studio
 from app.tabs.base import Parts
 from app.tabs.compare import CompareTab
@@ -29,6 +29,17 @@ def test_a_run_that_failed_says_so(tmp_path):
     (tmp_path / "runs" / "new").mkdir(parents=True)
     (tmp_path / "runs" / "new" / "app.log").write_text("error\n")
     assert "its log, under Train, says why" in compared.images(Library(tmp_path / "runs").find("new"), 0)
+
+
+def test_samples_that_are_not_shown_are_counted_and_a_grid_without_any_is_refused(run, monkeypatch, tmp_path):
+    assert "not shown" not in compared.images(run, 4)
+    monkeypatch.setattr(compared, "MOST_ROWS", 1)
+    shown = compared.images(run, 4)
+    assert "1 row of samples not shown" in shown and shown.count("<tr>") == 2
+    for method in run.methods:
+        shutil.rmtree(run.folder / method / "samples")
+    with pytest.raises(RunError, match=f"{run.name} has no samples yet"):
+        compared.save_grid(run, 4, tmp_path / "grid.png")
 
 
 def test_a_run_whose_config_is_damaged_says_so(run):

@@ -12,8 +12,8 @@ from app.runs import Run, RunError
 
 
 def test_requests_are_clamped():
-    wild = Request("x\0" + "y" * 5000, None, 2**70, 10**9, float("inf"), 10**9, -5, 99, float("nan")).clamped()
-    assert len(wild.prompt) == 1000 and "\0" not in wild.prompt and wild.negative_prompt == ""
+    wild = Request("x\0" + "y" * 50_000, None, 2**70, 10**9, float("inf"), 10**9, -5, 99, float("nan")).clamped()
+    assert len(wild.prompt) == generation_request.LONGEST and "\0" not in wild.prompt and wild.negative_prompt == ""
     assert wild == replace(wild, seed=2**32 - 1, steps=150, guidance=4.0, width=1024, height=32, images=8, strength=1.0)
     assert Request(width=101, height="72", steps="x", seed=None, images=None).clamped() == Request(width=96, height=72)
     usual = Request(prompt="red disc", steps=3, seed=5)
@@ -31,6 +31,9 @@ def test_requests_are_clamped():
         ("height", 2048, "Height is 2048: give a multiple of 8"),
         ("steps", 0, "Steps is 0: give a whole number from 1 to 150."),
         ("strength", "many", "Strength is many: give a number from -2 to 2."),
+        ("seed", "5.0", "Seed is 5.0: give a whole number"),
+        ("width", "512.0", "Width is 512.0: give a multiple of 8"),
+        ("prompt", "x" * 10_001, "A prompt has 10,001 characters: give at most 10,000."),
         ("images", [], r"Images is \[\]: give a whole number from 1 to 8."),
     ],
 )

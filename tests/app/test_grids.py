@@ -143,6 +143,11 @@ def test_an_axis_that_says_nothing_is_refused_in_a_line(name, text, said):
         axis("X", name, text)
 
 
+def test_a_prompt_that_is_too_long_is_not_cut():
+    with pytest.raises(RunError, match=r"A prompt has 10,001 characters"):
+        grid(None, BASE, REQUEST, axis("X", "prompt", "x" * 10_001), axis("Y", NONE, ""))
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("x", "y", "start", "said"),

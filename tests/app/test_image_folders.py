@@ -273,6 +273,9 @@ def test_buckets_are_the_trainers(edits):
         (ADD_TAG, "4k", "", "", "4k"),
         (REMOVE_TAG, "fox", "", "fox,a fox , fox", "a fox"),
         (REMOVE_TAG, "cat", "", "fox,a  fox", "fox,a  fox"),
+        (ADD_TAG, "4k, a fox", "", "a fox, hill", "a fox, hill, 4k"),
+        (REMOVE_TAG, "hill, a fox", "", "a fox, 4k, hill", "4k"),
+        (REPLACE, "red ", None, "a red fox", "a fox"),
     ],
 )
 def test_captions_are_changed_and_changed_back(edits, tmp_path, operation, text, other, before, after):
@@ -286,6 +289,14 @@ def test_captions_are_changed_and_changed_back(edits, tmp_path, operation, text,
         "There is nothing to undo." if line.startswith("No caption") else f"Undone: {operation.lower()}, 1 caption."
     )
     assert trained(folder).captions[2] == [before.strip()]
+
+
+def test_words_that_are_missing_and_filters_that_are_unknown_are_refused(edits):
+    images = edits.look("set")
+    with pytest.raises(RunError, match="enter words or a tag first"):
+        edits.change_captions(images, list(images.images), BEFORE, None)
+    with pytest.raises(RunError, match="choose one of: All images, Skipped by training"):
+        edits.shown(images, "Duplicate")
 
 
 def test_undo_is_refused_once_and_only_for_what_was_changed_again(edits, tmp_path):

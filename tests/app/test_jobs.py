@@ -87,6 +87,9 @@ def test_one_after_the_other_and_what_fails_does_not_stop_the_next(lined, tmp_pa
     lined.move("e", 1)
     lined.move("c", -1)
     lined.move("c", -1)  # it is the first that waits
+    for by in (0, "up", None, [1]):
+        with pytest.raises(RunError, match=r"by -1 \(up\) or 1 \(down\)"):
+            lined.move("c", by)
     lined.remove("b")
     (tmp_path / "data" / "cats").rmdir()
     for name in "ac":
@@ -387,6 +390,10 @@ def test_a_configuration_is_saved_for_the_command_line_and_loaded_again(lined, t
     assert tab.settings("new", model, [*loaded, defaults]) == {
         "model": model, "method": ["lora", "lora_x2"], "seed": "0 1", "rank": "8", "random_flip": True, "vary": vary
     }  # fmt: skip
+    PIL.Image.new("RGB", (32, 32)).save(tmp_path / "red.png")  # an upload is used instead of the folder
+    path = tab.do_save("mine", [{"path": str(tmp_path / "red.png")}], "", "cats", "", *values)
+    assert launcher.read_config(Path(path))["train_data_dir"] == [str(lined.library.folder / ".images" / "mine")]
+    assert tab.settings("new", model, ["lora_x2", *loaded[1:-1], [], defaults])["method"] == ["lora_x2"]
     path = Path(
         tab.do_save("mine", None, "", "cats", "", *tab.values_of({"validation_prompt": ["\U0001f98a\x7f\ud800"]}))
     )

@@ -115,6 +115,7 @@ def test_several_resolutions_are_numbers_with_spaces(trainings):
         {"method": ["lora", "--push_to_hub"]},
         {"shortcut": "--config=x"},
         {"optimizer": "antigravity.X"},  # the trainer takes any class by its path, and imports it
+        {"gradient_checkpointing": "false"},
         {"bucket_upscale": True},  # it has no effect
         {"validation_prompt": "--push_to_hub"},
         {"validation_prompt": "/home/prompts.txt"},

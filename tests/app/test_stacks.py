@@ -17,6 +17,7 @@ from app.library import Library
 from app.runs import BASE, RunError, Weights
 from app.stacks import MOST, add, factors_of, loras, stack, stacked, to_write
 from app.studio import Studio
+from app.tabs.stack import StackPart
 from app.weight_files import uploaded
 from reslora.export import DIFFUSERS_FILE, Factors, export_diffusers, merged_state_dict, write_diffusers
 from reslora.images import conversion
@@ -156,6 +157,12 @@ def test_loras_of_a_run_whose_config_is_damaged_are_not_offered(run, tmp_path):
 def test_a_stack_that_makes_no_sense_is_refused_in_a_line(library, run, names, strengths, said):
     with pytest.raises(RunError, match=f"^{said}"):
         stacked(library, run, names, strengths)
+
+
+@pytest.mark.parametrize("strength", [None, "much", 3])
+def test_no_model_is_written_at_another_strength_than_the_given_one(strength):
+    with pytest.raises(RunError, match=r"^Strength is"):
+        next(StackPart.write_whole(None, "tiny", "lora: merged weights", None, strength, "name"))
 
 
 @pytest.mark.parametrize("end", [-100, 1000, 20])  # in its weights, and in its header

@@ -49,11 +49,12 @@ def test_pairs_have_one_prompt_and_seed_of_the_chosen_runs(experiment):
 
 
 def test_a_vote_is_a_line_and_the_next_pair_has_the_fewest(experiment):
-    known = list(votes.pairs(experiment))
+    images = votes.pairs(experiment)
+    known = list(images)
     for pair in known[1:]:
-        votes.add(experiment, pair, "equal")
-    assert votes.next_pair(known, votes.votes(experiment)) == known[0]
-    assert votes.next_pair(known, votes.votes(experiment), known[0]) != known[0]
+        votes.add(experiment, pair, "equal", images[pair])
+    assert votes.next_pair(known, votes.votes(experiment, images)) == known[0]
+    assert votes.next_pair(known, votes.votes(experiment, images), known[0]) != known[0]
     rows = (experiment.folder / "votes.jsonl").read_text().splitlines()
     assert json.loads(rows[0]).items() >= {**known[1]._asdict(), "vote": "equal"}.items()
     assert len(rows) == len(known) - 1
@@ -61,7 +62,17 @@ def test_a_vote_is_a_line_and_the_next_pair_has_the_fewest(experiment):
         file.write(
             '{"label": "lora_x2"}\nnonsense\n[]\n{"label": [], "reference": 1, "seed": 0, "prompt": 0, "vote": 1}\n'
         )
-    assert sum(map(len, votes.votes(experiment).values())) == len(known) - 1
+    assert sum(map(len, votes.votes(experiment, images).values())) == len(known) - 1
+
+
+def test_votes_on_images_of_an_earlier_best_learning_rate_do_not_count(experiment):
+    """Votes without images are of an earlier version, and count."""
+    pair, images = next(iter(votes.pairs(experiment).items()))
+    votes.add(experiment, pair, "label", images)
+    votes.add(experiment, pair, "reference", images[::-1])
+    with (experiment.folder / "votes.jsonl").open("a") as file:
+        file.write(json.dumps({**pair._asdict(), "vote": "equal"}) + "\n")
+    assert votes.votes(experiment, votes.pairs(experiment)) == {pair: [1, 0]}
 
 
 def test_the_preference_is_the_mean_and_its_interval_crosses_seeds_and_prompts():
@@ -108,11 +119,12 @@ def test_the_side_of_a_method_is_random_and_the_page_does_not_tell_it(experiment
     sides = set()
     for number in range(20):
         shown, asked, line = tab.next("which")
-        _, pair, swapped = asked
+        _, pair, swapped, _ = asked
         sides.add(swapped)
         assert shown.count("<img") == 2 and pair.label not in shown + line and "seed" not in shown + line
         tab.vote("left" if not swapped else "right", "which", asked)
-        assert votes.votes(experiment)[pair][-1] == 1, number  # for the method, whichever side it was on
+        given = votes.votes(experiment, votes.pairs(experiment))
+        assert given[pair][-1] == 1, number  # for the method, whichever side it was on
     assert sides == {False, True}
     assert "no interval: all votes are the same" in tab.outcome("which") and "100%" in tab.outcome("which")
     (experiment.folder / "experiment.json").write_text("{}")
