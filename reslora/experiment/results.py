@@ -19,7 +19,7 @@ from .claim import answer, changes, stated_again
 from .record import EXPERIMENT, READINGS, read_experiment
 from .report import best_in_words, write_report
 from .schedule import ENDED, ArmSchedule
-from .statistics import choose, compare, level_of, partner_of
+from .statistics import choose, compare, kind_of, level_of, partner_of
 from .study import COMPARING, ExperimentStudy
 from .worker_pool import Job, WorkerPool
 
@@ -265,7 +265,8 @@ class Results:
         experiment = schedule.grid.base.experiment
         if not experiment.claim:
             return before
-        kinds = {name: (label.rank, label.values) for name, label in schedule.labels.items()}
+        arms = [Arm(name, schedule.given[0], schedule.seeds[0]) for name in schedule.labels]
+        kinds = {arm.label: kind_of(schedule.record(arm)) for arm in arms}
         source = "" if experiment.reference else schedule.labels[experiment.claim].source
         now = record.Stated(
             label=experiment.claim, reference=source or partner_of(experiment.claim, schedule.references, kinds),

@@ -420,6 +420,29 @@ def test_the_reference_is_lora_of_the_same_rank():
     assert found == expected | {"loha": "lora rank 4"}
 
 
+def test_the_reference_has_equal_values_of_the_options_that_both_use():
+    """LoRA has no shortcut or scale, OFT no dropout. Variants of the reference are compared with its first one."""
+    low, high = {"lora_dropout": 0}, {"lora_dropout": 0.1}
+    kinds = {
+        "lora 0": low, "lora 0.1": high, "oft": {}, "matched input": low | {"shortcut": "input"},
+        "matched block": low | {"shortcut": "block(4)"}, "reslora 0": low | {"shortcut": "block(4)", "scale": "mean"},
+        "reslora 0.1": high | {"shortcut": "block(4)", "scale": "mean"},
+    }  # fmt: skip
+    arms = [
+        arm(label, 1e-4, seed, shortcut=kind.get("shortcut"), test=measured(losses_of(seed, images=3)[0]))
+        | {"values": {name: value for name, value in kind.items() if name != "shortcut"}}
+        for label, kind in kinds.items()
+        for seed in range(2)
+    ]
+    chosen = {label: {"learning_rate": 1e-4} for label in kinds}
+    found = {each["label"]: each["reference"] for each in compare(arms, chosen)[0]}
+    same = {"oft": "lora 0", "matched input": "lora 0", "matched block": "lora 0", "reslora 0": "lora 0"}
+    assert found == same | {"lora 0.1": "lora 0", "reslora 0.1": "lora 0.1"}
+    found = {each["label"]: each["reference"] for each in compare(arms, chosen, reference="matched")[0]}
+    assert found["reslora 0"] == "matched block" and found["matched block"] == "matched input" == found["lora 0"]
+    assert "matched input" not in found
+
+
 def test_rate_and_step_are_chosen_over_seeds_together():
     losses = {
         1e-4: [{"50": 0.50, "100": 0.40}, {"50": 0.50, "100": 0.42}],
