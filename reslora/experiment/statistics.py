@@ -156,8 +156,10 @@ def expected(difference: float, spread: Spread, level: float) -> float:
     if error == 0:
         return difference
     true = np.linspace(0, size + 4 * error, 400)
-    claimed = special.ndtr((true - float(half_width(spread, level))) / error)
-    weights = np.exp(-np.square((size - true) / error) / 2) / claimed
+    # Logarithms, because both parts of a weight may be too small for a float.
+    claimed = special.log_ndtr((true - float(half_width(spread, level))) / error)
+    logs = -np.square((size - true) / error) / 2 - claimed
+    weights = np.exp(logs - logs.max())
     return math.copysign(float((weights * true).sum() / weights.sum()), difference)
 
 

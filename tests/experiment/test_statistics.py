@@ -162,6 +162,9 @@ def test_a_claim_is_expected_to_be_smaller_by_integrating():
         mean = integrate.quad(lambda true: true * weight(true), 0, 3 * size)[0] / integrate.quad(weight, 0, 3 * size)[0]
         assert expected(-size, spread, 0.01) == pytest.approx(-mean, rel=0.01) and mean < size
     assert expected(9 * least, spread, 0.01) == pytest.approx(9 * least, rel=0.01)
+    few = Spread(np.array([4.0, 0, 0]), np.array([1.0, 9, 9]), 20)  # two seeds, and a strict level
+    least = float(half_width(few, level_of(3)))
+    assert 0 < expected(1.5 * least, few, level_of(3)) <= 1.5 * least
 
 
 def test_one_more_seed_by_hand():
