@@ -39,7 +39,7 @@ UNCERTAIN = {
     "better": "It is better than {reference}: chance makes such a difference in at most 5 of 100 experiments.",
     "worse": "It is worse than {reference} on the test {unit}s, although the selection split chose it.",
     "not shown": "This experiment does not show whether it is better than {reference}: use either, or add seeds.",
-    "cannot tell": "One seed does not show whether it is better than {reference}: add seeds.",
+    "cannot tell": "It cannot be told from {reference}: that needs two or more seeds and test {unit}s.",
 }
 """Sentence about the best run, by the conclusion of its method's verdict."""
 

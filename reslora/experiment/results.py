@@ -135,8 +135,8 @@ class Results:
         unit = self.study.about.unit
         reading, reference = max(1, self.readings), schedule.reference
         self.verdicts, self.ranking = compare(records, self.chosen, unit, reading, self.base, reference)
-        if self.claims and self.tests:
-            self.answer = answer(self.claims[-1], records, self.chosen, reading)
+        is_answered = self.claims and self.tests
+        self.answer = answer(self.claims[-1], records, self.chosen, reading, unit) if is_answered else None
         self.notes = [*self.beforehand(), *self.afterwards(losses, trained), *diverged]
         exported = [arm for arm in trained if self.study.is_exported(arm, self.step_of(arm))]  # the others diverged
         self.best = self.export(exported) if exported else None

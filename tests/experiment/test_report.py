@@ -446,7 +446,7 @@ def test_what_to_use_says_how_sure_it_is_and_how_each_file_is_used(experiment, f
         (["a", "b", "c", "d"], "not shown", "It has the lowest loss on the selection split; as far as"),
         (["b"], "worse", "It is worse than lora on the test images"),
         (["a"], "not shown", "This experiment does not show whether it is better than lora"),
-        ([], "cannot tell", "One seed does not show whether it is better than lora"),
+        ([], "cannot tell", "It cannot be told from lora: that needs two or more seeds and test images."),
         (["a"], "", "It is better than every other method."),
         ([], "", ""),
     ],
