@@ -17,7 +17,7 @@ from . import record
 from .arms import Arm, Losses, rates_of
 from .claim import answer, changes, stated_again
 from .record import EXPERIMENT, READINGS, read_experiment
-from .report import best_in_words, write_report
+from .report import best_in_words, start_in_words, write_report
 from .schedule import ENDED, ArmSchedule
 from .statistics import choose, compare, kind_of, level_of, partner_of
 from .study import COMPARING, ExperimentStudy
@@ -178,7 +178,7 @@ class Results:
         write_report(content, self.schedule.folder, self.study.about)  # type: ignore[arg-type] # as `write` wrote it
 
     def evaluate(self, to_read: Sequence[Arm], trained: Sequence[Arm], pool: WorkerPool | None = None) -> list[str]:
-        """Test the base model and the arms `to_read`, and export the arms `trained`; skip what is on disk.
+        """Test the model before training and the arms `to_read`, and export the arms `trained`; skip what is on disk.
 
         Returns a note for each arm whose export has diverged. Raises `Stopped` if a stop was requested; the next start
         evaluates the remaining arms.
@@ -196,7 +196,7 @@ class Results:
             """Store the job's start time, and report it."""
             began[job] = time.monotonic()
             if job.name == "base":
-                print("base model: testing", flush=True)
+                print(f"{start_in_words(self.schedule.grid.flat())}: testing", flush=True)
                 return
             arm, _, test, export = job.arguments
             phase = " and ".join(["testing"] * test + ["exporting"] * export)

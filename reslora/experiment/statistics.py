@@ -319,7 +319,7 @@ def arrays_of(losses: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
 
 
 def verdict_of(pair: Pair, test: Judged | None, unit: str = "image", base: float | None = None) -> Verdict:
-    """Return a pair's verdict; the base model's test loss, `base`, relates it to the improvement by training."""
+    """Return a pair's verdict; the test loss before training, `base`, relates it to the improvement by training."""
     mean, percent = pair.mean, 100 / pair.base
     seeds, images = pair.differences.shape
     gain = 0 if base is None else base - pair.base

@@ -219,7 +219,7 @@ class ExperimentStudy(ABC):
 
     @abstractmethod
     def base_losses(self) -> dict:
-        """Return the base model's losses on the test split."""
+        """Return the losses on the test split before training."""
 
     def seconds_to_conclude(self) -> float:
         """Return the expected time, in seconds, to test and export one arm; 0 if unknown."""
@@ -242,7 +242,7 @@ class ExperimentStudy(ABC):
         return there.get("step") == step and there.get("images") == self.test_ids
 
     def base(self) -> TestLosses:
-        """Return the base model's losses with the identifiers of the images or examples."""
+        """Return the losses before training with the identifiers of the images or examples."""
         return {"images": self.test_ids} | self.base_losses()  # type: ignore[return-value]
 
     def evaluate(self, arm: Arm, step: int, test: bool, export: bool) -> str:

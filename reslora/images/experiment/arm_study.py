@@ -18,10 +18,12 @@ from ...runtime.checkpoint_folders import EXPORTED, EXPORTS, adapter_folder
 from ...runtime.folder_lock import writing_into
 from ...tracing import evaluating
 from ...training.checkpoints import write_exports
+from ...training.trained import Trained
 from ..context import ImageContext
 from ..data.batch import Batch
 from ..data.samples import losses_of
 from ..denoising import DenoisingLoss
+from ..initial_lora import add_adapters
 from ..output.exports import (
     Merged,
     Parts,
@@ -78,10 +80,13 @@ class ImageArmStudy(ArmStudy, ImageStudy):
             yield *as_plain_lora(trained, method, loss, self.training_data), loss
 
     def base_losses(self, images: Sequence[Image]) -> dict:
-        """Return the base model's losses on the test images."""
+        """Return the losses on the test images before training: of the base model, with the LoRA of --init_lora."""
+        (method,) = self.context.options.adapter.method
         with in_float32(self.pipeline):
             loss = self.new_loss()
             parts = base_parts(loss, self.context)
+            if self.context.start:
+                add_adapters(Trained(parts, loss), method, self.schedule.steps, self.context)
             with evaluating(*parts.values()):
                 return self.losses_of(parts, loss, images)
 
