@@ -369,7 +369,6 @@ def arm_table(experiment: Experiment, about: About) -> str:
     for arm in experiment["arms"]:
         if is_chosen(arm, experiment["chosen"]):
             marked.add(len(rows))
-        losses = finite(arm["test"]["losses"] if arm["test"] else ())
         reason = f'<div class="reason">{escape(arm["reason"])}</div>' if arm["reason"] else ""
         memory, figures = arm["memory_bytes"], beside_loss(arm)
         rows.append(
@@ -379,7 +378,7 @@ def arm_table(experiment: Experiment, about: About) -> str:
                 str(arm["seed"]),
                 badge(arm["status"]) + reason,
                 number(min(finite(arm["select_by_step"].values()), default=math.nan)),
-                number(statistics.fmean(losses) if losses else math.nan),
+                number(mean_of(arm["test"])),
                 str(arm["steps"]),
                 duration(arm["seconds"]),
                 f"{memory / 2**30:.2f} GiB" if memory else NOTHING,

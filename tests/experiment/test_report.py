@@ -83,6 +83,21 @@ def test_all_of_it_in_order(text, experiment):
     assert "Losses in this report are squared errors without weights" in words
 
 
+def test_a_mean_does_not_leave_out_a_test_loss_that_is_not_finite(experiment, folder):
+    found = copy.deepcopy(experiment)
+    arm = next(arm for arm in found["arms"] if arm["test"])
+    arm["test"]["losses"][0] = None
+    rest = f"{np.mean(arm['test']['losses'][1:]):.5f}"
+    assert rest not in words_of(page(found, folder))
+
+
+def test_a_report_of_runs_that_start_from_a_lora_says_so(experiment, folder):
+    found = experiment | {"settings": experiment["settings"] | {"init_lora": "/loras/mine.safetensors"}}
+    words = words_of(page(found, folder))
+    assert " initial LoRA — 0 0.34000 0.34000 — " in words and "initial LoRA, before training" in words
+    assert "base model —" not in words and "base model, before" not in words
+
+
 def test_intervals_say_their_coverage(experiment, folder):
     """In an older record, it follows from the number of readings."""
     found = words_of(page(experiment, folder))
