@@ -17,7 +17,7 @@ from . import record
 from .arms import Arm, Losses, rates_of
 from .claim import answer, changes, stated_again
 from .record import EXPERIMENT, READINGS, read_experiment
-from .report import best_in_words, start_in_words, write_report
+from .report import best_in_words, duration, start_in_words, write_report
 from .schedule import ENDED, ArmSchedule
 from .statistics import choose, compare, kind_of, level_of, partner_of
 from .study import COMPARING, ExperimentStudy
@@ -296,14 +296,15 @@ class Results:
     def afterwards(self, losses: Losses, trained: Sequence[Arm]) -> Iterator[str]:
         """Yield notes for the reader of the results; `trained`: the arms at the chosen learning rates."""
         schedule, arms, experiment = self.schedule, self.schedule.arms(), self.schedule.grid.base.experiment
-        if (seconds := schedule.compared_seconds) is not None:
+        limit = None if (seconds := schedule.compared_seconds) is None else duration(seconds)
+        if limit:
             steps = ", ".join(f"{label} at step {choice['step']}" for label, choice in self.chosen.items())
-            yield f"compared at equal training time, that of {schedule.references[0]}, {seconds:.3g} s: {steps}"
+            yield f"compared at equal training time, that of {schedule.references[0]}, {limit}: {steps}"
         left = len(arms) - len(losses)
         if left:
             line = f"{record.UNFINISHED}{left} of {len(arms)} runs {is_or_are(left)} still to be trained"
-            limit = f"--experiment_minutes {experiment.experiment_minutes:g}"
-            yield f"{line}, none within {limit}; run the same command to resume for as long again"
+            minutes = f"--experiment_minutes {experiment.experiment_minutes:g}"
+            yield f"{line}, none within {minutes}; run the same command to resume for as long again"
         there = {path.parent for method in METHODS for path in (schedule.folder / method).glob(f"**/seed-*/{ENDED}")}
         if more := len(there - {schedule.folder_of(arm) for arm in arms}):
             others = "other methods, learning rates or seeds, which the folder contains too"
@@ -314,12 +315,12 @@ class Results:
         for label in schedule.grids:
             if label not in {*waiting, *self.chosen}:
                 problem = "at each learning rate, a seed failed or was stopped, so none is chosen"
-                slow = f" (or none was measured within {seconds:.3g} s)" if seconds else ""
+                slow = f" (or none was measured within {limit})" if limit else ""
                 yield f"{label}: {problem}{slow}; add a lower --learning_rate"
         for name, compared in schedule.labels.items():
             is_late = (compared.source in self.chosen and name not in waiting) or name in waiting & ended
-            if seconds is not None and is_late and name not in self.chosen:
-                yield f"{name}: left out, because it was not measured within {seconds:.3g} s; measure more often"
+            if limit and is_late and name not in self.chosen:
+                yield f"{name}: left out, because it was not measured within {limit}; measure more often"
         advised: dict[str, list[str]] = {}
         for label in self.chosen:
             for advice in self.advice(label):
