@@ -84,11 +84,13 @@ class Results:
     def write(self) -> None:
         """Write the present state to `experiment.json` and the report."""
         check_held()
+        # an average that an earlier start has tested is no longer an arm if no learning rate of its method remains
+        arms = dict.fromkeys([*self.schedule.arms(), *self.tests])
         content: record.Experiment = {
             "format": record.FORMAT,
             "settings": read_object(self.schedule.folder / "config.json"),
             **self.study.facts(),
-            "arms": [self.schedule.record(arm, self.tests.get(arm)) for arm in self.schedule.arms()],
+            "arms": [self.schedule.record(arm, self.tests.get(arm)) for arm in arms],
             "chosen": self.chosen,
             "verdicts": self.verdicts,
             "ranking": self.ranking,
