@@ -183,6 +183,15 @@ def test_a_run_has_no_higher_number_than_there_are_runs(tmp_path, capsys):
     assert len(numbers) > 9 and all(int(number) <= int(total) for number, total in numbers)
 
 
+def test_the_best_run_names_its_learning_rate_because_optimizers_have_their_own(tmp_path, monkeypatch):
+    """Its command also gives config.json, whose learning rate is ignored with another optimizer than the first one."""
+    monkeypatch.setattr("reslora.images.refusals.check_installed", lambda *_: None)
+    words = "--method lora --learning_rate 3e-4 --vary optimizer=prodigy,adamw"
+    record, _ = go(tmp_path / "out", grid=words.split())
+    own = {"method": "lora", "learning_rate": 3e-4, "optimizer": "adamw", "seed": 0}
+    assert record["best"]["options"] == own
+
+
 def test_verdicts_on_averages_remain_until_the_end_although_no_learning_rate_of_their_method_is_left(tmp_path):
     """The fifth seed chooses learning rates, and diverges at all of them; the report is written after each run."""
     words, seeds = ("--no-racing", "--average_checkpoints", "last:2", "--seed"), ("0", "1", "2", "3")
