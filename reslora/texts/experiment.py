@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,16 @@ from ..experiment.record import Facts, facts_of, read_experiment
 from ..experiment.report import About
 from ..experiment.runner import run_experiment
 from ..experiment.schedule import ArmSchedule, reading_adapter
-from ..experiment.study import COMPARING, TIMED_STEPS, ArmStudy, ExperimentStudy, print_estimate, race, train_arm
+from ..experiment.study import (
+    COMPARING,
+    TIMED_STEPS,
+    ArmStudy,
+    ExperimentStudy,
+    numbers,
+    print_estimate,
+    race,
+    train_arm,
+)
 from ..experiment.worker_pool import Orders
 from ..formatting import pluralize
 from ..io import read_object, remove, remove_leftovers, replacing, write_json
@@ -54,7 +62,6 @@ from .run import begin, identity_of, run
 from .split import Parts
 from .study import Texts, TextStudy, evaluations_of, expected_times, plan_of, schedule_of
 
-LEAST_LOSS = 1e-12  # the statistics need losses above zero, but the loss of a confident prediction can round to zero
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 CHANGING = ("method", "learning_rate", "seed")  # options to which an experiment can add values
 FIXED = (
@@ -286,8 +293,7 @@ class TextExperiment(ExperimentStudy):
         """Return the loss of each test example (None if it is not finite), and metrics over all of them."""
         with study.evaluating(model):
             losses, figures = self.texts.measured(study.options, model, lambda: self.context.stop.check(COMPARING))
-        numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
-        return {"losses": numbers, "figures": figures}
+        return {"losses": numbers(losses), "figures": figures}
 
     def export(self, arm: Arm, step: int) -> list[str]:
         """Export an arm's checkpoint to `peft/`, and with --merge_and_save also to `merged/`; return these names.

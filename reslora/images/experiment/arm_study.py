@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...experiment.schedule import reading_adapter
-from ...experiment.study import COMPARING, ArmStudy
+from ...experiment.study import COMPARING, ArmStudy, numbers
 from ...io import read_object, write_json
 from ...runtime.checkpoint_folders import EXPORTED, EXPORTS, adapter_folder
 from ...runtime.folder_lock import writing_into
@@ -105,7 +105,7 @@ class ImageArmStudy(ArmStudy, ImageStudy):
             return exact_loss(loss, denoiser, batch)
 
         losses = losses_of(check_and_measure, self.training_data, images, TEST_NOISES)
-        return {"losses": numbers(losses.mean(1)), "by_timestep": numbers(losses.mean(0))}
+        return {"losses": numbers(losses.mean(1).tolist()), "by_timestep": numbers(losses.mean(0).tolist())}
 
 
 def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
@@ -113,8 +113,3 @@ def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.
     inputs, target, _ = loss.inputs(loss.encoded(batch))
     prediction = loss.family.prediction(denoiser(**as_float32(inputs), return_dict=False), target).float()
     return loss.squared(prediction, target.float(), batch)
-
-
-def numbers(losses: torch.Tensor) -> list[float | None]:
-    """Return the losses, of shape (samples,), as a list for JSON, with None for a loss that is not finite."""
-    return [float(value) if value.isfinite() else None for value in losses]
