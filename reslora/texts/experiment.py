@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from peft import PeftModel
 
 from ..errors import InvalidArgument
@@ -115,8 +116,9 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
         updates = plan_of(texts, plain, accelerator).updates
         steps, _ = schedule_of(updates, plain)
         schedule.grid = grid.replace(**evaluations_of(grid.base.validation, steps.steps))
-        planned, _ = schedule_of(updates, options_of(schedule.arms()[0], schedule))
-        check_evaluations(grid, planned.steps, planned.validation_steps, "--eval_steps")
+        planned = steps_of(schedule, texts, accelerator)
+        for each in planned:
+            check_evaluations(grid, each.steps, each.validation_steps, "--eval_steps")
         schedule.estimated = bool(orders and orders.number)  # one process prints the estimate
         experiment = TextExperiment(schedule, texts, parts, context)
         if orders:
@@ -127,7 +129,7 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
             for label in schedule.grids:
                 experiment.check_label(label, tell)
             note_settings(schedule.grid, {}, accelerator)
-            measured = f"measured every {pluralize(planned.validation_steps, 'step')}"
+            measured = f"measured every {pluralize(planned[0].validation_steps, 'step')}"
             say(f"{schedule.runs_in_words()}, {measured}; {parts}")
         if orders or (grid.base.experiment.arms_at_once or 1) == 1:
             start_trackers(context, "reslora", wandb={"name": plain.output.run_name})
@@ -144,6 +146,13 @@ def options_of(arm: Arm, schedule: ArmSchedule) -> Any:
     limit = options.output.checkpoints_total_limit or 1
     own = {"output_dir": str(folder), "save_total_limit": limit, "resume_from_checkpoint": "latest"}
     return checked(options.replace(**own))
+
+
+def steps_of(schedule: ArmSchedule, texts: Texts, accelerator: Accelerator) -> list[Schedule]:
+    """Return the steps of the arms of each label; with another batch size, an epoch has another number of steps."""
+    arms = {arm.label: arm for arm in schedule.trained_arms()}
+    every = (options_of(arm, schedule) for arm in arms.values())
+    return [schedule_of(plan_of(texts, options, accelerator).updates, options)[0] for options in every]
 
 
 def prepare_folder(experiment: TextExperiment) -> None:
