@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,17 +73,29 @@ def samples(experiment: Experiment, content: dict, label: str, prompts: Sequence
 
 
 def votes(experiment: Experiment) -> dict[Pair, list[int]]:
-    """Return the values of the votes (see `VALUES`) on each pair; damaged lines of the file are skipped."""
+    """Return the values of the votes (see `VALUES`) on each pair.
+
+    Damaged lines of the file are skipped, and votes on other samples: more seeds may have changed the chosen runs.
+    """
     found: dict[Pair, list[int]] = defaultdict(list)
+    shown = {pair: files_of(experiment, files) for pair, files in pairs(experiment).items()}
     for _, row in values_of(experiment.text(FILE)):
         with contextlib.suppress(LookupError, TypeError):
-            found[Pair(*(row[name] for name in Pair._fields))].append(VALUES[row["vote"]])
+            pair = Pair(*(row[name] for name in Pair._fields))
+            if row.get("files", shown[pair]) == shown[pair]:  # earlier versions did not store the files
+                found[pair].append(VALUES[row["vote"]])
     return found
+
+
+def files_of(experiment: Experiment, files: Iterable[Path]) -> list[str]:
+    """Return the paths of a pair's files relative to the experiment's folder."""
+    return [path.relative_to(experiment.resolved).as_posix() for path in files]
 
 
 def add(experiment: Experiment, pair: Pair, vote: str) -> None:
     """Append a vote (a key of `VALUES`) to the experiment's file. Raises `RunError` if it cannot be written."""
-    row = {**pair._asdict(), "vote": vote, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    files = files_of(experiment, pairs(experiment).get(pair, ()))
+    row = {**pair._asdict(), "vote": vote, "files": files, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
     try:
         with IN_PLACE, (experiment.folder / FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -64,6 +64,25 @@ def test_a_vote_is_a_line_and_the_next_pair_has_the_fewest(experiment):
     assert sum(map(len, votes.votes(experiment).values())) == len(known) - 1
 
 
+def test_votes_on_samples_of_runs_that_are_no_longer_chosen_do_not_count(experiment):
+    """A further seed may change the chosen learning rate or step."""
+    old, *_ = known = votes.pairs(experiment)
+    for pair in known:
+        votes.add(experiment, pair, "label")
+    path, content = experiment.folder / "experiment.json", experiment.read_json("experiment.json")
+    content["chosen"][old.label]["step"] = 100
+    path.write_text(json.dumps(content))
+    given, now = votes.votes(experiment), votes.pairs(experiment)
+    assert not given.get(old) and {pair for pair in known if given.get(pair)} == {
+        pair for pair in known if now[pair] == known[pair]
+    }
+    assert any(given.values())
+    rows = [json.loads(line) for line in (experiment.folder / "votes.jsonl").read_text().splitlines()]
+    del rows[0]["files"]  # as earlier versions wrote it
+    (experiment.folder / "votes.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert votes.votes(experiment) == {old: [1]}
+
+
 def test_the_preference_is_the_mean_and_its_interval_crosses_seeds_and_prompts():
     """By hand: Banerjee's interval of a two-way layout, as for the losses; without all pairs there is no interval."""
     known = [votes.Pair("b", "a", seed, prompt) for seed in range(3) for prompt in range(4)]
