@@ -33,10 +33,12 @@ MOST_SEEDS = 100
 """Largest number of further seeds that is advised."""
 
 
-def answer(claim: Stated, arms: Iterable[Arm], chosen: Mapping[str, Choice], reading: int = 1) -> Answer:
+def answer(
+    claim: Stated, arms: Iterable[Arm], chosen: Mapping[str, Choice], reading: int = 1, unit: str = "image"
+) -> Answer:
     """Return the answer to a claim from the test losses of arms.
 
-    `reading`: number of this evaluation on the test split, from 1.
+    `reading`: number of this evaluation on the test split, from 1. `unit`: word for what a test loss belongs to.
     """
     label, reference = claim["label"], claim["reference"]
     arrays = arrays_of(tested(arms, chosen))
@@ -47,20 +49,19 @@ def answer(claim: Stated, arms: Iterable[Arm], chosen: Mapping[str, Choice], rea
     found = judge(arrays, [(label, reference), *others], reading)
     pair, test = next(((pair, test) for pair, test in found if pair[:2] == (label, reference)), (None, None))
     if test is None or pair is None:
-        seeds = max(1, 2 - (len(pair.differences) if pair else 0))
-        return Answer(
-            conclusion="not enough data", more_seeds=seeds,
-            sentence=f"not enough data: add {seeds} seed{'s' * (seeds > 1)} or more; an interval needs two",
-        )  # fmt: skip
+        seeds = max(0, 2 - (len(pair.differences) if pair else 0))
+        more = pluralize(seeds, "seed") if seeds else f"1 test {unit}"
+        sentence = f"not enough data: add {more} or more; an interval needs two"
+        return Answer(conclusion="not enough data", more_seeds=seeds or None, sentence=sentence)
     percent = 100 / pair.base
     improvement, half = -percent * pair.mean, percent * float(half_width(test.spread, test.reading_level))
     conclusion = decide(improvement, half, claim["margin"])
-    more = more_seeds(abs(pair.mean + claim["margin"] / percent), test, reading) if conclusion == "open" else None
+    needed = more_seeds(abs(pair.mean + claim["margin"] / percent), test, reading) if conclusion == "open" else None
     return Answer(
         conclusion="not enough data" if conclusion == "open" else conclusion,  # type: ignore[typeddict-item]
-        more_seeds=more,
+        more_seeds=needed,
         sentence=sentence_of(
-            conclusion, claim, (improvement, improvement - half, improvement + half), test.reading_level, more
+            conclusion, claim, (improvement, improvement - half, improvement + half), test.reading_level, needed, unit
         ),
     )
 
@@ -91,7 +92,7 @@ def more_seeds(distance: float, test: Judged, reading: int) -> int | None:
 
 
 def sentence_of(
-    conclusion: str, claim: Stated, sizes: tuple[float, float, float], level: float, more: int | None
+    conclusion: str, claim: Stated, sizes: tuple[float, float, float], level: float, more: int | None, unit: str
 ) -> str:
     """Return the answer as a sentence.
 
@@ -105,7 +106,7 @@ def sentence_of(
         return f"{conclusion}: {claimed} {found}"
     advice = f"about {more} more seed{'s' * (more != 1)}"
     if more is None:
-        advice = f"even {MOST_SEEDS} more seeds would hardly be enough; use more test images, or state another margin"
+        advice = f"even {MOST_SEEDS} more seeds would hardly be enough; use more test {unit}s, or state another margin"
     return f"not enough data: {advice}, for: {claimed} {found}"
 
 

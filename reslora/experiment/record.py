@@ -139,7 +139,7 @@ class Verdict(TypedDict):
     of_gain: float | None
     """Difference in percent of the improvement by training; None if unknown.
 
-    The improvement is the base model's loss minus the reference's.
+    The improvement is the loss before training minus the reference's.
     """
 
 
@@ -261,9 +261,9 @@ class Experiment(Facts):
     verdicts: list[Verdict]
     ranking: NotRequired[Ranking | None]
     base: NotRequired[TestLosses | None]
-    """Losses of the base model; None until the test split is evaluated."""
+    """Losses before training; None until the test split is evaluated."""
     base_select: NotRequired[float | None]
-    """Loss of the base model on the selection split; None if it is not measured."""
+    """Loss before training on the selection split; None if it is not measured."""
     claims: NotRequired[list[Stated]]
     """The claims, oldest first: the last one is the present claim, which has replaced the others."""
     answer: NotRequired[Answer | None]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,6 @@ from .theme import SCRIPT, STYLE
 
 NOTHING = "&mdash;"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-BASE = "base model"
 READING = (
     "A difference is a method's loss minus its reference's, on {unit}s that were used neither to train nor to choose; "
     "lower is better. Both have the same seeds and {unit}s. The {coverage} interval contains the mean difference for "
@@ -33,13 +33,13 @@ READING = (
     "significant, there may still be one within the interval: one as large as the minimum detectable effect (MDE) is "
     "found in 4 of 5 such experiments. Significant differences are too large on average, because only large ones "
     "become significant: <i>Expected</i> is what new experiments will find. <i>Of the gain</i> is the difference as a "
-    "percentage of what training gains over the base model."
+    "percentage of what training gains over the model before it."
 )
 UNCERTAIN = {
     "better": "It is better than {reference}: chance makes such a difference in at most 5 of 100 experiments.",
     "worse": "It is worse than {reference} on the test {unit}s, although the selection split chose it.",
     "not shown": "This experiment does not show whether it is better than {reference}: use either, or add seeds.",
-    "cannot tell": "One seed does not show whether it is better than {reference}: add seeds.",
+    "cannot tell": "It cannot be told from {reference}: that needs two or more seeds and test {unit}s.",
 }
 """Sentence about the best run, by the conclusion of its method's verdict."""
 
@@ -188,7 +188,7 @@ def coverage_of(experiment: Experiment) -> str:
 
 
 def verdict_plot(experiment: Experiment) -> str:
-    """Return a forest plot of the difference of each method, and of the base model, from the reference; HTML."""
+    """Return a forest plot of the difference of each method, and of the model before training, from the reference."""
     verdicts = experiment["verdicts"]
     references = list(dict.fromkeys(verdict["reference"] for verdict in verdicts))
     places = {label: number for number, label in enumerate(labels_of(experiment))}
@@ -200,10 +200,17 @@ def verdict_plot(experiment: Experiment) -> str:
         rows.append(Row(name, places.get(verdict["label"], 0), verdict["relative"], verdict["interval"], text))
     losses, base = tested(experiment["arms"], experiment["chosen"]), mean_of(experiment.get("base"))
     if rows and base is not None and references[0] in losses:
-        more = 100 * (base / np.nanmean(losses[references[0]]) - 1)
-        rows.append(Row(f"{BASE}, before training", len(places), more, None, f"{with_signs(more)[0]}%"))
+        theirs = losses[references[0]].mean(1)  # NaN if a loss is not finite
+        more = 100 * (base / np.nanmean(theirs) - 1)
+        name = f"{start_in_words(experiment['settings'])}, before training"
+        rows.append(Row(name, len(places), more, None, f"{with_signs(more)[0]}%"))
     title = f"Test loss compared with {enumerated(references)}, with {coverage_of(experiment)} intervals"
     return f'<div class="charts">{forest(title, rows, "percent; left of 0 is better")}</div>' if rows else ""
+
+
+def start_in_words(settings: Mapping[str, Any]) -> str:
+    """Return what the arms are trained from: the base model, or base model plus the LoRA of --init_lora."""
+    return "initial LoRA" if settings.get("init_lora") else "base model"
 
 
 def best_in_words(best: Best) -> str:
@@ -328,7 +335,7 @@ def chosen_table(experiment: Experiment) -> str:
     base = mean_of(experiment.get("base"))
     if rows and base is not None:
         selected = number(experiment.get("base_select"))
-        rows.append([BASE, NOTHING, "0", selected, number(base), *[NOTHING] * 6, ""])
+        rows.append([start_in_words(experiment["settings"]), NOTHING, "0", selected, number(base), *[NOTHING] * 6, ""])
     names = ["Method", "Learning rate", "Step", "Selection loss", "Test loss", "One more seed", "Rank", "Shortcut"]
     names += ["Time", "Memory", "File", "Rate at the end of the range"]
     note = (
@@ -362,7 +369,6 @@ def arm_table(experiment: Experiment, about: About) -> str:
     for arm in experiment["arms"]:
         if is_chosen(arm, experiment["chosen"]):
             marked.add(len(rows))
-        losses = finite(arm["test"]["losses"] if arm["test"] else ())
         reason = f'<div class="reason">{escape(arm["reason"])}</div>' if arm["reason"] else ""
         memory, figures = arm["memory_bytes"], beside_loss(arm)
         rows.append(
@@ -372,7 +378,7 @@ def arm_table(experiment: Experiment, about: About) -> str:
                 str(arm["seed"]),
                 badge(arm["status"]) + reason,
                 number(min(finite(arm["select_by_step"].values()), default=math.nan)),
-                number(statistics.fmean(losses) if losses else math.nan),
+                number(mean_of(arm["test"])),
                 str(arm["steps"]),
                 duration(arm["seconds"]),
                 f"{memory / 2**30:.2f} GiB" if memory else NOTHING,
@@ -500,9 +506,9 @@ def select_charts(experiment: Experiment, losses: str = "") -> str:
     rates = sorted({x for series in by_rate for x, _ in (*series.line, *series.dots)})
     base, place = experiment.get("base_select"), len(by_rate)
     if base is not None and rates:
-        line = [(tried, base) for tried in rates]
-        by_rate.append(Series(BASE, place, line, line))
-        by_step += [Series(BASE, place, [(0, base)], [(0, base)])] if any(series.line for series in by_step) else []
+        line, start = [(tried, base) for tried in rates], start_in_words(experiment["settings"])
+        by_rate.append(Series(start, place, line, line))
+        by_step += [Series(start, place, [(0, base)], [(0, base)])] if any(series.line for series in by_step) else []
     rate_axes = Axes("By learning rate, each at its best step", "learning rate", "loss", rates, rate)
     found = chart(by_rate, rate_axes) + chart(by_step, Axes("By step, at the chosen rate", "step", "loss"))
     note = "A line is the mean over seeds, a dot one seed (hollow: above the edge), a ring what was chosen."

@@ -17,9 +17,9 @@ from . import record
 from .arms import Arm, Losses, rates_of
 from .claim import answer, changes, stated_again
 from .record import EXPERIMENT, READINGS, read_experiment
-from .report import best_in_words, write_report
+from .report import best_in_words, duration, start_in_words, write_report
 from .schedule import ENDED, ArmSchedule
-from .statistics import choose, compare, level_of, partner_of
+from .statistics import choose, compare, kind_of, level_of, partner_of
 from .study import COMPARING, ExperimentStudy
 from .worker_pool import Job, WorkerPool
 
@@ -84,11 +84,13 @@ class Results:
     def write(self) -> None:
         """Write the present state to `experiment.json` and the report."""
         check_held()
+        # an average that an earlier start has tested is no longer an arm if no learning rate of its method remains
+        arms = dict.fromkeys([*self.schedule.arms(), *self.tests])
         content: record.Experiment = {
             "format": record.FORMAT,
             "settings": read_object(self.schedule.folder / "config.json"),
             **self.study.facts(),
-            "arms": [self.schedule.record(arm, self.tests.get(arm)) for arm in self.schedule.arms()],
+            "arms": [self.schedule.record(arm, self.tests.get(arm)) for arm in arms],
             "chosen": self.chosen,
             "verdicts": self.verdicts,
             "ranking": self.ranking,
@@ -135,8 +137,8 @@ class Results:
         unit = self.study.about.unit
         reading, reference = max(1, self.readings), schedule.reference
         self.verdicts, self.ranking = compare(records, self.chosen, unit, reading, self.base, reference)
-        if self.claims and self.tests:
-            self.answer = answer(self.claims[-1], records, self.chosen, reading)
+        is_answered = self.claims and self.tests
+        self.answer = answer(self.claims[-1], records, self.chosen, reading, unit) if is_answered else None
         self.notes = [*self.beforehand(), *self.afterwards(losses, trained), *diverged]
         exported = [arm for arm in trained if self.study.is_exported(arm, self.step_of(arm))]  # the others diverged
         self.best = self.export(exported) if exported else None
@@ -178,7 +180,7 @@ class Results:
         write_report(content, self.schedule.folder, self.study.about)  # type: ignore[arg-type] # as `write` wrote it
 
     def evaluate(self, to_read: Sequence[Arm], trained: Sequence[Arm], pool: WorkerPool | None = None) -> list[str]:
-        """Test the base model and the arms `to_read`, and export the arms `trained`; skip what is on disk.
+        """Test the model before training and the arms `to_read`, and export the arms `trained`; skip what is on disk.
 
         Returns a note for each arm whose export has diverged. Raises `Stopped` if a stop was requested; the next start
         evaluates the remaining arms.
@@ -196,7 +198,7 @@ class Results:
             """Store the job's start time, and report it."""
             began[job] = time.monotonic()
             if job.name == "base":
-                print("base model: testing", flush=True)
+                print(f"{start_in_words(self.schedule.grid.flat())}: testing", flush=True)
                 return
             arm, _, test, export = job.arguments
             phase = " and ".join(["testing"] * test + ["exporting"] * export)
@@ -265,7 +267,8 @@ class Results:
         experiment = schedule.grid.base.experiment
         if not experiment.claim:
             return before
-        kinds = {name: (label.rank, label.values) for name, label in schedule.labels.items()}
+        arms = [Arm(name, schedule.given[0], schedule.seeds[0]) for name in schedule.labels]
+        kinds = {arm.label: kind_of(schedule.record(arm)) for arm in arms}
         source = "" if experiment.reference else schedule.labels[experiment.claim].source
         now = record.Stated(
             label=experiment.claim, reference=source or partner_of(experiment.claim, schedule.references, kinds),
@@ -295,14 +298,15 @@ class Results:
     def afterwards(self, losses: Losses, trained: Sequence[Arm]) -> Iterator[str]:
         """Yield notes for the reader of the results; `trained`: the arms at the chosen learning rates."""
         schedule, arms, experiment = self.schedule, self.schedule.arms(), self.schedule.grid.base.experiment
-        if (seconds := schedule.compared_seconds) is not None:
+        limit = None if (seconds := schedule.compared_seconds) is None else duration(seconds)
+        if limit:
             steps = ", ".join(f"{label} at step {choice['step']}" for label, choice in self.chosen.items())
-            yield f"compared at equal training time, that of {schedule.references[0]}, {seconds:.3g} s: {steps}"
+            yield f"compared at equal training time, that of {schedule.references[0]}, {limit}: {steps}"
         left = len(arms) - len(losses)
         if left:
             line = f"{record.UNFINISHED}{left} of {len(arms)} runs {is_or_are(left)} still to be trained"
-            limit = f"--experiment_minutes {experiment.experiment_minutes:g}"
-            yield f"{line}, none within {limit}; run the same command to resume for as long again"
+            minutes = f"--experiment_minutes {experiment.experiment_minutes:g}"
+            yield f"{line}, none within {minutes}; run the same command to resume for as long again"
         there = {path.parent for method in METHODS for path in (schedule.folder / method).glob(f"**/seed-*/{ENDED}")}
         if more := len(there - {schedule.folder_of(arm) for arm in arms}):
             others = "other methods, learning rates or seeds, which the folder contains too"
@@ -313,12 +317,12 @@ class Results:
         for label in schedule.grids:
             if label not in {*waiting, *self.chosen}:
                 problem = "at each learning rate, a seed failed or was stopped, so none is chosen"
-                slow = f" (or none was measured within {seconds:.3g} s)" if seconds else ""
+                slow = f" (or none was measured within {limit})" if limit else ""
                 yield f"{label}: {problem}{slow}; add a lower --learning_rate"
         for name, compared in schedule.labels.items():
             is_late = (compared.source in self.chosen and name not in waiting) or name in waiting & ended
-            if seconds is not None and is_late and name not in self.chosen:
-                yield f"{name}: left out, because it was not measured within {seconds:.3g} s; measure more often"
+            if limit and is_late and name not in self.chosen:
+                yield f"{name}: left out, because it was not measured within {limit}; measure more often"
         advised: dict[str, list[str]] = {}
         for label in self.chosen:
             for advice in self.advice(label):
@@ -367,7 +371,8 @@ class Results:
         files = self.study.export(best, self.step_of(best))
         options, varied = self.schedule.options_of(best), self.schedule.grid.varied
         names = [name for name, option in options.table().items() if option.attribute in varied]
-        own = {"method": self.schedule.labels[label].method} | {name: options[name] for name in names}
+        own = {"method": self.schedule.labels[label].method, "learning_rate": best.rate}  # an optimizer's own one, too
+        own |= {name: options[name] for name in names}
         found = record.Best(
             label=label, learning_rate=best.rate, seed=best.seed, folder=self.schedule.name_of(best),
             step=self.step_of(best), files=files, options=own,

@@ -15,6 +15,7 @@ from ..runtime.processes import broadcast_from_main, is_main
 from ..runtime.signals import StopRequest
 from .arms import Arm
 from .results import Results
+from .schedule import ArmSchedule
 from .study import ExperimentStudy, race
 from .worker_pool import Job, Orders, WorkerPool, print_workers
 
@@ -71,7 +72,7 @@ def train_arms(results: Results, pool: WorkerPool | None = None) -> None:
     """Train the remaining arms in their order, in this process or in the workers of `pool`."""
     schedule, study = results.schedule, results.study
     broadcast_from_main(schedule.next_arm)  # adds arms by --extend_rates
-    ended, total = sum(bool(schedule.ended(arm)) for arm in schedule.arms()), len(schedule.arms())
+    ended, total = ended_and_all(schedule)
     bar = tqdm(desc="runs", total=total, initial=ended, dynamic_ncols=True, disable=pool is None)
     with bar:
         while True:
@@ -96,9 +97,18 @@ def train_arms(results: Results, pool: WorkerPool | None = None) -> None:
                 seconds = train(arm, study)
             schedule.running.remove(arm)
             schedule.longest = max(schedule.longest, seconds)
-            ended, total = ended + 1, len(schedule.arms())
+            ended, total = ended_and_all(schedule)
             bar.total = total
-            bar.update()
+            bar.update(ended - bar.n)
+
+
+def ended_and_all(schedule: ArmSchedule) -> tuple[int, int]:
+    """Return the number of arms that have ended, and of all arms.
+
+    An arm that has ended may no longer count: an average, if another learning rate is chosen because an arm failed.
+    """
+    arms = schedule.arms()
+    return sum(bool(schedule.ended(arm)) for arm in arms), len(arms)
 
 
 def train(arm: Arm, study: ExperimentStudy) -> float:

@@ -320,11 +320,11 @@ class ArmSchedule:
         return {row["step"]: row["loss"] for row in self.validations(arm)}
 
     def validations(self, arm: Arm) -> list[dict]:
-        """Return the rows of an arm's log with losses on the selection split, without that of step 0 (base model)."""
+        """Return the rows of an arm's log with losses on the selection split, without that of step 0."""
         return [row for row in of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation") if row["step"]]
 
     def base_select(self) -> float | None:
-        """Return the base model's loss on the selection split, as logged by any arm before its first step."""
+        """Return the loss on the selection split before training, as logged by any arm before its first step."""
         for arm in self.arms():
             for row in of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation"):
                 if row["step"] == 0 and math.isfinite(row["loss"]):

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -156,8 +156,10 @@ def expected(difference: float, spread: Spread, level: float) -> float:
     if error == 0:
         return difference
     true = np.linspace(0, size + 4 * error, 400)
-    claimed = special.ndtr((true - float(half_width(spread, level))) / error)
-    weights = np.exp(-np.square((size - true) / error) / 2) / claimed
+    # Logarithms, because both parts of a weight may be too small for a float.
+    claimed = special.log_ndtr((true - float(half_width(spread, level))) / error)
+    logs = -np.square((size - true) / error) / 2 - claimed
+    weights = np.exp(logs - logs.max())
     return math.copysign(float((weights * true).sum() / weights.sum()), difference)
 
 
@@ -317,7 +319,7 @@ def arrays_of(losses: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
 
 
 def verdict_of(pair: Pair, test: Judged | None, unit: str = "image", base: float | None = None) -> Verdict:
-    """Return a pair's verdict; the base model's test loss, `base`, relates it to the improvement by training."""
+    """Return a pair's verdict; the test loss before training, `base`, relates it to the improvement by training."""
     mean, percent = pair.mean, 100 / pair.base
     seeds, images = pair.differences.shape
     gain = 0 if base is None else base - pair.base
@@ -444,13 +446,13 @@ def compare(
     """Return the verdict on each label, and the ranking, from the test losses of arms at the chosen learning rates.
 
     `reference`: a method, or one variant of a method (`arms.Label`). If the reference method has several variants,
-    another method is compared with the variant of equal rank and equal values, or else with the first one, and the
-    other variants of the reference method are compared with its first one. An average of a method's checkpoints is
-    compared with that method. Without the reference nothing is compared. `reading`: number of evaluations on the test
-    split. `base`: losses of the base model. Raises `ValueError` if arms were evaluated on different images.
+    another method is compared with one of them (`partner_of`), and the other variants of the reference method are
+    compared with its first one. An average of a method's checkpoints is compared with that method. Without the
+    reference nothing is compared. `reading`: number of evaluations on the test split. `base`: losses before training.
+    Raises `ValueError` if arms were evaluated on different images.
     """
     judged = [arm for arm in arms if arm["test"] and is_chosen(arm, chosen)]
-    kinds = {arm["label"]: (arm["rank"], arm.get("values", {})) for arm in judged}
+    kinds = {arm["label"]: kind_of(arm) for arm in judged}
     sources = {arm["label"]: arm["average_of"] for arm in judged if arm.get("average_of") in kinds}
     of_method = dict.fromkeys(arm["label"] for arm in judged if arm["method"] == reference and "average_of" not in arm)
     known = [reference] if reference in kinds else list(of_method)
@@ -467,13 +469,20 @@ def compare(
     return said, ranking_of(found, kinds)
 
 
-def partner_of(label: str, references: Sequence[str], kinds: Mapping[str, object]) -> str:
-    """Return the reference of a method: the one with the same rank and the same values, or else the first one.
+def kind_of(arm: Arm) -> dict[str, Any]:
+    """Return an arm's rank, shortcut and other values that vary, by name, as far as its method uses them."""
+    used = {"shortcut": arm["shortcut"]} if arm.get("shortcut") else {}
+    return {"rank": arm["rank"], **used, **arm.get("values", {})}
 
-    `kinds`: rank and values of each method, by name.
+
+def partner_of(label: str, references: Sequence[str], kinds: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the reference of a method: the first one with equal values of all options that both use.
+
+    If there is none, or if the method is one of the references, it is the first of these. `kinds`: `kind_of` by name.
     """
-    same = (each for each in references if each != label and kinds[each] == kinds[label])
-    return next(same, references[0])
+    own = {} if label in references else kinds[label]
+    equal = (each for each in references if all(own[name] == kinds[each][name] for name in own.keys() & kinds[each]))
+    return next(equal, references[0])
 
 
 def mean_of(test: TestLosses | None) -> float | None:

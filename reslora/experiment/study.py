@@ -2,10 +2,11 @@
 
 import contextlib
 import itertools
+import math
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,16 @@ from .schedule import ArmSchedule
 COMPARING = "stopped while comparing; run the same command to resume"
 TESTED = "test.json"  # test losses of the chosen checkpoint, in an arm's directory
 
-
 TIMED_STEPS = 5  # steps of the first arm from which the time of the experiment is estimated
+LEAST_LOSS = 1e-12  # the statistics need losses above zero
+
+
+def numbers(losses: Iterable[float]) -> list[float | None]:
+    """Return test losses for JSON: None for a loss that is not finite, and LEAST_LOSS for a smaller one.
+
+    A confident prediction can have a loss that rounds to zero, and an image a mask that is zero where it is cropped.
+    """
+    return [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
 
 
 def timing(batches: Generator, a_step: int, timed: Callable[[float], None] | None) -> Generator:
@@ -219,7 +228,7 @@ class ExperimentStudy(ABC):
 
     @abstractmethod
     def base_losses(self) -> dict:
-        """Return the base model's losses on the test split."""
+        """Return the losses on the test split before training."""
 
     def seconds_to_conclude(self) -> float:
         """Return the expected time, in seconds, to test and export one arm; 0 if unknown."""
@@ -242,7 +251,7 @@ class ExperimentStudy(ABC):
         return there.get("step") == step and there.get("images") == self.test_ids
 
     def base(self) -> TestLosses:
-        """Return the base model's losses with the identifiers of the images or examples."""
+        """Return the losses before training with the identifiers of the images or examples."""
         return {"images": self.test_ids} | self.base_losses()  # type: ignore[return-value]
 
     def evaluate(self, arm: Arm, step: int, test: bool, export: bool) -> str:

@@ -56,8 +56,9 @@ def _of_other_optimizer(values: Given, given: Given) -> Iterable[str]:
     """
     if not given.keys() & {"optimizer", "use_8bit_adam"}:
         return ()
-    before = named(listed(values.get("optimizer", "adamw"))[0])
+    before, *others = map(named, listed(values.get("optimizer", "adamw")))  # several if the optimizer varies
     now = named(next(iter(listed(given.get("optimizer"))), "adamw8bit" if given.get("use_8bit_adam") else "adamw"))
-    gone = ["optimizer", "use_8bit_adam"] + ["optimizer_args"] * (now.path != before.path)
+    known = {optimizer.path for optimizer in (before, *others)}
+    gone = ["optimizer", "use_8bit_adam"] + ["optimizer_args"] * (now.path not in known)
     other_rate = now.path != before.path and now.learning_rate != before.learning_rate
     return [*gone, "learning_rate", "text_encoder_lr"] if other_rate else gone

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from peft import PeftModel
 
 from ..errors import InvalidArgument
@@ -27,7 +27,16 @@ from ..experiment.record import Facts, facts_of, read_experiment
 from ..experiment.report import About
 from ..experiment.runner import run_experiment
 from ..experiment.schedule import ArmSchedule, reading_adapter
-from ..experiment.study import COMPARING, TIMED_STEPS, ArmStudy, ExperimentStudy, print_estimate, race, train_arm
+from ..experiment.study import (
+    COMPARING,
+    TIMED_STEPS,
+    ArmStudy,
+    ExperimentStudy,
+    numbers,
+    print_estimate,
+    race,
+    train_arm,
+)
 from ..experiment.worker_pool import Orders
 from ..formatting import pluralize
 from ..io import read_object, remove, remove_leftovers, replacing, write_json
@@ -54,7 +63,6 @@ from .run import begin, identity_of, run
 from .split import Parts
 from .study import Texts, TextStudy, evaluations_of, expected_times, plan_of, schedule_of
 
-LEAST_LOSS = 1e-12  # the statistics need losses above zero, but the loss of a confident prediction can round to zero
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 CHANGING = ("method", "learning_rate", "seed")  # options to which an experiment can add values
 FIXED = (
@@ -108,8 +116,9 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
         updates = plan_of(texts, plain, accelerator).updates
         steps, _ = schedule_of(updates, plain)
         schedule.grid = grid.replace(**evaluations_of(grid.base.validation, steps.steps))
-        planned, _ = schedule_of(updates, options_of(schedule.arms()[0], schedule))
-        check_evaluations(grid, planned.steps, planned.validation_steps, "--eval_steps")
+        planned = steps_of(schedule, texts, accelerator)
+        for each in planned:
+            check_evaluations(grid, each.steps, each.validation_steps, "--eval_steps")
         schedule.estimated = bool(orders and orders.number)  # one process prints the estimate
         experiment = TextExperiment(schedule, texts, parts, context)
         if orders:
@@ -120,7 +129,7 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
             for label in schedule.grids:
                 experiment.check_label(label, tell)
             note_settings(schedule.grid, {}, accelerator)
-            measured = f"measured every {pluralize(planned.validation_steps, 'step')}"
+            measured = f"measured every {pluralize(planned[0].validation_steps, 'step')}"
             say(f"{schedule.runs_in_words()}, {measured}; {parts}")
         if orders or (grid.base.experiment.arms_at_once or 1) == 1:
             start_trackers(context, "reslora", wandb={"name": plain.output.run_name})
@@ -137,6 +146,13 @@ def options_of(arm: Arm, schedule: ArmSchedule) -> Any:
     limit = options.output.checkpoints_total_limit or 1
     own = {"output_dir": str(folder), "save_total_limit": limit, "resume_from_checkpoint": "latest"}
     return checked(options.replace(**own))
+
+
+def steps_of(schedule: ArmSchedule, texts: Texts, accelerator: Accelerator) -> list[Schedule]:
+    """Return the steps of the arms of each label; with another batch size, an epoch has another number of steps."""
+    arms = {arm.label: arm for arm in schedule.trained_arms()}
+    every = (options_of(arm, schedule) for arm in arms.values())
+    return [schedule_of(plan_of(texts, options, accelerator).updates, options)[0] for options in every]
 
 
 def prepare_folder(experiment: TextExperiment) -> None:
@@ -286,8 +302,7 @@ class TextExperiment(ExperimentStudy):
         """Return the loss of each test example (None if it is not finite), and metrics over all of them."""
         with study.evaluating(model):
             losses, figures = self.texts.measured(study.options, model, lambda: self.context.stop.check(COMPARING))
-        numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
-        return {"losses": numbers, "figures": figures}
+        return {"losses": numbers(losses), "figures": figures}
 
     def export(self, arm: Arm, step: int) -> list[str]:
         """Export an arm's checkpoint to `peft/`, and with --merge_and_save also to `merged/`; return these names.

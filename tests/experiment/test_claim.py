@@ -63,6 +63,29 @@ def test_with_too_little_there_is_no_answer():
     assert "add 1 seed or more" in answer(stated(), *arms(3.0, seeds=1))["sentence"]
     losses, chosen = arms(3.0)
     assert "not both are trained" in answer(stated(), losses[:SEEDS], chosen)["sentence"]
+    for arm in losses:
+        arm["test"] = {name: values[:1] for name, values in arm["test"].items()}
+    found = answer(stated(), losses, chosen, unit="example")
+    assert found["sentence"] == "not enough data: add 1 test example or more; an interval needs two"
+    assert found["more_seeds"] is None
+
+
+def test_an_answer_does_not_outlast_the_choice_of_its_methods(tmp_path):
+    words = ["--claim", "lora_x2", "--learning_rate", "1e-4"]
+    grid = ("--method", "lora", "lora_x2", *words)
+    assert go(tmp_path / "out", grid=grid)[0]["answer"]["conclusion"] == "refuted"
+    fails = [(label, 2) for label in ("lora", "lora_x2")]
+    found, _ = go(tmp_path / "out", "--seed", "0", "1", "2", grid=grid, diverging=fails)
+    assert (found["chosen"], found["verdicts"], found["answer"]) == ({}, [], None)
+
+
+def test_a_claimed_variant_has_the_reference_with_its_values(tmp_path):
+    words = "--method lora reslora --vary lora_dropout=0,0.1 --vary shortcut_scale=sum,mean --learning_rate 1e-4"
+    claimed = "reslora lora_dropout=0.1 shortcut_scale=mean"
+    found, _ = go(tmp_path / "out", "--claim", claimed, grid=words.split())
+    assert found["claims"][0]["reference"] == "lora lora_dropout=0.1"
+    references = {each["label"]: each["reference"] for each in found["verdicts"]}
+    assert references[claimed] == "lora lora_dropout=0.1"
 
 
 def test_the_advised_seeds_decide_where_the_difference_stays():

@@ -61,6 +61,20 @@ def test_an_experiment_chooses_at_equal_time_and_reports_what_each_label_costs(t
     assert '<th scope="col">File</th>' in report and "<td>2 MiB</td>" in report and "<td>2 s</td>" in report
 
 
+def test_a_long_time_is_in_hours_and_minutes(tmp_path):
+    class Long(Timed):
+        def train(self, arm: Arm) -> None:
+            super().train(arm)
+            log = self.schedule.folder_of(arm) / "log.jsonl"
+            rows = [json.loads(line) for line in log.read_text().splitlines()]
+            log.write_text("".join(json.dumps(row | {"seconds": 2000 * row["seconds"]}) + "\n" for row in rows))
+
+    words = "--method lora lora_x2 --learning_rate 1e-4 --seed 0 1 --compare_at time --output_dir"
+    runner.train_and_conclude(Long(ArmSchedule(parse_args([*words.split(), str(tmp_path)]))))
+    (note, *_) = [note for note in json.loads((tmp_path / "experiment.json").read_text())["notes"] if "equal" in note]
+    assert note.startswith("compared at equal training time, that of lora, 1 h 40 min: lora at step 3")
+
+
 class Late(Timed):
     """lora_x2 is measured only once, later than LoRA ends."""
 

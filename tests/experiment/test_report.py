@@ -83,6 +83,21 @@ def test_all_of_it_in_order(text, experiment):
     assert "Losses in this report are squared errors without weights" in words
 
 
+def test_a_mean_does_not_leave_out_a_test_loss_that_is_not_finite(experiment, folder):
+    found = copy.deepcopy(experiment)
+    arm = next(arm for arm in found["arms"] if arm["test"])
+    arm["test"]["losses"][0] = None
+    rest = f"{np.mean(arm['test']['losses'][1:]):.5f}"
+    assert rest not in words_of(page(found, folder))
+
+
+def test_a_report_of_runs_that_start_from_a_lora_says_so(experiment, folder):
+    found = experiment | {"settings": experiment["settings"] | {"init_lora": "/loras/mine.safetensors"}}
+    words = words_of(page(found, folder))
+    assert " initial LoRA — 0 0.34000 0.34000 — " in words and "initial LoRA, before training" in words
+    assert "base model —" not in words and "base model, before" not in words
+
+
 def test_intervals_say_their_coverage(experiment, folder):
     """In an older record, it follows from the number of readings."""
     found = words_of(page(experiment, folder))
@@ -446,7 +461,7 @@ def test_what_to_use_says_how_sure_it_is_and_how_each_file_is_used(experiment, f
         (["a", "b", "c", "d"], "not shown", "It has the lowest loss on the selection split; as far as"),
         (["b"], "worse", "It is worse than lora on the test images"),
         (["a"], "not shown", "This experiment does not show whether it is better than lora"),
-        ([], "cannot tell", "One seed does not show whether it is better than lora"),
+        ([], "cannot tell", "It cannot be told from lora: that needs two or more seeds and test images."),
         (["a"], "", "It is better than every other method."),
         ([], "", ""),
     ],

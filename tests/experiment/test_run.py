@@ -175,6 +175,32 @@ def test_every_run_is_told_with_the_time_that_is_left(tmp_path, capsys):
     assert re.fullmatch(r"run 8 of 8, about \d+ min left: lora_x2/lr-0\.0002/seed-1", lines[-1]) and len(lines) == 8
 
 
+def test_a_run_has_no_higher_number_than_there_are_runs(tmp_path, capsys):
+    """A seed fails at each learning rate, one after the other, so that averages at other rates no longer count."""
+    words = ("--seed", "0", "1", "2", "--no-racing", "--average_checkpoints", "last:2")
+    go(tmp_path / "out", *words, methods="lora lora_x2", diverging=[("lora", 2)])
+    numbers = re.findall(r"^run (\d+) of (\d+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(numbers) > 9 and all(int(number) <= int(total) for number, total in numbers)
+
+
+def test_the_best_run_names_its_learning_rate_because_optimizers_have_their_own(tmp_path, monkeypatch):
+    """Its command also gives config.json, whose learning rate is ignored with another optimizer than the first one."""
+    monkeypatch.setattr("reslora.images.refusals.check_installed", lambda *_: None)
+    words = "--method lora --learning_rate 3e-4 --vary optimizer=prodigy,adamw"
+    record, _ = go(tmp_path / "out", grid=words.split())
+    own = {"method": "lora", "learning_rate": 3e-4, "optimizer": "adamw", "seed": 0}
+    assert record["best"]["options"] == own
+
+
+def test_verdicts_on_averages_remain_until_the_end_although_no_learning_rate_of_their_method_is_left(tmp_path):
+    """The fifth seed chooses learning rates, and diverges at all of them; the report is written after each run."""
+    words, seeds = ("--no-racing", "--average_checkpoints", "last:2", "--seed"), ("0", "1", "2", "3")
+    found, _ = go(tmp_path / "out", *words, *seeds, methods="lora lora_x2")
+    assert "lora last:2" in {each["label"] for each in found["verdicts"]}
+    found, _ = go(tmp_path / "out", *words, *seeds, "4", methods="lora lora_x2", diverging=[("lora", 4)])
+    assert "lora last:2" not in {arm["label"] for arm in found["arms"]} and not found["verdicts"]
+
+
 @pytest.mark.parametrize("ends", [Diverged, Stopped])
 def test_an_experiment_whose_folder_is_moved_does_not_make_it_anew(tmp_path, monkeypatch, ends):
     folder = tmp_path / "out"

@@ -162,6 +162,9 @@ def test_a_claim_is_expected_to_be_smaller_by_integrating():
         mean = integrate.quad(lambda true: true * weight(true), 0, 3 * size)[0] / integrate.quad(weight, 0, 3 * size)[0]
         assert expected(-size, spread, 0.01) == pytest.approx(-mean, rel=0.01) and mean < size
     assert expected(9 * least, spread, 0.01) == pytest.approx(9 * least, rel=0.01)
+    few = Spread(np.array([4.0, 0, 0]), np.array([1.0, 9, 9]), 20)  # two seeds, and a strict level
+    least = float(half_width(few, level_of(3)))
+    assert 0 < expected(1.5 * least, few, level_of(3)) <= 1.5 * least
 
 
 def test_one_more_seed_by_hand():
@@ -418,6 +421,29 @@ def test_the_reference_is_lora_of_the_same_rank():
     found = {each["label"]: each["reference"] for each in compare(arms, chosen)[0]}
     expected = {"reslora rank 4": "lora rank 4", "lora rank 8": "lora rank 4", "reslora rank 8": "lora rank 8"}
     assert found == expected | {"loha": "lora rank 4"}
+
+
+def test_the_reference_has_equal_values_of_the_options_that_both_use():
+    """LoRA has no shortcut or scale, OFT no dropout. Variants of the reference are compared with its first one."""
+    low, high = {"lora_dropout": 0}, {"lora_dropout": 0.1}
+    kinds = {
+        "lora 0": low, "lora 0.1": high, "oft": {}, "matched input": low | {"shortcut": "input"},
+        "matched block": low | {"shortcut": "block(4)"}, "reslora 0": low | {"shortcut": "block(4)", "scale": "mean"},
+        "reslora 0.1": high | {"shortcut": "block(4)", "scale": "mean"},
+    }  # fmt: skip
+    arms = [
+        arm(label, 1e-4, seed, shortcut=kind.get("shortcut"), test=measured(losses_of(seed, images=3)[0]))
+        | {"values": {name: value for name, value in kind.items() if name != "shortcut"}}
+        for label, kind in kinds.items()
+        for seed in range(2)
+    ]
+    chosen = {label: {"learning_rate": 1e-4} for label in kinds}
+    found = {each["label"]: each["reference"] for each in compare(arms, chosen)[0]}
+    same = {"oft": "lora 0", "matched input": "lora 0", "matched block": "lora 0", "reslora 0": "lora 0"}
+    assert found == same | {"lora 0.1": "lora 0", "reslora 0.1": "lora 0.1"}
+    found = {each["label"]: each["reference"] for each in compare(arms, chosen, reference="matched")[0]}
+    assert found["reslora 0"] == "matched block" and found["matched block"] == "matched input" == found["lora 0"]
+    assert "matched input" not in found
 
 
 def test_rate_and_step_are_chosen_over_seeds_together():

@@ -92,6 +92,14 @@ def test_another_optimizer_is_not_contradicted_by_the_one_before(begun, monkeypa
         parse_args([*begun(), "--optimizer", "adamw", "--use_8bit_adam"])
 
 
+def test_the_best_of_several_optimizers_keeps_the_arguments_that_all_have(begun):
+    several = "--seed 0 1 --vary optimizer=adamw,torch.optim.RMSprop --optimizer_args weight_decay=0.1"
+    config = begun(*several.split(), *SPLITS)
+    flags = parse_args([*config, "--optimizer", "torch.optim.RMSprop", "--seed", "1"])
+    assert flags.optimizer.optimizer_args == ["weight_decay=0.1"]
+    assert parse_args([*config, "--optimizer", "torch.optim.SGD", "--seed", "1"]).optimizer.optimizer_args == []
+
+
 def test_shortcuts_of_the_run_before_are_left_out_where_no_method_reads_them(begun, capsys):
     """Given on the command line, they are reported; a resumed run is compared by them."""
     config = begun("--method", "reslora", "--shortcut", "block", "--merge", "weights")

@@ -201,6 +201,18 @@ def test_each_arm_of_an_experiment_starts_from_it(flags, tmp_path, files):
     assert main(*plain, *several, "--rank", 2, "--output_dir", tmp_path / "out", *RESUME) == 0
 
 
+@pytest.mark.exhaustive
+def test_what_training_gains_is_compared_with_base_plus_lora(flags, tmp_path):
+    """At a learning rate of almost zero, nothing is gained."""
+    plain = without(without(flags, "--max_train_steps"), "--learning_rate")
+    several = ["--max_train_steps", 1, "--learning_rate", "1e-12", "--select_split", 0.2, "--test_split", 0.2]
+    assert main(*plain, *several, "--seed", 0, 1, "--rank", 2, "--output_dir", tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out" / "experiment.json").read_text())
+    for arm in found["arms"]:
+        assert arm["test"]["losses"] == pytest.approx(found["base"]["losses"], rel=1e-4)
+    assert "initial LoRA" in (tmp_path / "out" / "report.html").read_text()
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 

@@ -407,6 +407,16 @@ def test_averages_are_means_of_the_runs_adapters_also_of_two_processes(common, t
             assert torch.equal(mean[name], (1 / 3 * first[name].double() + 2 / 3 * second[name].double()).float())
 
 
+def test_averages_that_the_runs_of_one_batch_size_cannot_have_are_refused(common, tmp_path, capsys):
+    """Of 12 examples, an epoch is three steps or one."""
+    words = " ".join(common).replace("--per_device_train_batch_size 4", "--vary per_device_train_batch_size=4,12")
+    more = "--method lora --learning_rate 5e-3 --seed 0 1 --max_steps -1 --num_train_epochs 2"
+    more += " --average_checkpoints last:3"
+    assert run(*words.split(), *more.split(), "--output_dir", tmp_path / "out") == 2
+    problem = "averages 3 or more evaluated checkpoints, and a run of 2 steps is evaluated 2 times"
+    assert f"--average_checkpoints last:3: {problem}" in capsys.readouterr().err
+
+
 def test_an_experiment_goes_on_with_as_many_examples_a_step_as_before(common, whole, tmp_path, capsys):
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)  # with less than was added to it
     command, found = [*common, *EXPERIMENT, "--merge_and_save", "--output_dir", output], record(output)

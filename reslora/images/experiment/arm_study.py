@@ -12,16 +12,18 @@ import torch
 from torch import nn
 
 from ...experiment.schedule import reading_adapter
-from ...experiment.study import COMPARING, ArmStudy
+from ...experiment.study import COMPARING, ArmStudy, numbers
 from ...io import read_object, write_json
 from ...runtime.checkpoint_folders import EXPORTED, EXPORTS, adapter_folder
 from ...runtime.folder_lock import writing_into
 from ...tracing import evaluating
 from ...training.checkpoints import write_exports
+from ...training.trained import Trained
 from ..context import ImageContext
 from ..data.batch import Batch
 from ..data.samples import losses_of
 from ..denoising import DenoisingLoss
+from ..initial_lora import add_adapters
 from ..output.exports import (
     Merged,
     Parts,
@@ -78,10 +80,13 @@ class ImageArmStudy(ArmStudy, ImageStudy):
             yield *as_plain_lora(trained, method, loss, self.training_data), loss
 
     def base_losses(self, images: Sequence[Image]) -> dict:
-        """Return the base model's losses on the test images."""
+        """Return the losses on the test images before training: of the base model, with the LoRA of --init_lora."""
+        (method,) = self.context.options.adapter.method
         with in_float32(self.pipeline):
             loss = self.new_loss()
             parts = base_parts(loss, self.context)
+            if self.context.start:
+                add_adapters(Trained(parts, loss), method, self.schedule.steps, self.context)
             with evaluating(*parts.values()):
                 return self.losses_of(parts, loss, images)
 
@@ -100,7 +105,7 @@ class ImageArmStudy(ArmStudy, ImageStudy):
             return exact_loss(loss, denoiser, batch)
 
         losses = losses_of(check_and_measure, self.training_data, images, TEST_NOISES)
-        return {"losses": numbers(losses.mean(1)), "by_timestep": numbers(losses.mean(0))}
+        return {"losses": numbers(losses.mean(1).tolist()), "by_timestep": numbers(losses.mean(0).tolist())}
 
 
 def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
@@ -108,8 +113,3 @@ def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.
     inputs, target, _ = loss.inputs(loss.encoded(batch))
     prediction = loss.family.prediction(denoiser(**as_float32(inputs), return_dict=False), target).float()
     return loss.squared(prediction, target.float(), batch)
-
-
-def numbers(losses: torch.Tensor) -> list[float | None]:
-    """Return the losses, of shape (samples,), as a list for JSON, with None for a loss that is not finite."""
-    return [float(value) if value.isfinite() else None for value in losses]

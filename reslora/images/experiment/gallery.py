@@ -7,6 +7,7 @@ from PIL import Image
 
 from ...errors import first_line
 from ...experiment.record import Arm, Experiment
+from ...experiment.report import start_in_words
 from ...io import read_object
 from ...plots.charts import escape
 from ...runtime.checkpoint_folders import EXPORTED, EXPORTS
@@ -59,8 +60,7 @@ def columns_of(experiment: Experiment, folder: Path, prompts: Sequence[str]) -> 
             break
     bases = (samples_of(arm, folder, prompts).get(0) for arm in experiment["arms"])
     base = next(filter(None, bases), None)
-    start = "initial LoRA" if experiment["settings"].get("init_lora") else "base model"
-    return [*([(BASE, start, base)] if base else []), *found]
+    return [*([(BASE, start_in_words(experiment["settings"]), base)] if base else []), *found]
 
 
 def chosen_samples(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...experiment.record import Experiment
-from ...experiment.report import BASE, About, labels_of
+from ...experiment.report import About, labels_of, start_in_words
 from ...experiment.statistics import is_chosen
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...formatting import enumerated
@@ -57,7 +57,7 @@ def timestep_chart(experiment: Experiment) -> str:
 
 
 def base_series(experiment: Experiment, measured: Mapping[tuple[str, int], list[float]], number: int) -> list[Series]:
-    """Return a line of the chart: the base model's loss minus the first reference's, in percent of it, by timestep.
+    """Return a line of the chart: the loss before training minus the first reference's, in percent of it, by timestep.
 
     `measured`: the losses by timestep of each (label, seed). `number`: the line's number, which sets its color. Empty
     if either loss is unknown.
@@ -68,7 +68,7 @@ def base_series(experiment: Experiment, measured: Mapping[tuple[str, int], list[
         return []
     places = zip(experiment["timesteps"], base["by_timestep"], zip(*theirs, strict=True), strict=True)
     points = [(timestep, 100 * (loss / statistics.fmean(losses) - 1)) for timestep, loss, losses in places if loss]
-    return [Series(BASE, number, points, points)]
+    return [Series(start_in_words(experiment["settings"]), number, points, points)]
 
 
 COMFYUI = 'ComfyUI: put it into models/loras, and choose it in the node "Load LoRA", at strength 1 as it was compared.'

@@ -411,7 +411,7 @@ class ImageExperiment(ExperimentStudy):
         }
 
     def base_losses(self) -> dict:
-        """Return the base model's losses on the test split, and write the thumbnails that the report shows."""
+        """Return the losses on the test split before training, and write the thumbnails that the report shows."""
         images = [(self.study.training_data.sources[source].images, number) for source, number in self.parts.test]
         pairs = zip(self.test_ids, images, strict=True)
         opened = ((name, functools.partial(found.open, number)) for name, (found, number) in pairs)

@@ -9,7 +9,10 @@ from accelerate import Accelerator
 
 from images import exact_steps
 from images.runs import with_options
+from reslora.experiment.statistics import arrays_of
+from reslora.experiment.study import numbers
 from reslora.images.data.samples import NOISES, TIMESTEPS, FixedSamples, losses_of, measured, measured_at
+from reslora.images.model.loss import masked
 from reslora.images.output.reports import SharedLosses, Validation
 from reslora.runtime.signals import StopRequest
 
@@ -164,3 +167,12 @@ def test_which_images_are_measured_their_content_says(setting):
     numbers = list(range(exact_steps.IMAGES))
     assert chosen(numbers) == chosen(numbers[::-1]) != {"mark 0", "mark 1", "mark 2"}
     assert measured(training_data) == training_data.held_out
+
+
+def test_an_image_whose_mask_is_zero_where_it_is_cropped_can_be_compared():
+    """The statistics need losses above zero."""
+    error = torch.ones(2, 4, 8, 8)
+    error[1] = torch.nan
+    losses = numbers(masked(error, torch.zeros(2, 1, 8, 8)).flatten(1).mean(1).tolist())
+    assert 0 < losses[0] < 1e-6 and losses[1] is None
+    assert arrays_of({"lora": [losses] * 2})["lora"].shape == (2, 2)

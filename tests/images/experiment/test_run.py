@@ -184,7 +184,7 @@ def test_the_file_on_top_is_of_the_arm_that_the_select_images_choose(whole):
     assert found["best"] == {
         "label": label, "learning_rate": best["learning_rate"], "seed": best["seed"], "folder": best["folder"],
         "step": choice["step"], "files": ["kohya.safetensors", "pytorch_lora_weights.safetensors", "peft"],
-        "options": {"method": label, "seed": best["seed"]},
+        "options": {"method": label, "learning_rate": 0.01, "seed": best["seed"]},
     }  # fmt: skip
     for name in ("kohya.safetensors", "pytorch_lora_weights.safetensors"):
         with safe_open(output / name, "pt") as file:
