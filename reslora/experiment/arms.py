@@ -36,6 +36,7 @@ from ..options.argument_parser import did_you_mean
 from ..options.averages import Average, averages_of
 from ..options.grid import Grid, O
 from ..options.optimizers import named
+from ..options.unused import is_read
 from ..options.values import as_typed
 from ..seeds import derive
 from ..shortcuts import NAMES, PLAIN
@@ -145,9 +146,7 @@ def check_evaluations(grid: Grid, steps: int, every: int, flag: str) -> None:
 
 def others_of(grid: Grid, method: str) -> list[dict[str, Any]]:
     """Return `Label.values` for each variant of a method, from the values of the options that the method uses."""
-    names = [name for name in grid.varied if name not in PLACED]
-    read = [grid.base.option(name).read_by for name in names]
-    names = [name for name, by in zip(names, read, strict=True) if not by or getattr(METHODS[method], by)]
+    names = [name for name in grid.varied if name not in PLACED and is_read(grid.base.option(name), [method])]
     return [dict(zip(names, own, strict=True)) for own in itertools.product(*(grid.varied[name] for name in names))]
 
 

@@ -5,7 +5,7 @@ NaN.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Protocol, TypedDict
@@ -304,6 +304,11 @@ def read_experiment(folder: Path) -> dict:
         fix = f"restore it from a copy, or remove it: trained runs stay, and {READINGS} counts the test evaluations"
         raise InvalidArgument(f"--output_dir {folder}", f"{EXPERIMENT} is damaged", fix)
     return found
+
+
+def methods_of(experiment: Mapping[str, Any]) -> set[str]:
+    """Return the methods of an experiment's runs, including those that have not started."""
+    return {arm["method"] for arm in experiment.get("arms", ())}
 
 
 def as_of_now(experiment: Experiment) -> Experiment:

@@ -1,6 +1,7 @@
 """Find options that have no effect in combination with the others, and raise an error or print them."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import InvalidArgument, speaks
@@ -48,6 +49,11 @@ def report_unused(asked: RunOptions | Grid) -> None:
             print(f"{as_option(option, options[option.name])}: {problem}", flush=True)
 
 
+def is_read(option: Option, methods: Iterable[str]) -> bool:
+    """Return whether one of the methods uses the option."""
+    return not option.read_by or any(getattr(METHODS[name], option.read_by) for name in methods)
+
+
 def report_unread_by_methods(asked: RunOptions | Grid) -> None:
     """Print options that no method uses, unless they have their default values.
 
@@ -57,11 +63,9 @@ def report_unread_by_methods(asked: RunOptions | Grid) -> None:
     options, values = asked.base if isinstance(asked, Grid) else asked, asked.flat()
     defaults = {"lora_alpha": alpha_of(dataclasses.replace(options.adapter, lora_alpha=None))}
     names = options.adapter.method
-    methods = [METHODS[name] for name in names]
     for name, option in options.table().items():
-        read = not option.read_by or any(getattr(method, option.read_by) for method in methods)
-        if not read and values[name] not in (None, defaults.get(name, option.default)) and speaks():
+        if not is_read(option, names) and values[name] not in (None, defaults.get(name, option.default)) and speaks():
             print(f"{as_option(option, values[name])}: it has no effect with --method {' '.join(names)}", flush=True)
-    unwired = [method.name for method in methods if values["pre_num"] == 0 and method.reads_shortcut_flags]
+    unwired = [name for name in names if values["pre_num"] == 0 and METHODS[name].reads_shortcut_flags]
     if unwired and values["shortcut"] != PLAIN and speaks():
         print(f"warning: --pre_num 0: blocks get no shortcut terms, so {' and '.join(unwired)} trains as LoRA does")

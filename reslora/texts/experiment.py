@@ -23,7 +23,7 @@ from peft import PeftModel
 
 from ..errors import InvalidArgument
 from ..experiment.arms import Arm, check_evaluations
-from ..experiment.record import Facts, facts_of, read_experiment
+from ..experiment.record import Facts, facts_of, methods_of, read_experiment
 from ..experiment.report import About
 from ..experiment.runner import run_experiment
 from ..experiment.schedule import ArmSchedule, reading_adapter
@@ -43,7 +43,7 @@ from ..io import read_object, remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter
 from ..options.grid import Grid
 from ..options.texts import T, TextOptions
-from ..options.unused import report_unread_by_methods, report_unused
+from ..options.unused import is_read, report_unread_by_methods, report_unused
 from ..options.values import refuse_other_value
 from ..runtime.checkpoint_folders import ADAPTERS, EXPORTED, EXPORTS, adapter_folder
 from ..runtime.folder_lock import check_held, locked, share_lock, writing_into
@@ -161,7 +161,8 @@ def prepare_folder(experiment: TextExperiment) -> None:
     Otherwise remove temporary files.
     """
     schedule, folder = experiment.schedule, experiment.schedule.folder
-    there = read_experiment(folder).get("identity")
+    earlier = read_experiment(folder)
+    there, methods = earlier.get("identity"), methods_of(earlier)
     schedule.check_racing()
     if there is None and (checkpoints_of(folder) or (folder / "results.json").exists()):
         raise InvalidArgument(
@@ -169,13 +170,13 @@ def prepare_folder(experiment: TextExperiment) -> None:
         )
     if there is not None:
         identity = json.loads(json.dumps(experiment.identity))
-        check_past(schedule.grid, folder, there, experiment.content)
+        check_past(schedule.grid, folder, there, experiment.content, methods)
         for name in (*FIXED, "select", "test"):
             value, before = identity.get(name), there.get(name)
             if value != before and name in ("select", "test"):
                 problem = f"was begun with other {name} examples"
                 raise InvalidArgument(f"--output_dir {folder}", problem, "restore them, or choose another")
-            if value != before:
+            if value != before and is_read(schedule.grid.base.option(name), methods):
                 refuse_other_value(
                     f"--{name}", value, f"{folder} was begun with", before, "choose another --output_dir"
                 )

@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..methods.registry import METHODS
 from ..options.grid import Grid
 from ..options.option import in_words
 from ..options.shared import SharedOutputOptions, TrainOptions
+from ..options.unused import is_read
 from ..options.values import listed, refuse_other_value
 from ..runtime.checkpoint_folders import (
     EXPORTS,
@@ -117,7 +118,8 @@ def plan_resume(
     folders = {method: options.folder_of(method, place) for method in options.adapter.method}
     checkpoints = {method: checkpoints_of(folder) for method, folder in folders.items()}
     for checkpoint in (checkpoint for found in checkpoints.values() for checkpoint in found):
-        check_past(options, checkpoint, read_checkpoint(checkpoint), identity)
+        record = read_checkpoint(checkpoint)
+        check_past(options, checkpoint, record, identity, listed(record.get("method", [])))
     finished, merge_anew, notes = already_trained(options, folders, identity, files)
     checkpoints |= {method: [path] for method, path in merge_anew.items()}
     todo = [method for method in options.adapter.method if method not in finished]
@@ -126,7 +128,7 @@ def plan_resume(
         raise InvalidArgument(f"--output_dir {output}", "contains an unfinished run", fix)
     if named not in (None, "latest"):
         method, path = _named_checkpoint(options, named, todo, place)
-        check_past(options, path, read_checkpoint(path), identity)
+        check_past(options, path, read_checkpoint(path), identity, [method])
         checkpoints[method] = [path]
         if method in finished:
             done, fix = folders[method] / EXPORTS, "to train it from there once more"
@@ -152,7 +154,7 @@ def already_trained(
         record = read_object(folder / EXPORTS)
         if not record or not is_trained(options, folder, record):
             continue
-        check_past(options, folder, record, identity)
+        check_past(options, folder, record, identity, [method])
         merging = named_by("merged", options)
         merged = METHODS[method].shortcuts and {name: record[name] for name in merging if name in record}
         remerged = merged and any(options[name] != value for name, value in merged.items())
@@ -226,16 +228,22 @@ def _named_checkpoint(options: TrainOptions, named: str, todo: list[str], place:
     return method, path
 
 
-def check_past(asked: TrainOptions | Grid, place: Path, record: dict, identity: Identity | None) -> None:
-    """Raise `InvalidArgument` if a checkpoint or finished method had another rank, seed, model, data set etc."""
+def check_past(
+    asked: TrainOptions | Grid, place: Path, record: dict, identity: Identity | None, methods: Collection[str] = ()
+) -> None:
+    """Raise `InvalidArgument` if a checkpoint or finished method had another rank, seed, model, data set etc.
+
+    `methods`: those that the record describes, if known; options that none of them uses are not compared.
+    """
     there = record.get("settings")
     there = there if isinstance(there, dict) else {}  # a damaged record
     options = asked.base if isinstance(asked, Grid) else asked
     options.refuse_record(place, there)
+    unused = {name for name, option in options.table().items() if methods and not is_read(option, methods)}
     for name, value in json.loads(json.dumps(settings_of(asked))).items():
         # None may still be resolved by the model's family or accelerate; this is called again with the identity then.
         settled = value is not None or identity is not None
-        if settled and name in there and there[name] != value:
+        if settled and name not in unused and name in there and there[name] != value:
             before, otherwise = f"{place} was trained with", "choose another --output_dir"
             refuse_other_value(DESCRIBED.get(name, f"--{name}"), value, before, there[name], otherwise)
     if identity and record:

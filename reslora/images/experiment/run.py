@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 
 from ...errors import InvalidArgument
 from ...experiment.arms import Arm, check_evaluations
-from ...experiment.record import EXPERIMENT, Facts, facts_of, read_experiment
+from ...experiment.record import EXPERIMENT, Facts, facts_of, methods_of, read_experiment
 from ...experiment.report import About
 from ...experiment.schedule import ArmSchedule
 from ...experiment.study import TIMED_STEPS, ExperimentStudy, print_estimate, race, train_arm
@@ -34,6 +34,7 @@ from ...methods.registry import METHODS
 from ...options.grid import Grid
 from ...options.images import Options, TrainingOptions, ValidationOptions
 from ...options.option import in_words
+from ...options.unused import is_read
 from ...runtime.checkpoint_folders import ADAPTERS, EXPORTS
 from ...runtime.folder_lock import locked, share_lock
 from ...runtime.processes import broadcast_from_main, on_all
@@ -172,7 +173,7 @@ def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
     for arm in arm_schedule.arms():
         own, folder = resumed_options(arm_schedule.options_of(arm)), arm_schedule.folder_of(arm)
         if arm_schedule.ended(arm):
-            check_past(own, folder, read_object(folder / EXPORTS), identity)
+            check_past(own, folder, read_object(folder / EXPORTS), identity, own.adapter.method)
         else:
             plan_resume(own, identity, arm_schedule.place_of(arm))
 
@@ -189,21 +190,22 @@ def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str
     hash of the split; empty as long as it is unknown.
     """
     values, folder = grid.flat(), Path(grid.base.output.output_dir)
-    there = read_experiment(folder).get("identity")
+    earlier = read_experiment(folder)
+    there, methods = earlier.get("identity"), methods_of(earlier)
     if there is None:
         for method in METHODS:
             if checkpoints_of(folder / method) or (folder / method / EXPORTS).exists():
                 problem = "contains a single run, which is not an experiment"
                 raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
         return
-    check_past(grid, folder, there, identity)
+    check_past(grid, folder, there, identity, methods)
     if parts and there.get("parts") != parts:
         problem = "was started with another split of these images"
         raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
     for name in FIXED:
         value, before = values[name], there.get(name)
         settled = value is not None or name == "metric_model"  # None: the default depends on model or images
-        if settled and before != value:
+        if settled and before != value and is_read(grid.base.option(name), methods):
             problem, fix = f"{folder} was started with {in_words(before)}", "use that, or choose another --output_dir"
             raise InvalidArgument(f"--{name} {in_words(value)}", problem, fix)
 

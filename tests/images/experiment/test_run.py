@@ -58,7 +58,7 @@ from reslora.training.schedule import Schedule
 
 SMALL = ("--method", "lora", "--learning_rate", "1e-2", "3e-2", "--no-racing")
 MODEL = "reslora_model.safetensors"
-WHOLE = ("--method", "lora", "reslora", "--learning_rate", "1e-2", "--seed", "0", "1")
+WHOLE = ("--method", "lora", "reslora", "--learning_rate", "1e-2", "--seed", "0", "1", "--shortcut", "block")
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +252,15 @@ def test_added_methods_and_seeds_train_the_new_arms_alone(small, whole):
     assert experiment(output)["readings"] == 1 and not any("were read" in line for line in lines)  # one seed reads none
 
 
+def test_an_experiment_of_lora_accepts_any_shortcut_of_an_added_method(flags, small, whole, tmp_path):
+    """LoRA uses neither --shortcut nor --merge, so their defaults in the record do not count."""
+    added = (*SMALL, "--method", "lora", "reslora", "--shortcut", "block", "--merge", "none")
+    run.check_folder(parse_args([*flags, *added, "--output_dir", str(small)]))
+    for there, value in ((whole[0], "--shortcut input"), (small, "--rank 4")):
+        with pytest.raises(InvalidArgument, match=value):
+            run.check_folder(parse_args([*flags, *added, "--output_dir", str(there), *value.split()]))
+
+
 @pytest.mark.exhaustive
 def test_a_finished_experiment_trains_nothing_and_says_the_same(flags, whole):
     output, lines = whole
@@ -311,8 +320,8 @@ def test_an_arm_is_a_plain_run_on_the_images_to_train_on(flags, whole, images, t
     plain = of_a_plain_run(flags)
     folder = train_images(output, images, tmp_path / "images")
     plain[plain.index("--train_data_dir") + 1] = str(folder)
-    own = ("--method", method, "--learning_rate", "1e-2", "--seed", seed, "--output_dir", tmp_path / "out")
-    assert main(*plain, *own) == 0
+    own = ("--method", method, "--shortcut", "block", "--learning_rate", "1e-2", "--seed", seed)
+    assert main(*plain, *own, "--output_dir", tmp_path / "out") == 0
     mine = arm(output, method, seed=seed)
     assert_same(weights(mine), weights(tmp_path / "out" / method))
     one, other = (

@@ -42,12 +42,13 @@ def test_where_loss_png_is_the_weights_are_in_their_place(tmp_path, monkeypatch)
     assert (tmp_path / "loss.png").is_file() and (tmp_path / weights.name).read_bytes() == b"weights"
 
 
-def test_a_copy_of_an_earlier_run_of_one_method_is_removed(tmp_path):
+def test_a_copy_of_an_earlier_run_of_one_method_is_removed_with_a_message(tmp_path, capsys):
     """A user who loads the run's folder would get weights that its method had before it was trained further."""
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"earlier")
     options = flags_of(tmp_path).replace(method=["lora", "reslora"])
     summary.write_figures(*parts(options, "adapter", "validation", "output"), 0)
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+    assert capsys.readouterr().out.startswith(f"removed {tmp_path / 'pytorch_lora_weights.safetensors'}, ")
 
 
 def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(tmp_path, monkeypatch):
