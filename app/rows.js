@@ -1,6 +1,7 @@
 // Rows with buttons, and notes that are saved when their box is left. What is written and not saved yet, and the place
 // where one is by the keyboard, outlive an update, which leaves the page's elements and gives them other contents.
 const drafts = new Map();
+const sent = new Map();  // notes on their way to the server, by name
 let at = null;
 
 const rowOf = part => part.closest("[data-name]");
@@ -10,9 +11,12 @@ const named = name => [...element.querySelectorAll("[data-name]")].find(row => r
 async function save(box) {
   const name = nameOf(box), said = rowOf(box).querySelector(".told"), text = box.value;
   if (text === box.dataset.was) return drafts.delete(name);
+  if (text === sent.get(name)) return;  // Ctrl+Enter, and the box was left before the answer
+  sent.set(name, text);
   said.textContent = "saving";
   const answer = await server.save_notes({ name, was: box.dataset.was, text })
     .catch(() => ({ error: "The server does not answer: these notes are not saved." }));
+  sent.delete(name);
   if (!answer.error) {
     if (drafts.get(name)?.text === text) drafts.delete(name);
     else if (drafts.has(name)) drafts.get(name).was = answer.notes;

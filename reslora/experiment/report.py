@@ -254,6 +254,13 @@ def what_to_use(experiment: Experiment, about: About) -> str:
             f"<p>The {about.unit}s of the selection and test splits were not trained on. To train the same on all "
             f"{about.unit}s:</p>{copied(command)}"
         )
+        settings = experiment["settings"] | best["options"]
+        scheduler, planned = settings.get("lr_scheduler", "constant"), settings.get("max_train_steps")
+        if not scheduler.startswith("constant") and planned not in (None, best["step"]):
+            found += (
+                f"<p>The {escape(scheduler)} schedule of the learning rate ends at step {best['step']} there; in the "
+                f"experiment, it would have ended at step {planned}.</p>"
+            )
     elif average := best.get("average"):
         option = f"--average_checkpoints {average}"
         found += f"<p>A single run makes such an average with {escape(option)} and --save_best.</p>"

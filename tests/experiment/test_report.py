@@ -142,6 +142,14 @@ def test_a_command_trains_the_best_run_on_all_images(experiment, folder, tmp_pat
     assert not (options["test_split"] or options["select_split"] or options["validation_split"])
 
 
+def test_where_the_learning_rate_is_scheduled_the_command_ends_the_schedule_earlier(experiment, folder):
+    settings = experiment["settings"] | {"lr_scheduler": "cosine", "max_train_steps": 400}
+    words = "The cosine schedule of the learning rate ends at step 200 there; in the experiment, it would have ended at"
+    assert f"{words} step 400." in words_of(page(experiment | {"settings": settings}, folder))
+    for otherwise in ({"lr_scheduler": "constant_with_warmup"}, {"max_train_steps": 200}):
+        assert "schedule of" not in words_of(page(experiment | {"settings": settings | otherwise}, folder))
+
+
 def test_of_an_average_there_is_a_sentence_in_place_of_a_command(experiment, folder):
     best = experiment["best"] | {"average": "ema:0.99"}
     content = page(experiment | {"best": best}, folder)

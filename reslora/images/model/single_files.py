@@ -43,14 +43,14 @@ def unpacked(path: Path, model: ModelOptions, output: OutputOptions) -> Path:
     if kind not in COMPLETE:
         fix = "give a pipeline's folder in diffusers format, and a transformer with --pretrained_transformer_file"
         raise InvalidArgument(flag, f"a single file of kind {kind!r}", fix)
-    family = load_family(COMPLETE[kind])
+    family, settings = load_family(COMPLETE[kind]), scheduler_settings(path)
     fix = f"convert it to a folder where the hub can be reached: {family.pipeline.__name__}.from_single_file"
     fix += f"({str(path)!r}).save_pretrained('folder')"
     if family.denoiser == "transformer":
         fix += "; if it has no text encoders, give the pipeline's folder, and this with --pretrained_transformer_file"
     with refused_as(flag, fix):
         pipeline = family.pipeline.from_single_file(str(path), cache_dir=model.cache_dir)
-        pipeline.scheduler.register_to_config(**scheduler_settings(path))
+        pipeline.scheduler.register_to_config(**settings)
         with replacing(folder) as temporary:
             pipeline.save_pretrained(temporary)
     return folder
@@ -60,10 +60,13 @@ def scheduler_settings(path: Path) -> dict[str, object]:
     """Return the scheduler's settings that a checkpoint declares; diffusers uses only those of its own configuration.
 
     The tensors `v_pred` and `ztsnr` declare v prediction and zero terminal SNR, as ComfyUI reads them. ModelSpec's
-    header declares the prediction type.
+    header declares the prediction type. Raises `InvalidArgument` for EDM's noise levels, as of CosXL.
     """
     with safe_open(path, "pt") as file:
         names, header = set(file.keys()), file.metadata() or {}
+    if edm := min((name for name in names if name.startswith("edm_")), default=None):
+        problem = f"its tensor {edm} declares EDM's noise levels, which cannot be trained"
+        raise InvalidArgument(f"--pretrained_model_name_or_path {path}", problem, "give another model")
     predicted = "v" if "v_pred" in names else header.get("modelspec.prediction_type")
     types = {"v": "v_prediction", "epsilon": "epsilon"}
     found: dict[str, object] = {"prediction_type": types[predicted]} if predicted in types else {}

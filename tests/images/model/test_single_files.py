@@ -298,5 +298,13 @@ def test_a_complete_checkpoint_declares_what_it_predicts(names, header, settings
     assert scheduler_settings(path) == settings
 
 
+def test_a_complete_checkpoint_with_other_noise_levels_is_refused(tmp_path):
+    """CosXL and Playground 2.5 have SDXL's tensors, and are trained with EDM's noise levels."""
+    path = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(1) for name in ("weight", "edm_vpred.sigma_max", "edm_vpred.sigma_min")}, path)
+    with pytest.raises(InvalidArgument, match=r"its tensor edm_vpred.sigma_max declares EDM's noise levels"):
+        scheduler_settings(path)
+
+
 def test_every_family_with_a_transformer_is_here():
     assert {name for name in FAMILIES if load_family(PIPELINE_OF[name]).denoiser == "transformer"} == set(OTHERS)
