@@ -371,7 +371,9 @@ class Results:
         files = self.study.export(best, self.step_of(best))
         options, varied = self.schedule.options_of(best), self.schedule.grid.varied
         names = [name for name, option in options.table().items() if option.attribute in varied]
-        own = {"method": self.schedule.labels[label].method, "learning_rate": best.rate}  # an optimizer's own one, too
+        own = {"method": self.schedule.labels[label].method, "learning_rate": best.rate}
+        if "optimizer" in varied and options.flat().get("text_encoder_lr"):
+            names.append("text_encoder_lr")  # config.json's rates are ignored with another optimizer than the first one
         own |= {name: options[name] for name in names}
         found = record.Best(
             label=label, learning_rate=best.rate, seed=best.seed, folder=self.schedule.name_of(best),

@@ -186,9 +186,9 @@ def test_a_run_has_no_higher_number_than_there_are_runs(tmp_path, capsys):
 def test_the_best_run_names_its_learning_rate_because_optimizers_have_their_own(tmp_path, monkeypatch):
     """Its command also gives config.json, whose learning rate is ignored with another optimizer than the first one."""
     monkeypatch.setattr("reslora.images.refusals.check_installed", lambda *_: None)
-    words = "--method lora --learning_rate 3e-4 --vary optimizer=prodigy,adamw"
-    record, _ = go(tmp_path / "out", grid=words.split())
-    own = {"method": "lora", "learning_rate": 3e-4, "optimizer": "adamw", "seed": 0}
+    words = "--method lora --learning_rate 3e-4 --train_text_encoder --text_encoder_lr 1e-5"
+    record, _ = go(tmp_path / "out", grid=f"{words} --vary optimizer=lion,adamw".split())
+    own = {"method": "lora", "learning_rate": 3e-4, "optimizer": "adamw", "seed": 0, "text_encoder_lr": 1e-5}
     assert record["best"]["options"] == own
 
 
