@@ -136,7 +136,7 @@ def glue(task: str, title: str, steps: int, **more) -> Experiment:
     flags += ("--max_steps", str(steps), "--eval_strategy", "steps", "--eval_steps", every, "--save_steps", every)
     flags += ("--max_eval_samples", "600", "--bf16", "--report_to", "none")
     shows = f"{title}, a text encoder of 6 layers, rank 4"
-    return Experiment("train_glue.py", shows, TEXT_RATES, flags, **more, seeds=SEEDS[:3], needs="text")
+    return Experiment("train_glue.py", shows, TEXT_RATES, flags, **({"seeds": SEEDS[:3], "needs": "text"} | more))
 
 
 def llm(task: str, shows: str, steps: int, *flags: str, **more) -> Experiment:
@@ -213,6 +213,8 @@ EXPERIMENTS = {
         task: glue(task, title, 160, methods=("lora", "lora_x2", "reslora"))
         for task, title in (("stsb", "STS-B"), ("mrpc", "MRPC"))
     },
+    # in 160 steps, only block-shortcuts learned STS-B with every seed; in 480 steps, three seeds gave an MDE above 100%
+    "stsb-480": glue("stsb", "STS-B with 480 steps", 480, methods=("lora", "lora_x2", "reslora"), seeds=SEEDS),
     "qnli": glue("qnli", "QNLI", 400, methods=("lora", "lora_x2", "reslora")),
     "mean-svamp": amended_svamp("mean", *TEXT_RATES),
     **{f"{name}-svamp": amended_svamp(name, "2e-3", "4e-3", "8e-3") for name in ("decay", "gated")},
