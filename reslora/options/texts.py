@@ -351,7 +351,7 @@ class GlueOutputOptions(OutputOptions):
 
     output_dir: str = again(default="runs/glue")
     save_strategy: str = again(default="epoch")
-    checkpoints_total_limit: int | None = again(default=2)
+    checkpoints_total_limit: int | None = again(default=2, or_else="")
 
 
 @group

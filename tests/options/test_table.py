@@ -13,6 +13,7 @@ from reslora.methods.registry import METHODS, Method
 from reslora.options.grid import Grid
 from reslora.options.images import Options
 from reslora.options.option import Resume
+from reslora.options.texts import GlueOptions, LlmOptions
 
 TABLE = Options.table()
 
@@ -92,6 +93,12 @@ def test_help_is_one_screen_and_says_how_to_see_the_rest():
         assert bool(option.essential) == (f"--{option.short or option.name} " in short) or not option.essential
     assert "--lr RATE" in short and "(default: 16)" in short
     assert "--adam_beta1" in parser.page("optimizer") and "--seed" not in parser.page("optimizer")
+
+
+@pytest.mark.parametrize("kind", [Options, LlmOptions, GlueOptions])
+def test_help_gives_the_default_of_each_number(kind):
+    numbers = [option for option in kind.table().values() if isinstance(option.default, int | float)]
+    assert [option.name for option in numbers if option.or_else] == []  # words in place of the number
 
 
 def test_help_answers_on_the_command_line(capsys):
