@@ -29,7 +29,6 @@ from ...runtime.folder_lock import check_held
 from ...tracing import evaluating
 from ...training.best import Best, to_export
 from ...training.schedule import Schedule
-from ...training.sharding import cuts_base
 from ...training.state import Learner
 from ...training.trained import Trained
 from ..context import ImageContext
@@ -215,9 +214,7 @@ def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context
         print(
             f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)", flush=True
         )
-    whole = options.model.base_precision == "no" and not options.model.blocks_to_swap
-    whole = whole and not cuts_base(context.accelerator) and context.assistant is None
-    if not best and whole and learner.denoiser.dtype == torch.float32:
+    if not best and context.holds_base and learner.denoiser.dtype == torch.float32:
         return dict(learner.trained.parts)
     return saved_parts(learner.method, saved, learner.trained.loss, schedule, context)
 
