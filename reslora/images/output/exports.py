@@ -165,7 +165,10 @@ def nudge(prompt: Prompt, sampler: Sampler) -> Prompt:
     difference of 1e-7 leads to another image.
     """
     ((settled, seed),) = sampler.wanted([prompt], 1)
-    return dataclasses.replace(settled, seed=seed, guidance_scale=(settled.guidance_scale or 0.0) * (1 + ROUNDING))
+    # Up to the scale without guidance, a change would have no effect.
+    lowest = 0.0 if sampler.family.takes_guidance else sampler.family.unguided
+    guidance = max(settled.guidance_scale or 0.0, lowest)
+    return dataclasses.replace(settled, seed=seed, guidance_scale=guidance + ROUNDING * max(guidance, 1.0))
 
 
 def finite(drawn: np.ndarray, what: str) -> np.ndarray:
