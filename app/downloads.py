@@ -99,6 +99,9 @@ def pipeline_line(run: Run, more: str = "") -> str:
     base = Path(PIPELINES.get(bundled(named) or "", named)).as_posix()
     if base.endswith(".safetensors"):
         return f"pipeline = ...  # made of {base!r}"
+    if (file := run.word("pretrained_transformer_file")) and not more:
+        return f"pipeline = ...  # made of {base!r} with the transformer in {file!r}"
+    more += "".join(f", {name}={value!r}" for name in ("revision", "variant") if (value := run.word(name)))
     return f"pipeline = DiffusionPipeline.from_pretrained({base!r}{more})"
 
 

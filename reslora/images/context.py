@@ -9,6 +9,7 @@ import torch
 
 from ..options.images import Options
 from ..training.context import Context
+from ..training.sharding import cuts_base
 
 if TYPE_CHECKING:
     from .initial_lora import Start
@@ -36,6 +37,13 @@ class ImageContext(Context):
     def encoders(self) -> tuple[Part, ...]:
         """Text encoders that are trained."""
         return self.model.family.trainable if self.options.adapter.train_text_encoder else ()
+
+    @property
+    def holds_base(self) -> bool:
+        """Whether the denoiser in memory has the base's own weights: not quantized, swapped, sharded or assisted."""
+        model = self.options.model
+        whole = model.base_precision == "no" and not model.blocks_to_swap
+        return whole and self.assistant is None and not cuts_base(self.accelerator)
 
     @property
     def dtype(self) -> torch.dtype:

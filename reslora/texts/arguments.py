@@ -108,6 +108,9 @@ def with_start(options: T, given: Given) -> T:
         raise InvalidArgument(flag, "contains no LoRA in PEFT's format", "give a folder such as RUN/peft")
     if others := [name for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if config.get(name)]:
         raise InvalidArgument(flag, f"it has {others[0]}", "give a LoRA with one rank and one alpha")
+    from ..ranks import refuse_changed_base  # imports torch and peft
+
+    refuse_changed_base(config.get("init_lora_weights"), flag)
     contradictions.refuse_unable_to_start(options.adapter, flag)
     targets = sorted(listed(config["target_modules"]))
     found = {"lora_r": config["r"], "lora_alpha": config["lora_alpha"], "target_modules": targets}

@@ -45,6 +45,15 @@ def test_each_has_its_path_and_lines_of_python_that_compile(library):
     assert f"PeftModel.from_pretrained(pipeline.unet, '{run.folder}/reslora/peft')" in found["reslora: peft (PEFT)"].use
 
 
+def test_the_lines_load_the_model_that_was_trained(tmp_path):
+    def use(**options: str) -> str:
+        folder = write_run(tmp_path / "-".join(options), pretrained_model_name_or_path="owner/model", **options)
+        return downloads.lora_lines(Run("run", folder), "lora/kohya.safetensors")
+
+    assert "from_pretrained('owner/model', revision='v2', variant='fp16')\n" in use(revision="v2", variant="fp16")
+    assert "'owner/model' with the transformer in '/tuned.st'\n" in use(pretrained_transformer_file="/tuned.st")
+
+
 def test_the_example_is_loaded_from_any_folder():
     """By absolute paths of its files and its base model, whose path in the settings is relative to the repository."""
     found = downloads.downloads_of(Run(EXAMPLE.name, EXAMPLE))

@@ -83,7 +83,7 @@ def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phas
     found[BASE] = (found[BASE] or 0) + encoders - encoders // times  # they are converted in place
     draw = partial(drawing, rehearsal, exact, torch.float32, contextlib.nullcontext)
     activations = rehearsal.known("activations of sampling in float32", draw)
-    plain = rehearsal.dtype == torch.float32 and rehearsal.options.model.base_precision == "no"
+    plain = rehearsal.dtype == torch.float32 and rehearsal.context.holds_base
     if not plain or rehearsal.options.validation.save_best:
         left = (free - step.total) // 2 if rehearsal.stage.device.type == "cuda" else 0
         if whole > max(IN_MEMORY, left) and shapes:  # its block weights are read one at a time

@@ -64,6 +64,8 @@ def example(method: str, repository: str, context: ImageContext) -> list[str]:
     """Return lines of Python that load a method's weights from the repository."""
     options, family = context.options, context.model.family
     lines = loading_base(context)
+    if predicted := options.model.prediction_type:
+        lines.append(f'pipeline.scheduler.register_to_config(prediction_type="{predicted}")')
     if METHODS[method].plain_lora:
         # Name the file, because diffusers would otherwise load the first one in the repository.
         place = "" if len(options.adapter.method) == 1 else f'subfolder="{method}", '
@@ -76,8 +78,11 @@ def example(method: str, repository: str, context: ImageContext) -> list[str]:
 
 def loading_base(context: ImageContext) -> list[str]:
     """Return the lines of Python code that load the base model."""
-    base, file = context.options.model.pretrained_model_name_or_path, context.options.model.pretrained_transformer_file
+    model = context.options.model
+    base, file = model.pretrained_model_name_or_path, model.pretrained_transformer_file
     pipeline, load = "DiffusionPipeline", "from_pretrained"
+    given = {"revision": model.revision, "variant": model.variant}
+    more = "".join(f', {name}="{value}"' for name, value in given.items() if value)
     if file:
         kind, name = context.model.family.denoiser_class.__name__, name_of(base)
         place = f'"{name_of(file)}", config="{name}", subfolder="transformer"'
@@ -85,8 +90,8 @@ def loading_base(context: ImageContext) -> list[str]:
             f"from diffusers import {kind}, {pipeline}",
             "",
             f"transformer = {kind}.from_single_file({place})",
-            f'pipeline = {pipeline}.{load}("{name}", transformer=transformer)',
+            f'pipeline = {pipeline}.{load}("{name}", transformer=transformer{more})',
         ]
     if Path(base).is_file():
-        pipeline, load = context.model.family.pipeline.__name__, "from_single_file"
-    return [f"from diffusers import {pipeline}", "", f'pipeline = {pipeline}.{load}("{name_of(base)}")']
+        pipeline, load, more = context.model.family.pipeline.__name__, "from_single_file", ""
+    return [f"from diffusers import {pipeline}", "", f'pipeline = {pipeline}.{load}("{name_of(base)}"{more})']

@@ -29,7 +29,6 @@ from ...runtime.folder_lock import check_held
 from ...tracing import evaluating
 from ...training.best import Best, to_export
 from ...training.schedule import Schedule
-from ...training.sharding import cuts_base
 from ...training.state import Learner
 from ...training.trained import Trained
 from ..context import ImageContext
@@ -166,7 +165,10 @@ def nudge(prompt: Prompt, sampler: Sampler) -> Prompt:
     difference of 1e-7 leads to another image.
     """
     ((settled, seed),) = sampler.wanted([prompt], 1)
-    return dataclasses.replace(settled, seed=seed, guidance_scale=(settled.guidance_scale or 0.0) * (1 + ROUNDING))
+    # Up to the scale without guidance, a change would have no effect.
+    lowest = 0.0 if sampler.family.takes_guidance else sampler.family.unguided
+    guidance = max(settled.guidance_scale or 0.0, lowest)
+    return dataclasses.replace(settled, seed=seed, guidance_scale=guidance + ROUNDING * max(guidance, 1.0))
 
 
 def finite(drawn: np.ndarray, what: str) -> np.ndarray:
@@ -215,9 +217,7 @@ def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context
         print(
             f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)", flush=True
         )
-    whole = options.model.base_precision == "no" and not options.model.blocks_to_swap
-    whole = whole and not cuts_base(context.accelerator) and context.assistant is None
-    if not best and whole and learner.denoiser.dtype == torch.float32:
+    if not best and context.holds_base and learner.denoiser.dtype == torch.float32:
         return dict(learner.trained.parts)
     return saved_parts(learner.method, saved, learner.trained.loss, schedule, context)
 

@@ -8,6 +8,7 @@ from pipelines import FAMILIES, image_folder
 
 from images.memory.rehearsed import consume_request, resolved
 from reslora.images.context import ImageContext
+from reslora.images.initial_lora import Start
 from reslora.images.memory import phases
 from reslora.images.memory.components import empty_denoiser
 from reslora.images.memory.inference import drawing_class_images, exporting
@@ -60,6 +61,18 @@ def test_exports_of_text_encoders_that_train_in_half_precision_are_planned(model
     exact = tensor_bytes(empty_denoiser(context.model, torch.float32))
     assert rehearsal.unknown == [] and planned[ACTIVATIONS] > 0
     assert planned[BASE] == step.held[BASE] + half and planned[EXACT] == exact + 2 * half
+
+
+def test_an_export_whose_base_is_loaded_from_disk_is_planned_with_it(model, data, tmp_path):
+    """In float32 too, if memory has no complete base of its own: blocks are swapped, or it has an assistant."""
+    images, context = resolved(model, data, tmp_path / "out")
+    rehearsal, step = Rehearsal(images, context), Phase("training", {BASE: 1, ADAPTER: 1, OPTIMIZER: 1})
+    assert EXACT not in exporting(rehearsal, "lora", step, 0).held
+    swapped = dataclasses.replace(context, options=context.options.replace(blocks_to_swap=2))
+    assisted = dataclasses.replace(context, assistant=Start({}, "", ""))
+    exact = tensor_bytes(empty_denoiser(context.model, torch.float32))
+    for rehearsal.context in (swapped, assisted):
+        assert exporting(rehearsal, "lora", step, 0).held[EXACT] == exact
 
 
 @pytest.mark.exhaustive

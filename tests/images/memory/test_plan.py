@@ -89,6 +89,13 @@ def test_where_one_flag_is_not_enough_several_are_named(prepared, monkeypatch):
     assert both in said(half(images, context, 1.5 * 2**30), images, context)
 
 
+def test_quantized_weights_are_not_advised_to_a_method_that_refuses_them(prepared):
+    _, context = prepared
+    for method, advised in (("lora", True), ("pissa", False), ("orthogonal", False)):
+        changes = planning.changes(with_flags(context, method=[method]))
+        assert any("base_precision" in change for change in changes) == advised
+
+
 @pytest.mark.exhaustive
 def test_arms_at_once_share_what_is_free(prepared, monkeypatch):
     images, context = prepared

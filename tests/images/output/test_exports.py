@@ -156,6 +156,7 @@ class Picture:
         self.value, self.chaos = value, chaos
 
     config = pipeline = None
+    family = SimpleNamespace(takes_guidance=False, unguided=1.0)
 
     def eval(self) -> "Picture":
         return self
@@ -254,6 +255,15 @@ def test_a_model_that_rounding_alone_moves_is_exported_and_a_line_says_so(tmp_pa
     assert "rounding alone moves it by 3/255" in told[-1] and "--learning_rate" in told[-1]
     with pytest.raises(RunFailed, match="its image differs by 50/255"):
         compared(folder, monkeypatch, 100, 150, chaos=2)
+
+
+@pytest.mark.parametrize(("unguided", "takes", "lowest"), [(1.0, False, 1.0), (0.0, False, 0.0), (1.0, True, 0.0)])
+def test_rounding_is_imitated_without_guidance_too(unguided, takes, lowest):
+    """The scale is a millionth above the highest one that has no effect."""
+    family = SimpleNamespace(takes_guidance=takes, unguided=unguided)
+    sampler = SimpleNamespace(family=family, wanted=lambda prompts, _: [(prompts[0], 7)])
+    nudged = results.nudge(Prompt("a", guidance_scale=0.0), sampler)
+    assert nudged.guidance_scale == pytest.approx(lowest + 1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize(("drawn", "read", "who"), [(float("nan"), 1, "lora"), (1, float("inf"), "lora/peft")])

@@ -209,6 +209,13 @@ def test_folders_are_called_by_their_names_and_the_hubs_by_theirs(hub, tmp_path,
     assert f"transformer = {loaded}" in card and 'from_pretrained("base", transformer=transformer)' in card
 
 
+def test_the_cards_lines_load_the_model_that_was_trained(hub):
+    more = {"revision": "v2", "variant": "fp16", "prediction_type": "v_prediction"}
+    (code,) = examples(described(hub, dataset_name="someone/emoji", **more))
+    assert 'DiffusionPipeline.from_pretrained("owner/base", revision="v2", variant="fp16")\n' in code
+    assert 'pipeline.scheduler.register_to_config(prediction_type="v_prediction")\n' in code
+
+
 def test_a_readme_of_the_users_is_uploaded_as_it_is(run, base_flags, hub, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "out")
     (tmp_path / "out" / "README.md").write_text("# Mine\n")

@@ -18,7 +18,7 @@ from ....errors import InvalidArgument, first_line, refused_as
 from ....export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, PEFT_CONFIG_FILE, PEFT_FILE, Factors
 from ....io import read_object, read_tensors
 from ....methods.adapters import ADAPTER_NAME
-from ....ranks import CHANGES_BASE
+from ....ranks import refuse_changed_base
 from ..families import FAMILIES, load_family
 from ..families.base import Family
 from .names import Names, Parts, names_of, shaped
@@ -131,9 +131,7 @@ def _refuse_others(flag: str, config: Mapping) -> None:
     """Raise `InvalidArgument` for PEFT methods other than plain LoRA, and for initializations that change the base."""
     if config.get("peft_type", "LORA") != "LORA":
         raise InvalidArgument(flag, f"{config['peft_type']}, which is not plain LoRA", "give a LoRA")
-    if str(init := config.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
-        problem = f"its init_lora_weights, {init}, has changed the base model, too"
-        raise InvalidArgument(flag, problem, "save it with PEFT's path_initial_model_for_weight_conversion")
+    refuse_changed_base(config.get("init_lora_weights"), flag)
     for name in NOT_PLAIN:
         if config.get(name):
             raise InvalidArgument(flag, f"it has {name}, so it is not a plain LoRA", "give a LoRA without that")
