@@ -502,6 +502,14 @@ def test_a_run_that_diverges_exports_its_best_adapter_and_records_the_steps_it_t
     assert results["steps"] == 3 > results["best_step"]
 
 
+def test_the_results_of_an_average_name_its_checkpoints_and_no_best_step(tiny, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.TextStudy, "validation_loss", lambda *_: 0.0)
+    more = ["--method", "lora", "--max_steps", 2, "--save_steps", 1, "--eval_steps", 1]
+    assert run(flags(tiny, data, tmp_path / "run", *more, "--save_best", "--average_checkpoints", "last:2")) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["average"], results["checkpoints"]) == ("last:2", [1, 2]) and "best_step" not in results
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("save", ["no", "steps"])
 @pytest.mark.parametrize("method", ["lora", "reslora"])
