@@ -48,15 +48,17 @@ def numbers(losses: Iterable[float]) -> list[float | None]:
     return [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
 
 
-def timing(batches: Generator, a_step: int, timed: Callable[[float], None] | None) -> Generator:
+def timing(batches: Generator, passes: Iterable[int], timed: Callable[[float], None] | None) -> Generator:
     """Yield the batches, and pass the median time of the steps after the first one, which may compile, to `timed`.
 
-    `a_step`: number of batches of a step; `timed`: None in processes that do not print it.
+    `passes`: number of batches of each of the first 1 + TIMED_STEPS steps; `timed`: None in processes that do not print
+    it.
     """
+    starts = {*itertools.accumulate(passes, initial=0)}
     times: list[float] = []
     with contextlib.closing(batches):
         for number, batch in enumerate(batches):
-            if len(times) <= 1 + TIMED_STEPS and number % a_step == 0:
+            if number in starts:
                 times.append(time.monotonic())
                 if len(times) == 2 + TIMED_STEPS and timed is not None:
                     # a median, because a checkpoint or a measurement may follow a step
@@ -92,8 +94,8 @@ class ArmStudy(Study):
     def batches(self, steps: range) -> Generator:
         """Yield batches as a single run does, and time the steps after the first one, which may compile."""
         timed = self.timed if self.context.accelerator.is_main_process else None
-        a_step = self.context.options.training.gradient_accumulation_steps
-        return timing(super().batches(steps), a_step, timed)  # type: ignore[safe-super]
+        passes = (self.passes(step + 1) for step in steps[: 1 + TIMED_STEPS])
+        return timing(super().batches(steps), passes, timed)  # type: ignore[safe-super]
 
     def validate(self, learner: Learner, reports: Any, parts: Sequence[str] | None = None) -> None:
         """Measure and sample as a single run does, and end the arm if another learning rate is better."""

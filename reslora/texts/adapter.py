@@ -76,7 +76,9 @@ def put_start(model: PeftModel, adapter: MethodOptions) -> None:
     Raises `InvalidArgument` if its layers differ from those of the adapter.
     """
     folder, scale = adapter.init_lora, adapter.lora_alpha / adapter.rank
-    state, own = load_peft_weights(folder, device="cpu"), get_peft_model_state_dict(model)
+    state = load_peft_weights(folder, device="cpu")
+    with_base = any(".base_layer." in name for name in state)  # PEFT saves an adapted embedding whole
+    own = get_peft_model_state_dict(model, save_embedding_layers=with_base)
     for name in (*own, *state):
         if name not in own or name not in state or own[name].shape != state[name].shape:
             problem = f"it does not fit the model, first at {name}"

@@ -97,19 +97,22 @@ def reading(given: GlueModelOptions) -> AbstractContextManager[None]:
 
 
 def load_tokenizer(options: GlueOptions) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Return the model's configuration, and the tokenizer."""
+    """Return the model's configuration, and the tokenizer.
+
+    A model that was trained with the task's labels in another order keeps its order, as in run_glue.py.
+    """
     given, task = options.model, task_of(options)
-    names = dict(enumerate(task.labels)) if task.labels else {0: "score"}
+    names = task.labels or ("score",)
     with reading(given):
         config = AutoConfig.from_pretrained(
             given.config_name or given.model_name_or_path,
-            num_labels=len(names),
-            id2label=names,
-            label2id={name: number for number, name in names.items()},
             problem_type="single_label_classification" if task.labels else "regression",
             finetuning_task=options.data.task_name,
             **source(given),
         )
+        own = {str(name).lower(): number for number, name in config.id2label.items()}
+        config.label2id = own if {*own} == {*names} else {name: number for number, name in enumerate(names)}
+        config.id2label = {number: name for name, number in config.label2id.items()}
         tokenizer = AutoTokenizer.from_pretrained(given.tokenizer_name or given.model_name_or_path, **source(given))
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
@@ -260,11 +263,17 @@ class GlueTexts(Texts):
         """Return a batch, padded to its longest example: tokens and mask (batch x tokens), and labels (batch)."""
         return dict(DataCollatorWithPadding(self.tokenizer)(rows))
 
+    def scored(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the logits of a batch (batch x labels), with the labels in the task's order."""
+        logits, labels = model(**inputs).logits, self.config.label2id
+        numbers = [labels[name] for name in self.task.labels]
+        return logits if numbers == sorted(numbers) else logits[:, numbers]
+
     def losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the loss of each example, of shape (batch,)."""
         inputs = to_device(batch, model.device)
         labels = inputs.pop("labels")
-        return losses_of(self.task, model(**inputs).logits.float(), labels)
+        return losses_of(self.task, self.scored(model, inputs).float(), labels)
 
     def count(self, batch: dict[str, torch.Tensor]) -> int:
         """Return the number of examples."""
@@ -280,7 +289,7 @@ class GlueTexts(Texts):
         found: list[torch.Tensor] = []
         for batch in DataLoader(inputs, options.training.eval_batch_size, collate_fn=self.collate):  # type: ignore[arg-type]
             check()
-            found += model(**to_device(batch, model.device)).logits.double().cpu()
+            found += self.scored(model, to_device(batch, model.device)).double().cpu()
         return torch.stack(found) if found else torch.empty(0, len(self.task.labels) or 1)
 
     def all_logits(self, options: GlueOptions, model: PeftModel, rows: list[dict], check: Check) -> torch.Tensor:

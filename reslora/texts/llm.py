@@ -242,7 +242,8 @@ class LlmTexts(Texts):
             say(f"{count} longer than the model's {limit} positions: left out (for example {long[0].place})")
             self.examples["validation"] = [example for example in validation if example not in long]
         measured, new = self.examples["test"] + self.examples["validation"], task.max_new_tokens
-        prompt = max(len(encoder.prompt(example)) for example in measured)
+        answered = measured if task.eval_accuracy else self.examples["test"]
+        prompt = max(len(encoder.prompt(example)) for example in answered)
         trained = max(len(row["input_ids"]) for row in self.rows)
         whole, place = max((len(encoder(each)["input_ids"]), each.place) for each in measured)
         for needed, argument, what, fix in (

@@ -358,7 +358,9 @@ class TextStudy(Study):
             facts = texts.facts(options, model, self.check)
         broadcast_from_main(lambda: write_lines(folder, predictions))
         facts |= {"trainable_parameters": trained, "seed": options.training.seed, "steps": schedule.steps}
-        facts |= {"best_step": best.step} if best else {}
+        if best:
+            average = {"average": best.average, "checkpoints": best.checkpoints}
+            facts |= average if best.average else {"best_step": best.step}
         results = write_results(folder, self.method, table, report, **facts, train_seconds=round(learner.seconds, 3))
         self.summarize(results, [*predictions])
         return {}

@@ -40,6 +40,19 @@ def test_the_first_output_is_that_of_the_base_plus_the_lora(tmp_path, method):
     torch.testing.assert_close(started.eval()(**token_inputs()).logits, lora.eval()(**token_inputs()).logits)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_lora_of_the_embedding_is_a_start_with_and_without_the_base_embedding(tmp_path, whole):
+    base, targets = tiny_llama(layers=3).float(), ["embed_tokens", "q_proj"]
+    lora, _ = build("lora", base=copy.deepcopy(base), target_modules=targets)
+    with torch.no_grad():
+        for value in trained_parameters(lora):
+            value.normal_()
+    lora.save_pretrained(tmp_path, save_embedding_layers=whole)
+    started, adapter = build("lora", base=base, init_lora=str(tmp_path), target_modules=targets)
+    put_start(started, adapter)
+    torch.testing.assert_close(started.eval()(**token_inputs()).logits, lora.eval()(**token_inputs()).logits)
+
+
 def test_tied_embeddings_are_not_adapted_where_they_would_be_merged():
     base = tiny_llama(tie_word_embeddings=True)
     arguments = adapter_of(method="lora", target_modules=["q_proj", "lm_head"], merge_and_save=True)

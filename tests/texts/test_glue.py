@@ -598,3 +598,22 @@ def test_a_head_of_another_size_needs_a_flag(capfd, rte, tmp_path):
     assert_refused(capfd, flags(model, rte, tmp_path / "run"), "--ignore_mismatched_sizes")
     run_glue(flags(model, rte, tmp_path / "run", "rte", "--ignore_mismatched_sizes", "--max_steps", "1"))
     assert "unmerged" in results_of(tmp_path / "run")["table"]
+
+
+def test_a_model_with_the_labels_in_another_order_keeps_it_and_has_the_same_losses(rte, tmp_path):
+    folder = write_model(tmp_path / "model", num_labels=2, id2label={0: "entailment", 1: "not_entailment"})
+    options, found = parsed_glue(flags(folder, rte, tmp_path / "run")), []
+    for names in ({0: "entailment", 1: "not_entailment"}, {0: "NOT_ENTAILMENT", 1: "ENTAILMENT"}):
+        texts = glue.GlueTexts()
+        texts.read(options)
+        model = texts.load(options, torch.device("cpu")).eval()
+        assert model.config.id2label == {number: name.lower() for number, name in names.items()}
+        with torch.no_grad():
+            logits = texts.logits(options, model, texts.rows, lambda: None)
+            found.append((texts.losses(model, texts.collate(texts.rows)).double(), logits))
+            for value in model.classifier.out_proj.parameters():
+                value.copy_(value.flip(0))
+        model.config.id2label = {0: "NOT_ENTAILMENT", 1: "ENTAILMENT"}
+        model.save_pretrained(folder)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

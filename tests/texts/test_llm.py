@@ -369,6 +369,14 @@ def test_no_example_is_longer_than_the_models_positions(tiny, tmp_path, capsys, 
     assert_refused(flags(tiny, data, tmp_path / "run"), capsys, words)
 
 
+def test_positions_for_an_answer_are_needed_only_where_one_is_generated(tiny, tmp_path, capsys):
+    long = {**row(3), "Body": row(3)["Body"] * 6}
+    data = write_rows(tmp_path / "data", train=[row(1)] * 4, test=[row(2)], validation=[long])
+    argv = flags(tiny, data, tmp_path / "run", "--method", "lora", "--max_steps", "1", "--max_new_tokens", "100")
+    assert_refused([*argv, "--eval_accuracy"], capsys, ["--max_new_tokens 100: the longest prompt has 1"])
+    assert run(argv) == 0
+
+
 @pytest.mark.exhaustive
 def test_a_validation_example_that_is_too_long_is_left_out_as_a_training_example_is(tiny, tmp_path, capsys):
     long = {**row(0), "Equation": "1 + " * 70 + "1"}
@@ -500,6 +508,14 @@ def test_a_run_that_diverges_exports_its_best_adapter_and_records_the_steps_it_t
     assert run(flags(tiny, data, tmp_path / "run", *more)) == 1
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["steps"] == 3 > results["best_step"]
+
+
+def test_the_results_of_an_average_name_its_checkpoints_and_no_best_step(tiny, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.TextStudy, "validation_loss", lambda *_: 0.0)
+    more = ["--method", "lora", "--max_steps", 2, "--save_steps", 1, "--eval_steps", 1]
+    assert run(flags(tiny, data, tmp_path / "run", *more, "--save_best", "--average_checkpoints", "last:2")) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["average"], results["checkpoints"]) == ("last:2", [1, 2]) and "best_step" not in results
 
 
 @pytest.mark.exhaustive

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from core_models import tiny_bert, tiny_llama
 from suites import quick
 from transformers import get_scheduler
 
 from reslora.chains import base_model
 from reslora.errors import InvalidArgument, RunFailed, Stopped
+from reslora.experiment import study as experiment_study
 from reslora.methods.adapters import load_adapter, rank_allocator
 from reslora.methods.decay import factor_at
 from reslora.model import connection_of
@@ -21,6 +23,7 @@ from reslora.runtime.checkpoint_folders import numbered, step_of
 from reslora.runtime.signals import StopRequest
 from reslora.texts.arguments import resolve
 from reslora.texts.batches import BatchPlan
+from reslora.texts.experiment import TextArmStudy
 from reslora.texts.study import schedule_of
 from reslora.training import loop, stopping
 from reslora.training.learning_rates import groups_of
@@ -202,6 +205,16 @@ def test_the_last_row_of_the_log_is_the_mean_of_the_remaining_steps_also_after_a
     (tmp_path / "four" / "exports.json").unlink()
     trained_in(tmp_path / "four", "lora", logging_steps=4, resume="latest")
     assert read_log(tmp_path / "four") == [last]  # without the mean over steps 1 to 4, of which two were before
+
+
+def test_a_step_is_timed_with_the_batches_that_its_epoch_has(monkeypatch):
+    drawn, found = [], []
+    monkeypatch.setattr(experiment_study, "time", SimpleNamespace(monotonic=lambda: len(drawn)))
+    options = resolve(LlmOptions, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 32})
+    context, texts = SimpleNamespace(options=options, accelerator=Accelerator(cpu=True)), TinyTexts()
+    for batch in TextArmStudy(None, None, context, texts, timed=found.append).batches(range(7)):
+        drawn.append(batch)
+    assert (len(drawn), found) == (28, [4])
 
 
 # -- batches and schedules ---------------------------------------------------------------------------------------------
