@@ -8,6 +8,10 @@ from pathlib import Path
 
 from .errors import InvalidArgument
 
+# Initializations that move a part of the frozen weight into the adapter; the rank determines how much. PEFT repeats the
+# initialization when it loads an adapter, so with another rank it would compute another frozen weight.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 def is_whole(value: object, least: int, most: float = math.inf) -> bool:
     """Return whether a value is a whole number of at least `least` and at most `most`."""
@@ -31,6 +35,13 @@ def number_in_words(least: float, below: float = math.inf, exclusive: bool = Fal
         return "a finite number"
     ends = f" and below {below}" if below < math.inf else ""
     return f"a finite number {'above' if exclusive else 'of at least'} {least}{ends}"
+
+
+def refuse_changed_base(init: object, flag: str) -> None:
+    """Raise `InvalidArgument` for the LoRA that `flag` names if its `init_lora_weights` changed the base model, too."""
+    if str(init).lower().startswith(CHANGES_BASE):
+        problem = f"its init_lora_weights, {init}, has changed the base model, too"
+        raise InvalidArgument(flag, problem, "save it with PEFT's path_initial_model_for_weight_conversion")
 
 
 def require_package(flag: str, package: str, module: str = "") -> None:

@@ -14,24 +14,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
 from torch import nn
 
-from .errors import InvalidArgument
+from .checks import CHANGES_BASE
 from .merging import Merged
-
-# Initializations that move a part of the frozen weight into the adapter; the rank determines how much. PEFT repeats the
-# initialization when it loads an adapter, so with another rank it would compute another frozen weight.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def changes_base(config: LoraConfig) -> bool:
     """Return whether the adapter's initialization changed the frozen weights by an amount that depends on the rank."""
     return isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(CHANGES_BASE)
-
-
-def refuse_changed_base(init: object, flag: str) -> None:
-    """Raise `InvalidArgument` for the LoRA that `flag` names if its `init_lora_weights` changed the base model, too."""
-    if str(init).lower().startswith(CHANGES_BASE):
-        problem = f"its init_lora_weights, {init}, has changed the base model, too"
-        raise InvalidArgument(flag, problem, "save it with PEFT's path_initial_model_for_weight_conversion")
 
 
 def prepared(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:

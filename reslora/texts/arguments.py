@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from ..checks import check_writable, is_path, require_package
+from ..checks import check_writable, is_path, refuse_changed_base, require_package
 from ..errors import InvalidArgument
 from ..experiment.arms import check_values
 from ..io import read_object
@@ -108,8 +108,6 @@ def with_start(options: T, given: Given) -> T:
         raise InvalidArgument(flag, "contains no LoRA in PEFT's format", "give a folder such as RUN/peft")
     if others := [name for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if config.get(name)]:
         raise InvalidArgument(flag, f"it has {others[0]}", "give a LoRA with one rank and one alpha")
-    from ..ranks import refuse_changed_base  # imports torch and peft
-
     refuse_changed_base(config.get("init_lora_weights"), flag)
     contradictions.refuse_unable_to_start(options.adapter, flag)
     targets = sorted(listed(config["target_modules"]))

@@ -14,11 +14,11 @@ from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_
 from peft.utils.other import get_pattern_key
 
 from ....checkpoint import PEFT_PREFIX, WEIGHTS_NAME
+from ....checks import refuse_changed_base
 from ....errors import InvalidArgument, first_line, refused_as
 from ....export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, PEFT_CONFIG_FILE, PEFT_FILE, Factors
 from ....io import read_object, read_tensors
 from ....methods.adapters import ADAPTER_NAME
-from ....ranks import refuse_changed_base
 from ..families import FAMILIES, load_family
 from ..families.base import Family
 from .names import Names, Parts, names_of, shaped
