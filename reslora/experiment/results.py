@@ -361,8 +361,8 @@ class Results:
         Of the best methods in the ranking (without a ranking, of all methods), the one with the lowest mean loss on the
         selection split is exported: its arm with the lowest loss on the selection split.
         """
-        labels = {arm.label for arm in exported}
-        best_labels = labels.intersection(self.ranking["best"]) if self.ranking else set()
+        labels = list(dict.fromkeys(arm.label for arm in exported))  # of equal ones, the first
+        best_labels = [label for label in labels if self.ranking and label in self.ranking["best"]]
         label = min(best_labels or labels, key=lambda name: self.chosen[name]["loss"])
         arms = [arm for arm in exported if arm.label == label]
         best = min(arms, key=lambda arm: self.schedule.select_losses(arm)[self.step_of(arm)])

@@ -21,7 +21,9 @@ from transformers import (
 from transformers.utils import logging
 
 from ..errors import InvalidArgument, loaded_from_hub, refused_as
+from ..formatting import is_or_are
 from ..options.texts import ExperimentOptions, GlueModelOptions, GlueOptions
+from ..runtime.processes import say
 from ..tracing import to_device
 from .adapter import UNREADABLE
 from .glue_tasks import TASKS, Row, Task, check_rows, file_form, predicted, read_folder, scores
@@ -71,12 +73,15 @@ def _read(options: GlueOptions, split: str) -> tuple[str, list[dict] | None]:
     return f"{where}, {split}", sets[split].to_list() if split in sets else None
 
 
-def encode(options: GlueOptions, tokenizer, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return token ids and labels of each example."""
+def encode(options: GlueOptions, tokenizer, rows: Sequence[Row], split: str = "data") -> list[dict[str, Any]]:
+    """Return token ids and labels of each example, and print how many of the split are too long and truncated."""
     task, limit = task_of(options), min(options.data.max_seq_length, tokenizer.model_max_length)
     *texts, labels = map(list, zip(*rows, strict=True))
     padding = "max_length" if options.data.pad_to_max_length else False
-    encoded = dict(tokenizer(*texts, truncation=True, max_length=limit, padding=padding))
+    tokens = tokenizer(*texts, truncation=True, max_length=limit, padding=padding)
+    if long := sum(bool(each.overflowing) for each in tokens.encodings or ()):  # None of tokenizers without Rust code
+        say(f"{split}: {long} of {len(rows)} examples {is_or_are(long)} longer than {limit} tokens and truncated")
+    encoded = dict(tokens)
     if labels[0] is not None:
         encoded["labels"] = list(map(int if task.labels else float, labels))
     return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
@@ -224,7 +229,7 @@ class GlueTexts(Texts):
     def take(self, options: GlueOptions, splits: Mapping[str, Sequence[Row]]) -> None:
         """Encode and store the examples of each split."""
         self.task, (self.config, self.tokenizer) = task_of(options), load_tokenizer(options)
-        self.sets = {name: encode(options, self.tokenizer, rows) for name, rows in splits.items()}
+        self.sets = {name: encode(options, self.tokenizer, rows, name) for name, rows in splits.items()}
         self.rows = self.sets["train"]
         self.example = {"input_ids": torch.tensor([self.rows[0]["input_ids"]])}
 

@@ -188,7 +188,7 @@ def test_the_best_run_names_its_learning_rate_because_optimizers_have_their_own(
     monkeypatch.setattr("reslora.images.refusals.check_installed", lambda *_: None)
     words = "--method lora --learning_rate 3e-4 --train_text_encoder --text_encoder_lr 1e-5"
     record, _ = go(tmp_path / "out", grid=f"{words} --vary optimizer=lion,adamw".split())
-    own = {"method": "lora", "learning_rate": 3e-4, "optimizer": "adamw", "seed": 0, "text_encoder_lr": 1e-5}
+    own = {"method": "lora", "learning_rate": 3e-4, "optimizer": "lion", "seed": 0, "text_encoder_lr": 1e-5}
     assert record["best"]["options"] == own
 
 

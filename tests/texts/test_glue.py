@@ -578,13 +578,17 @@ def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
     assert_refused(capfd, flags(roberta, rte, tmp_path, "rte", *more), "--method loha", "lora")
 
 
-def test_inputs_are_no_longer_than_the_model_takes(roberta, rte, tmp_path):
+def test_inputs_are_no_longer_than_the_model_takes(roberta, rte, tmp_path, capsys):
     model = write_model(tmp_path / "model", max_position_embeddings=12)
     options = parsed_glue(flags(model, rte, tmp_path / "run", "rte", "--max_seq_length", "500"))
     config, tokenizer = glue.load_tokenizer(options)
     loaded, _ = glue.load_model(options, config)
-    encoded = glue.encode(options, tokenizer, glue.read_splits(options)["train"])
+    rows = glue.read_splits(options)["train"]
+    encoded = glue.encode(options, tokenizer, rows, "train")
     assert max(len(row["input_ids"]) for row in encoded) == 10
+    long = sum(len(tokenizer(*row[:-1])["input_ids"]) > 10 for row in rows)
+    line = f"train: {long} of {len(rows)} examples are longer than 10 tokens and truncated\n"
+    assert 1 < long < len(rows) and capsys.readouterr().out == line
     loaded(input_ids=torch.tensor([max((row["input_ids"] for row in encoded), key=len)]))
 
 
