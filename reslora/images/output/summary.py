@@ -28,9 +28,9 @@ def write_figures(
 ) -> None:
     """Write `comparison.png` and `loss.png`; for a single method, copy its LoRA file to the output directory.
 
-    diffusers' training script writes its LoRA file there, too. With several methods an earlier copy is removed with a
-    message, because its method may have been trained further. `loss.png` is written last, because it marks the run as
-    finished. `training_images(count)` returns up to `count` of the training images.
+    diffusers' training script writes its LoRA file there, too. Otherwise an earlier copy is removed with a message,
+    because its method may have been trained further. `loss.png` is written last, because it marks the run as finished.
+    `training_images(count)` returns up to `count` of the training images.
     """
     output, measured = Path(output_options.output_dir), min(held_out, validation.max_validation_images)
     if validation.validation_prompt and validation.num_validation_images:
@@ -40,7 +40,7 @@ def write_figures(
             shutil.copyfile(output / adapter.method[0] / DIFFUSERS_FILE, temporary)
     elif (output / DIFFUSERS_FILE).exists():
         (output / DIFFUSERS_FILE).unlink()
-        print(f"removed {output / DIFFUSERS_FILE}, the LoRA of an earlier run: each method has its own in its folder")
+        print(f"removed {output / DIFFUSERS_FILE}, which this run has not written: its files are in the methods' folders")
     logs = {METHODS[method].title: read_log(output / method / "log.jsonl") for method in adapter.method}
     loss_curves(output / FINISHED, logs, measured)
 
