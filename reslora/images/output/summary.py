@@ -40,7 +40,7 @@ def write_figures(
             shutil.copyfile(output / adapter.method[0] / DIFFUSERS_FILE, temporary)
     elif (output / DIFFUSERS_FILE).exists():
         (output / DIFFUSERS_FILE).unlink()
-        print(f"removed {output / DIFFUSERS_FILE}, which this run has not written: its files are in the methods' folders")
+        print(f"removed {output / DIFFUSERS_FILE}, which this run has not written: see the methods' folders")
     logs = {METHODS[method].title: read_log(output / method / "log.jsonl") for method in adapter.method}
     loss_curves(output / FINISHED, logs, measured)
 
