@@ -4,6 +4,8 @@ import importlib.util
 import math
 import os
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .errors import InvalidArgument
@@ -58,5 +60,16 @@ def is_path(name: str) -> bool:
 def check_writable(folder: Path, argument: str) -> None:
     """Raise `InvalidArgument` naming `argument` unless the directory is writable or can be created."""
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InvalidArgument(argument, f"{parent} is not a writable folder", "choose another folder")
+    try:
+        Path(tempfile.mkdtemp(prefix=".", dir=parent)).rmdir()  # `os.access` is wrong about /proc and network drives
+    except OSError:
+        raise InvalidArgument(argument, f"{parent} is not a writable folder", "choose another folder") from None
+
+
+def check_apart(folder: str, inputs: Mapping[str, Sequence[str]]) -> None:
+    """Raise `InvalidArgument` if --output_dir is one of the directories that the options in `inputs` name."""
+    for name, places in inputs.items():
+        for place in filter(os.path.isdir, places):
+            if Path(place).resolve() == Path(folder).resolve():
+                problem = f"is the folder of --{name}, and the run would write its files among those that it reads"
+                raise InvalidArgument(f"--output_dir {folder}", problem, "choose another folder")

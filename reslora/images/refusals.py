@@ -6,7 +6,7 @@
 import itertools
 from pathlib import Path
 
-from ..checks import check_writable, is_path, require_package
+from ..checks import check_apart, check_writable, is_path, require_package
 from ..errors import InvalidArgument, refused_as, speaks
 from ..formatting import pluralize
 from ..methods.patterns import LEARNING_RATES, entries
@@ -31,7 +31,7 @@ from ..options.images import (
 )
 from ..options.optimizers import check_installed, named
 from ..options.unused import refuse_unused
-from ..options.values import as_typed
+from ..options.values import as_typed, listed
 from .cache_folder import cache_folder
 from .model.kinds import read_index, refuse_others, refuse_parts, refuse_quantized
 
@@ -225,6 +225,8 @@ def check_places(options: Options) -> None:
             raise InvalidArgument(
                 f"--conditioning_data_dir {folder}", "no such folder", "give a folder of reference images"
             )
+    read = [name for name, option in options.table().items() if option.path and option.resume == "content"]
+    check_apart(options.output.output_dir, {name: listed(options[name]) for name in read if options[name]})
     check_writable(Path(options.output.output_dir), f"--output_dir {options.output.output_dir}")
     cache = cache_folder(model, options.output)
     if model.cache_dir and not cache.is_dir():  # an existing cache may be complete, and then it may be read-only

@@ -29,8 +29,9 @@ from .data.class_images import load_class_images, missing_class_images
 from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
 from .data.samples import TrainingData
-from .data.training_data import load_training_data, note_images, print_folder_counts
+from .data.training_data import load_training_data, note_images, print_folder_counts, print_large_batch
 from .initial_lora import read_start, with_start
+from .memory.components import outline
 from .memory.plan import check_memory
 from .model.loading import find_model
 from .model.lora_files.combining import in_short
@@ -73,6 +74,7 @@ def run(options: Options, stop: StopRequest) -> None:
         check_before_loading(kinds, context)
         resuming = bool(resume.finished or any(resume.checkpoints.values()))
         pipeline, training_data = encode(kinds, context, resuming)
+        print_large_batch(training_data, context)
         print_folder_counts(training_data, context)
         free_encoder(pipeline, context)
         schedule = schedule_of(training_data.updates(context.accelerator.num_processes), context)
@@ -212,6 +214,7 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: ImageContext) -
         check_held_out(kinds, context)
         check_base_precision(options.model, context.dtype, accelerator)
         check_blocks_to_swap(options.model, model, accelerator)
+        check_pipeline(options.data, options.validation, outline(model), model.family)
         check_methods(options.adapter, options.training, context)
         if cuts_base(accelerator):
             units_of(model.empty_denoiser(), accelerator)
@@ -231,7 +234,6 @@ def load_and_check(context: ImageContext) -> tuple[DiffusionPipeline, Objective]
         encoders=not options.data.cache_text_embeddings,
         trainable=bool(context.encoders),
     )
-    check_pipeline(options.data, options.validation, pipeline, model.family)
     objective = objective_of(options.model, options.training, model.family, pipeline)
     check_encoders(pipeline, context)
     check_learning_rates(pipeline, context)

@@ -9,7 +9,7 @@ from typing import Any
 from ..bundled import ASSETS
 from ..errors import InvalidArgument
 from ..experiment.arms import check_evaluations, check_values
-from ..options.contradictions import check_experiment, check_no_experiment
+from ..options.contradictions import check_experiment, check_no_experiment, refuse_empty
 from ..options.files import read_file
 from ..options.grid import Grid, first_of
 from ..options.images import NOISES, Options
@@ -72,6 +72,7 @@ def resolve(given: Given) -> Options | Grid[Options]:
 
     Raises `InvalidArgument` for options that cannot work with any model.
     """
+    refuse_empty(given, (name for name, option in Options.table().items() if option.path))
     values = dict(given)
     claim = values.pop(CLAIM, "")
     options, varied = first_of(Options, with_defaults(values))

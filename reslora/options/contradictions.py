@@ -1,6 +1,7 @@
 """Validation shared by all scripts: options of a method or an experiment that contradict each other."""
 
 import math
+from collections.abc import Iterable
 
 from ..errors import InvalidArgument
 from ..formatting import pluralize
@@ -10,11 +11,13 @@ from ..methods.registry import METHODS, refuse_settings
 from ..shortcuts import PLAIN, shortcut_class
 from .averages import averages_of
 from .grid import Grid
+from .optimizers import named
 from .option import Given
 from .prompts import clean
 from .shared import RunOptions, SharedMethodOptions, SharedOptimizerOptions, TrainOptions
 from .values import as_typed, listed
 
+NO_DECAY = ("constant", "constant_with_warmup")
 POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
 
 
@@ -27,6 +30,18 @@ def check_texts(values: Given) -> None:
         for text in listed(value):
             if isinstance(text, str) and clean(text) != text:
                 raise InvalidArgument(f"--{name} {text}", "is not UTF-8", "rename it, or give another")
+
+
+def refuse_empty(given: Given, names: Iterable[str]) -> None:
+    """Raise `InvalidArgument` if an option of `names` has an empty value.
+
+    An empty value usually comes from an unset shell variable, and the run would use other data or another folder.
+    """
+    for name in sorted(given.keys() & set(names)):
+        if "" in listed(given[name]):
+            raise InvalidArgument(
+                f"--{name}", "is empty; maybe a variable in the command is not set", "give it a value"
+            )
 
 
 def check_method(options: SharedMethodOptions, calibration: str) -> None:
@@ -143,13 +158,16 @@ def refuse_other_than_lora(given: Given, found: Given) -> None:
 
 
 def check_schedule(options: SharedOptimizerOptions, flag: str) -> None:
-    """Raise `InvalidArgument` for a learning rate or step rules that the schedule does not support.
+    """Raise `InvalidArgument` for an optimizer, a learning rate or step rules that the schedule does not support.
 
     `flag` is the script's option for the schedule.
     """
     if options.lr_scheduler == "polynomial" and options.learning_rate <= POLYNOMIAL_END:
         problem, fix = f"{flag} polynomial ends at {POLYNOMIAL_END:g}", "give a larger one, or another schedule"
         raise InvalidArgument(f"--learning_rate {options.learning_rate:g}", problem, fix)
+    if named(options.optimizer).package == "schedulefree" and options.lr_scheduler not in NO_DECAY:
+        problem = f"--optimizer {options.optimizer} replaces a schedule, so the learning rate must not fall"
+        raise InvalidArgument(f"{flag} {options.lr_scheduler}", problem, f"give {' or '.join(NO_DECAY)}")
     rules = options.lr_step_rules or ""
     if options.lr_scheduler == "piecewise_constant" and not is_step_rules(rules):
         problem = f"{flag} piecewise_constant needs factor:step pairs and a last factor"

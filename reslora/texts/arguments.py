@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from ..checks import check_writable, is_path, refuse_changed_base, require_package
+from ..checks import check_apart, check_writable, is_path, refuse_changed_base, require_package
 from ..errors import InvalidArgument
 from ..experiment.arms import check_values
 from ..io import read_object
@@ -34,6 +34,8 @@ from ..options.values import listed
 from ..options.vary import values_to_vary
 
 T = TypeVar("T", bound=TextOptions)
+FOLDERS = ("model_name_or_path", "data_dir", "init_lora")
+"""Options that may name a folder to read."""
 METAMATHQA_SAMPLES = 40_000  # number of training samples in the paper's Appendix C
 
 
@@ -53,17 +55,12 @@ class TextParser(OptionsParser):
 def read(kind: type[T], prog: str, argv: Sequence[str] | None, description: str | None = None) -> T | Grid[T]:
     """Return the options of a run, or of an experiment if an option that can vary has several values.
 
-    Exits with status 2 and a one-line message for invalid syntax. Raises `InvalidArgument` for invalid values. Empty
-    values are invalid: they usually come from an unset shell variable, and the run would use other data or start anew.
+    Exits with status 2 and a one-line message for invalid syntax. Raises `InvalidArgument` for invalid or empty values.
     """
     given = vars(TextParser(prog, kind, description or "").parse_args(argv))
     given |= values_to_vary(given.pop("vary", ()), kind.table(), given)
     contradictions.check_texts(given)
-    for name, value in sorted(given.items()):
-        if "" in listed(value):
-            raise InvalidArgument(
-                f"--{name}", "is empty; maybe a variable in the command is not set", "give it a value"
-            )
+    contradictions.refuse_empty(given, given)
     return resolve(kind, given)
 
 
@@ -84,6 +81,8 @@ def resolve(kind: type[T], given: Given) -> T | Grid[T]:
     own = {named(optimizer).learning_rate for optimizer in optimizers}
     if "learning_rate" not in given and None not in own:
         values["learning_rate"] = own.pop()
+    if all(named(optimizer).package == "schedulefree" for optimizer in optimizers):
+        values |= {"lr_scheduler_type": given.get("lr_scheduler_type", "constant")}
     options, varied = first_of(kind, values | {"optim": optimizers if len(optimizers) > 1 else optimizers[0]})
     options = with_start(options, given)
     if not varied and len(options.adapter.method) == 1:
@@ -128,7 +127,10 @@ def checked(options: T) -> T:
     refuse_unused(options)
     contradictions.check_averages(options, None)
     output, optimizer = options.output.output_dir, options.optimizer
+    check_apart(output, {name: listed(options[name]) for name in FOLDERS if options[name]})
     check_writable(Path(output), f"--output_dir {output}")
+    if (cache := options["cache_dir"]) and not Path(cache).is_dir():
+        check_writable(Path(cache), f"--cache_dir {cache}")
     check_installed(optimizer.optimizer, optimizer.optimizer_args, f"--optim {optimizer.optimizer}")
     contradictions.check_schedule(optimizer, "--lr_scheduler_type")
     if optimizer.warmup_ratio and optimizer.lr_warmup_steps:

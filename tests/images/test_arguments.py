@@ -7,6 +7,7 @@ import pytest
 from waiting import LIMIT
 
 from images.runs import SCRIPT, refused
+from reslora.images.model.loading import Model
 from reslora.images.settings import build_parser
 
 
@@ -120,3 +121,42 @@ def test_defaults_are_in_words_and_one_is_a_number():
     helps = {action.dest: action.help for action in build_parser()._actions}
     assert helps["gradient_accumulation_steps"].endswith("(default: 1)")
     assert helps["cache_latents"].endswith("(default: on)") and "otherwise: none)" in helps["validation_prompt"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["output_dir", "cache_dir", "train_data_dir", "pretrained_model_name_or_path", "init_lora", "class_data_dir"],
+)
+def test_an_empty_path_is_refused(capsys, name):
+    """It usually comes from an unset shell variable: the run would use the working directory or a default."""
+    assert f"error: --{name}: is empty" in refused(capsys, f"--{name}", "")
+
+
+def test_an_output_folder_that_the_run_reads_is_refused(base_flags, capsys, model, data):
+    for name, folder in {"train_data_dir": data, "pretrained_model_name_or_path": model}.items():
+        before = sorted(folder.rglob("*"))
+        line = refused(capsys, *base_flags, "--output_dir", f"{folder}/")
+        assert f"--output_dir {folder}" in line and f"the folder of --{name}" in line
+        assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "piecewise_constant"])
+def test_a_schedule_free_optimizer_with_a_schedule_is_refused(capsys, schedule):
+    for optimizer in ("schedulefree", "schedulefree.RAdamScheduleFree"):
+        line = refused(capsys, "--optimizer", optimizer, "--lr_scheduler", schedule)
+        assert f"--lr_scheduler {schedule}: --optimizer {optimizer}" in line and "give constant" in line
+
+
+def test_a_cache_that_the_system_does_not_let_be_made_is_refused(base_flags, capsys):
+    """Permissions allow it: only an attempt shows that /proc has no folders of users."""
+    assert "--cache_dir /proc/x: /proc is not a writable folder" in refused(
+        capsys, *base_flags, "--cache_dir", "/proc/x"
+    )
+
+
+def test_a_resolution_between_the_multiples_is_refused_before_weights_are_read(
+    base_flags, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(Model, "load_pipeline", lambda *args, **more: pytest.fail("weights are read"))
+    line = refused(capsys, *base_flags, "--resolution", "63", "--output_dir", tmp_path / "out")
+    assert "--resolution 63: height and width must be multiples of 8; give 56" in line

@@ -4,13 +4,18 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from pipelines import image_folder, qwen_image
+import torch
+from accelerate import Accelerator
+from pipelines import EDITS, FAMILIES, image_folder, qwen_image
+from suites import quick
 
 from images.runs import RESUME, main, only, parts, printed, refused, without
 from reslora.errors import InvalidArgument
 from reslora.images.context import ImageContext
 from reslora.images.data.dataset import ImageDataset
+from reslora.images.memory.components import outline
 from reslora.images.model.families import load_family
+from reslora.images.model.loading import find_model
 from reslora.images.model_checks import check_family, check_held_out
 from reslora.images.settings import parse_args
 
@@ -179,3 +184,19 @@ def test_adalora_is_refused_where_nothing_reads_a_layer(brief_flags, capsys, tmp
     flags += ["--pretrained_model_name_or_path", qwen_image(tmp_path / "model"), "--output_dir", tmp_path / "out"]
     line = refused(capsys, *flags, "--target_modules", "to_q", "to_add_out", "--max_train_steps", 3, quiet=False)
     assert "the outputs of attn.to_add_out in the last block are unused, so AdaLoRA cannot rank them" in line
+
+
+@pytest.mark.parametrize("family", quick([*FAMILIES, *EDITS], "stable_diffusion", "sd3"))
+def test_the_pixel_multiple_is_known_without_weights(tmp_path, family):
+    (FAMILIES | EDITS)[family](tmp_path / "model")
+    options = parse_args(["--pretrained_model_name_or_path", str(tmp_path / "model"), "--train_data_dir", "."])
+    model = find_model(options.model, options.output, Accelerator(cpu=True))
+    whole = model.load_pipeline(torch.float32, torch.device("cpu"), encoders=False)
+    assert model.family.pixel_multiple(outline(model)) == model.family.pixel_multiple(whole)
+
+
+def test_a_batch_that_is_larger_than_the_data_set_is_warned_of(brief_flags, tmp_path):
+    images = image_folder(tmp_path / "images", 3)
+    flags = [*brief_flags, "--train_data_dir", images, "--train_batch_size", "6", "--gradient_accumulation_steps", "2"]
+    line = only(printed(*flags, "--output_dir", tmp_path / "out"), "warning: --train_batch_size 6")
+    assert "3 training images" in line and "each image 4 times" in line and "give 3 or fewer" in line

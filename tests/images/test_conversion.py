@@ -540,3 +540,9 @@ def test_the_command_runs_as_a_module():
     command = [sys.executable, "-m", "reslora.convert", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0 and "--extract BASE TUNED" in done.stdout
+
+
+def test_a_folder_that_cannot_be_made_is_refused_as_the_output(tmp_path, capsys):
+    assert convert(EXAMPLE / "lora", "/proc/x/out.safetensors", "--to", "kohya") == 2
+    assert "OUT /proc/x/out.safetensors: /proc is not a writable folder" in capsys.readouterr().err
+    assert convert(EXAMPLE / "lora", tmp_path / "new" / "folder" / "out.safetensors", "--to", "kohya") == 0

@@ -346,3 +346,33 @@ def test_numbers_are_finite_and_within_their_bounds(text):
     assert number(0, below=1)("0") == 0
     with pytest.raises(ArgumentTypeError, match="above 0"):
         number(0, exclusive=True)("0")
+
+
+@pytest.mark.parametrize(("kind", "prog"), SCRIPTS)
+def test_an_output_folder_that_the_run_reads_is_refused(tmp_path, kind, prog):
+    for name in ("data_dir", "model_name_or_path"):
+        with pytest.raises(InvalidArgument) as error:
+            parse(f"--{name}", str(tmp_path), "--output_dir", f"{tmp_path}/", kind=kind)
+        assert_one_line(error, f"--output_dir {tmp_path}", f"the folder of --{name}")
+
+
+@pytest.mark.parametrize(("kind", "prog"), SCRIPTS)
+def test_a_cache_that_cannot_be_made_is_refused(kind, prog):
+    with pytest.raises(InvalidArgument) as error:
+        parse("--cache_dir", "/proc/x", kind=kind)
+    assert_one_line(error, "--cache_dir /proc/x", "/proc is not a writable folder")
+
+
+def test_a_schedule_free_optimizer_has_no_schedule():
+    assert parse("--optim", "schedulefree").optimizer.lr_scheduler == "constant"
+    assert parse("--optim", "adamw").optimizer.lr_scheduler == "linear"
+    with pytest.raises(InvalidArgument) as error:
+        parse("--optim", "schedule_free_adamw", "--lr_scheduler_type", "linear")
+    assert_one_line(error, "--lr_scheduler_type linear", "give constant")
+
+
+@pytest.mark.parametrize("script", [train_llm, train_glue])
+def test_targets_that_match_nothing_leave_no_file(tmp_path, capsys, script):
+    flags = ["--target_modules", "nothing", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    assert script.main(flags) == 2
+    assert "--target_modules nothing" in capsys.readouterr().err and not (tmp_path / "out").exists()

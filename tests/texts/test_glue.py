@@ -349,7 +349,7 @@ def test_predictions_for_a_test_split(roberta, tmp_path, capsys):
     ],
 )
 def test_predictions_are_in_the_order_of_the_examples_numbered_from_zero(roberta, tmp_path, task, outputs, rows):
-    options = parsed_glue(flags(roberta, tmp_path, tmp_path, task))
+    options = parsed_glue(flags(roberta, tmp_path, tmp_path / "run", task))
     texts = texts_of(task, outputs)
     texts.sets = {"test": [{"input_ids": [0]}] * len(rows)}
     expected = ["index\tprediction", *(f"{number}\t{row}" for number, row in enumerate(rows))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ MOST_REPEATS = 1000  # in a folder's name; a larger number is probably a year or
 ALIKE = 0.98  # least fraction of a reference image that a crop to its image's aspect ratio keeps, without a warning
 LEAST_SIDE = 8  # in pixels: an autoencoder encodes 8 x 8 pixels into one latent
 ONE_BY_ONE = "name the folders one by one with --train_data_dir, none inside another"
+COLUMNS = ("image_column", "caption_column", "conditioning_image_column")
+"""Options that name columns; metadata.jsonl and .csv have the other two, caption files have none."""
 FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
 )
@@ -67,6 +70,8 @@ class ImageDataset:
     """Whether these are class images."""
     masked: Sequence[bool] = ()
     """Whether each image has a mask or an alpha channel; empty without --masked_loss."""
+    columns: Sequence[str] = ()
+    """The options, such as image_column, whose columns were read."""
     label: str = ""
     """Name of this source in the log; empty if there is only one source with the default repeats and weight."""
 
@@ -134,8 +139,7 @@ class Found:
         """Return width and height of a usable row's image, or a string that says why the row cannot be used."""
         source = _source(row)
         size = image_size(source) if source else "no image"
-        # A missing caption is a mistake; an empty caption is a choice (the image is then trained with it).
-        problem = self.problems.get(index) or ("" if row["captions"] else "no caption")
+        problem = self.problems.get(index) or ("" if any(map(str.strip, row["captions"])) else "no caption")
         if problem or isinstance(size, str):
             return problem or size
         if min(size) < LEAST_SIDE:
@@ -161,9 +165,9 @@ def usable(
     be used or, with --strict, if any image cannot be used.
     """
     folder = Path(data.dataset_name or data.train_data_dir[0])
-    found = (read_folder(folder, data, training, output, caption, deep) if folder.is_dir() else None) or read_dataset(
-        model, data, training, output
-    )
+    in_folder = read_folder(folder, data, training, output, caption, deep) if folder.is_dir() else None
+    found = in_folder or read_dataset(model, data, training, output)
+    columns = COLUMNS if in_folder is None else COLUMNS[1:] if in_folder.metadata else ()
     for partners in data.conditioning_data_dir:
         found = with_partners(found, folder, Path(partners))
     keep, left_out, sizes, masked, others = [], [], [], [], []
@@ -173,7 +177,7 @@ def usable(
         if isinstance(size, str):
             name = source if isinstance(source, str) else f"image {index}"
             if UNREADABLE in size:
-                raise RunFailed(f"{name}: {size}")
+                raise RunFailed(f"{name}: {size}; restore it, or run the command again later")
             if data.strict:
                 raise InvalidArgument(f"--strict {name}", size, "repair or remove it, or leave --strict out")
             left_out.append(f"{name}: {size}")
@@ -193,7 +197,9 @@ def usable(
         what = f"{pluralize(len(others), 'reference image')} cropped to the aspect ratio of the image"
         found.notes.append(f"warning: {what}, such as that of {example}")
     rows = found.rows.select(keep)
-    return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked)
+    return ImageDataset(
+        rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked, columns=columns
+    )
 
 
 def sample(folders: Sequence[ImageDataset], data: DataOptions, training: TrainingOptions) -> list[ImageDataset]:
@@ -353,7 +359,7 @@ def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> F
 
     `datasets` reads these layouts too, but its errors do not name the line.
     """
-    files, captions, where = [], [], f"{data_flag(data)}, {path.name}"
+    files, captions, lines, where = [], [], dict[Path, int](), f"{data_flag(data)}, {path.name}"
     others: dict[str, list[Path | None]] = {ours: [] for ours in others_of(data, training)}
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -361,7 +367,11 @@ def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> F
         raise InvalidArgument(f"{where} byte {error.start}", "not UTF-8", "save the file as UTF-8") from None
     for line, row in ROWS[path.suffix](text, where):
         place, row = f"{where} line {line}", row if isinstance(row, dict) else {}
-        files.append(file_inside(path.parent, row.get("file_name"), place, "file_name"))
+        file = file_inside(path.parent, row.get("file_name"), place, "file_name")
+        if (before := lines.setdefault(Path(os.path.normpath(file)), line)) != line:
+            fix = "remove one of the lines; in a .jsonl file, text may be a list of captions"
+            raise InvalidArgument(place, f"names {row['file_name']}, as line {before} does", fix)
+        files.append(file)
         for flag, column in (("caption", data.caption_column), ("conditioning_image", data.conditioning_image_column)):
             if column is not None and column not in row:
                 problem = f"{place} has the columns {', '.join(map(repr, sorted(row)))}"
@@ -413,7 +423,7 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
     rows = _load_split(model, data, folder, layout, everything, notes)
     image, caption = _columns(rows, layout, data, notes)
     problems, texts = _sorted_out([_captions(value, layout == "webdataset") for value in rows[caption]])
-    if texts and not any(texts):
+    if texts and not any(text.strip() for own in texts for text in own):
         fix = "name another column" + (", or write captions into .txt files" if layout == "webdataset" else "")
         raise InvalidArgument(f"--caption_column {caption}", "holds no text", fix)
     others = {ours: name for ours, name in others_of(data, training).items() if name in rows.column_names}

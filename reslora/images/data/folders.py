@@ -6,7 +6,7 @@ from pathlib import Path
 from ...errors import InvalidArgument
 from ...formatting import pluralize
 from ...options.images import DataOptions, ModelOptions, OutputOptions, TrainingOptions
-from .dataset import METADATA, MOST_REPEATS, REPEATED, SAVED, ImageDataset, sample, usable
+from .dataset import COLUMNS, METADATA, MOST_REPEATS, REPEATED, SAVED, ImageDataset, sample, usable
 from .images import is_image
 from .listing import files_of, hidden_images, hidden_images_line
 
@@ -38,6 +38,11 @@ def load_folders(
             images = usable(model, own_data, training, output, text, deep=not kohyas)
             found.append(dataclasses.replace(images, repeats=times * own, weight=weight))
             labels.append((str(path), text if kohyas else None))
+    for name in COLUMNS if caption is None else ():
+        given = getattr(data, name)
+        if given != getattr(DataOptions(), name) and not any(name in images.columns for images in found):
+            files = "images" if name == "image_column" else "captions"
+            raise InvalidArgument(f"--{name} {given}", f"the {files} are files, not a table's column", "leave it out")
     if training.masked_loss and caption is None and not any(any(images.masked) for images in found):
         fix = "give some, name masks in a column mask of metadata.jsonl, or leave it out"
         raise InvalidArgument("--masked_loss", "no image has an alpha channel or a mask", fix)

@@ -50,4 +50,5 @@ def _what_failed(error: Exception, processes: int) -> str:
         fix = "give fewer, or more memory"
         return f"--dataloader_num_workers {processes}: a process that loads images has died; {fix}; {intact}"
     lines = str(error).strip().splitlines() if processes else []
-    return f"a batch cannot be loaded ({lines[-1] if lines else first_line(error)}); {intact}"
+    problem = lines[-1] if lines else first_line(error)
+    return f"a batch cannot be loaded ({problem}); restore the file, and resume: {intact}"

@@ -277,6 +277,20 @@ def print_folder_counts(training_data: TrainingData, context: ImageContext) -> N
             context.accelerator.print(printable(line))
 
 
+def print_large_batch(training_data: TrainingData, context: ImageContext) -> None:
+    """Print a warning if a batch of all processes has more samples than there are training images."""
+    plan = training_data.plan(context.accelerator.num_processes)
+    count = len({place for items in plan.buckets.values() for place in items})
+    if plan.per_forward > count:
+        training, processes = context.options.training, context.accelerator.num_processes
+        times = plan.per_forward * training.gradient_accumulation_steps / count
+        size, smaller = training.train_batch_size, max(1, count // processes)
+        context.accelerator.print(
+            f"warning: --train_batch_size {size}: more than the {pluralize(count, 'training image')}, so a step uses "
+            f"each image {times:.3g} times; give {smaller} or fewer"
+        )
+
+
 def print_uneven_buckets(plan: Plan, context: ImageContext) -> None:
     """Print a line if an epoch uses the images of one bucket far more often than those of another."""
     uses = plan.uses_per_epoch

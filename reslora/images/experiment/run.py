@@ -47,7 +47,7 @@ from ...training.trackers import note_settings
 from ..cache_folder import cache_folder
 from ..context import ImageContext
 from ..data.samples import TIMESTEPS, TrainingData, measured_at
-from ..data.training_data import latents_of, print_folder_counts, with_texts
+from ..data.training_data import latents_of, print_folder_counts, print_large_batch, with_texts
 from ..model.objective import check_objective, objective_of
 from ..model_checks import check_family, check_methods
 from ..output.exports import PEFT_FOLDER
@@ -109,6 +109,7 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         broadcast_from_main(lambda: check_same(asked, identity, content))
         processes = context.accelerator.num_processes
         training_data = with_parts(training_data, parts, processes)
+        print_large_batch(training_data, context)
         print_folder_counts(training_data, context)
         variants = {data_key(options): options for options in asked.runs("seed", *ENCODED)}
         data_of = {key: data_of_variant(training_data, options, pipeline, context) for key, options in variants.items()}

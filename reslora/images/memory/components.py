@@ -66,6 +66,14 @@ def empty_pipeline(model: Model, dtype: torch.dtype, stage: Stage) -> DiffusionP
     return pipeline
 
 
+def outline(model: Model) -> DiffusionPipeline:
+    """Return a pipeline with only its scheduler and an autoencoder without weights, which determine valid sizes."""
+    parts = [name for name, kind in model.index.items() if isinstance(kind, list) and name not in ("scheduler", "vae")]
+    given = model.without(*parts) | {"vae": empty_part(model, "vae", torch.float32)}
+    with refused_as(model.flag, "repair the folder"):
+        return model.family.pipeline.from_pretrained(model.folder, **given)
+
+
 class Reader:
     """Makes text encoders run on fake tensors and return zeros in the shapes of one caption's text states.
 

@@ -17,12 +17,14 @@ import pytest
 from pipelines import image_folder, random_image, red_or_blue, same_image
 from waiting import join, start_thread
 
-from images.runs import load_images, only, parts, printed, refused
+from images.runs import failed, load_images, only, parts, printed, refused
 from reslora.errors import InvalidArgument, RunFailed
+from reslora.images import run
 from reslora.images.data.class_images import missing_class_images
 from reslora.images.data.dataset import ImageDataset
 from reslora.images.data.training_data import print_skipped_images
 from reslora.images.settings import parse_args
+from reslora.training.loop import train_method
 
 
 def gather(folder: Path, *flags: str):
@@ -372,9 +374,9 @@ def test_images_that_cannot_be_used_are_named_and_left_out(tmp_path, capsys):
     (folder / "4.png").unlink()
     (folder / "5.png").write_text("not an image")
     found = gather(folder)
-    assert found.captions == [["ab"], [""], ["x", "y"]]
+    assert found.captions == [["ab"], ["x", "y"]]
     assert [line.split("/")[-1] for line in found.left_out] == [
-        "0.png: no caption", "4.png: no such file", "5.png: not an image"
+        "0.png: no caption", "2.png: no caption", "4.png: no such file", "5.png: not an image"
     ]  # fmt: skip
     assert "0.png" in refused(capsys, "--train_data_dir", folder, "--strict", "--output_dir", tmp_path / "out")
 
@@ -553,3 +555,43 @@ def test_the_folder_above_kohyas_folders_is_named(tmp_path, capsys, named):
         assert "in which kohya's" not in refused(capsys, "--train_data_dir", tmp_path / f"q{number}")
     (tmp_path / "empty").mkdir()
     assert "no images" in refused(capsys, "--train_data_dir", tmp_path / "empty")
+
+
+# -- what cannot be meant --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])
+def test_an_image_with_a_blank_caption_is_left_out_in_every_layout(tmp_path, layout):
+    found = gather(image_folder(tmp_path / "p", 3, ["", " \t", "red disc"].__getitem__, layout))
+    assert found.captions == [["red disc"]] and len(found.left_out) == 2
+    assert all(line.endswith("no caption") for line in found.left_out)
+
+
+@pytest.mark.parametrize("again", ["0.png", "./0.png"])
+def test_a_file_that_is_listed_twice_is_refused_with_both_lines(tmp_path, capsys, again):
+    folder = image_folder(tmp_path / "p", 2)
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"file_name": again, "text": "another"}))
+    line = refused(capsys, "--train_data_dir", folder)
+    assert f"metadata.jsonl line 3: names {again}, as line 1 does; remove one" in line
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [("jsonl", "image_column"), ("txt", "image_column"), ("txt", "caption_column")],
+)
+def test_a_column_of_files_is_refused(tmp_path, capsys, layout, name):
+    folder = image_folder(tmp_path / "p", 2, layout=layout)
+    line = refused(capsys, "--train_data_dir", folder, f"--{name}", "photo")
+    assert f"--{name} photo: the {name.partition('_')[0]}s are files" in line and "leave it out" in line
+
+
+def test_an_image_that_is_removed_while_training_is_named_with_the_fix(brief_flags, tmp_path, capsys, monkeypatch):
+    folder = image_folder(tmp_path / "images", 3)
+    removed = lambda *args: [path.unlink() for path in folder.glob("*.png")]  # noqa: E731
+    monkeypatch.setattr(run, "train_method", lambda *args: removed() and train_method(*args))
+    flags = [*brief_flags, "--train_data_dir", folder, "--no-cache_latents", "--num_validation_images", "0"]
+    line = failed(capsys, *flags, "--output_dir", tmp_path / "out")
+    assert ".png cannot be read now" in line and line.endswith(
+        "restore the file, and resume: the last checkpoint is intact"
+    )

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from ....bundled import ASSETS
+from ....checks import check_writable
 from ....content_hash import folder_mark
 from ....errors import InvalidArgument, first_line, refused_as
 from ....formatting import pluralize
@@ -29,6 +30,7 @@ def convert(args: argparse.Namespace) -> None:
     """Read, add, reduce and write LoRAs, and print a summary line."""
     path = output_of(args.output, args.to)
     check_overwrite(path, args)
+    check_writable(path.parent, f"OUT {args.output}")
     parts, names, metadata, dtype = extraction(args) if args.extract else sum_of_inputs(args)
     if args.weight:
         check_finite(parts, f"--weight {' '.join(f'{weight:g}' for weight in args.weight)}", "give smaller ones")
