@@ -79,7 +79,6 @@ NEAREST = {
     "optimizer_args": "optim_args",
     "per_device_eval_batch_size": "eval_accumulation_steps eval_do_concat_batches batch_eval_metrics "
     "eval_use_gather_object auto_find_batch_size torch_empty_cache_steps",
-    "push_to_hub": "hub_strategy hub_private_repo hub_always_push hub_revision",
     "report_to": "project trackio_space_id trackio_bucket_id trackio_static_space_id",
     "resume_from_checkpoint": "ignore_data_skip restore_callback_states_from_checkpoint",
     "save_best": "load_best_model_at_end metric_for_best_model greater_is_better",
@@ -92,6 +91,14 @@ NEAREST = {
 }
 """Options of `TrainingArguments` that the scripts refuse, by the option that comes nearest; the parser finds others
 that are similar by their spelling."""
+INSTEAD = {
+    "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision": "upload the run's "
+    "peft/ with `hf upload`",
+    "token": "set HF_TOKEN, or run `hf auth login`",
+    "config_name tokenizer_name": "put its files into the folder of --model_name_or_path",
+    "pad_to_max_length": "leave it out; each batch is padded to its longest example",
+}
+"""What to do instead of giving other options of transformers' scripts."""
 TRANSFORMERS = {
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_8bit": "adamw8bit", "adamw_bnb_8bit": "adamw8bit",
     "schedule_free_adamw": "schedulefree",
@@ -177,8 +184,6 @@ class GlueDataOptions:
     dataset_name: str = by_content("nyu-mll/glue", "data set on the hub, or a folder")
     dataset_config_name: str | None = by_content(None, "configuration of this data set", or_else="the task's name")
     max_seq_length: int = option(128, "largest number of tokens of an input; longer inputs are truncated", whole(4))
-    pad_to_max_length: bool = option(False,
-        "pad every input to --max_seq_length, instead of each batch to its longest input")
     max_train_samples: int | None = option(None,
         "use only this many training examples, from the start of the file", COUNT)
     max_eval_samples: int | None = free(None,
@@ -196,11 +201,8 @@ class GlueModelOptions:
 
     model_name_or_path: str = by_content(str(GLUE_MODEL), "encoder model: folder or name on the hub", short="model",
         or_else="the bundled one", essential="encoder model, folder or name on the hub", metavar="MODEL")
-    config_name: str | None = by_content(None, "configuration (name or folder), if it differs from the model's")
-    tokenizer_name: str | None = by_content(None, "tokenizer (name or folder), if it differs from the model's")
     cache_dir: str | None = free(None, "folder for downloaded models and data", metavar="FOLDER")
     model_revision: str = option("main", "revision of the model on the hub")
-    token: str | None = free(None, "token for the hub", secret=True)
     ignore_mismatched_sizes: bool = option(False,
         "replace the model's classification head if it has another number of labels than the task")
 
@@ -284,9 +286,6 @@ class OutputOptions(SharedOutputOptions):
     logging_dir: str = free("logs", "TensorBoard's folder inside --output_dir", metavar="FOLDER", path="relative")
     report_to: list[str] = free(["tensorboard"], "trackers that accelerate knows, all, or none")
     run_name: str | None = free(None, "name of the run for trackers")
-    push_to_hub: bool = free(False, "refused: upload the run's peft/ with `hf upload`")
-    hub_model_id: str | None = free(None, "refused, as --push_to_hub is")
-    hub_token: str | None = free(None, "refused, as --push_to_hub is", secret=True)
 
 
 @group

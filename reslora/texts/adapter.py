@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
@@ -42,6 +42,25 @@ def attach(
     Raises `InvalidArgument` for target modules that are unknown or match nothing, a rank larger than a layer, or
     shortcuts that connect no blocks.
     """
+    config, flag = config_for(model, adapter, total_steps, modules_to_save)
+    shortcuts = adapter.reslora_config if METHODS[adapter.name].shortcuts else None
+    with refused_as(flag, "name other layers, or another --method", UNFIT):
+        adapted = adapters.attach(model, config, shortcuts, example_inputs)
+        if METHODS[adapter.name].measured:
+            with gauged(adapter.name, adapted, adapter.reslora_config, example_inputs):
+                pass
+    if adapter.merge_and_save:
+        _refuse_tied(base_model(adapted), flag)
+    return adapted
+
+
+def config_for(
+    model: PreTrainedModel, adapter: MethodOptions, total_steps: int, modules_to_save: Sequence[str] | None
+) -> tuple[PeftConfig, str]:
+    """Return PEFT's configuration of the method's adapter, and --target_modules for messages.
+
+    The model may be on the meta device. Raises `InvalidArgument` as `attach` does, except for shortcuts.
+    """
     targets = _targets(model, adapter)
     check_layers(model, targets, modules_to_save or ())
     check_steps([adapter.name], total_steps, f"--method {adapter.name} with {pluralize(total_steps, 'step')}")
@@ -52,19 +71,10 @@ def attach(
         alpha_pattern=entries("alpha_pattern", adapter.alpha_pattern),
     )  # fmt: skip
     config = adapter_config(adapter.name, settings)
-    shortcuts = adapter.reslora_config if METHODS[adapter.name].shortcuts else None
     with refused_as(f"--lora_r {adapter.rank}", "give a smaller one, or name other --target_modules", UNFIT):
         check_rank(model, config)
     spell_out(model, config)
-    flag = f"--target_modules {' '.join(targets) if isinstance(targets, list) else targets}"
-    with refused_as(flag, "name other layers, or another --method", UNFIT):
-        adapted = adapters.attach(model, config, shortcuts, example_inputs)
-        if METHODS[adapter.name].measured:
-            with gauged(adapter.name, adapted, adapter.reslora_config, example_inputs):
-                pass
-    if adapter.merge_and_save:
-        _refuse_tied(base_model(adapted), flag)
-    return adapted
+    return config, f"--target_modules {' '.join(targets) if isinstance(targets, list) else targets}"
 
 
 @torch.no_grad()

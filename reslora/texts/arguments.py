@@ -21,6 +21,7 @@ from ..options.texts import (
     GLUE_MODEL,
     GLUE_TASK,
     GLUE_TASKS,
+    INSTEAD,
     LLM_TASK,
     LLM_TASKS,
     NEAREST,
@@ -40,7 +41,7 @@ METAMATHQA_SAMPLES = 40_000  # number of training samples in the paper's Appendi
 
 
 class TextParser(OptionsParser):
-    """A parser that names the nearest option for an option of `TrainingArguments` that is not supported."""
+    """A parser that says what to do instead of giving an option of transformers' scripts that is not supported."""
 
     def refuse_unknown(self, words: list[str]) -> NoReturn:
         """Exit with one line."""
@@ -49,6 +50,9 @@ class TextParser(OptionsParser):
             for near, others in NEAREST.items():
                 if name in others.split():
                     self.error(f"--{name}: not supported; the nearest option is --{near}")
+            for others, instead in INSTEAD.items():
+                if name in others.split():
+                    self.error(f"--{name}: not supported; {instead}")
         super().refuse_unknown(words)
 
 
@@ -137,8 +141,6 @@ def checked(options: T) -> T:
         raise InvalidArgument(f"--warmup_ratio {optimizer.warmup_ratio:g}", "and --warmup_steps", "give one of them")
     if options.training.bf16 and options.training.fp16:
         raise InvalidArgument("--fp16", "contradicts --bf16", "leave one of them out")
-    if refused := [name for name in ("push_to_hub", "hub_model_id", "hub_token") if options[name]]:
-        raise InvalidArgument(f"--{refused[0]}", "is not supported", "upload the run's peft/ with `hf upload` instead")
     if options.training.deepspeed:
         require_package("--deepspeed", "deepspeed")
     if options.training.compile:

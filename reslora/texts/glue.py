@@ -69,7 +69,7 @@ def _read(options: GlueOptions, split: str) -> tuple[str, list[dict] | None]:
     name = data.dataset_config_name or data.task_name
     where = f"--dataset_name {data.dataset_name}, configuration {name}"
     with loaded_from_hub(where, f"use --data_dir: {file_form(task_of(options))}"):
-        sets = datasets.load_dataset(path=data.dataset_name, name=name, cache_dir=model.cache_dir, token=model.token)
+        sets = datasets.load_dataset(path=data.dataset_name, name=name, cache_dir=model.cache_dir)
     return f"{where}, {split}", sets[split].to_list() if split in sets else None
 
 
@@ -77,8 +77,7 @@ def encode(options: GlueOptions, tokenizer, rows: Sequence[Row], split: str = "d
     """Return token ids and labels of each example, and print how many of the split are too long and truncated."""
     task, limit = task_of(options), min(options.data.max_seq_length, tokenizer.model_max_length)
     *texts, labels = map(list, zip(*rows, strict=True))
-    padding = "max_length" if options.data.pad_to_max_length else False
-    tokens = tokenizer(*texts, truncation=True, max_length=limit, padding=padding)
+    tokens = tokenizer(*texts, truncation=True, max_length=limit)
     if long := sum(bool(each.overflowing) for each in tokens.encodings or ()):  # None of tokenizers without Rust code
         say(f"{split}: {long} of {len(rows)} examples {is_or_are(long)} longer than {limit} tokens and truncated")
     encoded = dict(tokens)
@@ -92,7 +91,7 @@ def encode(options: GlueOptions, tokenizer, rows: Sequence[Row], split: str = "d
 
 def source(given: GlueModelOptions) -> dict[str, Any]:
     """Return the keyword arguments common to all `from_pretrained` calls."""
-    return {"cache_dir": given.cache_dir, "revision": given.model_revision, "token": given.token}
+    return {"cache_dir": given.cache_dir, "revision": given.model_revision}
 
 
 def reading(given: GlueModelOptions) -> AbstractContextManager[None]:
@@ -110,7 +109,7 @@ def load_tokenizer(options: GlueOptions) -> tuple[PreTrainedConfig, PreTrainedTo
     names = task.labels or ("score",)
     with reading(given):
         config = AutoConfig.from_pretrained(
-            given.config_name or given.model_name_or_path,
+            given.model_name_or_path,
             problem_type="single_label_classification" if task.labels else "regression",
             finetuning_task=options.data.task_name,
             **source(given),
@@ -118,7 +117,7 @@ def load_tokenizer(options: GlueOptions) -> tuple[PreTrainedConfig, PreTrainedTo
         own = {str(name).lower(): number for number, name in config.id2label.items()}
         config.label2id = own if {*own} == {*names} else {name: number for number, name in enumerate(names)}
         config.id2label = {number: name for name, number in config.label2id.items()}
-        tokenizer = AutoTokenizer.from_pretrained(given.tokenizer_name or given.model_name_or_path, **source(given))
+        tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path, **source(given))
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
     check_fit(options, tokenizer, model)
@@ -170,11 +169,12 @@ def check_fit(options: GlueOptions, tokenizer, model) -> None:
         reserved = 0 if embeddings.padding_idx is None else embeddings.padding_idx + 1
         tokenizer.model_max_length = min(tokenizer.model_max_length, embeddings.num_embeddings - reserved)
     rows = model.get_input_embeddings().num_embeddings
-    flag = f"--tokenizer_name {options.model.tokenizer_name or options.model.model_name_or_path}"
+    flag = f"--model_name_or_path {options.model.model_name_or_path}"
     if len(tokenizer) > rows:
-        raise InvalidArgument(flag, f"it has {len(tokenizer)} tokens, the model only {rows}", "give the model's own")
+        problem = f"its tokenizer has {len(tokenizer)} tokens, the model only {rows}"
+        raise InvalidArgument(flag, problem, "give a folder with the model's own tokenizer")
     if tokenizer.pad_token_id is None:
-        raise InvalidArgument(flag, "it has no padding token", "give an encoder such as RoBERTa or BERT")
+        raise InvalidArgument(flag, "its tokenizer has no padding token", "give an encoder such as RoBERTa or BERT")
 
 
 def calibration_batches(rows: list[dict[str, Any]]) -> list[dict] | None:
@@ -182,12 +182,7 @@ def calibration_batches(rows: list[dict[str, Any]]) -> list[dict] | None:
 
     They have no padding, because it would be included in the second moments that a merge reads.
     """
-    batches = []
-    for row in rows:
-        real = [i for i, keep in enumerate(row["attention_mask"]) if keep]
-        inputs = {name: value for name, value in row.items() if name != "labels"}
-        batches.append({name: torch.tensor([[value[i] for i in real]]) for name, value in inputs.items()})
-    return batches or None
+    return [{name: torch.tensor([row[name]]) for name in row if name != "labels"} for row in rows] or None
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

@@ -27,9 +27,10 @@ from ..tracing import to_device
 from ..training.context import Context
 from ..training.preparing import prepare
 from ..training.study import Identity
+from .adapter import attach
 from .arguments import checked
 from .run import start_accelerator
-from .study import Texts, TextStudy, empty_adapted, evaluations_of, expected_times, plan_of, schedule_of
+from .study import Texts, TextStudy, evaluations_of, expected_times, plan_of, schedule_of
 
 GIB = 2**30
 UNKNOWN = Identity("", "", "", "")
@@ -63,7 +64,10 @@ def show_plan(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
             batches.updates, options.replace(**evaluations_of(options.validation, schedule.steps))
         )
     options = resolved
-    model = empty_adapted(texts, options, schedule.steps)
+    with torch.device("meta"):
+        base = texts.empty(options)
+        example = to_device(texts.example, "meta") if texts.example else None
+        model = attach(base, options.adapter, schedule.steps, example, texts.classifier or None)
     longest = sorted(texts.rows, key=lambda row: len(row["input_ids"]), reverse=True)
     batch = to_device(texts.collate(longest[: options.training.train_batch_size]), "meta")
     if options.training.gradient_checkpointing:

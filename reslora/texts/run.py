@@ -31,7 +31,8 @@ from ..training.loop import train_method
 from ..training.state import check_optimizer
 from ..training.study import Identity
 from ..training.trackers import note_settings, start_trackers
-from .study import Texts, TextStudy, empty_adapted, plan_of, schedule_of
+from .adapter import config_for
+from .study import Texts, TextStudy, plan_of, schedule_of
 
 
 def run(texts: Texts, options: T, stop: StopRequest) -> None:
@@ -51,7 +52,8 @@ def run(texts: Texts, options: T, stop: StopRequest) -> None:
             return
         schedule, resolved = schedule_of(plan_of(texts, options, context.accelerator).updates, options)
         context = Context(resolved, texts, context.accelerator, stop, status=context.status)
-        empty_adapted(texts, resolved, schedule.steps)
+        with torch.device("meta"):  # before anything is written
+            config_for(texts.empty(resolved), resolved.adapter, schedule.steps, texts.classifier or None)
         check_optimizer(context)
         check_averages(resolved, schedule.steps)
         broadcast_from_main(lambda: check_length(options, resume, schedule.steps))

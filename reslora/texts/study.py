@@ -159,13 +159,6 @@ class Texts(ABC):
         return attach(model, options.adapter, steps, self.example, self.classifier or None).to(device)
 
 
-def empty_adapted(texts: Texts, options: TextOptions, steps: int) -> PeftModel:
-    """Return the model with an adapter on the meta device; raises `InvalidArgument` if it cannot have this adapter."""
-    with torch.device("meta"):
-        example = to_device(texts.example, "meta") if texts.example else None
-        return attach(texts.empty(options), options.adapter, steps, example, texts.classifier or None)
-
-
 def schedule_of(updates: int, options: TextOptions) -> tuple[Schedule, TextOptions]:
     """Return the schedule, and the options with numbers of steps in place of fractions.
 

@@ -22,7 +22,7 @@ SEE_ALL = {
     "reslora/training/trackers.py": "note_settings",
     "reslora/texts/plan.py": "show_plan",
     "reslora/texts/run.py": "begin check_folder identity_of start_accelerator",
-    "reslora/texts/study.py": "schedule_of plan_of adapted empty_adapted",
+    "reslora/texts/study.py": "schedule_of plan_of adapted",
     "reslora/texts/experiment.py": "start_texts opened timed",
     # the examples, the model and the metrics of a run of texts
     "reslora/texts/llm.py": "model_of read parts prepare load empty frozen_bytes calibration validation figures "

@@ -388,13 +388,13 @@ def test_samples_and_lengths_are_cut(roberta, tmp_path):
     data = write_data(tmp_path / "data", "rte")
     write_rows(data / "test.jsonl", make_rows("rte", 7))
     more = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_predict_samples", "5")
-    more += ("--max_seq_length", "12", "--pad_to_max_length")
+    more += ("--max_seq_length", "12")
     options = parsed_glue(flags(roberta, data, tmp_path, "rte", *more))
     splits = glue.read_splits(options)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 8, "validation": 3, "test": 5}
     encoded = glue.encode(options, glue.load_tokenizer(options)[1], splits["train"])
     lengths = [sum(row["attention_mask"]) for row in encoded]
-    assert {len(row["input_ids"]) for row in encoded} == {12} and min(lengths[:6]) < max(lengths[:6]) == 12
+    assert min(lengths[:6]) < max(lengths[:6]) == 12
     batches = glue.calibration_batches(encoded[:6])
     assert len(batches) == 6 and all("labels" not in batch for batch in batches)
     for batch, length in zip(batches, lengths, strict=False):
@@ -594,7 +594,7 @@ def test_inputs_are_no_longer_than_the_model_takes(roberta, rte, tmp_path, capsy
 
 def test_a_tokenizer_of_another_model(capfd, roberta, rte, tmp_path):
     model = write_model(tmp_path / "model", vocab_size=9)
-    assert_refused(capfd, flags(model, rte, tmp_path / "run"), "--tokenizer_name", "18 tokens", "9")
+    assert_refused(capfd, flags(model, rte, tmp_path / "run"), "--model_name_or_path", "18 tokens", "9")
 
 
 def test_a_head_of_another_size_needs_a_flag(capfd, rte, tmp_path):
