@@ -270,7 +270,6 @@ def test_buckets_are_the_trainers(edits):
         (AFTER, ", 4k", "", "a fox", "a fox, 4k"),
         (ADD_TAG, " 4k ", "", "a fox,4k", "a fox,4k"),
         (ADD_TAG, "4k", "", "a fox", "a fox, 4k"),
-        (ADD_TAG, "4k", "", "", "4k"),
         (REMOVE_TAG, "fox", "", "fox,a fox , fox", "a fox"),
         (REMOVE_TAG, "cat", "", "fox,a  fox", "fox,a  fox"),
         (ADD_TAG, "4k, a fox", "", "a fox, hill", "a fox, hill, 4k"),
@@ -289,6 +288,14 @@ def test_captions_are_changed_and_changed_back(edits, tmp_path, operation, text,
         "There is nothing to undo." if line.startswith("No caption") else f"Undone: {operation.lower()}, 1 caption."
     )
     assert trained(folder).captions[2] == [before.strip()]
+
+
+def test_a_tag_is_added_to_a_blank_caption(edits, tmp_path):
+    """Training skips the image until then."""
+    folder = tmp_path / "data" / "set"
+    (folder / "2.txt").write_text("")
+    edits.change_captions(edits.look("set"), ["2.png"], ADD_TAG, "4k", "")
+    assert trained(folder).captions[2] == ["4k"]
 
 
 def test_words_that_are_missing_and_filters_that_are_unknown_are_refused(edits):

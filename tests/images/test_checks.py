@@ -188,8 +188,8 @@ def test_adalora_is_refused_where_nothing_reads_a_layer(brief_flags, capsys, tmp
 
 @pytest.mark.parametrize("family", quick([*FAMILIES, *EDITS], "stable_diffusion", "sd3"))
 def test_the_pixel_multiple_is_known_without_weights(tmp_path, family):
-    (FAMILIES | EDITS)[family](tmp_path / "model")
-    options = parse_args(["--pretrained_model_name_or_path", str(tmp_path / "model"), "--train_data_dir", "."])
+    folder = (FAMILIES | EDITS)[family](tmp_path / "model")
+    options = parse_args(["--pretrained_model_name_or_path", str(folder), "--train_data_dir", "."])
     model = find_model(options.model, options.output, Accelerator(cpu=True))
     whole = model.load_pipeline(torch.float32, torch.device("cpu"), encoders=False)
     assert model.family.pixel_multiple(outline(model)) == model.family.pixel_multiple(whole)
