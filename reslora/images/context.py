@@ -30,8 +30,8 @@ class ImageContext(Context):
 
     @property
     def writes_merged(self) -> bool:
-        """Whether to export merged weights; in an experiment only if --merged_weights is given."""
-        return not self.place or self.options.experiment.merged_weights
+        """Whether to export merged weights: not of the runs of an experiment, which may be many."""
+        return not self.place
 
     @property
     def encoders(self) -> tuple[Part, ...]:

@@ -30,6 +30,8 @@ def read_file(path: Path, table: Mapping[str, Option], given: Collection[str], p
     found = {}
     for name, value in content.items():
         if name not in table:
+            if path.suffix == ".json" and value in (None, False):
+                continue  # an option of an earlier version, which was not given
             problem = f"{name} is not a flag of {prog}{did_you_mean(name, table)}"
             raise InvalidArgument(where, problem, "rename or remove it")
         # An alpha in a TOML file is the user's; an alpha in a config.json may have been derived from the rank.

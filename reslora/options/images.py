@@ -398,8 +398,6 @@ class ExperimentOptions(SharedExperimentOptions):
         "checkpoints")
     test_split: float | None = again(help="fraction of the images that is held out to compare methods; use 0.3 if "
         "there are few images")
-    merged_weights: bool = option(False,
-        "also write the merged weights of every run that is compared")
 
 
 @group

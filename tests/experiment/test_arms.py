@@ -120,7 +120,6 @@ def test_several_numbers_of_blocks_are_arms_of_the_shortcuts_that_take_several()
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--merged_weights",),
         ("--learning_rate", "1e-4", "0.0001"),
         ("--seed", "1", "2", "1"),
         ("--push_to_hub", *SEVERAL),

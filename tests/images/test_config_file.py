@@ -133,6 +133,16 @@ def test_a_file_names_no_other_file(tmp_path):
         parse_args(["--config", str(tmp_path / "run.toml")])
 
 
+def test_an_earlier_version_s_option_that_was_not_given_is_passed_over_in_a_run_s_file(tmp_path):
+    """The file has all options; one that had an effect is refused."""
+    config = tmp_path / "config.json"
+    config.write_text('{"rank": 4, "merged_weights": false, "gone": null}')
+    assert parse_args(["--config", str(config)]).adapter.rank == 4
+    config.write_text('{"rank": 4, "merged_weights": true}')
+    with pytest.raises(InvalidArgument, match="merged_weights is not a flag"):
+        parse_args(["--config", str(config)])
+
+
 def test_a_misspelt_flag_is_refused_with_the_nearest_one(tmp_path):
     (tmp_path / "run.toml").write_text("leraning_rate = 1e-4")
     with pytest.raises(InvalidArgument, match=r"leraning_rate .*; did you mean learning_rate\?; rename or remove it$"):
