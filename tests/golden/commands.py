@@ -336,7 +336,6 @@ SETTINGS_OF_SD = f"""
 --extend_rates
 --experiment_minutes 5
 --arms_at_once 2
---merged_weights
 --seed 0 0
 --learning_rate 1e-3 1e-3
 --pre_num 1 2 --method lora
