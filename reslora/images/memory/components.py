@@ -68,8 +68,8 @@ def empty_pipeline(model: Model, dtype: torch.dtype, stage: Stage) -> DiffusionP
 
 def outline(model: Model) -> DiffusionPipeline:
     """Return a pipeline with only its scheduler and an autoencoder without weights, which determine valid sizes."""
-    parts = [name for name, kind in model.index.items() if isinstance(kind, list) and name not in ("scheduler", "vae")]
-    given = model.without(*parts) | {"vae": empty_part(model, "vae", torch.float32)}
+    parts = {name for name, kind in model.index.items() if isinstance(kind, list) and isinstance(kind[0], str)}
+    given = model.without(*parts - {"scheduler"}) | {"vae": empty_part(model, "vae", torch.float32)}
     with refused_as(model.flag, "repair the folder"):
         return model.family.pipeline.from_pretrained(model.folder, **given)
 
