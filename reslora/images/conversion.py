@@ -1,8 +1,7 @@
-"""Convert LoRA files between formats, add them, reduce their rank, or extract one from two models.
+"""Convert LoRA files between formats, add them, or reduce their rank.
 
 reslora-convert IN OUT --to kohya
 reslora-convert ONE OTHER OUT --to diffusers --weight 0.7 0.5 --rank 16
-reslora-convert --extract BASE TUNED OUT --to diffusers --rank 32
 """
 
 import argparse
@@ -57,10 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--family", choices=[*FAMILIES.values()], help="the model's family, if neither --base nor the file decides it")
     add("--weight", nargs="+", type=float, metavar="W", help="weight of each IN in the sum; default: 1")
     add("--rank", type=whole(1), help="reduce layers of a higher rank to this rank, with the least error")
-    add("--extract", nargs=2, metavar=("BASE", "TUNED"),
-        help="make the LoRA of TUNED - BASE: safetensors files, or folders in diffusers format")
     add("--dtype", choices=DTYPES,
-        help="dtype of OUT's tensors; default: that of the first IN (float16 if it has 8 bits), float32 for --extract")
+        help="dtype of OUT's tensors; default: that of the first IN (float16 if it has 8 bits)")
     # fmt: on
     return parser
 
@@ -69,19 +66,14 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise `InvalidArgument` for invalid options, before heavy libraries are imported."""
     if args.to is None:  # not argparse's `required`, which would be reported instead of a misspelled option
         raise InvalidArgument("--to", "missing", f"give one of {', '.join(FORMATS)}")
-    if args.extract and (args.inputs or args.weight):
-        raise InvalidArgument("--extract", "it takes two models instead of IN", "leave out IN or --extract")
-    if args.extract and not args.rank:
-        raise InvalidArgument("--extract", "the difference between two models has no low rank", "add --rank N")
-    if not args.extract and not args.inputs:
+    if not args.inputs:
         raise InvalidArgument("IN", "missing", "give a LoRA file and where to write it")
-    named = {"IN": args.inputs, "OUT": [args.output], "--extract": args.extract, "--base": [args.base]}
+    named = {"IN": args.inputs, "OUT": [args.output], "--base": [args.base]}
     for argument, texts in named.items():
         if "" in (texts or ()):  # an empty path is the working directory
             raise InvalidArgument(argument, "is empty", "give the name of a file or a folder")
-    for argument, texts in {"IN": args.inputs, "--extract": args.extract}.items():
-        for missing in (text for text in texts or () if not Path(text).exists()):
-            raise InvalidArgument(f"{argument} {missing}", "no such file or folder", "check the name")
+    for missing in (text for text in args.inputs if not Path(text).exists()):
+        raise InvalidArgument(f"IN {missing}", "no such file or folder", "check the name")
     if args.base and not Path(args.base).exists() and is_path(args.base):
         raise InvalidArgument(f"--base {args.base}", "no such folder", "give one in diffusers format")
     if args.weight and len(args.weight) != len(args.inputs):

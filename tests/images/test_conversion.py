@@ -1,4 +1,4 @@
-"""`reslora-convert`: all formats, sums, smaller ranks, differences of models, and refusals."""
+"""`reslora-convert`: all formats, sums, smaller ranks, and refusals."""
 
 import io
 import json
@@ -234,56 +234,16 @@ def test_a_smaller_rank_loses_what_the_singular_values_say(tmp_path, capsys):
     assert f"{sum(errors.values()) / len(errors):.3g} on average" in line
 
 
-# -- the difference of two models --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    """A copy of the tiny pipeline's U-Net with an update of rank 3 in two layers, and another bias."""
-    folder, known = tmp_path_factory.mktemp("tuned") / "unet", names("stable_diffusion")
-    unet = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet").double()
-    changes = {}
-    for seed, layer in enumerate(["conv_in", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"]):
-        factors = random_factors(known.shapes[layer], 3, 0.1, seed)
-        weight = unet.get_submodule(layer).weight
-        weight.data += update(factors).reshape(weight.shape)
-        changes[f"unet.{layer}"] = update(factors)
-    unet.conv_out.bias.data += 1
-    unet.save_pretrained(folder)
-    return folder, changes
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("rank", [3, 1])
-def test_a_lora_is_made_of_the_difference_of_two_models(tuned, rank, tmp_path, capsys):
-    folder, changes = tuned
-    flags = ["--extract", tiny("stable_diffusion"), folder, "--to", "diffusers", "--rank", rank]
-    assert convert(*flags, tmp_path / "out.safetensors") == 0
-    found = read(tmp_path / "out.safetensors", names("stable_diffusion"))
-    assert found.keys() == changes.keys()
-    for name, change in changes.items():
-        left = torch.linalg.svdvals(change)
-        error = float((found[name] - change).norm() / change.norm())
-        assert error == pytest.approx(float(left[rank:].norm() / left.norm()), abs=1e-6)
-    assert "1 other tensor, such as conv_out.bias" in capsys.readouterr().out
+# -- the model ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "z_image", "flux2", "flux2_klein"])
-def test_denoisers_folders_say_whose_they_are(family, tmp_path, capsys):
-    """As the base of a conversion, and as both models of a difference."""
-    base, layer = tiny(family) / names(family).family.denoiser, next(iter(names(family).shapes))
+def test_denoisers_folders_say_whose_they_are(family, tmp_path):
+    base = tiny(family) / names(family).family.denoiser
     wanted = written(tmp_path / "in.safetensors", family)
     assert convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--to", "kohya", "--base", base) == 0
     assert_same(read(tmp_path / "out.safetensors", names(family)), wanted)
-    shutil.copytree(base, tmp_path / "tuned")
-    weights = load_file(file := tmp_path / "tuned" / "diffusion_pytorch_model.safetensors")
-    weights[f"{layer}.weight"] = weights[f"{layer}.weight"] + 1
-    save_file(weights | {"extra": torch.zeros(1)}, file)
-    flags = ["--extract", base, tmp_path / "tuned", "--to", "diffusers", "--rank", 1]
-    assert convert(*flags, tmp_path / "difference.safetensors") == 0
-    assert len(read(tmp_path / "difference.safetensors", names(family))) == 1
-    assert "1 other tensor, such as extra" in capsys.readouterr().out
 
 
 def test_the_bundled_examples_lora_by_the_denoisers_folder(tmp_path):
@@ -326,43 +286,6 @@ def test_folders_of_no_known_denoiser_are_refused(tmp_path, capsys):
         assert words in refused(capsys, *flags)
 
 
-@pytest.mark.parametrize("mark", ["model.diffusion_model.scaled_fp8", "conv_in.scale_weight", "conv_in.weight_scale"])
-def test_weights_that_are_to_be_scaled_are_refused(mark, tmp_path, capsys):
-    for number in range(2):
-        save_file({"conv_in.weight": torch.ones(8, 4), mark: torch.ones(1)}, tmp_path / f"{number}.safetensors")
-    flags = ["--to", "kohya", "--rank", 1, "--base", tiny("stable_diffusion")]
-    line = refused(
-        capsys,
-        "--extract",
-        tmp_path / "0.safetensors",
-        tmp_path / "1.safetensors",
-        tmp_path / "out.safetensors",
-        *flags,
-    )
-    assert f"{mark}: its weights are stored in 8 or 4 bits" in line and "give the model in 16 or 32 bits" in line
-
-
-def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path):
-    """Flux's are fused, and one layer has exchanged halves; those of Stable Diffusion have a prefix."""
-    known, pair = names("flux"), []
-    generator = torch.Generator().manual_seed(0)
-    base = {name: torch.randn(shape, generator=generator) for name, shape in known.shapes.items()}
-    layers = ("single_transformer_blocks.1.attn.to_v", "norm_out.linear")
-    change = {layer: update(random_factors(known.shapes[layer], 2, 0.1, 0)).float() for layer in layers}
-    for number, weights in enumerate((base, base | {layer: base[layer] + change[layer] for layer in layers})):
-        content = {}
-        for name, fused in known.original.items():
-            rows = torch.cat([weights[each] for _, each in fused.layers])
-            halves = rows.chunk(2)[::-1] if fused.swapped else [rows]
-            content[f"model.diffusion_model.{name}.weight"] = torch.cat(list(halves))
-        pair.append(tmp_path / f"{number}.safetensors")
-        save_file(content, pair[-1])
-    flags = ["--base", tiny("flux"), "--rank", 2, "--to", "peft"]
-    assert convert("--extract", *pair, tmp_path / "out", *flags) == 0
-    expected = {f"transformer.{layer}": change[layer].double() for layer in layers}
-    assert_same(read(tmp_path / "out", known), expected, 1e-5)
-
-
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -379,18 +302,13 @@ def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path
         ("IN OUT --to peft --base SD --weight 1e9 --dtype float16", "give a wider one"),
         ('"" OUT --to kohya', "IN: is empty"),
         ('IN "" --to kohya', "OUT: is empty"),
-        ('OUT --to kohya --extract SD "" --rank 2', "--extract: is empty"),
-        ("OUT --to kohya --extract A B", "--extract: the difference between two models has no low rank; add --rank N"),
-        ("IN OUT --to kohya --extract A B --rank 2", "--extract: it takes two models"),
         ("nowhere OUT --to kohya", "IN nowhere: no such file or folder"),
-        ("OUT --to kohya --extract SD nowhere --rank 2", "--extract nowhere: no such file"),
         ("IN OUT --to kohya --base ./nowhere", "--base ./nowhere: no such folder"),
         ("IN OUT --to kohya --base IN", "a single file does not describe its model"),
         ("IN OUT --to kohya --base FLUX --family sd3", "--family sd3"),
         ("IN OUT --to kohya --base FLUX", "is not a layer of flux"),
         ("IN OUT.safetensors --to peft --base SD", "--to peft writes a folder"),
         ("IN . --to peft --base SD", "would be replaced"),
-        ("OUT --to kohya --extract SD IN --rank 2", "no weights of a stable_diffusion denoiser"),
     ],
 )
 def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
@@ -420,7 +338,6 @@ print(status, *sorted({"torch", "transformers", "diffusers", "peft"} & sys.modul
         (["IN", "OUT", "--too", "kohya"], 2),
         (["IN", "OUT", "--to", "kohia"], 2),
         (["nowhere.safetensors", "OUT", "--to", "kohya"], 2),
-        (["OUT", "--to", "kohya", "--extract", "nowhere", "nowhere", "--rank", "2"], 2),
     ],
 )
 def test_help_and_refusals_import_nothing_heavy(words, status, tmp_path):
@@ -452,8 +369,6 @@ def test_pickles_are_refused_by_name(name, tmp_path, capsys):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch x'\ntR.")
     for path in (tmp_path / name, tmp_path):
         assert f"{name} is a pickle" in refused(capsys, path, tmp_path / "out", "--to", "kohya")
-        more = ["--extract", path, path, tmp_path / "out", "--to", "kohya", "--rank", 2, "--family", "flux"]
-        assert f"{name} is a pickle" in refused(capsys, *more)
 
 
 @pytest.mark.parametrize(
@@ -476,17 +391,6 @@ def test_what_is_no_plain_lora_is_refused_by_name(key, words, tmp_path, capsys):
 def test_a_file_without_a_layer_is_refused_whosever_it_is(tmp_path, capsys):
     save_file({}, tmp_path / "in.safetensors")
     assert "has no LoRA layer" in refused(capsys, tmp_path / "in.safetensors", tmp_path / "out", "--to", "kohya")
-
-
-def test_a_model_that_is_not_finite_is_no_lora(tmp_path, capsys):
-    """The eigendecomposition of its difference would fail with a traceback."""
-    source = tiny("stable_diffusion") / "unet"
-    shutil.copytree(source, tmp_path / "unet")
-    tensors = load_file(next((tmp_path / "unet").glob("*.safetensors")))
-    tensors["conv_in.weight"][0] = float("nan")
-    save_file(tensors, next((tmp_path / "unet").glob("*.safetensors")))
-    flags = ["--extract", source, tmp_path / "unet", tmp_path / "out", "--to", "kohya", "--rank", 2]
-    assert f"--extract {tmp_path / 'unet'}: conv_in is not finite, in it" in refused(capsys, *flags)
 
 
 def test_a_name_that_is_no_text_is_told_where_only_text_can_be_printed(tmp_path, monkeypatch):
@@ -527,7 +431,6 @@ def test_no_input_is_replaced_and_nothing_else_without_overwrite(tmp_path, capsy
         (["a.safetensors"], "link.safetensors", "kohya"),
         (["peft"], "peft/adapter_model.safetensors", "diffusers"),
         (["peft/adapter_model.safetensors"], "peft", "peft"),
-        (["--extract", tiny("stable_diffusion"), "a.safetensors", "--rank", "2"], "a.safetensors", "kohya"),
     ):
         line = refused(capsys, *inputs, out, "--to", to, "--overwrite", *base)
         assert f"OUT {out}: would replace the input" in line
@@ -539,7 +442,7 @@ def test_no_input_is_replaced_and_nothing_else_without_overwrite(tmp_path, capsy
 def test_the_command_runs_as_a_module():
     command = [sys.executable, "-m", "reslora.convert", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 0 and "--extract BASE TUNED" in done.stdout
+    assert done.returncode == 0 and "--base MODEL" in done.stdout
 
 
 def test_a_folder_that_cannot_be_made_is_refused_as_the_output(tmp_path, capsys):

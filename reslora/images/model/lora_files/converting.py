@@ -1,4 +1,4 @@
-"""Run what the options of reslora-convert ask for: read, add, reduce or extract LoRAs, and write one LoRA."""
+"""Run what the options of reslora-convert ask for: read, add and reduce LoRAs, and write one LoRA."""
 
 import argparse
 import contextlib
@@ -10,14 +10,11 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from ....bundled import ASSETS
 from ....checks import check_writable
-from ....content_hash import folder_mark
 from ....errors import InvalidArgument, first_line, refused_as
-from ....formatting import pluralize
 from ....io import read_object
 from ..families import FAMILIES, load_family
 from ..families.base import Family
 from .combining import cast, check_finite, in_short, in_words, reduced, summed
-from .extracting import Weights, extracted
 from .names import Names, Parts, names_of
 from .reading import Content, family_of, read_content, read_parts
 from .writing import output_of, write
@@ -31,10 +28,10 @@ def convert(args: argparse.Namespace) -> None:
     path = output_of(args.output, args.to)
     check_overwrite(path, args)
     check_writable(path.parent, f"OUT {args.output}")
-    parts, names, metadata, dtype = extraction(args) if args.extract else sum_of_inputs(args)
+    parts, names, metadata, dtype = sum_of_inputs(args)
     if args.weight:
         check_finite(parts, f"--weight {' '.join(f'{weight:g}' for weight in args.weight)}", "give smaller ones")
-    if args.rank and not args.extract:
+    if args.rank:
         parts, errors = reduced(parts, args.rank)
         print(in_words(errors, args.rank))
     dtype = getattr(torch, args.dtype) if args.dtype else dtype
@@ -49,7 +46,7 @@ def check_overwrite(path: Path, args: argparse.Namespace) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     flag, place = f"OUT {args.output}", path.resolve()
-    for text in (*args.inputs, *(args.extract or ())):
+    for text in args.inputs:
         read = Path(text).resolve()
         nested = place.is_relative_to(read) or read.is_relative_to(place)
         if nested or (read.exists() and read.samefile(place)):
@@ -75,26 +72,6 @@ def sum_of_inputs(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str
     return parts, names, said | agreed, contents[0].dtype
 
 
-def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:
-    """Return the difference of two models as a LoRA; the items of the result are those of `sum_of_inputs`."""
-    base, tuned = map(Path, args.extract)
-    if args.base is None and any((base / name).is_file() for name in ("model_index.json", "config.json")):
-        args.base = str(base)
-    names, said = names_for(args, [])
-    one, other = (Weights.of(path, names.family.denoiser, f"--extract {path}") for path in (base, tuned))
-    parts, errors, others = extracted(one, other, names, args.rank)
-    if not parts[names.family.denoiser]:
-        raise InvalidArgument(other.flag, "no layer differs from the base model", "give a fine-tuned model")
-    print(in_words(errors, args.rank))
-    for part in names.family.text_names:
-        folders = [path / part for path in (base, tuned)]
-        if all(folder.is_dir() for folder in folders) and len(set(map(folder_mark, folders))) > 1:
-            others.append(part)
-    if others:
-        print(f"not in the LoRA, but different: {pluralize(len(others), 'other tensor')}, such as {others[0]}")
-    return parts, names, said, torch.float32
-
-
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
@@ -107,10 +84,6 @@ def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Na
     if args.base is not None:
         return of_base(args.base, family)
     if family is None:
-        if not contents:
-            raise InvalidArgument(
-                "--extract", "the model family of these weights is not known", "add --base or --family"
-            )
         if name := base_of_run(contents[0].path):
             with contextlib.suppress(InvalidArgument):  # it was moved
                 return of_base(name, None)
