@@ -1,17 +1,15 @@
-"""Convert LoRA files between formats, add them, or reduce their rank.
+"""Convert a LoRA file between formats, and reduce its rank.
 
 reslora-convert IN OUT --to kohya
-reslora-convert ONE OTHER OUT --to diffusers --weight 0.7 0.5 --rank 16
+reslora-convert IN OUT --to diffusers --rank 16
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..checks import is_path
 from ..errors import InvalidArgument
-from ..formatting import pluralize
 from ..options.argument_parser import Parser
 from ..options.option import whole
 from ..runtime.script import print_error
@@ -29,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     take_any_file_name()
     try:
-        args = build_parser().parse_intermixed_args(argv)
+        args = build_parser().parse_args(argv)
         check_flags(args)
         from .model.lora_files.converting import convert  # imports torch and diffusers, which takes seconds
 
@@ -45,19 +43,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="reslora-convert", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     # fmt: off
-    add("inputs", nargs="*", metavar="IN", help="LoRA file of any tool, or folder that PEFT, diffusers or a run wrote")
+    add("input", metavar="IN", help="LoRA file of any tool, or folder that PEFT, diffusers or a run wrote")
     add("output", metavar="OUT", help="a name that ends in .safetensors, or a folder")
     add("--overwrite", action="store_true",
-        help="replace OUT if it exists; inputs, and files inside them, are never replaced")
+        help="replace OUT if it exists; IN, and files inside it, are never replaced")
     add("--to", choices=FORMATS, help="the format of OUT; required")
     add("--base", metavar="MODEL",
         help="folder or hub name of the base model, of which only configurations are read; default: that of the run "
-             "which wrote the first IN")
+             "which wrote IN")
     add("--family", choices=[*FAMILIES.values()], help="the model's family, if neither --base nor the file decides it")
-    add("--weight", nargs="+", type=float, metavar="W", help="weight of each IN in the sum; default: 1")
     add("--rank", type=whole(1), help="reduce layers of a higher rank to this rank, with the least error")
     add("--dtype", choices=DTYPES,
-        help="dtype of OUT's tensors; default: that of the first IN (float16 if it has 8 bits)")
+        help="dtype of OUT's tensors; default: that of IN (float16 if it has 8 bits)")
     # fmt: on
     return parser
 
@@ -66,18 +63,10 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise `InvalidArgument` for invalid options, before heavy libraries are imported."""
     if args.to is None:  # not argparse's `required`, which would be reported instead of a misspelled option
         raise InvalidArgument("--to", "missing", f"give one of {', '.join(FORMATS)}")
-    if not args.inputs:
-        raise InvalidArgument("IN", "missing", "give a LoRA file and where to write it")
-    named = {"IN": args.inputs, "OUT": [args.output], "--base": [args.base]}
-    for argument, texts in named.items():
-        if "" in (texts or ()):  # an empty path is the working directory
+    for argument, text in {"IN": args.input, "OUT": args.output, "--base": args.base}.items():
+        if text == "":  # an empty path is the working directory
             raise InvalidArgument(argument, "is empty", "give the name of a file or a folder")
-    for missing in (text for text in args.inputs if not Path(text).exists()):
-        raise InvalidArgument(f"IN {missing}", "no such file or folder", "check the name")
+    if not Path(args.input).exists():
+        raise InvalidArgument(f"IN {args.input}", "no such file or folder", "check the name")
     if args.base and not Path(args.base).exists() and is_path(args.base):
         raise InvalidArgument(f"--base {args.base}", "no such folder", "give one in diffusers format")
-    if args.weight and len(args.weight) != len(args.inputs):
-        problem = f"{pluralize(len(args.weight), 'weight')} for {pluralize(len(args.inputs), 'file')}"
-        raise InvalidArgument("--weight", problem, "give one for each IN")
-    if args.weight and not all(map(math.isfinite, args.weight)):
-        raise InvalidArgument(f"--weight {' '.join(map(str, args.weight))}", "not finite", "give numbers")

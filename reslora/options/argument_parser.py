@@ -25,13 +25,6 @@ class Parser(argparse.ArgumentParser):
             self.refuse_unknown(unknown)
         return values
 
-    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments as argparse does; unknown options raise an error with a suggestion."""
-        values, unknown = self.parse_known_intermixed_args(args, namespace)
-        if unknown:
-            self.refuse_unknown(unknown)
-        return values
-
     def refuse_unknown(self, words: list[str]) -> NoReturn:
         """Exit with one line that names the unknown options and the most similar known ones."""
         options = [word.partition("=")[0] for word in words if re.match(r"--?[^\W\d]", word)]

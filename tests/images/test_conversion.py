@@ -1,4 +1,4 @@
-"""`reslora-convert`: all formats, sums, smaller ranks, and refusals."""
+"""`reslora-convert`: all formats, smaller ranks, and refusals."""
 
 import io
 import json
@@ -194,28 +194,20 @@ def test_8_bits_become_16(kind, to, tmp_path, capsys):
     assert_same(read(tmp_path / "out.safetensors", names("stable_diffusion")), wanted, 2e-3)
 
 
-# -- sums and ranks ----------------------------------------------------------------------------------------------------
+# -- smaller ranks -----------------------------------------------------------------------------------------------------
 
 
-def test_a_weighted_sum_is_exact(tmp_path):
-    one = written(tmp_path / "one.safetensors")
-    some = {layer: random_factors(names("stable_diffusion").shapes[layer], 1, 2.0, 99) for layer in ("conv_in",)}
-    other = written(tmp_path / "other.safetensors", parts={"unet": some})
-    flags = ["--to", "diffusers", "--base", tiny("stable_diffusion"), "--weight", "0.5", "-3"]
-    assert convert(tmp_path / "one.safetensors", tmp_path / "other.safetensors", tmp_path / "out", *flags) == 0
-    wanted = {name: 0.5 * value for name, value in one.items()}
-    wanted["unet.conv_in"] = wanted["unet.conv_in"] - 3 * other["unet.conv_in"]
-    assert_same(read(tmp_path / "out", names("stable_diffusion")), wanted)
-
-
-def test_the_sign_of_a_negative_weight_is_not_in_kohyas_alpha(tmp_path):
+def test_the_sign_of_a_negative_scale_is_not_in_kohyas_alpha(tmp_path):
     """For a negative alpha, diffusers' reader for Flux would loop forever."""
-    wanted = written(tmp_path / "in.safetensors", "flux")
-    flags = ["--to", "kohya", "--base", tiny("flux"), "--weight", "-1"]
+    parts = {
+        name: {k: f._replace(scale=-f.scale) for k, f in part.items()} for name, part in random_lora("flux").items()
+    }
+    wanted = written(tmp_path / "in.safetensors", "flux", parts)
+    flags = ["--to", "kohya", "--base", tiny("flux")]
     assert convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", *flags) == 0
     tensors = load_file(tmp_path / "out.safetensors")
     assert all(value > 0 for name, value in tensors.items() if name.endswith(".alpha"))
-    assert_same(read(tmp_path / "out.safetensors", names("flux")), {name: -value for name, value in wanted.items()})
+    assert_same(read(tmp_path / "out.safetensors", names("flux")), wanted)
 
 
 def test_a_smaller_rank_loses_what_the_singular_values_say(tmp_path, capsys):
@@ -293,13 +285,9 @@ def test_folders_of_no_known_denoiser_are_refused(tmp_path, capsys):
     ("flags", "words"),
     [
         ("IN OUT", "--to"),
-        ("OUT --to kohya", "IN: missing"),
+        ("OUT --to kohya", "OUT"),
         ("IN OUT --to kohya --famil flux", "--famil"),
-        ("IN OUT --to kohya --weight 1 2", "--weight: 2 weights for 1 file"),
-        ("IN OUT --to kohya --weight nan", "not finite"),
-        ("IN OUT --to kohya --base SD --weight 1e308", "--weight 1e+308: unet."),
-        ("IN OUT --to kohya --base SD --weight 1e300 --dtype float32", "--dtype float32"),
-        ("IN OUT --to peft --base SD --weight 1e9 --dtype float16", "give a wider one"),
+        ("LARGE OUT --to peft --base SD --dtype float16", "--dtype float16"),
         ('"" OUT --to kohya', "IN: is empty"),
         ('IN "" --to kohya', "OUT: is empty"),
         ("nowhere OUT --to kohya", "IN nowhere: no such file or folder"),
@@ -314,9 +302,19 @@ def test_folders_of_no_known_denoiser_are_refused(tmp_path, capsys):
 def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     written("IN.safetensors")
-    known = {"IN": "IN.safetensors", "FLUX": tiny("flux"), "SD": tiny("stable_diffusion"), '""': ""}
+    written(
+        "LARGE.safetensors",
+        parts={"unet": {"conv_in": random_factors(names("stable_diffusion").shapes["conv_in"], 1, 1e9, 0)}},
+    )
+    known = {
+        "LARGE": "LARGE.safetensors",
+        "IN": "IN.safetensors",
+        "FLUX": tiny("flux"),
+        "SD": tiny("stable_diffusion"),
+        '""': "",
+    }
     assert words in refused(capsys, *(known.get(flag, flag) for flag in flags.split()))
-    assert [path.name for path in tmp_path.iterdir()] == ["IN.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"IN.safetensors", "LARGE.safetensors"}
 
 
 HEAVY = """
@@ -425,14 +423,14 @@ def test_no_input_is_replaced_and_nothing_else_without_overwrite(tmp_path, capsy
     line = refused(capsys, "a.safetensors", "b.safetensors", "--to", "kohya", *base)  # OUT was forgotten
     assert "OUT b.safetensors: b.safetensors exists; give another name, or add --overwrite" in line
     assert "OUT peft: peft exists" in refused(capsys, "a.safetensors", "peft", "--to", "peft", *base)
-    for inputs, out, to in (
-        (["a.safetensors"], "a.safetensors", "kohya"),
-        (["b.safetensors", "a.safetensors"], tmp_path / "b.safetensors", "comfyui"),
-        (["a.safetensors"], "link.safetensors", "kohya"),
-        (["peft"], "peft/adapter_model.safetensors", "diffusers"),
-        (["peft/adapter_model.safetensors"], "peft", "peft"),
+    for given, out, to in (
+        ("a.safetensors", "a.safetensors", "kohya"),
+        ("b.safetensors", tmp_path / "b.safetensors", "comfyui"),
+        ("a.safetensors", "link.safetensors", "kohya"),
+        ("peft", "peft/adapter_model.safetensors", "diffusers"),
+        ("peft/adapter_model.safetensors", "peft", "peft"),
     ):
-        line = refused(capsys, *inputs, out, "--to", to, "--overwrite", *base)
+        line = refused(capsys, given, out, "--to", to, "--overwrite", *base)
         assert f"OUT {out}: would replace the input" in line
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert convert("a.safetensors", "b.safetensors", "--to", "kohya", "--overwrite", *base) == 0

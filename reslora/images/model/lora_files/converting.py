@@ -1,8 +1,8 @@
-"""Run what the options of reslora-convert ask for: read, add and reduce LoRAs, and write one LoRA."""
+"""Convert a LoRA as the options of reslora-convert specify."""
 
 import argparse
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,12 +10,12 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from ....bundled import ASSETS
 from ....checks import check_writable
-from ....errors import InvalidArgument, first_line, refused_as
+from ....errors import InvalidArgument, refused_as
 from ....io import read_object
 from ..families import FAMILIES, load_family
 from ..families.base import Family
-from .combining import cast, check_finite, in_short, in_words, reduced, summed
-from .names import Names, Parts, names_of
+from .combining import cast, check_finite, in_short, in_words, reduced
+from .names import Names, names_of
 from .reading import Content, family_of, read_content, read_parts
 from .writing import output_of, write
 
@@ -24,58 +24,38 @@ APART = {"addition_embed_type": "text_time", "guidance_embeds": True}
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Read, add, reduce and write LoRAs, and print a summary line."""
+    """Read, reduce and write a LoRA, and print a summary line."""
     path = output_of(args.output, args.to)
     check_overwrite(path, args)
     check_writable(path.parent, f"OUT {args.output}")
-    parts, names, metadata, dtype = sum_of_inputs(args)
-    if args.weight:
-        check_finite(parts, f"--weight {' '.join(f'{weight:g}' for weight in args.weight)}", "give smaller ones")
+    content = read_content(Path(args.input), f"IN {args.input}")
+    names, metadata = names_for(args, content)
+    parts = read_parts(content, names)
     if args.rank:
         parts, errors = reduced(parts, args.rank)
         print(in_words(errors, args.rank))
-    dtype = getattr(torch, args.dtype) if args.dtype else dtype
+    dtype = getattr(torch, args.dtype) if args.dtype else content.dtype
     parts, kind = cast(parts, dtype), str(dtype).removeprefix("torch.")
     check_finite(parts, f"--dtype {kind}", "give a wider one")
-    write(parts, names, args.to, path, metadata)
+    write(parts, names, args.to, path, metadata | content.metadata)
     print(f"{path}: {names.family.name} ({', '.join(parts)}), {in_short(parts)}, {kind}, for {args.to}")
 
 
 def check_overwrite(path: Path, args: argparse.Namespace) -> None:
-    """Raise `InvalidArgument` if the output would replace an input or, without --overwrite, anything else."""
+    """Raise `InvalidArgument` if the output would replace the input or, without --overwrite, anything else."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    flag, place = f"OUT {args.output}", path.resolve()
-    for text in args.inputs:
-        read = Path(text).resolve()
-        nested = place.is_relative_to(read) or read.is_relative_to(place)
-        if nested or (read.exists() and read.samefile(place)):
-            raise InvalidArgument(flag, f"would replace the input {text}, or a file inside it", "give another name")
+    flag, place, read = f"OUT {args.output}", path.resolve(), Path(args.input).resolve()
+    if place.is_relative_to(read) or read.is_relative_to(place) or read.samefile(place):
+        raise InvalidArgument(flag, f"would replace the input {args.input}, or a file inside it", "give another name")
     if not args.overwrite:
         raise InvalidArgument(flag, f"{path} exists", "give another name, or add --overwrite")
-
-
-def sum_of_inputs(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:
-    """Return the weighted sum of the inputs, their model's layer names, their common metadata, and a dtype.
-
-    The dtype is that of the first input.
-    """
-    contents = [read_content(Path(text), f"IN {text}") for text in args.inputs]
-    names, said = names_for(args, contents)
-    loras = [read_parts(content, names) for content in contents]
-    try:
-        parts = summed(loras, args.weight or [1.0] * len(loras))
-    except ValueError as error:
-        raise InvalidArgument("IN", first_line(error), "give LoRAs of one model") from None
-    first, *others = (content.metadata for content in contents)
-    agreed = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-    return parts, names, said | agreed, contents[0].dtype
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Names, dict[str, str]]:
+def names_for(args: argparse.Namespace, content: Content) -> tuple[Names, dict[str, str]]:
     """Return the names, in all formats, of the layers of the model that the LoRA is for, and metadata of this model.
 
     The metadata is written to the header of the output; it is empty if only the model's family is known.
@@ -84,10 +64,10 @@ def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Na
     if args.base is not None:
         return of_base(args.base, family)
     if family is None:
-        if name := base_of_run(contents[0].path):
+        if name := base_of_run(content.path):
             with contextlib.suppress(InvalidArgument):  # it was moved
                 return of_base(name, None)
-        family = family_of(contents[0])
+        family = family_of(content)
     return names_of(family), {}
 
 
