@@ -45,9 +45,7 @@ RUNS = {
         f"convert {LORA} kohya.safetensors --to kohya --base assets/pipeline",
         "convert kohya.safetensors peft --to peft --base assets/pipeline/unet",
         "convert peft comfyui.safetensors --to comfyui --base assets/pipeline --dtype float16",
-        f"convert {LORA} out/reslora/peft sum.safetensors --to diffusers --weight 0.7 -0.5 --rank 2 "
-        "--base assets/pipeline",
-        "convert --extract assets/pipeline/unet out/lora/unet difference.safetensors --to diffusers --rank 2",
+        "convert out/reslora/peft smaller.safetensors --to diffusers --rank 1 --base assets/pipeline",
     ],
     "flow": [
         f"sd {BUNDLED} --pretrained_model_name_or_path assets/pipeline-flow --method lora reslora --shortcut middle "
@@ -485,16 +483,9 @@ lora.safetensors OUT --to kohya --famil flux
 lora.safetensors OUT --to kohya --family unknown
 lora.safetensors OUT --to kohya --dtype float64
 lora.safetensors OUT --to kohya --rank 0
-lora.safetensors OUT --to kohya --weight 1 2
-lora.safetensors OUT --to kohya --weight nan
-lora.safetensors OUT --to kohya --weight one
 '' OUT --to kohya
 lora.safetensors '' --to kohya
 lora.safetensors OUT --to kohya --base ''
-OUT --to kohya --extract model '' --rank 2
-OUT --to kohya --extract model model
-lora.safetensors OUT --to kohya --extract model model --rank 2
-OUT --to kohya --extract lora.safetensors lora.safetensors --rank 2
 """
 
 CONTENT_OF_CONVERT = """
@@ -504,9 +495,6 @@ lora.safetensors OUT --to kohya --base images
 lora.safetensors OUT --to kohya --base model --family sd3
 lora.safetensors OUT --to kohya --base assets/pipeline-flow
 lora.safetensors OUT.safetensors --to peft --base model
-lora.safetensors OUT --to kohya --base model --weight 1e308
-OUT --to kohya --extract model model --rank 2
-OUT --to kohya --extract model lora.safetensors --rank 2
 pickle.bin OUT --to kohya
 empty.safetensors OUT --to kohya
 half.safetensors OUT --to kohya
