@@ -10,12 +10,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from peft.tuners.lora import Conv2d as LoraConv2d
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from .formatting import pluralize
 from .tracing import Trace, trace
@@ -275,7 +273,7 @@ def stays_plain(name: str, layer: LoraLayer) -> str:
     """Return why a LoRA layer gets no shortcut and stays plain; empty if it can be linked."""
     if isinstance(layer, LoraEmbedding):
         return "embedding"
-    if isinstance(layer, LoraConv2d) or isinstance(layer.get_base_layer(), _ConvNd):
+    if isinstance(layer.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "convolution"
     if "experts" in name.split(".") or type(layer).__name__ == "ParamWrapper":
         return "expert"

@@ -30,7 +30,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -45,7 +44,8 @@ from . import controls, pissa
 from .controls import DEFAULT
 
 ADAPTER_NAME = "adapter.safetensors"
-LAYERS = (nn.Linear, Conv1D, _ConvNd, nn.Embedding)  # layers that PEFT adapts; quantized layers may have other types
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (nn.Linear, Conv1D, *CONVOLUTIONS, nn.Embedding)  # that PEFT adapts; quantized layers may have other types
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 _RANKS = "ranks"
 _CONTROL = "control"  # key in the file's header
@@ -92,7 +92,7 @@ def attach(
     # AdaLoRA does not support convolutions. OFT's implementation sums overlapping patches, so that it changes the
     # output even at initialization.
     for name, module in targeted(model, config) if isinstance(config, (AdaLoraConfig, OFTConfig)) else ():
-        if isinstance(module, _ConvNd):
+        if isinstance(module, CONVOLUTIONS):
             title = "OFT" if isinstance(config, OFTConfig) else "AdaLoRA"
             raise ValueError(
                 f"{name} is a convolution, which {title} cannot adapt: do not target it, or choose another method"

@@ -59,6 +59,8 @@ def run_script(
                 _say(f"{prog}: memory ran out ({first_line(cause)}); free memory, or use a smaller model or batch")
             elif any(words in str(error) for words in _GONE):
                 _say(f"{prog}: {another_ended(error)}")
+            elif "DataLoader worker" in str(error):  # torch raises this from a signal handler, at any place
+                _say(f"{prog}: {first_line(error)}; the last checkpoint is intact")
             else:
                 raise
             status = 1

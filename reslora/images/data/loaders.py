@@ -5,10 +5,7 @@ import signal
 from collections.abc import Generator
 
 from torch.utils.data import DataLoader
-from torch.utils.data._utils import signal_handling
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from ...attributes import override_attributes
 from ...errors import RunFailed, first_line
 from ...runtime.signals import SIGNALS
 
@@ -31,17 +28,15 @@ def stream(loader: DataLoader) -> Generator:
 
     Close the generator if it is not read to its end: the workers ignore SIGTERM, and exit only when it shuts them down.
     """
-    # If a worker dies, torch's SIGCHLD handler raises at an arbitrary place of the program; without this handler,
-    # loading the next item raises.
-    with override_attributes(signal_handling, _set_SIGCHLD_handler=lambda: None):
-        iterator = iter(loader)
+    iterator = iter(loader)
     try:
         yield from iterator
     except (OSError, EOFError, RuntimeError, SyntaxError, ValueError) as error:
         raise RunFailed(_what_failed(error, loader.num_workers)) from None
     finally:
-        if isinstance(iterator, _MultiProcessingDataLoaderIter):
-            iterator._shutdown_workers()  # torch does so in garbage collection, which a stored traceback prevents
+        if loader.num_workers:
+            # torch does so in garbage collection, which a stored traceback prevents
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _what_failed(error: Exception, processes: int) -> str:
