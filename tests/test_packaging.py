@@ -2,12 +2,15 @@
 
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from waiting import LIMIT
 
 import reslora
@@ -116,3 +119,13 @@ def test_continuous_integration_runs_the_test_command_of_readme():
 
 def test_the_changelog_knows_the_version():
     assert f"## {reslora.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_oldest_versions_that_are_tested_are_the_lower_bounds():
+    """`tests/constraints-oldest.txt` pins each dependency to its bound, which may leave out zeros at its end."""
+    words = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    bounds = dict(re.match(r"([\w-]+)>=([\d.]+)", word).groups() for word in words)
+    lines = (ROOT / "tests" / "constraints-oldest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins.keys() == bounds.keys()
+    assert all(Version(pins[name]) == Version(bound) for name, bound in bounds.items())
