@@ -149,8 +149,7 @@ class SharedTrainingOptions:
         yields_to="num_train_epochs")
     gradient_checkpointing: bool = free(False, "less memory, slower", essential=True)
     compile: bool = free(False,
-        "compile the denoiser with torch.compile: takes minutes at the start and makes steps faster. The run is "
-        "refused if the compiled model's first gradients differ from the uncompiled model's")
+        "compile the denoiser with torch.compile: takes minutes at the start and makes steps faster")
 
 
 @group

@@ -219,8 +219,7 @@ class TrainingOptions(SharedTrainingOptions):
         essential="passes over the training examples")
     max_train_steps: int | None = again(name="max_steps", parse=steps, or_else="--num_train_epochs decides",
         help="training steps; takes precedence over --num_train_epochs")
-    compile: bool = again(name="torch_compile", help="compile the model by torch.compile. The run is refused if the "
-        "compiled model's first gradients differ from the uncompiled model's")
+    compile: bool = again(name="torch_compile", help="compile the model by torch.compile")
     eval_batch_size: int = free(8,
         "examples per process and forward pass of evaluations", COUNT, name="per_device_eval_batch_size")
     group_by_length: bool = option(False, "batches of examples of similar length")

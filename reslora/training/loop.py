@@ -22,7 +22,6 @@ from ..seeds import derive
 from .averaging import offer_averages
 from .best import best_of, go_on_from
 from .checkpoints import Resume, restore, save_checkpoint, write_exports
-from .compiling import checked
 from .preparing import prepare
 from .reports import Reports
 from .state import Learner
@@ -122,8 +121,7 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
     stopped = not steps and stop_requested(context.stop)  # without steps, `after_step` does not check it
     silent, requests = not accelerator.is_main_process, Requests(context)
     bar = tqdm(desc=learner.name, total=schedule.steps, initial=learner.step, disable=silent, dynamic_ncols=True)
-    with contextlib.closing(study.batches(steps)) as loaded, bar:
-        batches = checked(loaded, learner, context)
+    with contextlib.closing(study.batches(steps)) as batches, bar:
         for _ in steps:
             with learner.timed():
                 value = take_step(learner, batches, study)

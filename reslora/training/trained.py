@@ -1,14 +1,11 @@
 """All trained models as one module whose forward returns the loss of each sample of a batch."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-
-from ..attributes import override_attributes
 
 
 class Trained(nn.Module):
@@ -51,15 +48,15 @@ class Trained(nn.Module):
         """Compile the denoiser for all later calls of `forward`."""
         self._compiled = (compiled(self.denoiser),)
 
-    def without_compiler(self) -> AbstractContextManager[None]:
-        """Return a context in which `forward` uses the uncompiled denoiser."""
-        return override_attributes(self, _compiled=())
-
 
 def compiled(model: nn.Module) -> nn.Module:
     """Return a compiled version of the model for training steps.
 
     Samples and validation use the uncompiled model, because their batches have other shapes.
+
+    PyTorch 2.13's CPU compiler loses track of buffers that are written in place when it fuses loops
+    (`SchedulerNode.recompute_size_and_body`). Reordering operations to save memory then moves the use of an
+    upsampling's gradient before its computation. Without this reordering, all gradients are right.
     """
     reorder = "reorder_for_peak_memory"
     on_cpu = next(model.parameters()).device.type == "cpu"
