@@ -16,12 +16,8 @@ from .status import FILE
 
 # File with the process id and identifier of the owner. The lock itself is a file in the system's temporary directory.
 OWNER = ".lock"
-_HELD: dict[Path, os.stat_result] = {}
-"""Directories that this process, or the process that started it, has locked, with their `stat` at that time."""
-_LENDERS: dict[Path, str] = {}
-"""Directories whose lock this process shares, with the identifier of the process that holds the lock."""
-_FILLED: dict[Path, os.stat_result] = {}
-"""Directories inside the locked ones to which this process writes, with their `stat`."""
+_HELD: set[Path] = set()
+"""Directories that this process has locked."""
 
 
 @contextlib.contextmanager
@@ -39,7 +35,8 @@ def locked(folder: Path) -> Iterator[None]:
                 raise _busy(folder)
             folder.mkdir(parents=True, exist_ok=True)  # not earlier, or a removed directory would be created again
             (folder / OWNER).write_text(f"{os.getpid()}\n{this_process()}")
-            stack.enter_context(_noted(folder, _HELD))
+            _HELD.add(folder)
+            stack.callback(_HELD.discard, folder)
         except Timeout:
             raise _busy(folder) from None
         except OSError as error:
@@ -59,84 +56,35 @@ def locked(folder: Path) -> Iterator[None]:
                         folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
 
 
-@contextlib.contextmanager
-def share_lock(folder: Path) -> Iterator[None]:
-    """Inside this context, let `check_held` accept a lock that is held by the process that started this one."""
-    _LENDERS[folder] = _owner(folder)[1]
-    try:
-        with _noted(folder, _HELD):
-            yield
-    finally:
-        del _LENDERS[folder]
-
-
-@contextlib.contextmanager
-def writing_into(folder: Path) -> Iterator[None]:
-    """Inside this context, let `check_held` also check `folder`, a directory inside the locked one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with _noted(folder, _FILLED):
-        try:
-            yield
-        except (OSError, RuntimeError):  # torch.save raises RuntimeError
-            check_held()  # the directory may have been removed during the write
-            raise
-
-
-@contextlib.contextmanager
-def _noted(folder: Path, noted: dict[Path, os.stat_result]) -> Iterator[None]:
-    """Store a directory's `stat` in `noted` inside this context."""
-    with contextlib.ExitStack() as stack:
-        if os.name == "posix":
-            stack.callback(os.close, os.open(folder, os.O_RDONLY))  # while it is open, its inode number is not reused
-        noted[folder] = folder.stat()
-        stack.callback(noted.pop, folder)
-        yield
-
-
 def check_held() -> None:
-    """Raise `RunFailed` if a directory locked by this process was removed, replaced or locked by another run.
+    """Raise `RunFailed` if a directory locked by this process was moved, removed or taken by another run.
 
-    Directories passed to `writing_into` are checked, too: if one were removed while several files are written, the
-    result would be incomplete. `io.replacing` calls this function before it writes. Call it also before long work and
-    before removing files.
+    `io.replacing` calls this function before it writes. Call it also before long work and before removing files.
     """
     for folder in _HELD:
         if problem := _lost(folder):
             raise RunFailed(f"--output_dir {folder} {problem}")
-    # Network file systems may change the inode numbers of all directories, including the locked ones.
-    numbered = all(_is_still(folder, before) for folder, before in _HELD.items())
-    for folder, before in _FILLED.items():
-        if numbered and not _is_still(folder, before):
-            problem = f"{folder} was moved or removed during training, and nothing more is saved"
-            raise RunFailed(f"{problem}; restore it, and resume with --resume_from_checkpoint latest")
 
 
 before_writing.append(check_held)
 
 
-def _is_still(folder: Path, before: os.stat_result) -> bool:
-    """Return whether the path is still the directory whose `stat` was `before`."""
-    try:
-        return os.path.samestat(folder.stat(), before)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:  # a temporary error of the file system does not end a run
-        return True
+def make_folder(folder: Path) -> None:
+    """Create a directory inside the locked one, if that is still there."""
+    check_held()
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _lost(folder: Path) -> str:
-    """Return why a locked directory no longer belongs to this run; empty if it still does.
-
-    The file `OWNER` in the directory, and the directory's `stat`, show this.
-    """
+    """Return why a locked directory no longer belongs to this run; empty if it still does."""
     number, process = _owner(folder)
-    if process == _LENDERS.get(folder, this_process()):
-        return ""
-    if not _is_still(folder, _HELD[folder]):
+    if process not in ("", this_process()):
+        # Runs on other machines or in other containers do not see this process, and may have taken its directory.
+        return f"is now used by another run (process {number}): nothing more is saved; choose another"
+    if not process and not folder.exists():
         fix = "if you moved it, resume with --output_dir NEW_FOLDER --resume_from_checkpoint latest"
         return f"was moved or removed during training, and nothing more is saved; {fix}"
-    # Runs on other machines or in other containers do not see this process, and may have taken its directory.
-    return f"is now used by another run (process {number}): nothing more is saved; choose another" if process else ""
+    return ""
 
 
 def guard_of(folder: Path) -> FileLock:

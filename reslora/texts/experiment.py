@@ -46,7 +46,7 @@ from ..options.texts import T, TextOptions
 from ..options.unused import is_read, report_unread_by_methods, report_unused
 from ..options.values import refuse_other_value
 from ..runtime.checkpoint_folders import ADAPTERS, EXPORTED, EXPORTS, adapter_folder
-from ..runtime.folder_lock import check_held, locked, share_lock, writing_into
+from ..runtime.folder_lock import check_held, locked, make_folder
 from ..runtime.processes import broadcast_from_main, say
 from ..runtime.signals import StopRequest
 from ..runtime.status import Status
@@ -108,7 +108,7 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
     plain, *_ = [options_of(arm, schedule) for arm in schedule.arms()]
     with contextlib.ExitStack() as stack:
         whole = plain.replace(output_dir=str(schedule.folder))
-        context = begin(whole, stop, stack, lambda: None, share_lock if orders else locked)
+        context = begin(whole, stop, stack, lambda: None, contextlib.nullcontext if orders else locked)
         accelerator = context.accelerator
         parts = texts.parts(plain, grid.base.experiment)
         texts.prepare(plain, parts)
@@ -284,15 +284,15 @@ class TextExperiment(ExperimentStudy):
         `keep`: function that stores the test losses; None to test nothing. `to_export`: whether to export.
         """
         study, folder = self.study_of(arm), self.schedule.folder_of(arm)
-        with writing_into(folder):
-            model = self.restored(arm, step, folder if to_export else None)
-            if keep:
-                keep(self.losses_of(model, study))
-            if to_export:
-                check_held()
-                # merged/ is written only for the best arm
-                export(model, folder, dataclasses.replace(study.method, merge_and_save=False))
-                write_json(folder / EXPORTS, read_object(folder / EXPORTS) | {EXPORTED: step})
+        make_folder(folder)
+        model = self.restored(arm, step, folder if to_export else None)
+        if keep:
+            keep(self.losses_of(model, study))
+        if to_export:
+            check_held()
+            # merged/ is written only for the best arm
+            export(model, folder, dataclasses.replace(study.method, merge_and_save=False))
+            write_json(folder / EXPORTS, read_object(folder / EXPORTS) | {EXPORTED: step})
 
     def base_losses(self) -> dict:
         """Return the base model's losses and metrics on the test split."""

@@ -4,13 +4,12 @@ In an experiment, an average is compared like a method. As a run saves its adapt
 average: at a step, it is the average of the adapters that the run has saved up to this step.
 """
 
-import contextlib
 from pathlib import Path
 
 from ..errors import refused_as
 from ..options.averages import Average
 from ..runtime.checkpoint_folders import adapter_folder, memory_reported
-from ..runtime.folder_lock import check_held, writing_into
+from ..runtime.folder_lock import check_held, make_folder
 from ..runtime.log import of_split, read_log
 from ..runtime.processes import broadcast_from_main, on_all, stop_requested
 from .averaging import put_average
@@ -30,8 +29,8 @@ def average_run(method: str, average: Average, source: Path, study: Study) -> No
     process must call this. Raises `Stopped`, `Diverged`, and `InvalidArgument` for a damaged adapter.
     """
     context, folder = study.context, study.context.folder_of(method)
-    with memory_reported(folder), contextlib.ExitStack() as stack:
-        broadcast_from_main(lambda: stack.enter_context(writing_into(folder)))
+    with memory_reported(folder):
+        broadcast_from_main(lambda: make_folder(folder))
         context.status.say("averaging checkpoints", context.name_of(method))
         seconds, done = broadcast_from_main(lambda: (evaluated(source), evaluated(folder)))
         learner = study.learner(method)

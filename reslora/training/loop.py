@@ -16,7 +16,7 @@ from ..methods.controls import Settings, put_on
 from ..methods.decay import factor_at, set_factor
 from ..methods.registry import METHODS
 from ..runtime.checkpoint_folders import memory_reported
-from ..runtime.folder_lock import check_held, writing_into
+from ..runtime.folder_lock import check_held, make_folder
 from ..runtime.processes import broadcast_from_main, stop_requested
 from ..seeds import derive
 from .averaging import offer_averages
@@ -34,8 +34,8 @@ def train_method(method: str, resume: Resume, study: Study) -> None:
     context, name, candidates = study.context, study.context.name_of(method), resume.checkpoints[method]
     options, say, folder = context.options, context.accelerator.print, context.folder_of(method)
     context.accelerator.free_memory()  # reference cycles would keep the model of the method before
-    with memory_reported(folder), contextlib.ExitStack() as stack:
-        broadcast_from_main(lambda: stack.enter_context(writing_into(folder)))
+    with memory_reported(folder):
+        broadcast_from_main(lambda: make_folder(folder))
         context.status.say("loading the model", name)
         if context.accelerator.scaler is not None:  # every method starts with the same loss scale of fp16
             context.accelerator.scaler = get_grad_scaler(context.accelerator.distributed_type)

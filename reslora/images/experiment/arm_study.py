@@ -15,7 +15,7 @@ from ...experiment.schedule import reading_adapter
 from ...experiment.study import COMPARING, ArmStudy, numbers
 from ...io import read_object, write_json
 from ...runtime.checkpoint_folders import EXPORTED, EXPORTS, adapter_folder
-from ...runtime.folder_lock import writing_into
+from ...runtime.folder_lock import make_folder
 from ...tracing import evaluating
 from ...training.checkpoints import write_exports
 from ...training.trained import Trained
@@ -58,7 +58,8 @@ class ImageArmStudy(ArmStudy, ImageStudy):
         """
         context, (method,) = self.context, self.context.options.adapter.method
         folder = context.folder_of(method)
-        with writing_into(folder), self.merged(step) as (parts, merged, loss):
+        make_folder(folder)
+        with self.merged(step) as (parts, merged, loss):
             if keep:
                 with evaluating(*parts.values()):
                     losses, metric = self.losses_of(parts, loss, images), context.options.validation.metric_model

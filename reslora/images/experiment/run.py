@@ -36,7 +36,7 @@ from ...options.images import Options, TrainingOptions, ValidationOptions
 from ...options.option import in_words
 from ...options.unused import is_read
 from ...runtime.checkpoint_folders import ADAPTERS, EXPORTS
-from ...runtime.folder_lock import locked, share_lock
+from ...runtime.folder_lock import locked
 from ...runtime.processes import broadcast_from_main, on_all
 from ...runtime.sample_folders import by_step
 from ...runtime.signals import StopRequest
@@ -85,7 +85,7 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         given = given.replace(logging_dir=f"{given.base.output.logging_dir}/process-{orders.number}")
     began, plain, folder = time.monotonic(), given.run(), Path(given.base.output.output_dir)
     with contextlib.ExitStack() as stack:
-        check, lock = (lambda: None, share_lock) if orders else (lambda: prepare_folder(given), locked)
+        check, lock = (lambda: None, contextlib.nullcontext) if orders else (lambda: prepare_folder(given), locked)
         kinds, context, identity = begin(plain, stop, stack, check, lock)
         asked = with_varied(context.options, given)
         if orders:
