@@ -24,6 +24,11 @@ from reslora.runtime.script import run_script, shares_the_cpu
         (RunFailed("loss\nnan"), 1, "script.py: loss nan\n"),
         (RunFailed("\x1b[2J.png: damaged"), 1, "script.py: \\x1b[2J.png: damaged\n"),
         (OSError(28, "No space left on device"), 1, "script.py: [Errno 28] No space left on device\n"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            1,
+            "script.py: DataLoader worker (pid 7) is killed by signal: Killed; the last checkpoint is intact\n",
+        ),
         (Stopped("stopped after step 3"), 130, "script.py: stopped after step 3\n"),
     ],
 )
