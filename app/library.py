@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from reslora.experiment.record import ENDED_AS, EXPERIMENT, UNFINISHED
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from reslora.images.experiment.gallery import chosen_samples
 from reslora.options.images import Options
 
 from .folders import children
@@ -88,6 +89,18 @@ class Experiment(Run):
             names = [name for name in names if isinstance(files, list) and name in files]
         found = map(self.inside, names)
         return next((path for path in found if path and path.is_file()), None)
+
+    def chosen_samples(self) -> list[Path]:
+        """Return the first sample of each method's chosen run, at its chosen step; empty without a verdict."""
+        content, found = self.read_json(EXPERIMENT), []
+        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # a damaged file
+            prompts = [str(prompt) for prompt in content["settings"].get("validation_prompt") or ()]
+            for label in content["chosen"]:
+                for _, _, place in chosen_samples(content, self.folder, label, prompts):
+                    if path := self.inside(str(place / "0-0.png")):
+                        found.append(path)
+                        break
+        return found
 
     def fingerprint(self) -> tuple:
         """Return a value that changes if the page has to show the experiment again."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from reslora.formatting import pluralize
 from reslora.options.values import listed
 
-from . import form, launcher, votes
+from . import form, launcher
 from .activity import activity, why_ended
 from .bases import DEFAULT, bundled
 from .folders import BUNDLED
@@ -175,10 +175,10 @@ def picture(run: Run) -> str:
 def newest_samples(run: Run) -> Iterator[Path]:
     """Yield one sample per method, from the last method to the first: the first image of the method's newest step.
 
-    For an experiment, yield the samples of the compared methods at their chosen steps; without a verdict, yield none.
+    For an experiment, yield a sample of each chosen run at its chosen step.
     """
     if isinstance(run, Experiment):
-        yield from (path for path, _ in votes.pairs(run).values())
+        yield from run.chosen_samples()
     steps = list(reversed(run.steps()))
     for method in reversed(run.methods):
         samples = next((images for step in steps if (images := run.samples(method, step))), {})

@@ -128,12 +128,6 @@ def enlargeable(image: str, alt: str, place: tuple[int, int]) -> str:
     return f'<button type="button" class="tile" data-row="{place[0]}" data-column="{place[1]}">{image}</button>'
 
 
-def side_by_side(paths: Iterable[Path]) -> str:
-    """Return two images side by side as HTML, without their names. Raises `OSError` for a damaged file."""
-    images = [f'<img {embedded(path)} alt="{side}">' for side, path in zip(("left", "right"), paths, strict=True)]
-    return f'<div class="two">{"".join(images)}</div>'
-
-
 # -- texts and numbers -------------------------------------------------------------------------------------------------
 
 

@@ -9,12 +9,11 @@ from .queue import QueueTab
 from .report import ReportTab
 from .runs import RunsTab
 from .train import TrainTab
-from .votes import VotesTab
 
 TABS: dict[str, dict[str, tuple[type[Tab], ...]]] = {
     "Images": {"": (DatasetTab,)},
     "Train": {"": (TrainTab,)},
-    "Compare": {"Run": (CompareTab, ChainsTab), "Experiment": (ReportTab, VotesTab)},
+    "Compare": {"Run": (CompareTab, ChainsTab), "Experiment": (ReportTab,)},
     "Generate": {"": (GenerateTab,)},
     "Runs": {"": (QueueTab, RunsTab)},
 }

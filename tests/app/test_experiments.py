@@ -41,6 +41,16 @@ def write_experiment(folder, content: dict) -> None:
     write_report(content, folder, IMAGES)
 
 
+def test_samples_are_of_the_chosen_runs(tmp_path):
+    folder = tmp_path / "which"
+    folder.mkdir()
+    write_experiment(folder, content := examples.experiment(folder))
+    found = Experiment("which", folder).chosen_samples()
+    assert len(found) == len(content["chosen"]) > 1
+    for path, choice in zip(found, content["chosen"].values(), strict=True):
+        assert f"lr-{choice['learning_rate']:g}/" in str(path) and path.name == "0-0.png"
+
+
 def test_experiments_and_runs_are_listed_apart(library):
     assert list(library.runs()) == ["run"] and list(library.experiments()) == ["which"]
     found = library.find_experiment("which")

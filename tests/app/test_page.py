@@ -1030,24 +1030,9 @@ def test_an_experiment_is_planned_and_its_report_is_read(page, runs, tmp_path):
         wait_until(lambda: report.locator("#slider").input_value() == "51", "the slider to move")
         page.wait_for_function("document.querySelector('#experiment-report iframe')?.clientHeight > 1000")
         assert contrast(page.locator("#experiment-state .summary")) >= 4.5
-        vote(page, runs)
         plan_one(page)
     finally:
         shutil.rmtree(runs / "which")
-
-
-def vote(page, runs: Path) -> None:
-    """Vote by a key; the page does not show the methods, and the result is next to the losses."""
-    page.get_by_role("button", name="Blind votes").click()
-    page.locator("#vote-begin").click()
-    page.locator("#vote-images img").nth(1).wait_for()
-    page.locator("#vote-answer").get_by_text("0 of 6 pairs have a vote").wait_for()
-    assert "lora" not in page.locator("#vote-images").inner_text()
-    page.keyboard.press("ArrowDown")
-    page.locator("#vote-answer").get_by_text("1 of 6 pairs have a vote").wait_for()
-    assert json.loads((runs / "which" / "votes.jsonl").read_text())["vote"] == "equal"
-    page.locator("#vote-show").click()
-    page.locator("#vote-result").get_by_text("50%; no interval yet").first.wait_for()
 
 
 def plan_one(page) -> None:
