@@ -20,9 +20,10 @@ from .image_edits import ImageEdits, refuse_bundled
 from .image_folders import OUTSIDE, Image, Images, read
 from .launcher import environment
 from .runs import RunError
-from .whole_models import FOLDER
 
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+MODELS = "models"
+"""Folder, in the folder of runs, of image-text models."""
 EVERY = 0.5
 """Seconds between two counts of the written captions."""
 
@@ -51,7 +52,7 @@ class Captioning:
 
     def models(self) -> dict[str, Path]:
         """Return the image-text models in the folder `models` of the runs folder, by name."""
-        place = self.jobs.library.folder / FOLDER
+        place = self.jobs.library.folder / MODELS
         found = {path.parent for file in PROCESSORS for path in place.glob(f"[!.]*/{file}")}
         return {path.name: path for path in sorted(found) if (path / "config.json").is_file()}
 
@@ -69,7 +70,7 @@ class Captioning:
         if word == named and not is_hub_name(named):
             raise RunError(
                 "Give an image-text model by its name on the hub, such as owner/model, or put its folder into "
-                f"{FOLDER} in the folder of runs and choose it from the list."
+                f"{MODELS} in the folder of runs and choose it from the list."
             )
         refuse_bundled(images.folder)
         if images.fixed:

@@ -89,38 +89,16 @@ def numbers(text: str, names: list[str]) -> list[float]:
     return [within_limits("strength", word, f"Strength of {name}") for name, word in zip(names, words, strict=True)]
 
 
-def to_write(weights: Weights, strength: float) -> Weights:
-    """Return the weights to write as a complete model: merged weights, or a stack in which `strength` is included.
-
-    Raises `RunError` for the base model, for unmerged checkpoints, and for merged weights at a strength other than 1.
-    """
-    if weights.kind == "stack":
-        return stack([(part, own * strength) for part, own in weights.parts])
-    if weights.kind == "merged":
-        if strength != 1:
-            raise RunError(
-                f"{weights.label} can only be written at strength 1; for another strength, choose the LoRA file of "
-                "that method."
-            )
-        return weights
-    if weights.kind != "file":
-        reason = "merge it first" if weights.kind == "adapter" else "choose a LoRA or merged weights"
-        raise RunError(f"{weights.label} cannot be written as a complete model; {reason}.")
-    return stack([(weights, strength)])
-
-
 # -- loading into a model ----------------------------------------------------------------------------------------------
 
 
-def put(models: Mapping[str, nn.Module], family: Family, weights: Weights, strength: float) -> list[str]:
+def put(models: Mapping[str, nn.Module], family: Family, weights: Weights, strength: float) -> None:
     """Add `strength * sum_i strength_i s_i B_i A_i` to the layers of the denoiser and text encoders in `models`.
 
-    Returns the names of the models that the LoRAs change. Raises `RunError` for a LoRA that does not fit.
+    Raises `RunError` for a LoRA that does not fit.
     """
-    found = factors_of(weights, family, models)
-    for name, layers in found.items():
+    for name, layers in factors_of(weights, family, models).items():
         add(models[name], layers, strength)
-    return list(found)
 
 
 def factors_of(weights: Weights, family: Family, models: Mapping[str, nn.Module]) -> Parts:

@@ -38,7 +38,7 @@ from reslora.io import replacing, write_json
 from reslora.merges import MERGES
 from reslora.options.images import Options
 
-from . import stacks, weight_files, whole_models
+from . import stacks, weight_files
 from .bases import base_of, stamps_of
 from .generation_request import SEEDS, Drawn, Request
 from .runs import IN_PLACE, Run, RunError, Weights, merged_by
@@ -197,16 +197,6 @@ class Studio:
         `kind`: `images` or `grid`, as in `cancel`."""
         return self._progress(Visitor(session, kind, listening), self._draw_all, run, pictures)
 
-    def write_whole(
-        self, run: Run | None, weights: Weights, target: Path, session: str = "", listening=lambda: True
-    ) -> Iterator[Status]:
-        """Write the run's complete model with LoRA files or merged weights to a new folder, `target`.
-
-        Stops as `generate` does, before the next tensor is written, and then removes the folder. Raises `RunError` if
-        the model cannot be written.
-        """
-        return self._progress(Visitor(session, "model", listening), self._write_whole, run, weights, target)
-
     def _progress(self, visitor: Visitor, *work) -> Iterator:
         """Run `work`, a method and its arguments, in a thread, and yield its messages; reraise its exception.
 
@@ -225,7 +215,7 @@ class Studio:
     def cancel(self, session: str | None = None, kind: str | None = None) -> bool:
         """Stop a session's requests (None: those of all sessions) within one denoising step; return whether any ran.
 
-        `kind`: `images`, `grid` or `model` stops only requests of this kind; None stops all.
+        `kind`: `images` or `grid` stops only requests of this kind; None stops all.
         """
         running = list(self.running)
         found = [one for one in running if session in (None, one.session) and kind in (None, one.kind)]
@@ -451,29 +441,6 @@ class Studio:
             refuse_gone(run, checkpoint)
             raise RunError(f"The checkpoint cannot be merged: {without_folders(error, run.folder)}.") from None
         return report
-
-    def _write_whole(self, visitor: Visitor, run: Run | None, weights: Weights, target: Path) -> None:
-        """Write a complete model to the folder `target` during one turn."""
-        with self._turn(run, visitor):
-            visitor.report(f"Writing the model {target.name}")
-            files = files_of(weights)
-
-            def check_request() -> None:
-                """Raise an error if the request was cancelled, or if a file of the run was replaced."""
-                visitor.check()
-                refuse_replaced(run, weights, files)
-
-            parts: dict[str, torch.nn.Module | Path] = {self.family.denoiser: weights.path, **dict(weights.encoders)}
-            if weights.kind != "merged":
-                made = self._parts()
-                parts = {name: made[name] for name in stacks.put(made, self.family, weights, 1.0)}
-            try:
-                base = self.pipeline.components | self.encoders | {self.family.denoiser: self._skeleton()}
-                whole_models.write(target, self.model, base, parts, check_request)
-            except (OSError, ValueError) as error:  # such as a full disk or a damaged file
-                why = getattr(error, "strerror", None)
-                reason = why or without_folders(error, weights.path, self.model.folder)
-                raise RunError(f"The model could not be written: {reason}.") from None
 
 
 def calibration_of(run: Run, encoder: str | None = None) -> list[dict] | None:

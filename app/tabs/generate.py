@@ -224,14 +224,13 @@ class GenerateTab(Tab):
     def stopper(self, kind: str | None = None):
         """Return a handler that stops the client's requests, and returns a notice if there are none.
 
-        `kind`: `images`, `grid` or `model` stops only requests of this kind; None stops all."""
+        `kind`: `images` or `grid` stops only requests of this kind; None stops all."""
 
         def stop(asked: gr.Request):
             """Stop the client's requests."""
             found = self.studio.cancel(asked.session_hash or "", kind)
             # A running request reports its cancellation itself, and must be the last to write.
-            nothing = "No model is being written." if kind == "model" else "Nothing is being generated."
-            return gr.skip() if found else views.notice(nothing)
+            return gr.skip() if found else views.notice("Nothing is being generated.")
 
         return stop
 

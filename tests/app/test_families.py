@@ -7,7 +7,6 @@ import pytest
 import torch
 from accelerate import PartialState
 from app_runs import image_of, run_by_hand, write_run
-from diffusers import DiffusionPipeline
 from pipelines import FAMILIES
 
 from app.generation_request import Request
@@ -88,13 +87,6 @@ def test_checkpoints_and_what_is_merged_of_them_are_drawn(studio, run):
 
     file = run.find_weights(labels[-1])
     assert np.abs(drawn_with(studio, run, stack([(file, 0.5), (file, 0.5)])) - images[-1]).max() <= 2
-    list(studio.write_whole(run, stack([(file, 1.0)]), run.folder.parent / "models" / "full"))
-    whole = DiffusionPipeline.from_pretrained(run.folder.parent / "models" / "full")
-    for name, part in whole.components.items():  # the folder's model in the place of the base
-        if name != studio.family.denoiser:
-            setattr(studio.pipeline, name, part)
-    studio.state, studio.current = getattr(whole, studio.family.denoiser).state_dict(), None
-    assert np.abs(drawn(studio, run, BASE.label) - images[-1]).max() <= 2
 
 
 def test_calibration_samples_are_as_the_denoiser_takes_them(tmp_path):

@@ -23,7 +23,7 @@ from reslora.checkpoint import WEIGHTS_NAME
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32, guidance=3.0)
 START = "lora: merged weights"
-KINDS = ("images", "grid", "model")
+KINDS = ("images", "grid")
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +96,12 @@ def test_a_grid_is_stopped_within_a_drawing_and_keeps_the_cells_before(studio, r
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", [*KINDS, None])
-def test_a_session_stops_what_it_waits_for_of_one_kind_or_all_of_it(studio, run, tmp_path, kind):
+def test_a_session_stops_what_it_waits_for_of_one_kind_or_all_of_it(studio, run, kind):
     """With two requests of each kind at once: both are stopped."""
-    weights, picture = run.find_weights(START), Picture(BASE, REQUEST, "")
+    picture = Picture(BASE, REQUEST, "")
     ask = {
         "images": lambda: studio.generate(run, [BASE], REQUEST, "me"),
         "grid": lambda: studio.draw(run, [picture], "grid", "me"),
-        "model": lambda: studio.write_whole(run, weights, tmp_path / "model", "me"),
     }
     with studio.turns.turn():
         waiting = [(name, ask[name]()) for name in KINDS * 2]

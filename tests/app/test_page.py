@@ -274,10 +274,6 @@ GRID = {
     "steps": 1, "guidance": 2, "width": 32, "height": 32, "strength": 1, "x": "strength", "x_values": "0 1",
     "y": "none", "y_values": "", "adapter_config": None, "loras": [], "strengths": "", "reference": None,
 }  # fmt: skip
-MODEL = {
-    "run": "tiny", "weights": "lora: merged weights", "adapter": None, "strength": 1, "name": "full",
-    "adapter_config": None, "loras": [], "strengths": "",
-}  # fmt: skip
 
 
 def generated(client, **changes):
@@ -338,7 +334,7 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
     calls |= {"images": [bundled, "All images", ""], "set_caption": [bundled, "1f384.png", "", ""]}
     calls |= {"change_captions": [bundled, [], "Add tag", "x", ""], "trash_images": [bundled, ["1f384.png"]]}
     calls |= {"undo_images": [bundled], "check_images": [bundled], "upload_images": ["a b", None, ""]}
-    calls |= {"grid": [*GRID.values()], "full_model": [*(MODEL | {"name": "../x"}).values()], "loras": ["tiny"]}
+    calls |= {"grid": [*GRID.values()], "loras": ["tiny"]}
     calls |= {
         "grid_values": ["tiny", "seed"],
         "train_command": ["new", None, "", None, "", ["lora"], "1e-4", *[""] * 12],
@@ -364,7 +360,6 @@ def test_the_settings_of_a_training_have_names(client):
         "/download_grid",
         "/generate",
         "/grid",
-        "/full_model",
         "/loras",
         "/grid_values",
     ):
@@ -396,8 +391,8 @@ def test_a_program_can_use_and_merge_adapters(client, runs):
 
 
 @pytest.mark.exhaustive
-def test_a_program_can_draw_grids_and_stack_and_write_models(client, runs):
-    """Each cell is a file that equals an image generated alone; three lines load the written folder."""
+def test_a_program_can_draw_grids_and_stack(client, runs):
+    """Each cell is a file that equals an image generated alone."""
     asked = GRID | {"y": "seed", "y_values": "3 4"}
     table, status, sheet, cells = client.predict(*asked.values(), api_name="/grid")
     assert table.count("<img") == 4 and "4 of 4 cells" in status and len(cells) == 4
@@ -411,12 +406,6 @@ def test_a_program_can_draw_grids_and_stack_and_write_models(client, runs):
     assert {"tiny: lora", "tiny: reslora"} <= set(names)
     gallery, _, _, shown = generated(client, beside=False, loras=names[:2], strengths="1 0.5")
     assert "x 0.5" in shown
-    said, place, use = client.predict(*(MODEL | {"loras": names[:2]}).values(), api_name="/full_model")
-    assert "is written" in said and place.endswith("/shown/models/full") and "DiffusionPipeline.from_pretrained" in use
-    assert (runs / "models" / "full" / "model_index.json").is_file()
-    for changes, said in (({}, "models/full already exists"), ({"name": "../x"}, "Give the model a name")):
-        with pytest.raises(AppError, match=said):
-            client.predict(*(MODEL | changes).values(), api_name="/full_model")
     upload = handle_file(runs / "tiny" / "lora" / "kohya.safetensors")
     with pytest.raises(AppError, match="remove one of them"):
         generated(client, adapter=upload, loras=names[:1])
@@ -735,7 +724,7 @@ def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
     page.wait_for_function(f"scrollTo(0, document.body.scrollHeight) || {last}.bottom <= {fixed}.top")
 
 
-def test_loras_are_stacked_and_written_as_a_model(page, runs):
+def test_loras_are_stacked(page):
     """On the size of a telephone, where Generate is at the lower edge whatever is expanded."""
     page.set_viewport_size({"width": 420, "height": 800})
     page.get_by_role("tab", name="Generate").click()
@@ -745,13 +734,6 @@ def test_loras_are_stacked_and_written_as_a_model(page, runs):
         page.get_by_role("option", name=name, exact=True).click()
     page.keyboard.press("Escape")
     page.locator("#strengths input, #strengths textarea").fill("1 0.5")
-    page.locator("#model-name input, #model-name textarea").fill("of-the-page")
-    page.locator("#write-model").click()
-    page.locator("#model-status").get_by_text("is written: tiny: lora x 1 + tiny: reslora x 0.5").wait_for()
-    page.wait_for_function(
-        "document.querySelector('#model-place :is(textarea, input)')?.value.endsWith('/shown/models/of-the-page')"
-    )
-    assert (runs / "models" / "of-the-page" / "model_index.json").is_file()
     place = lambda: page.locator("#generate").bounding_box()  # noqa: E731
     wait_until(lambda: place()["y"] > 700 and place()["y"] + place()["height"] <= 800, "Generate at the lower edge")
     used = "document.querySelector('#used-instead :is(input, textarea)')"
@@ -765,8 +747,6 @@ def test_loras_are_stacked_and_written_as_a_model(page, runs):
     page.wait_for_function(  # no column is cut
         "(box => box && box.scrollWidth <= box.clientWidth)(document.querySelector('#made .scroll'))"
     )
-    page.locator("#stop-model").click()
-    page.locator("#model-status").get_by_text("No model is being written").wait_for()
 
 
 LATE_END = """

@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from app.downloads import downloads_of
 from app.library import Library
 from app.runs import BASE, RunError, Weights
-from app.stacks import MOST, add, factors_of, loras, stack, stacked, to_write
+from app.stacks import MOST, add, factors_of, loras, stack, stacked
 from app.studio import Studio
-from app.tabs.stack import StackPart
 from app.weight_files import uploaded
 from reslora.export import DIFFUSERS_FILE, Factors, export_diffusers, merged_state_dict, write_diffusers
 from reslora.images import conversion
@@ -159,12 +158,6 @@ def test_a_stack_that_makes_no_sense_is_refused_in_a_line(library, run, names, s
         stacked(library, run, names, strengths)
 
 
-@pytest.mark.parametrize("strength", [None, "much", 3])
-def test_no_model_is_written_at_another_strength_than_the_given_one(strength):
-    with pytest.raises(RunError, match=r"^Strength is"):
-        next(StackPart.write_whole(None, "tiny", "lora: merged weights", None, strength, "name"))
-
-
 @pytest.mark.parametrize("end", [-100, 1000, 20])  # in its weights, and in its header
 def test_a_lora_that_was_cut_is_refused_by_name(studio, run, tmp_path, end):
     path = tmp_path / "cut.safetensors"
@@ -173,20 +166,7 @@ def test_a_lora_that_was_cut_is_refused_by_name(studio, run, tmp_path, end):
         image_of(studio, run, stack([(Weights("cut", "file", "", path), 1.0)]))
 
 
-def test_what_has_no_plain_weights_is_not_written_as_a_whole(run):
-    for label, strength, said in (
-        ("base model", 1.0, "cannot be written as a complete model; choose a LoRA"),
-        ("reslora: unmerged, step 4", 1.0, "cannot be written as a complete model; merge it first"),
-        ("lora: merged weights", 0.5, "can only be written at strength 1; for another strength, choose the LoRA file"),
-    ):
-        with pytest.raises(RunError, match=f"^{label} {said}"):
-            to_write(run.find_weights(label), strength)
-    file = run.find_weights("lora: kohya.safetensors")
-    assert to_write(file, 0.5).parts == ((file, 0.5),)
-    assert [s for _, s in to_write(stack([(file, 0.5), (file, 2.0)]), 0.5).parts] == [0.25, 1.0]
-
-
-# -- files of other tools: a drawing with one alone, a stack of one, and the full model folder agree ------------------
+# -- files of other tools: a drawing with one alone and a stack of one agree --------------------------------------
 
 
 @pytest.fixture
@@ -209,16 +189,12 @@ def with_other_alphas(tensors):
 
 
 @pytest.mark.exhaustive
-def test_each_layers_alpha_is_its_own(studio, run, foreign, tmp_path):
+def test_each_layers_alpha_is_its_own(studio, run, foreign):
     expected = image_of(studio, run, run.find_weights("lora: kohya.safetensors"))
     file = foreign(with_other_alphas)
     for weights in (file, stack([(file, 1.0)])):
         assert np.abs(image_of(studio, run, weights) - expected).max() <= 1
     assert np.abs(image_of(studio, run, BASE) - expected).max() > 8
-    list(studio.write_whole(run, to_write(file, 1.0), tmp_path / "full"))
-    merged = load_file(run.folder / "lora" / "unet" / "diffusion_pytorch_model.safetensors")
-    whole = load_file(tmp_path / "full" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.allclose(whole[name], value, atol=1e-5) for name, value in merged.items())
 
 
 def test_what_the_converter_writes_is_drawn(studio, run, tmp_path):
@@ -231,15 +207,13 @@ def test_what_the_converter_writes_is_drawn(studio, run, tmp_path):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("word", ["{}.dora_scale", "{}.hada_w1_a", "{}.lora_mid.weight", "bundle_emb.sks"])
-def test_what_is_not_of_plain_lora_is_refused_by_name(studio, run, foreign, tmp_path, word):
+def test_what_is_not_of_plain_lora_is_refused_by_name(studio, run, foreign, word):
     name = word.format("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q")
     file = foreign(lambda tensors: tensors | {name: torch.ones(8, 1)})
     said = rf"^foreign\.safetensors: {re.escape(name)} is not part of a plain LoRA; give a LoRA without that\.$"
     for weights in (file, stack([(file, 1.0)])):
         with pytest.raises(RunError, match=said):
             image_of(studio, run, weights)
-    with pytest.raises(RunError, match=said):
-        list(studio.write_whole(run, to_write(file, 1.0), tmp_path / "models" / "full"))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from app import studio as studios
 from app.generation_request import Drawn, Request
 from app.library import Library
 from app.runs import BASE, Run, RunError, Weights
-from app.stacks import to_write
 from app.studio import MERGE_CHOICES, Cancelled, Status, Studio
 from app.turns import Turns
 from reslora import checkpoint as checkpoints
@@ -497,8 +496,6 @@ def test_what_peft_wrote_draws_what_diffusers_file_draws(studio, run, tmp_path):
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     for paths in ([folder], [file], [config, file]):
         assert np.abs(draw(studio, run, weight_files.uploaded(*paths))[0] - expected).max() <= 2
-    stacked = to_write(weight_files.uploaded(folder), 1.0)
-    assert stacked.kind == "stack" and np.abs(draw(studio, run, stacked)[0] - expected).max() <= 2
     moved = shutil.move(config, tmp_path / "adapter_config.json")
     assert np.abs(draw(studio, run, weight_files.uploaded(file, moved))[0] - expected).max() <= 2
     with pytest.raises(RunError, match=r"adapter_model\.safetensors: no readable adapter_config\.json, which contains"):
