@@ -130,8 +130,8 @@ def weights_of(run: Run | None, start: Weights, chosen: dict) -> Weights:
     named = {name: value for name, value in chosen.items() if name in OF_WEIGHTS}
     if not named:
         return start
-    if run is None or start.kind == "stack" or (start.kind == "file" and not start.method):
-        raise RunError(f"An uploaded LoRA file or a stack has no {next(iter(named))}: choose weights of a run.")
+    if run is None or (start.kind == "file" and not start.method):
+        raise RunError(f"An uploaded LoRA file has no {next(iter(named))}: choose weights of a run.")
     if "method" in named and "merge" in named:
         raise RunError("The merge method applies only to ResLoRA: combine merge with another setting than method.")
     if named.get("method") in ("base", BASE.label):

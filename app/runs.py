@@ -119,8 +119,7 @@ class Weights:
 
     label: str
     kind: str
-    """`base`, `merged` (a complete denoiser), `adapter` (an unmerged checkpoint), `file` (an exported LoRA) or
-    `stack`."""
+    """`base`, `merged` (a complete denoiser), `adapter` (an unmerged checkpoint) or `file` (an exported LoRA)."""
     method: str = ""
     path: Path | None = None
     step: int | None = None
@@ -128,8 +127,6 @@ class Weights:
     """Names and paths of the trained text encoders; empty for a LoRA file, which contains the encoders' weights."""
     config: Path | None = None
     """The adapter_config.json of a file saved by PEFT."""
-    parts: tuple[tuple[Weights, float], ...] = ()
-    """The LoRA files of a stack, each with its strength."""
     made_of: tuple[Weights, str] | None = None
     """The checkpoint and the merge method by which to make the file if it does not exist yet."""
 

@@ -38,7 +38,7 @@ from reslora.io import replacing, write_json
 from reslora.merges import MERGES
 from reslora.options.images import Options
 
-from . import stacks, weight_files
+from . import weight_files
 from .bases import base_of, stamps_of
 from .generation_request import SEEDS, Drawn, Request
 from .runs import IN_PLACE, Run, RunError, Weights, merged_by
@@ -153,7 +153,7 @@ class Studio:
         self.encoders: dict[str, torch.nn.Module] = {}
         """The base text encoders that a run may have trained, by name."""
         self.current = None
-        """Key of the weights in the pipeline: paths and stamps of their files, LoRAs of a stack, strength."""
+        """Key of the weights in the pipeline: paths and stamps of their files, and strength."""
         self.loads = 0
         """Number of times that a pipeline was loaded."""
         self.running: set[Visitor] = set()
@@ -337,7 +337,7 @@ class Studio:
     def _use(self, run: Run | None, weights: Weights, strength: float) -> None:
         """Load the weights into the pipeline. Raises `RunError` if this fails; then the previous weights remain."""
         files = files_of(weights)
-        wanted = (*files, weights.parts, 1.0 if weights.kind == "base" else strength)
+        wanted = (*files, 1.0 if weights.kind == "base" else strength)
         if self.current == wanted:
             return
         parts = self._parts()
@@ -361,8 +361,8 @@ class Studio:
 
     def _put(self, parts: dict[str, torch.nn.Module], run: Run | None, weights: Weights, strength: float) -> None:
         """Load the weights into `parts`: a denoiser and text encoders, by name, from `_parts`."""
-        if weights.kind in ("file", "stack"):
-            stacks.put(parts, self.family, weights, strength)
+        if weights.kind == "file":
+            weight_files.put_file(parts, self.family, weights, strength)
         for name, path in ((self.family.denoiser, weights.path), *weights.encoders):
             one = replace(weights, path=path)
             if weights.kind == "merged" and name in parts:

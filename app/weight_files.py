@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import reslora
+from reslora.chains import lora_layers
 from reslora.checkpoint import PEFT_PREFIX
-from reslora.errors import first_line
-from reslora.export import PEFT_CONFIG_FILE, PEFT_FILE, Factors
+from reslora.errors import InvalidArgument, RunFailed, first_line
+from reslora.export import PEFT_CONFIG_FILE, PEFT_FILE, Factors, lora_config
+from reslora.images.model.families.base import Family
+from reslora.images.model.lora_files.names import Parts, names_of
+from reslora.images.model.lora_files.reading import read_content, read_parts
 from reslora.io import read_object
 from reslora.methods.adapters import attach, load_adapter
 from reslora.methods.registry import METHODS, AdapterSettings, adapter_config
@@ -81,6 +85,51 @@ def put_adapter(model: nn.Module, config: dict, targets: list[str] | str, weight
             module.scaling["default"] *= strength
 
 
+def put_file(models: Mapping[str, nn.Module], family: Family, file: Weights, strength: float) -> None:
+    """Add `strength * s B A` of a LoRA file to the layers of the denoiser and text encoders in `models`.
+
+    Raises `RunError` for a LoRA that does not fit.
+    """
+    for name, layers in factors_of(file, family, models).items():
+        add_lora(models[name], layers, strength)
+
+
+def factors_of(file: Weights, family: Family, models: Mapping[str, nn.Module]) -> Parts:
+    """Return the low-rank factors of a LoRA file in any supported format, by model and layer.
+
+    Raises `RunError` if the file is invalid or does not fit the models."""
+    names = names_of(family, models[family.denoiser].config)
+    try:
+        check_adapter_file(file.path, file.label)
+        content = read_content(file.path, file.label, file.config)
+        parts = read_parts(content, names)
+    except (InvalidArgument, RunFailed, OSError) as error:
+        raise RunError(f"{without_folders(error, file.path)}.") from None
+    for part, layers in parts.items():
+        if part not in models:
+            raise RunError(f"{file.label} also has weights for the {part}, which cannot have a LoRA on this page.")
+        prefixes = [f"{part}."] + ["", PEFT_PREFIX] * (part == family.denoiser)
+        said = next((content.configs[prefix] for prefix in prefixes if prefix in content.configs), {})
+        refuse_misfits(f"{file.label}: {part}", models[part], in_names_of(models[part], layers), said)
+    return parts
+
+
+def add_lora(model: nn.Module, layers: Mapping[str, Factors], strength: float) -> None:
+    """Inject a plain LoRA into a model's layers, in the model's dtype.
+
+    `layers`: factors by layer, of shapes (rank, in, *kernel) for `down` and (out, rank) for `up`. `strength` multiplies
+    each layer's scale.
+    """
+    folded = {name: Factors(f.down, f.up * (f.scale * strength), 1.0) for name, f in layers.items()}
+    folded = in_names_of(model, folded)
+    inject_adapter_in_model(lora_config(folded), model)
+    adapted = lora_layers(model, "default")
+    for name, (down, up, _) in folded.items():
+        layer = adapted[name]
+        for matrix, value in ((layer.lora_A, down), (layer.lora_B, up)):
+            matrix["default"].weight = nn.Parameter(value.to(layer.weight.device), requires_grad=False)
+
+
 # -- validation --------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +188,6 @@ def refuse_gone(run: Run | None, weights: Weights) -> None:
 def files_of(weights: Weights) -> tuple:
     """Return the paths of the files and folders that weights are read from, then the result of `stamp_of` for each."""
     files = (weights.path, weights.config, *(path for _, path in weights.encoders))
-    files += tuple(part.path for part, _ in weights.parts)
     return *files, *map(stamp_of, files)
 
 

@@ -10,7 +10,7 @@ import gradio as gr
 
 from reslora.formatting import pluralize
 
-from .. import generation_request, stacks, views, weight_files
+from .. import generation_request, views, weight_files
 from ..generation_request import Drawn, Request
 from ..handlers import NO_PROGRESS, QUIET, path_of, paths_of
 from ..runs import BASE, Run, RunError, Weights
@@ -19,7 +19,6 @@ from ..studio import Cancelled
 from ..verdict import warning_for
 from .base import Parts, Tab, TabHost, answer_line, open_choice
 from .grid import GridPart
-from .stack import StackPart
 
 
 class GenerateTab(Tab):
@@ -42,7 +41,7 @@ class GenerateTab(Tab):
                 self.made = gr.HTML(elem_id="made")
         self.grid = GridPart(self)
         self.watched = [self.weights, self.warning]
-        self.of_run = [self.prompt, self.steps, self.guidance, self.width, self.height, self.stack.loras]
+        self.of_run = [self.prompt, self.steps, self.guidance, self.width, self.height]
         self.chosen = self.weights
 
     def settings_column(self) -> None:
@@ -64,7 +63,6 @@ class GenerateTab(Tab):
             self.height = gr.Slider(32, 1024, 64, step=8, label="Height", min_width=140)
         self.strength = gr.Slider(0, 2, 1, step=0.05, label="Adapter strength")
         self.beside = gr.Checkbox(True, label="Also generate with the base model")
-        self.stack = StackPart(self)
         with gr.Accordion("Reference image, for edit models", open=False):
             self.reference = gr.File(
                 label="Image that the prompt changes: Flux.1 Kontext, Qwen-Image-Edit", file_types=["image"], height=140
@@ -88,7 +86,7 @@ class GenerateTab(Tab):
             [self.go.click, self.prompt.submit], self.draw,
             [
                 page.run, self.weights, self.adapter, self.beside, self.random, *settings, self.adapter_config,
-                *self.stack.inputs, self.reference,
+                self.reference,
             ],
             [self.gallery, self.status, self.seed, self.made],
             api_name="generate", preprocess=False, **NO_PROGRESS, **TURNS,
@@ -102,9 +100,7 @@ class GenerateTab(Tab):
         warned = [page.run, self.weights]
         self.weights.change(self.warn, warned, self.warning, preprocess=False, **QUIET)
         gr.api(self.list_weights, api_name="weights")
-        used, shown = [self.adapter, *self.stack.inputs], [self.weights, self.used_instead]
-        gr.on([part.change for part in used], self.show_used, used, shown, preprocess=False, **QUIET)
-        self.stack.events(page)
+        self.adapter.change(self.show_used, self.adapter, [self.weights, self.used_instead], preprocess=False, **QUIET)
         self.grid.events(page)
 
     # -- selected weights ----------------------------------------------------------------------------------------------
@@ -140,8 +136,7 @@ class GenerateTab(Tab):
     def filled_in(self, run: Run) -> dict:
         """Return the settings with which the run generates samples, by component."""
         asked = generation_request.of_samples(run)
-        loras = self.stack.offer(run.name)
-        values = [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height, loras]
+        values = [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height]
         return dict(zip(self.of_run, values, strict=True))
 
     def warn(self, name: str, label: str) -> dict:
@@ -152,43 +147,29 @@ class GenerateTab(Tab):
             text = warning_for(run, run.find_weights(label))
         return gr.update(value=text, visible=bool(text))
 
-    def show_used(self, adapter: object, loras: list[str] | None, strengths: str) -> tuple[dict, dict]:
-        """Return the updates of the weights' dropdown, and of the box in its place.
+    def show_used(self, adapter: object) -> tuple[dict, dict]:
+        """Return the updates of the weights' dropdown, and of the box in its place that names an uploaded file."""
+        text = ", ".join(Path(path).name for path in paths_of(adapter))
+        instead = gr.update(value=text, label="Weights (the file selected below)", visible=bool(text))
+        return gr.update(visible="hidden" if text else True), instead
 
-        The box names the uploaded file or the stack that is used instead of the selected weights."""
-        files = [Path(path).name for path in paths_of(adapter)]
-        label = f"Weights ({'the file' if files else 'the LoRAs'} selected below)"
-        text = ", ".join(files or loras or ()) + (f"; strengths {strengths}" if strengths and not files else "")
-        instead = bool(files or loras)
-        return gr.update(visible="hidden" if instead else True), gr.update(value=text, label=label, visible=instead)
-
-    def chosen_weights(
-        self, run: Run | None, label: str, adapter, adapter_config, loras: list[str] | None, strengths: str
-    ) -> Weights:
-        """Return the weights to use: an uploaded LoRA file, else a stack of LoRAs, else the run's weights.
-
-        Raises `RunError` if both a file and a stack are selected.
-        """
-        uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
-        if uploaded and loras:
-            raise RunError("A LoRA file and a stack of LoRAs are both selected: remove one of them.")
-        if uploaded:
+    def chosen_weights(self, run: Run | None, label: str, adapter, adapter_config) -> Weights:
+        """Return the weights to use: an uploaded LoRA file, else the run's weights."""
+        if uploaded := [*paths_of(adapter), *paths_of(adapter_config)]:
             return weight_files.uploaded(*uploaded)
-        if loras:
-            return stacks.stacked(self.library, run, loras, strengths)
         return run.find_weights(label) if run else BASE
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
     def draw(
         self, name, label, adapter, beside, random, prompt, negative, seed, steps, guidance, width, height, images,
-        strength, adapter_config=None, loras=None, strengths="", reference=None, asked: gr.Request = None,
+        strength, adapter_config=None, reference=None, asked: gr.Request = None,
     ) -> Iterator[tuple | dict]:  # fmt: skip
         """Yield updates as images are generated: all images so far, progress, seed and table of settings.
 
         `beside`: also generate each image with the base model. `random`: use a random seed."""
         run = self.library.find(name) if name else None
-        weights = self.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
+        weights = self.chosen_weights(run, label, adapter, adapter_config)
         choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
         seed = secrets.randbelow(generation_request.SEEDS) if random else seed
         request = Request(prompt, negative, seed, steps, guidance, width, height, images, strength)

@@ -71,7 +71,7 @@ class GridPart:
             self.draw_grid,
             [
                 page.run, tab.weights, tab.adapter, tab.prompt, tab.negative, *numbers,
-                *(part for axis in self.axes for part in axis), tab.adapter_config, *tab.stack.inputs,
+                *(part for axis in self.axes for part in axis), tab.adapter_config,
                 tab.reference,
             ],
             [self.table, self.status, self.sheet, self.cells],
@@ -96,13 +96,13 @@ class GridPart:
 
     def draw_grid(
         self, name, label, adapter, prompt, negative, seed, steps, guidance, width, height, strength, x, x_values, y,
-        y_values, adapter_config=None, loras=None, strengths="", reference=None, asked: gr.Request = None,
+        y_values, adapter_config=None, reference=None, asked: gr.Request = None,
     ) -> Iterator[tuple | dict]:  # fmt: skip
         """Yield the grid and the progress as images are generated.
 
         At the end, or if the grid is stopped, also yield the grid as one image file, and the files of the cells."""
         run = self.tab.library.find(name) if name else None
-        weights = self.tab.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
+        weights = self.tab.chosen_weights(run, label, adapter, adapter_config)
         request = Request(prompt, negative, seed, steps, guidance, width, height, 1, strength)
         request.check()
         axes = grids.axis("X", x, x_values), grids.axis("Y", y, y_values)

@@ -12,7 +12,6 @@ from pipelines import FAMILIES
 from app.generation_request import Request
 from app.library import Library
 from app.runs import BASE
-from app.stacks import stack
 from app.studio import Studio, calibration_of
 from reslora.config import ResLoraConfig
 from reslora.images.initial_lora import targets_of
@@ -84,9 +83,6 @@ def test_checkpoints_and_what_is_merged_of_them_are_drawn(studio, run):
     images = [drawn(studio, run, label) for label in labels]
     assert all(np.abs(image - other).max() > 2 for image in images for other in (base, *images) if image is not other)
     assert np.array_equal(drawn(studio, run, BASE.label), base)
-
-    file = run.find_weights(labels[-1])
-    assert np.abs(drawn_with(studio, run, stack([(file, 0.5), (file, 0.5)])) - images[-1]).max() <= 2
 
 
 def test_calibration_samples_are_as_the_denoiser_takes_them(tmp_path):

@@ -14,7 +14,6 @@ from app.generation_request import Drawn, Request
 from app.grids import MOST, NONE, Axis, axis, grid, save_sheet, suggestion, table
 from app.library import Library
 from app.runs import BASE, RunError, Weights
-from app.stacks import stack
 from app.studio import Cancelled, Picture, Studio
 from app.tabs import grid as grid_tab
 from app.tabs.grid import GridPart
@@ -159,7 +158,7 @@ def test_a_prompt_that_is_too_long_is_not_cut():
         (("method", "reslora"), ("seed", "1"), "lora: unmerged, step 9", "reslora has no unmerged, step 9 in this run"),
         (("merge", "best"), ("seed", "1"), START, "There is no merge method best; choose from lstsq"),
         (("merge", "input"), ("method", "lora"), START, "The merge method applies only to ResLoRA"),
-        (("method", "lora"), ("seed", "1"), "own.safetensors", "An uploaded LoRA file or a stack has no method"),
+        (("method", "lora"), ("seed", "1"), "own.safetensors", "An uploaded LoRA file has no method"),
     ],
 )
 def test_a_grid_that_cannot_be_drawn_is_refused_before_anything_is(run, x, y, start, said):
@@ -167,8 +166,6 @@ def test_a_grid_that_cannot_be_drawn_is_refused_before_anything_is(run, x, y, st
     weights = BASE if start == BASE.label else Weights(start, "file", method, run.folder)
     with pytest.raises(RunError, match=f"^{said}"):
         grid(run, weights, REQUEST, axis("X", *x), axis("Y", *y))
-    with pytest.raises(RunError, match="stack has no merge"):
-        grid(run, stack([(weights, 1.0)]), REQUEST, axis("X", "merge", "input"), axis("Y", NONE, ""))
 
 
 # -- what is seen of it ------------------------------------------------------------------------------------------------

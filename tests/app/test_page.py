@@ -127,11 +127,9 @@ def test_a_page_that_is_loaded_again_keeps_its_run_and_tab_and_shows_an_error_on
 
 
 def test_weights_say_what_is_used_in_their_place():
-    file, stack = {"path": "/tmp/x.safetensors"}, ["one: lora", "two: lora"]
-    for adapter, loras, text in ((None, [], ""), (file, [], "x.safetensors"), (None, stack, "one: lora, two: lora")):
-        weights, instead = GenerateTab.show_used(None, adapter, loras, "")
+    for adapter, text in ((None, ""), ({"path": "/tmp/x.safetensors"}, "x.safetensors")):
+        weights, instead = GenerateTab.show_used(None, adapter)
         assert instead["value"] == text and instead["visible"] == bool(text) == (weights["visible"] == "hidden")
-    assert GenerateTab.show_used(None, None, stack, "1 0.5")[1]["value"] == "one: lora, two: lora; strengths 1 0.5"
 
 
 def test_the_name_of_a_merged_run_is_escaped():
@@ -267,12 +265,12 @@ def client(address):
 GENERATE = {
     "run": "tiny", "weights": "reslora: merged weights", "adapter": None, "beside": True, "random": False,
     "prompt": "red disc", "negative": "", "seed": 3, "steps": 3, "guidance": 2, "width": 64, "height": 64, "images": 1,
-    "strength": 1, "adapter_config": None, "loras": [], "strengths": "", "reference": None,
+    "strength": 1, "adapter_config": None, "reference": None,
 }  # fmt: skip
 GRID = {
     "run": "tiny", "weights": "lora: merged weights", "adapter": None, "prompt": "red disc", "negative": "", "seed": 3,
     "steps": 1, "guidance": 2, "width": 32, "height": 32, "strength": 1, "x": "strength", "x_values": "0 1",
-    "y": "none", "y_values": "", "adapter_config": None, "loras": [], "strengths": "", "reference": None,
+    "y": "none", "y_values": "", "adapter_config": None, "reference": None,
 }  # fmt: skip
 
 
@@ -334,7 +332,9 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
     calls |= {"images": [bundled, "All images", ""], "set_caption": [bundled, "1f384.png", "", ""]}
     calls |= {"change_captions": [bundled, [], "Add tag", "x", ""], "trash_images": [bundled, ["1f384.png"]]}
     calls |= {"undo_images": [bundled], "check_images": [bundled], "upload_images": ["a b", None, ""]}
-    calls |= {"grid": [*GRID.values()], "loras": ["tiny"]}
+    calls |= {
+        "grid": [*GRID.values()],
+    }
     calls |= {
         "grid_values": ["tiny", "seed"],
         "train_command": ["new", None, "", None, "", ["lora"], "1e-4", *[""] * 12],
@@ -360,7 +360,6 @@ def test_the_settings_of_a_training_have_names(client):
         "/download_grid",
         "/generate",
         "/grid",
-        "/loras",
         "/grid_values",
     ):
         assert not [p for p in endpoints[name]["parameters"] if p["parameter_name"].startswith("param")]
@@ -391,7 +390,7 @@ def test_a_program_can_use_and_merge_adapters(client, runs):
 
 
 @pytest.mark.exhaustive
-def test_a_program_can_draw_grids_and_stack(client, runs):
+def test_a_program_can_draw_grids(client, runs):
     """Each cell is a file that equals an image generated alone."""
     asked = GRID | {"y": "seed", "y_values": "3 4"}
     table, status, sheet, cells = client.predict(*asked.values(), api_name="/grid")
@@ -401,14 +400,6 @@ def test_a_program_can_draw_grids_and_stack(client, runs):
     single = GENERATE | {name: asked[name] for name in ("weights", "steps", "width", "height")}
     gallery, *_ = client.predict(*(single | {"beside": False, "seed": 4}).values(), api_name="/generate")
     assert pixels(gallery[0]["image"]) == pixels(cells[3]) and PIL.Image.open(sheet).format == "PNG"
-
-    names = client.predict("tiny", api_name="/loras")
-    assert {"tiny: lora", "tiny: reslora"} <= set(names)
-    gallery, _, _, shown = generated(client, beside=False, loras=names[:2], strengths="1 0.5")
-    assert "x 0.5" in shown
-    upload = handle_file(runs / "tiny" / "lora" / "kohya.safetensors")
-    with pytest.raises(AppError, match="remove one of them"):
-        generated(client, adapter=upload, loras=names[:1])
 
 
 @pytest.mark.exhaustive
@@ -722,31 +713,6 @@ def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
     page.set_viewport_size({"width": 420, "height": 800})
     last, fixed = (f"document.querySelector('{part}').getBoundingClientRect()" for part in ("#xy-grid", "#generate"))
     page.wait_for_function(f"scrollTo(0, document.body.scrollHeight) || {last}.bottom <= {fixed}.top")
-
-
-def test_loras_are_stacked(page):
-    """On the size of a telephone, where Generate is at the lower edge whatever is expanded."""
-    page.set_viewport_size({"width": 420, "height": 800})
-    page.get_by_role("tab", name="Generate").click()
-    page.get_by_role("button", name="Several LoRAs").click()
-    for name in ("tiny: lora", "tiny: reslora"):
-        page.locator("#loras input").click()
-        page.get_by_role("option", name=name, exact=True).click()
-    page.keyboard.press("Escape")
-    page.locator("#strengths input, #strengths textarea").fill("1 0.5")
-    place = lambda: page.locator("#generate").bounding_box()  # noqa: E731
-    wait_until(lambda: place()["y"] > 700 and place()["y"] + place()["height"] <= 800, "Generate at the lower edge")
-    used = "document.querySelector('#used-instead :is(input, textarea)')"
-    page.wait_for_function(f"{used}?.value === 'tiny: lora, tiny: reslora; strengths 1 0.5'")
-    page.locator("#used-instead").wait_for()
-    page.locator("#weights").wait_for(state="hidden")
-    page.locator("#generate").click()
-    page.locator("#status").get_by_text("2 of 2 images done").wait_for()
-    page.locator("#made").get_by_text("tiny: reslora x 0.5").first.wait_for()
-    page.wait_for_function("document.documentElement.scrollWidth <= 420")
-    page.wait_for_function(  # no column is cut
-        "(box => box && box.scrollWidth <= box.clientWidth)(document.querySelector('#made .scroll'))"
-    )
 
 
 LATE_END = """

@@ -26,7 +26,7 @@ from app.studio import Studio
 LONG = {
     "run": None, "weights": BASE.label, "adapter": None, "beside": False, "random": False, "prompt": "red disc",
     "negative": "", "seed": 3, "steps": 150, "guidance": 2, "width": 32, "height": 32, "images": 8, "strength": 1,
-    "adapter_config": None, "loras": [], "strengths": "", "reference": None,
+    "adapter_config": None, "reference": None,
 }  # fmt: skip
 SHORT = LONG | {"images": 1, "steps": 1}
 

@@ -13,7 +13,6 @@ import train_sd
 from app.generation_request import Request
 from app.library import Library
 from app.runs import BASE, RunError, Weights
-from app.stacks import stack
 from app.studio import Studio
 
 LAYERS = {"num_hidden_layers": 3}
@@ -85,17 +84,6 @@ def test_strength_is_of_the_encoders_too(studio, run):
         halves.append(half)
     for found in halves[1:]:
         torch.testing.assert_close(found, halves[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.exhaustive
-def test_a_stack_has_the_encoders_too(studio, run):
-    """Those of both LoRAs, at their strengths."""
-    files = [run.find_weights(f"{method}: pytorch_lora_weights.safetensors") for method in ("lora", "reslora")]
-    _, both = drawn(studio, run, stack([(files[0], 0.5), (files[1], 1.0)]))
-    for parts, strength in (([(files[0], 0.5)], 0.5), ([(files[0], 1.0), (files[1], 0.0)], 1.0)):
-        _, alone = drawn(studio, run, files[0], strength=strength)
-        torch.testing.assert_close(drawn(studio, run, stack(parts))[1], alone, rtol=1e-4, atol=1e-5)
-        assert apart(alone, both) > 1e-3
 
 
 @pytest.fixture

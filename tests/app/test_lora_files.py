@@ -1,0 +1,138 @@
+"""app/weight_files.py: LoRA files of runs and of other tools are used as they are meant, or refused by name."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from app_runs import image_of, own_runs
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from pipelines import stable_diffusion
+from safetensors.torch import load_file, save_file
+
+from app.downloads import downloads_of
+from app.library import Library
+from app.runs import BASE, RunError, Weights
+from app.studio import Studio
+from app.weight_files import factors_of, put_file, uploaded
+from reslora.export import DIFFUSERS_FILE, Factors, export_diffusers, merged_state_dict, write_diffusers
+from reslora.images import conversion
+from reslora.images.model.families import load_family
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return Library(own_runs(tmp_path_factory))
+
+
+@pytest.fixture(scope="module")
+def run(library):
+    return library.find("tiny")
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return Studio()
+
+
+def test_a_lora_of_linear_layers_and_convolutions_adds_its_update(tmp_path):
+    """With strength 2 the update is twice as large; the exact one is of the merge in PEFT."""
+    model = stable_diffusion(tmp_path / "model")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    unet.add_adapter(LoraConfig(r=6, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    file = Weights("own", "file", "", export_diffusers(unet, tmp_path / "own"))
+    merged = merged_state_dict(unet)
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    put_file({"unet": unet}, load_family("StableDiffusionPipeline"), file, 2.0)
+    found = merged_state_dict(unet)
+    for name, value in before.items():
+        torch.testing.assert_close(found[name], value + 2 * (merged[name] - value), rtol=1e-5, atol=1e-5)
+    assert sum(bool((merged[name] - value).abs().max() > 1e-2) for name, value in before.items()) > 4
+
+
+def test_a_run_whose_config_is_damaged_offers_nothing_but_the_base_model(run, tmp_path):
+    """Its own base model is unknown."""
+    shutil.copytree(run.folder, tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    damaged = Library(tmp_path).find("damaged")
+    assert damaged.weights() == [BASE] and not downloads_of(damaged) and downloads_of(run)
+
+
+@pytest.mark.parametrize("end", [-100, 1000, 20])  # in its weights, and in its header
+def test_a_lora_that_was_cut_is_refused_by_name(studio, run, tmp_path, end):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes((run.folder / "lora" / DIFFUSERS_FILE).read_bytes()[:end])
+    with pytest.raises(RunError, match=r"^cut: the file is incomplete, damaged, or not a safetensors file"):
+        image_of(studio, run, Weights("cut", "file", "", path))
+
+
+# -- files of other tools ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign(run, tmp_path):
+    """Write the run's kohya file with changed tensors."""
+
+    def write(change):
+        save_file(change(load_file(run.folder / "lora" / "kohya.safetensors")), tmp_path / "foreign.safetensors")
+        return uploaded(tmp_path / "foreign.safetensors")
+
+    return write
+
+
+def with_other_alphas(tensors):
+    """Return the same LoRA with an alpha for each layer, as resize_lora.py of kohya or a LoCon with conv_alpha has."""
+    for number, name in enumerate([name for name in tensors if name.endswith(".alpha")]):
+        tensors[name] *= 1 + number % 3
+        tensors[name.replace(".alpha", ".lora_up.weight")] /= 1 + number % 3
+    return tensors
+
+
+@pytest.mark.exhaustive
+def test_each_layers_alpha_is_its_own(studio, run, foreign):
+    expected = image_of(studio, run, run.find_weights("lora: kohya.safetensors"))
+    file = foreign(with_other_alphas)
+    assert np.abs(image_of(studio, run, file) - expected).max() <= 1
+    assert np.abs(image_of(studio, run, BASE) - expected).max() > 8
+
+
+def test_what_the_converter_writes_is_drawn(studio, run, tmp_path):
+    expected = image_of(studio, run, run.find_weights("lora: kohya.safetensors"))
+    source, target = run.folder / "lora" / "kohya.safetensors", tmp_path / "comfyui.safetensors"
+    base = run.word("pretrained_model_name_or_path")
+    assert conversion.main([str(source), str(target), "--to", "comfyui", "--base", base]) == 0
+    assert np.abs(image_of(studio, run, uploaded(target)) - expected).max() <= 1
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("word", ["{}.dora_scale", "{}.hada_w1_a", "{}.lora_mid.weight", "bundle_emb.sks"])
+def test_what_is_not_of_plain_lora_is_refused_by_name(studio, run, foreign, word):
+    name = word.format("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q")
+    file = foreign(lambda tensors: tensors | {name: torch.ones(8, 1)})
+    said = rf"^foreign\.safetensors: {re.escape(name)} is not part of a plain LoRA; give a LoRA without that\.$"
+    with pytest.raises(RunError, match=said):
+        image_of(studio, run, file)
+
+
+@pytest.mark.parametrize(
+    ("layer", "width", "said"),
+    [
+        (
+            "text_model.encoder.layers.0.self_attn.q_proj",
+            7,
+            r"encoder\.layers\.0\.self_attn\.q_proj has shape 7 x 7, but",
+        ),
+        ("text_model.encoder.layers.9.self_attn.q_proj", 8, r"encoder\.layers\.9\.self_attn\.q_proj is not a layer of"),
+    ],
+)
+def test_layers_of_another_text_encoder_are_refused_by_name(run, tmp_path, layer, width, said):
+    pipe = DiffusionPipeline.from_pretrained(run.word("pretrained_model_name_or_path"))
+    factors = Factors(torch.ones(2, width), torch.ones(width, 2), 1.0)
+    write_diffusers(tmp_path / "own.safetensors", {"text_encoder": {layer: factors}})
+    models = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    with pytest.raises(RunError, match=rf"^own\.safetensors: text_encoder\.(text_model\.)?{said}"):
+        factors_of(uploaded(tmp_path / "own.safetensors"), load_family("StableDiffusionPipeline"), models)
