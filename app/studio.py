@@ -399,19 +399,6 @@ class Studio:
 
     # -- merging -------------------------------------------------------------------------------------------------------
 
-    def merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
-        """Merge a ResLoRA checkpoint by a merge method, which may use the run's calibration samples.
-
-        Writes `reslora/merged-by-<method>-<step>/` (plain LoRA files, merge.json) and returns the merge report. Raises
-        `RunError` if the checkpoint cannot be merged by this method, or if the files cannot be written.
-        """
-        if str(method) not in MERGES or checkpoint.kind != "adapter" or checkpoint.method != "reslora":
-            raise RunError("Choose one of the run's ResLoRA checkpoints and one of the merge methods.")
-        with self.turns.turn():
-            if not self._is_loaded(base := base_of(run)):
-                self._load(base)
-            return self._merge(run, checkpoint, method)
-
     def _merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
         """Merge a checkpoint in float32, write the LoRA files and the merge report, and return the report."""
         report, parts = {}, {}

@@ -52,7 +52,7 @@ def merge_warning(report: object) -> str:
     if not errors or sum(errors) / len(errors) <= HIGH_ERROR:
         return ""
     text = f"This merge has a large error: its blocks differ by {sum(errors) / len(errors):.0%} on average. "
-    advice = "Compare its images with those of the unmerged checkpoint, or merge that by another method."
+    advice = "Compare its images with those of the unmerged checkpoint, or of other merges (X/Y grid, axis merge)."
     return f'<p class="warning" role="status">{escape(text + advice)}</p>'
 
 

@@ -40,7 +40,7 @@ LINKS = (
 )
 ERRORS = (
     "Relative difference of each merged block from the trained one, on samples of the run; 0 is exact. Where much is "
-    "orange, merge a checkpoint by another method and compare the images of both under Generate."
+    "orange, compare images of several merge methods: the axis merge of the X/Y grid under Generate."
 )
 ALPHAS = (
     "How much the merge adds to each block in place of its neighbors; 1 is as much as the block itself. Where values "

@@ -1,7 +1,6 @@
 """Define the tabs of the page, one class per file, with their components, events and handlers."""
 
 from .base import Tab
-from .chains import ChainsTab
 from .compare import CompareTab
 from .dataset import DatasetTab
 from .generate import GenerateTab
@@ -13,7 +12,7 @@ from .train import TrainTab
 TABS: dict[str, dict[str, tuple[type[Tab], ...]]] = {
     "Images": {"": (DatasetTab,)},
     "Train": {"": (TrainTab,)},
-    "Compare": {"Run": (CompareTab, ChainsTab), "Experiment": (ReportTab,)},
+    "Compare": {"Run": (CompareTab,), "Experiment": (ReportTab,)},
     "Generate": {"": (GenerateTab,)},
     "Runs": {"": (QueueTab, RunsTab)},
 }

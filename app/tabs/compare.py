@@ -11,7 +11,7 @@ from ..handlers import NO_PROGRESS, QUIET
 from ..launcher import safe_name
 from ..library import MOST_BESIDE
 from ..runs import Run, RunError
-from ..verdict import verdict
+from ..verdict import merge_warning, verdict
 from .base import Parts, Tab, TabHost, open_choice
 
 
@@ -38,6 +38,8 @@ class CompareTab(Tab):
                 self.train_curve = gr.HTML(elem_id="train-curve")
                 self.validation_curve = gr.HTML(elem_id="validation-curve")
         self.numbers = gr.HTML(elem_id="numbers")
+        with gr.Accordion("Linked layers and merge", open=False, elem_id="layers-fold"):
+            self.layers = gr.HTML(elem_id="layers")
         gr.Markdown("### Download")
         with gr.Row(elem_id="take-row"):
             self.file = open_choice("File", elem_id="file", scale=4)
@@ -49,7 +51,7 @@ class CompareTab(Tab):
         self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers, self.verdict]
         # Time of the last change, not the new step: the user may have moved the slider since the page's request.
         self.new = gr.Textbox(visible="hidden", elem_id="new")
-        self.watched, self.of_run = [self.step, self.beside, self.new], [self.file, self.place, self.use]
+        self.watched, self.of_run = [self.step, self.beside, self.new], [self.file, self.place, self.use, self.layers]
         self.chosen = self.step
 
     def events(self, page: TabHost) -> None:
@@ -81,8 +83,8 @@ class CompareTab(Tab):
         ).success(None, js="() => document.querySelector('#taken').click()")
 
     def seen(self, run: Run) -> tuple:
-        """Return the last step with samples, the labels of the downloads, and whether the run has failed."""
-        return max(run.steps(), default=0), self.list_files(run), self.jobs.status(run) == "failed"
+        """Return the last step with samples, the downloads and merge reports, and whether the run has failed."""
+        return max(run.steps(), default=0), self.results(run), self.jobs.status(run) == "failed"
 
     def choice(self, run: Run, chosen: float | None, seen: tuple | None) -> int:
         """Return the new step of the slider; if it was at the run's last step, it follows the last step."""
@@ -90,17 +92,22 @@ class CompareTab(Tab):
         return max(run.steps(), default=0) if (chosen or 0) >= last else run.nearest(chosen)
 
     def is_outdated(self, run: Run, seen: tuple | None) -> bool:
-        """Return whether the list of downloads has changed."""
-        return seen is not None and seen[1] != self.list_files(run)
+        """Return whether the list of downloads or a merge report has changed."""
+        return seen is not None and seen[1] != self.results(run)
+
+    def results(self, run: Run) -> tuple:
+        """Return a value that changes with what the run has exported."""
+        return self.list_files(run), run.results()
 
     def filled_in(self, run: Run) -> dict:
-        """Return the list of downloads, with the first file of the last method selected, by component."""
+        """Return the downloads, with the last method's first file selected, and the linked layers, by component."""
         labels = self.list_files(run)
         mine = (label for label in labels if label.startswith(f"{run.methods[-1]}:"))
         chosen = next(mine, None) or next(iter(labels), None)
         place, use = self.how_to_use(run.name, chosen)
         title = "File" if labels else "File (there are none yet: they are written when a method has been trained)"
-        return {self.file: gr.update(choices=labels, value=chosen, label=title), self.place: place, self.use: use}
+        file = gr.update(choices=labels, value=chosen, label=title)
+        return {self.file: file, self.place: place, self.use: use, self.layers: layers(run)}
 
     def shown(self, run: Run, step: int) -> dict:
         """Return the new values of the components in `watched`, by component; `step`: the slider's new step."""
@@ -172,3 +179,12 @@ class CompareTab(Tab):
         path = self.files.new(f"{safe_name(run.name)}-step-{step}.png")
         compared.save_grid(run, step, path)
         return str(path)
+
+
+def layers(run: Run) -> str:
+    """Return a run's linked layers, its merge report, and the norms of ResLoRA's and LoRA's updates, as HTML."""
+    if "reslora" not in run.methods:
+        return views.notice("Only ResLoRA links layers, and this run does not train it.")
+    plan, report = run.read_json("reslora", "chains.json"), run.read_json("reslora", "merge.json")
+    merge = merge_warning(report) + views.merge_report(report)
+    return f"{views.chain_plan(plan)}<h3>Merge</h3>{merge}<h3>Norms of the updates</h3>{views.norm_difference(run)}"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from app_runs import image_of, run_by_hand, write_run
+from app_runs import image_of, merge, run_by_hand, write_run
 from pipelines import FAMILIES
 
 from app.generation_request import Request
@@ -78,7 +78,7 @@ def drawn_with(studio, run, weights):
 def test_checkpoints_and_what_is_merged_of_them_are_drawn(studio, run):
     base = drawn(studio, run, BASE.label)
     assert base.shape[:2] in ((32, 40), (32, 32)) and base.std() > 0  # some families draw multiples of 16
-    studio.merge(run, run.find_weights("reslora: unmerged, step 4"), "weights")
+    merge(studio, run, run.find_weights("reslora: unmerged, step 4"), "weights")
     labels = ("lora: unmerged, step 4", "reslora: unmerged, step 4", "reslora: step 4 merged by weights")
     images = [drawn(studio, run, label) for label in labels]
     assert all(np.abs(image - other).max() > 2 for image in images for other in (base, *images) if image is not other)

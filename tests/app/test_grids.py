@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import PIL.Image
 import pytest
-from app_runs import own_runs, pixels
+from app_runs import merge, own_runs, pixels
 
 from app.generation_request import Drawn, Request
 from app.grids import MOST, NONE, Axis, axis, grid, save_sheet, suggestion, table
@@ -186,7 +186,7 @@ def test_a_run_without_calibration_samples_is_merged_by_what_needs_none(run, stu
     short = Library(tmp_path / "runs").find("short")
     assert "lstsq" in suggestion(run, "merge") and suggestion(short, "merge") == "input weights none"
     with pytest.raises(RunError, match=r"lstsq needs calibration samples, and this run has none; choose another"):
-        studio.merge(short, short.checkpoints("reslora")[0], "lstsq")
+        merge(studio, short, short.checkpoints("reslora")[0], "lstsq")
 
 
 def test_the_page_has_a_place_for_each_cell_and_prompts_are_no_markup(run):

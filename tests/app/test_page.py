@@ -15,7 +15,6 @@ import urllib.request
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import browsers
 import gradio as gr
@@ -37,7 +36,6 @@ from app.library import Library
 from app.page import Page, create_demo
 from app.studio import Studio
 from app.tabs.base import Parts
-from app.tabs.chains import ChainsTab
 from app.tabs.generate import GenerateTab
 from app.tabs.train import TrainTab
 from reslora.experiment.report import write_report
@@ -130,15 +128,6 @@ def test_weights_say_what_is_used_in_their_place():
     for adapter, text in ((None, ""), ({"path": "/tmp/x.safetensors"}, "x.safetensors")):
         weights, instead = GenerateTab.show_used(None, adapter)
         assert instead["value"] == text and instead["visible"] == bool(text) == (weights["visible"] == "hidden")
-
-
-def test_the_name_of_a_merged_run_is_escaped():
-    run = SimpleNamespace(name="<b>run", find_weights=lambda _: SimpleNamespace(step=4), weights=list)
-    library, studio = SimpleNamespace(find=lambda _: run), SimpleNamespace(merge=lambda *_: {})
-    said, *_ = ChainsTab.do_merge(
-        SimpleNamespace(library=library, studio=studio), run.name, "reslora: unmerged, step 4", "input"
-    )
-    assert "&lt;b&gt;run" in said and "<b>run" not in said
 
 
 def test_threads_are_told_to_spin_briefly_before_torch_is_there():
@@ -327,7 +316,7 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
     calls = {"generate": asked, "compare": ["tiny", 0], "download_grid": ["tiny", 0], "weights": ["tiny"]}
     calls |= {"compare_runs": ["tiny", 0, ["tiny"]]}
     calls |= {"how_to_use": ["tiny", "reslora: kohya.safetensors"], "download_file": ["tiny", "reslora: peft (PEFT)"]}
-    calls |= {"merge": ["tiny", "base model", "input"], "settings_of": [None], "train_resume": ["tiny"]}
+    calls |= {"settings_of": [None], "train_resume": ["tiny"]}
     bundled = "bundled images"
     calls |= {"images": [bundled, "All images", ""], "set_caption": [bundled, "1f384.png", "", ""]}
     calls |= {"change_captions": [bundled, [], "Add tag", "x", ""], "trash_images": [bundled, ["1f384.png"]]}
@@ -372,7 +361,7 @@ def pixels(path: str) -> bytes:
     return np.asarray(PIL.Image.open(path)).tobytes()
 
 
-def test_a_program_can_use_and_merge_adapters(client, runs):
+def test_a_program_can_use_adapters(client, runs):
     file = runs / "tiny" / "lora" / "kohya.safetensors"
     gallery, *_ = generated(client, adapter=handle_file(file), beside=False)
     stored, *_ = generated(client, weights="lora: kohya.safetensors", beside=False)
@@ -385,8 +374,6 @@ def test_a_program_can_use_and_merge_adapters(client, runs):
         generated(client, adapter=file)
     with pytest.raises(AppError, match="safetensors"):
         generated(client, adapter=handle_file(runs / "tiny" / "lora" / "checkpoint-4" / "trainer.pt"))
-    text, report, _ = client.predict("tiny", "reslora: unmerged, step 4", "weights", api_name="/merge")
-    assert "Done" in text and "alpha*" in report
 
 
 @pytest.mark.exhaustive
@@ -800,7 +787,7 @@ def test_text_can_be_read(page):
     assert contrast(page.locator("#zoom p")) >= 4.5
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Linked layers and merge").click()
-    page.locator("#plan .what").wait_for()
+    page.locator("#layers .what").first.wait_for()
     assert [text for text in page.locator(".what").all() if contrast(text) < 4.5] == []
     page.get_by_role("tab", name="Train").click()
     page.locator("#start").wait_for()
@@ -918,39 +905,10 @@ def press_at_once(page, runs: Path) -> None:
     wait_until(lambda: not any((runs / name).exists() for name in names), "both runs in the trash")
 
 
-@pytest.mark.exhaustive
-def test_chains_and_merge_are_shown(page, runs):
+def test_linked_layers_and_merge_are_shown(page):
     page.get_by_role("button", name="Linked layers and merge").click()
-    page.locator("#plan").get_by_text("links in").wait_for()
-    assert page.locator("#plan .what, #report .what, #norms .what").count() == 3
-    assert page.locator("#report td").count() > 8
-    assert page.locator("#norms td").count() > 8
-    merge_and_look_elsewhere(page, runs)
-
-
-def merge_and_look_elsewhere(page, runs: Path) -> None:
-    """A waiting merge is carried out; if another run is selected by then, only a message appears."""
-    settings = json.loads((runs / "tiny" / "config.json").read_text())
-    write_run(runs / "elsewhere", **settings)
-    try:
-        page.get_by_role("tab", name="Generate").click()
-        draw_slowly(page)
-        page.locator("#images input[type=number]").fill("8")
-        page.locator("#generate").click()
-        page.locator("#status").get_by_text("of 8").first.wait_for()
-        page.get_by_role("tab", name="Compare").click()
-        page.locator("#merge").click()
-        choose_run(page, "elsewhere")
-        page.locator("#report td").first.wait_for(state="detached")
-        page.get_by_role("tab", name="Generate").click()
-        page.locator("#cancel").click()
-        page.get_by_role("tab", name="Compare").click()
-        page.get_by_text("is under Generate, with the run tiny").wait_for()
-        page.wait_for_timeout(500)
-        assert page.locator("#report td").count() == 0
-        page.wait_for_function("document.querySelector('#weights input')?.value === 'base model'")
-    finally:
-        shutil.rmtree(runs / "elsewhere")
+    page.locator("#layers").get_by_text("links in").wait_for()
+    assert page.locator("#layers .what").count() == 3 and page.locator("#layers td").count() > 16
 
 
 @pytest.mark.exhaustive

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from app_runs import REQUEST, image_of
+from app_runs import REQUEST, image_of, merge
 from pipelines import FAMILIES, image_folder
 
 import train_sd
@@ -95,7 +95,7 @@ def copy(run, tmp_path):
 
 @pytest.mark.exhaustive
 def test_a_checkpoint_is_merged_with_its_encoders(studio, copy):
-    report = studio.merge(copy, copy.find_weights("reslora: unmerged, step 3"), "lstsq")
+    report = merge(studio, copy, copy.find_weights("reslora: unmerged, step 3"), "lstsq")
     expected = json.loads((copy.folder / "reslora" / "merge.json").read_text())
     assert report.keys() == expected.keys() and "text_encoder" in report
     _, merged = drawn(studio, copy, copy.find_weights("reslora: merged weights"))
