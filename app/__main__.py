@@ -5,7 +5,6 @@ settings of `limit_spinning`, and Gradio reads the working directory.
 """
 
 import argparse
-import ipaddress
 import os
 import shutil
 import signal
@@ -19,6 +18,8 @@ from typing import Any
 from reslora.options.argument_parser import Parser
 from reslora.options.images import Options
 from reslora.runtime.script import limit_spinning
+
+from .access import OwnPagesOnly, is_loopback
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,6 +35,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--host", default="127.0.0.1", help="address to listen on; others than this machine's need --auth")
     add("--port", type=int, help="port (default: the first free one from 7860)")
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="host name by which a proxy calls the page; may be repeated",
+    )
     add("--share", action="store_true", help="a public link through gradio.live; needs --auth")
     add("--auth", metavar="USER:PASSWORD", help="ask for this name and password")
     add("--inbrowser", action="store_true", help="open the page")
@@ -62,14 +70,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--runs {args.runs}: not a folder; give one with the outputs of train_sd.py")
     args.auth = (user, password) if args.auth else None
     return args
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether a host name or IP address is that of this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,16 +124,8 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
 
 def listen(demo: Any, args: argparse.Namespace) -> None:
     """Serve the Gradio `Blocks` in `demo` until they are closed, even if the server's first response is slow."""
-    from .page import look
-    from .sessions import LAUNCH
-    from .weight_files import LARGEST_ADAPTER
-
     try:
-        demo.launch(
-            server_name=args.host, server_port=args.port, share=args.share, auth=args.auth, inbrowser=args.inbrowser,
-            show_error=True, ssr_mode=False, max_file_size=LARGEST_ADAPTER, footer_links=[], run_history=False,
-            **LAUNCH, **look(),
-        )  # fmt: skip
+        demo.launch(**launch_settings(args))
     except ValueError:
         # Gradio raises if its own page does not answer within three seconds, as on a busy machine. The server runs
         # nevertheless.
@@ -143,6 +135,24 @@ def listen(demo: Any, args: argparse.Namespace) -> None:
         if args.inbrowser:
             webbrowser.open(demo.local_url)
         demo.block_thread()
+
+
+def launch_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of Gradio's `launch`."""
+    from starlette.middleware import Middleware
+
+    from .page import look
+    from .sessions import LAUNCH, cannot_store
+    from .weight_files import LARGEST_ADAPTER
+
+    own_pages = Middleware(OwnPagesOnly, bound=args.host, allowed=args.allow_host, shared=args.share)
+    return {
+        "server_name": args.host, "server_port": args.port, "share": args.share, "auth": args.auth,
+        "inbrowser": args.inbrowser, "show_error": True, "ssr_mode": False, "max_file_size": LARGEST_ADAPTER,
+        "footer_links": [], "run_history": False,
+        "app_kwargs": {"middleware": [own_pages], "exception_handlers": {OSError: cannot_store}},
+        **LAUNCH, **look(),
+    }  # fmt: skip
 
 
 def move_to(neutral: Path) -> None:

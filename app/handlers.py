@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import gradio as gr
+from gradio.exceptions import InvalidPathError
 
 from reslora.options.prompts import clean
 
@@ -38,6 +39,17 @@ def translating() -> Iterator[None]:
         told = translated(error)
         told.message = html.escape(told.message, quote=False)
         raise told from None
+
+
+@contextlib.contextmanager
+def named_inputs() -> Iterator[None]:
+    """Convert the errors that Gradio raises for inputs that its own page would not send."""
+    try:
+        yield
+    except InvalidPathError:
+        raise RunError("A file was not uploaded on this page; upload it.") from None
+    except (gr.Error, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise RunError(f"An input is invalid ({type(error).__name__}); reload the page.") from None
 
 
 def server_function(handler: Callable[[dict], dict]) -> Callable[[dict], dict]:

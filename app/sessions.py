@@ -9,7 +9,7 @@ from fastapi import Request
 from fastapi.responses import PlainTextResponse
 from gradio.blocks import BlocksConfig
 
-from .handlers import UNWRITABLE, translating
+from .handlers import UNWRITABLE, named_inputs, translating
 
 
 async def cannot_store(request: Request, error: OSError) -> PlainTextResponse:
@@ -26,7 +26,6 @@ async def cannot_store(request: Request, error: OSError) -> PlainTextResponse:
 LAUNCH = {
     "max_threads": 64,
     "state_session_capacity": 100,
-    "app_kwargs": {"exception_handlers": {OSError: cannot_store}},
 }
 """Arguments of `launch`.
 
@@ -70,6 +69,11 @@ class Blocks(gr.Blocks):
     def __init__(self, **settings) -> None:
         super().__init__(**settings)
         self.default_config = Contents(self)
+
+    async def preprocess_data(self, *args, **kwargs) -> list:
+        """Return the inputs of an event. A wrong one, such as a file that was not uploaded, becomes one sentence."""
+        with translating(), named_inputs():
+            return await super().preprocess_data(*args, **kwargs)
 
     async def call_function(self, *args, **kwargs) -> dict:
         """Call a handler. Its errors become one sentence without paths or traceback."""
