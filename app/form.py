@@ -35,8 +35,6 @@ LABELS = {
     "extend_rates": "Extend the range of learning rates",
     "arms_at_once": "Runs at the same time",
     "compare_at": "Compare at equal",
-    "claim": "Claimed to be better",
-    "claim_margin": "By more than (percent)",
 }
 """Labels of options whose name alone would be unclear."""
 HELP = {
@@ -61,7 +59,6 @@ FOLLOWING += ["max_train_steps", "select_split", "test_split"]
 """Options whose default depends on other options."""
 TEXTS = (
     "caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "alpha_pattern", "lr_step_rules", "reference",
-    "claim",
 )  # fmt: skip
 """Text options that are safe to set from a browser, because their values are not paths, models or code."""
 OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")

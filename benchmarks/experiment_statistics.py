@@ -9,7 +9,6 @@ spread    the same with all pairs of methods, if the spread of seeds is that of 
 readings  the same if seeds are added until a difference is significant
 choosing  the same if all seeds choose learning rates, if every fourth one does, and if only the others compare
 power     how many experiments find a difference as large as the stated minimum detectable effect
-claim     how often a claim stated beforehand is confirmed or refuted wrongly, also if the advised seeds are added
 expected  by how much claims are too large, and what is expected in their place
 """
 
@@ -26,11 +25,8 @@ from scipy import special
 
 from reslora.experiment import statistics
 from reslora.experiment.arms import choosing_of
-from reslora.experiment.claim import decide, more_seeds
 from reslora.experiment.statistics import (
     LEVEL,
-    Judged,
-    Pair,
     Spread,
     counts_of,
     detectable,
@@ -47,7 +43,6 @@ VARIANCES = ((0, 0, 1), (0.01, 0.1, 1), (0.1, 0.1, 1), (1, 0.1, 1), (0.1, 1, 1),
 FEW_VARIANCES = ((1, 0, 0.01), (0.3, 0.3, 1), (0.05, 0.3, 1))
 LABELS, CHOSEN_BY = (2, 3, 5), (2, 3, 5)
 RESAMPLES = 200
-FURTHER, CLAIM_READINGS, ANSWERS = 20, 4, ("confirmed", "refuted", "open")
 ESTIMATED = 200
 """Experiments whose stated sizes are looked at."""
 
@@ -289,53 +284,9 @@ def expectation(experiments: int) -> dict:
     return {"ranges": ranges, "rows": rows}
 
 
-# -- claims stated beforehand ------------------------------------------------------------------------------------------
-
-
-def claim(experiments: int) -> dict:
-    """Answers to a claim, with the true improvement at the margin, or by so many half widths above or below it.
-
-    An open claim gets the advised number of seeds (FURTHER at most), up to CLAIM_READINGS evaluations.
-    """
-    rows = []
-    for seeds, images, variances, off in itertools.product((2, 3, 5), IMAGES, FEW_VARIANCES, (-2, 0, 2)):
-        random = np.random.default_rng([seeds, images, off + 2])
-        losses = losses_of(random, (experiments, seeds + FURTHER, images), variances, [1, 1])
-        found = losses[0] - losses[1]  # the improvement of the second label over the first, without a difference
-        margin = -off * float(np.median(half_width(spread_of(found[:, :seeds]), level_of(1))))
-        answers = [answered(each, seeds, margin) for each in found]
-        row = {"seeds": seeds, "images": images, "variances": variances, "margin_in_half_widths": -off}
-        for name, place in (("first", 0), ("last", 1)):
-            row[name] = {word: sum(each[place] == word for each in answers) / experiments for word in ANSWERS}
-        rows.append(row | {"seeds_at_last": float(np.mean([each[2] for each in answers]))})
-    at = [row for row in rows if row["margin_in_half_widths"] == 0]
-    wrong = {
-        name: {word: max(row[name][word] for row in at) for word in ("confirmed", "refuted")}
-        for name in ("first", "last")
-    }
-    away = [(row, "confirmed" if row["margin_in_half_widths"] < 0 else "refuted") for row in rows if row not in at]
-    right = {name: [f(row[name][word] for row, word in away) for f in (min, max)] for name in ("first", "last")}
-    return {"most_wrong_at_the_margin": wrong, "right_two_half_widths_away": right, "rows": rows}
-
-
-def answered(found: np.ndarray, seeds: int, margin: float) -> tuple[str, str, int]:
-    """Return the first and last answer about improvements of shape (seeds, images), and the last number of seeds."""
-    answers: list[str] = []
-    for reading in range(1, CLAIM_READINGS + 1):
-        pair = Pair("ours", "reference", -found[:seeds], 1.0, 0)
-        test = Judged(pair, spread_of(pair.differences), 1, 1, LEVEL, level_of(reading))
-        half = float(half_width(test.spread, test.reading_level))
-        answers.append(decide(-pair.mean, half, margin))
-        more = more_seeds(abs(-pair.mean - margin), test, reading) if answers[-1] == "open" else None
-        if more is None or seeds + more > len(found):
-            break
-        seeds += more
-    return answers[0], answers[-1], seeds
-
-
 SIMULATIONS = {
     "claims": claims, "spread": spread, "readings": readings, "choosing": choosing, "power": power,
-    "expected": expectation, "claim": claim,
+    "expected": expectation,
 }  # fmt: skip
 
 

@@ -203,15 +203,6 @@ def test_each_rule_of_the_statistics_is_simulated_beside_its_absence(results, mo
 
 
 @pytest.mark.exhaustive
-def test_claims_are_simulated(results, monkeypatch):
-    found = simulated(results, monkeypatch, "claim")
-    wrong = found["most_wrong_at_the_margin"]
-    assert all(rate < 0.1 for rates in wrong.values() for rate in rates.values())  # 60 experiments each
-    assert found["right_two_half_widths_away"]["first"][0] > 0.3
-    assert all(row["seeds"] <= row["seeds_at_last"] <= row["seeds"] + 20 for row in found["rows"])
-
-
-@pytest.mark.exhaustive
 def test_sizes_are_simulated(results, monkeypatch):
     rows = simulated(results, monkeypatch, "power", LABELS=(2,))["rows"]
     assert [row["seeds"] for row in rows] == [2, 3] and all(row["stated_high_over_low"] > 1 for row in rows)

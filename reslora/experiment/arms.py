@@ -233,14 +233,6 @@ def check_values(grid: Grid) -> None:
     if experiment.reference and experiment.reference not in known:
         problem = f"is not compared here{did_you_mean(experiment.reference, known)}"
         raise InvalidArgument(f"--reference {experiment.reference}", problem, f"give one of {', '.join(known)}")
-    claimed, references = experiment.claim, references_of(grid, compared)
-    if experiment.claim_margin is not None and not claimed:
-        raise InvalidArgument(f"--claim_margin {experiment.claim_margin:g}", "there is no claim", "add --claim NAME")
-    if claimed and (claimed not in names or not references or claimed == references[0]):
-        problem = "is not compared with a reference here"
-        others = [name for name in names if references and name != references[0]]
-        fix = f"give one of {', '.join(others)}" if others else "add --reference"
-        raise InvalidArgument(f"--claim {claimed}", problem, fix)
     seeds = grid.values("seed")
     choosing = len(choosing_of(seeds, len(grid.rates)))
     arms = sum(len(rates_of(grid, label)) * choosing + len(seeds) - choosing for label in labels)

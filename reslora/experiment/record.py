@@ -163,30 +163,6 @@ class Ranking(TypedDict):
     sentence: str
 
 
-class Stated(TypedDict):
-    """A claim: that a method is better than its reference by more than a margin."""
-
-    label: str
-    reference: str
-    margin: float
-    """In percent of the reference's test loss."""
-    sha256: str
-    """SHA-256 of the file that states it; empty without a file."""
-    ended: int
-    """Number of arms that had ended when it was stated first."""
-    readings: int
-    """Number of evaluations on the test split by then."""
-
-
-class Answer(TypedDict):
-    """The answer to a claim: confirmed, refuted, or open."""
-
-    conclusion: Literal["confirmed", "refuted", "not enough data"]
-    more_seeds: int | None
-    """About how many more seeds are needed; None if the claim is decided, or if more seeds will hardly decide it."""
-    sentence: str
-
-
 class Best(TypedDict):
     """The arm from which the files in the experiment's directory were exported.
 
@@ -264,10 +240,6 @@ class Experiment(Facts):
     """Losses before training; None until the test split is evaluated."""
     base_select: NotRequired[float | None]
     """Loss before training on the selection split; None if it is not measured."""
-    claims: NotRequired[list[Stated]]
-    """The claims, oldest first: the last one is the present claim, which has replaced the others."""
-    answer: NotRequired[Answer | None]
-    """Answer to the claim; None until the test split is evaluated."""
     references: NotRequired[list[str]]
     """Labels with which others are compared."""
     choosing: NotRequired[list[int]]

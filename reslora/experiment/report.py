@@ -16,7 +16,6 @@ from ..io import replacing
 from ..methods.registry import METHODS
 from ..options.values import listed
 from ..plots.charts import MINUS, Axes, Row, Series, chart, escape, forest
-from .claim import changes
 from .record import ENDED_AS, ONE_RATE, Arm, Best, Experiment, Verdict, as_of_now
 from .statistics import REFERENCE, coverage_in_words, is_chosen, level_of, mean_of, percents, rerun, tested
 from .theme import SCRIPT, STYLE
@@ -76,7 +75,6 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
     as_of = experiment.get("as_of")
     headline = escape(headline_of(experiment, unit))
     sections = (
-        ("Claim", claim_of(experiment)),
         ("Verdicts", verdict_table(experiment, unit)),
         ("What to use", what_to_use(experiment, about)),
         (f"Notes as of {pluralize(as_of, 'run')}" if as_of else "Notes", in_lines(experiment["notes"])),
@@ -123,19 +121,6 @@ def headline_of(experiment: Experiment, unit: str) -> str:
     if ranking := experiment.get("ranking"):
         return so_far + ranking["sentence"]
     return so_far + summary_of(verdicts, unit)
-
-
-def claim_of(experiment: Experiment) -> str:
-    """Return the claim, its answer and the hash of its file; empty without a claim; HTML."""
-    if not (claims := experiment.get("claims")):
-        return ""
-    claim, found = claims[-1], experiment.get("answer")
-    what = f"{claim['label']} is better than {claim['reference']} by more than {claim['margin']:g}%"
-    when = f"Stated when {pluralize(claim['ended'], 'run')} had ended"
-    when += f", after {pluralize(claim['readings'], 'evaluation')} on the test split"
-    file = f"in a file with SHA-256 {claim['sha256']}" if claim["sha256"] else "on the command line, not in a file"
-    lines = [f"Claim: {what}", f"Answer: {found['sentence'] if found else 'none yet'}", f"{when}, {file}."]
-    return in_lines([*lines, *changes(claims, len(experiment["arms"]))])
 
 
 def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:

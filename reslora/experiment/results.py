@@ -15,11 +15,10 @@ from ..methods.registry import METHODS
 from ..runtime.folder_lock import check_held
 from . import record
 from .arms import Arm, Losses, rates_of
-from .claim import answer, changes, stated_again
 from .record import EXPERIMENT, READINGS, read_experiment
 from .report import best_in_words, duration, start_in_words, write_report
 from .schedule import ENDED, ArmSchedule
-from .statistics import choose, compare, kind_of, level_of, partner_of
+from .statistics import choose, compare, level_of
 from .study import COMPARING, ExperimentStudy
 from .worker_pool import Job, WorkerPool
 
@@ -39,8 +38,6 @@ class Results:
     base: record.TestLosses | None = None
     notes: list[str] = field(default_factory=list)
     best: record.Best | None = None
-    claims: list[record.Stated] = field(default_factory=list)
-    answer: record.Answer | None = None
 
     as_of: int | None = None
     """Number of arms that had ended when an earlier start drew the conclusions; None if this start drew them."""
@@ -54,7 +51,6 @@ class Results:
         self.readings: int = max(there.get("readings", 0), len(rows), *(row.get("readings", 0) for row in noted))
         self.read: list[list] = there.get("read") or (noted[-1].get("read") if noted else None) or []
         self.base = there.get("base")
-        self.claims = self.claimed(there)
         self.test_seconds: float = there.get("test_seconds", 0.0)
         arms, chosen = set(self.schedule.arms()), there.get("chosen", {})
         judged = {arm for arm in arms if arm.label in chosen and chosen[arm.label]["learning_rate"] == arm.rate}
@@ -75,8 +71,6 @@ class Results:
         tests = {Arm(arm["label"], arm["learning_rate"], arm["seed"]): arm["test"] for arm in there["arms"]}
         self.tests = {arm: test for arm, test in tests.items() if test and arm in judged}
         self.notes += there["notes"][there.get("beforehand", 0) :]
-        if there.get("claims") == self.claims:
-            self.answer = there.get("answer")
         self.best = there.get("best")
         ended = sum(arm["status"] in record.ENDED_AS for arm in there["arms"])
         self.as_of = there.get("as_of", ended)
@@ -96,8 +90,6 @@ class Results:
             "ranking": self.ranking,
             "base": self.base,
             "base_select": self.schedule.base_select(),
-            "claims": self.claims,
-            "answer": self.answer,
             "references": self.schedule.references,
             "choosing": self.schedule.choosing,
             "best": self.best,
@@ -137,17 +129,14 @@ class Results:
         unit = self.study.about.unit
         reading, reference = max(1, self.readings), schedule.reference
         self.verdicts, self.ranking = compare(records, self.chosen, unit, reading, self.base, reference)
-        is_answered = self.claims and self.tests
-        self.answer = answer(self.claims[-1], records, self.chosen, reading, unit) if is_answered else None
         self.notes = [*self.beforehand(), *self.afterwards(losses, trained), *diverged]
         exported = [arm for arm in trained if self.study.is_exported(arm, self.step_of(arm))]  # the others diverged
         self.best = self.export(exported) if exported else None
         self.write()
         taken = [best_in_words(self.best)] if self.best else []
         ranked = [self.ranking["sentence"]] if self.ranking else []
-        answered = [f"claim {self.answer['sentence']}"] if self.answer else []
         sentences = [verdict["sentence"] for verdict in self.verdicts]
-        for line in (*self.notes, *taken, *sentences, *ranked, *answered):
+        for line in (*self.notes, *taken, *sentences, *ranked):
             print(line)
         print(f"{schedule.folder / REPORT}")
 
@@ -241,8 +230,7 @@ class Results:
     def beforehand(self) -> list[str]:
         """Return notes that are known before training.
 
-        They are about too few seeds, learning rates or test items, a missing reference, differences between runs, and
-        changes of the claim.
+        They are about too few seeds, learning rates or test items, a missing reference, and differences between runs.
         """
         schedule, found = self.schedule, self.study.too_few()
         if len(schedule.labels) > 1 and len(schedule.seeds) == 1:
@@ -256,26 +244,7 @@ class Results:
             found.append(f"{record.ONE_RATE} for all methods: {more}")
         if not self.references():
             found.append(f"nothing to compare with: verdicts need --method {schedule.reference}")
-        return [*found, *self.differences(), *changes(self.claims, len(schedule.arms()))]
-
-    def claimed(self, there: dict) -> list[record.Stated]:
-        """Return the claims of all starts, the present one last.
-
-        `there`: content of `experiment.json` from an earlier start.
-        """
-        schedule, before = self.schedule, there.get("claims", [])
-        experiment = schedule.grid.base.experiment
-        if not experiment.claim:
-            return before
-        arms = [Arm(name, schedule.given[0], schedule.seeds[0]) for name in schedule.labels]
-        kinds = {arm.label: kind_of(schedule.record(arm)) for arm in arms}
-        source = "" if experiment.reference else schedule.labels[experiment.claim].source
-        now = record.Stated(
-            label=experiment.claim, reference=source or partner_of(experiment.claim, schedule.references, kinds),
-            margin=experiment.claim_margin or 0.0, sha256=schedule.grid.claim_sha256,
-            ended=sum(bool(schedule.ended(arm)) for arm in schedule.arms()), readings=self.readings,
-        )  # fmt: skip
-        return stated_again(before, now)
+        return [*found, *self.differences()]
 
     def differences(self) -> Iterator[str]:
         """Yield notes about what differs between runs in addition to the values that vary."""

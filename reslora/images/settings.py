@@ -1,13 +1,11 @@
 """Resolve the command line to the options of a run or an experiment: read files, add defaults, and validate."""
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..bundled import ASSETS
-from ..errors import InvalidArgument
 from ..experiment.arms import check_evaluations, check_values
 from ..options.contradictions import check_experiment, check_no_experiment, refuse_empty
 from ..options.files import read_file
@@ -18,7 +16,7 @@ from ..options.option import SAME, Given
 from ..options.parser import OptionsParser
 from ..options.prompts import clean
 from ..options.unused import report_unread_by_methods, report_unused
-from ..options.values import as_typed, listed
+from ..options.values import listed
 from ..options.vary import values_to_vary
 from .config_file import of_this_run
 from .experiment.requirements import check_batches, check_ranks
@@ -27,8 +25,6 @@ from .refusals import check_options, check_places, report_doubtful
 
 PROG = "train_sd.py"
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "twemoji", 200
-CLAIM = "claim_sha256"  # key, next to the options, of the hash of a file that states a claim
-ADDED = {"seed", "output_dir"}  # options that the command line may change in a file that states a claim
 DEFAULT_SPLIT = 0.1  # fraction of an experiment's images in the selection split; the test split has the same
 
 
@@ -59,11 +55,6 @@ def parsed_values(parser: OptionsParser, argv: Sequence[str] | None) -> dict[str
         return given
     path = Path(given.pop("config"))
     values = read_file(path, Options.table(), given, PROG)
-    if values.get("claim") and path.suffix != ".json":
-        for name in values.keys() & given.keys() - ADDED:
-            problem = f"{path} states a claim with this option, which cannot be changed here"
-            raise InvalidArgument(f"--{name} {as_typed(given[name])}", problem, "change the file, or leave it out")
-        values[CLAIM] = hashlib.sha256(path.read_bytes()).hexdigest()
     return (of_this_run(values, given, path) if path.suffix == ".json" else values) | given
 
 
@@ -74,13 +65,12 @@ def resolve(given: Given) -> Options | Grid[Options]:
     """
     refuse_empty(given, (name for name, option in Options.table().items() if option.path))
     values = dict(given)
-    claim = values.pop(CLAIM, "")
     options, varied = first_of(Options, with_defaults(values))
     if not varied:
         check_options(options)
         check_no_experiment(options)
         return options
-    grid = Grid(options, varied, claim)
+    grid = Grid(options, varied)
     for one in grid.runs(*(name for name in grid.varied if name != "seed")):
         check_options(one)
     check_experiment(grid)

@@ -21,8 +21,6 @@ class Grid(Generic[O]):
     """Options of a run with the first value of each option that varies."""
     varied: Mapping[str, list]
     """Two or more values of each option that varies, by the name common to all scripts."""
-    claim_sha256: str = ""
-    """SHA-256 of the file that states the claim; empty without such a file."""
 
     def values(self, name: str) -> list:
         """Return all values of an option; a single value if the option does not vary."""

@@ -107,12 +107,6 @@ class SharedExperimentOptions:
     reference: str | None = free(None,
         "method with which the others are compared; if options vary, also one variant of a method, by its name in the "
         "report, such as 'lora rank 4'", or_else="lora, or the first variant of a single other method", metavar="NAME")
-    claim: str | None = free(None,
-        "method (or variant, as for --reference) that is claimed to have a lower test loss than --reference; state the "
-        "claim before the experiment, in a file for --config, whose hash the report shows", metavar="NAME")
-    claim_margin: float | None = free(None,
-        "smallest improvement that matters for --claim, in percent of the reference's test loss", NOT_NEGATIVE,
-        or_else="0")
     compare_at: str | None = free(None,
         "steps: compare every method at its best evaluated step, within the same number of steps. time: compare every "
         "method at the last step that it evaluated within the training time of the reference", or_else="steps",
