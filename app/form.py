@@ -34,7 +34,6 @@ LABELS = {
     "experiment_minutes": "Time limit (minutes)",
     "extend_rates": "Extend the range of learning rates",
     "arms_at_once": "Runs at the same time",
-    "compare_at": "Compare at equal",
 }
 """Labels of options whose name alone would be unclear."""
 HELP = {

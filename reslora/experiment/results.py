@@ -16,7 +16,7 @@ from ..runtime.folder_lock import check_held
 from . import record
 from .arms import Arm, Losses, rates_of
 from .record import EXPERIMENT, READINGS, read_experiment
-from .report import best_in_words, duration, start_in_words, write_report
+from .report import best_in_words, start_in_words, write_report
 from .schedule import ENDED, ArmSchedule
 from .statistics import choose, compare, level_of
 from .study import COMPARING, ExperimentStudy
@@ -113,7 +113,7 @@ class Results:
         """
         schedule, self.as_of = self.schedule, None
         losses = schedule.losses()
-        self.chosen = choose(schedule.compared(schedule.arms()), schedule.choosing)
+        self.chosen = choose(map(schedule.record, schedule.arms()), schedule.choosing)
         trained = [arm for arm in losses if self.is_chosen(arm)]
         to_read = trained
         several = {label for label, count in Counter(arm.label for arm in trained).items() if count > 1}
@@ -267,10 +267,6 @@ class Results:
     def afterwards(self, losses: Losses, trained: Sequence[Arm]) -> Iterator[str]:
         """Yield notes for the reader of the results; `trained`: the arms at the chosen learning rates."""
         schedule, arms, experiment = self.schedule, self.schedule.arms(), self.schedule.grid.base.experiment
-        limit = None if (seconds := schedule.compared_seconds) is None else duration(seconds)
-        if limit:
-            steps = ", ".join(f"{label} at step {choice['step']}" for label, choice in self.chosen.items())
-            yield f"compared at equal training time, that of {schedule.references[0]}, {limit}: {steps}"
         left = len(arms) - len(losses)
         if left:
             line = f"{record.UNFINISHED}{left} of {len(arms)} runs {is_or_are(left)} still to be trained"
@@ -282,16 +278,11 @@ class Results:
             yield f"left out: {pluralize(more, 'run')} of {others}"
         endings = map(schedule.ended, arms)
         yield from (ended["reason"] for ended in endings if ended.get("status") == "failed" and ended["reason"])
-        waiting, ended = {arm.label for arm in arms if arm not in losses}, {arm.label for arm in losses}
+        waiting = {arm.label for arm in arms if arm not in losses}
         for label in schedule.grids:
             if label not in {*waiting, *self.chosen}:
                 problem = "at each learning rate, a seed failed or was stopped, so none is chosen"
-                slow = f" (or none was measured within {limit})" if limit else ""
-                yield f"{label}: {problem}{slow}; add a lower --learning_rate"
-        for name, compared in schedule.labels.items():
-            is_late = (compared.source in self.chosen and name not in waiting) or name in waiting & ended
-            if limit and is_late and name not in self.chosen:
-                yield f"{name}: left out, because it was not measured within {limit}; measure more often"
+                yield f"{label}: {problem}; add a lower --learning_rate"
         advised: dict[str, list[str]] = {}
         for label in self.chosen:
             for advice in self.advice(label):
@@ -321,7 +312,7 @@ class Results:
             yield f"{line}; {further}"
         trained = (arm for arm in schedule.arms() if arm.label == label and self.is_chosen(arm))
         last = max((step for arm in trained for step in schedule.select_losses(arm)), default=None)
-        if schedule.compared_seconds is None and choice["step"] == last:
+        if choice["step"] == last:
             yield f"the selection loss is lowest at the last step, {last}; with more steps it may be lower"
 
     def export(self, exported: Sequence[Arm]) -> record.Best:

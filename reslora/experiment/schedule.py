@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..options.averages import Average
 from ..options.grid import Grid
 from ..runtime.checkpoint_folders import ADAPTERS, numbered, step_of
 from ..runtime.log import of_split, read_log
-from . import equal_time, racing, record
+from . import racing, record
 from .arms import (
     MOST_EXTENSIONS,
     Arm,
@@ -247,13 +247,13 @@ class ArmSchedule:
         """
         rates = self.grids[label]
         failed = [rate for rate in rates for seed in self.others if self.ended(Arm(label, rate, seed)).get("reason")]
-        known = label, self.compared_seconds, *rates, "failed", *failed
+        known = label, *rates, "failed", *failed
         if known not in self.chosen_rates:
             arms = self.choosing_arms(label)
             if not all(map(self.ended, arms)):
                 return coarse_to_fine(rates)[0]
             arms += [Arm(label, rate, seed) for rate in failed for seed in self.others]
-            found = choose(self.compared(arms), self.choosing).get(label)
+            found = choose(map(self.record, arms), self.choosing).get(label)
             self.chosen_rates[known] = found["learning_rate"] if found else None
         return self.chosen_rates[known]
 
@@ -261,24 +261,6 @@ class ArmSchedule:
     def references(self) -> list[str]:
         """The methods with which others are compared."""
         return references_of(self.grid, list(self.labels.values()))
-
-    @property
-    def compared_seconds(self) -> float | None:
-        """The training time, in seconds, at which methods are compared: that of the first reference at its last step.
-
-        None without `--compare_at time`, and until an arm of the reference has ended. The training time of an average
-        is that of the method whose checkpoints it averages.
-        """
-        if self.grid.base.experiment.compare_at != "time" or not self.references:
-            return None
-        label = self.labels[self.references[0]].source or self.references[0]
-        arms = [Arm(label, rate, seed) for rate in self.grids[label] for seed in self.choosing]
-        return max(equal_time.seconds_by_step(map(self.record, arms), label, self.choosing).values(), default=None)
-
-    def compared(self, arms: Iterable[Arm]) -> list[record.Arm]:
-        """Return the records of arms; with `--compare_at time`, each has only the loss of the step to compare."""
-        records, seconds = [self.record(arm) for arm in arms], self.compared_seconds
-        return records if seconds is None else equal_time.at_time(records, seconds, self.choosing)
 
     # -- results of the arms -------------------------------------------------------------------------------------------
 

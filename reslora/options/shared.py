@@ -107,10 +107,6 @@ class SharedExperimentOptions:
     reference: str | None = free(None,
         "method with which the others are compared; if options vary, also one variant of a method, by its name in the "
         "report, such as 'lora rank 4'", or_else="lora, or the first variant of a single other method", metavar="NAME")
-    compare_at: str | None = free(None,
-        "steps: compare every method at its best evaluated step, within the same number of steps. time: compare every "
-        "method at the last step that it evaluated within the training time of the reference", or_else="steps",
-        choices=("steps", "time"))
     extend_rates: bool = free(False,
         "if the best learning rate is the lowest or highest, try the next one, up to three times")
     racing: bool | None = free(None,
