@@ -59,7 +59,7 @@ class Experiment(Run):
         content, minutes = self.read_json(EXPERIMENT), number(self.config.get("experiment_minutes"))
         notes = content.get("notes") if "as_of" not in content else None
         told = isinstance(notes, list) and any(str(note).startswith(UNFINISHED) for note in notes)
-        return f"no more runs fit into {minutes:g} minutes" if told and minutes else ""
+        return f"the time limit of {minutes:g} minutes is over" if told and minutes else ""
 
     @property
     def seconds_an_arm(self) -> float | None:

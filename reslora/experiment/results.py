@@ -269,9 +269,9 @@ class Results:
         schedule, arms, experiment = self.schedule, self.schedule.arms(), self.schedule.grid.base.experiment
         left = len(arms) - len(losses)
         if left:
-            line = f"{record.UNFINISHED}{left} of {len(arms)} runs {is_or_are(left)} still to be trained"
+            line = f"{record.UNFINISHED}{left} of {len(arms)} runs {is_or_are(left)} still to be trained after"
             minutes = f"--experiment_minutes {experiment.experiment_minutes:g}"
-            yield f"{line}, none within {minutes}; run the same command to resume for as long again"
+            yield f"{line} {minutes}; run the same command to resume for as long again"
         there = {path.parent for method in METHODS for path in (schedule.folder / method).glob(f"**/seed-*/{ENDED}")}
         if more := len(there - {schedule.folder_of(arm) for arm in arms}):
             others = "other methods, learning rates or seeds, which the folder contains too"

@@ -87,16 +87,16 @@ def train_arms(results: Results, pool: WorkerPool | None = None) -> None:
                 return
             if pool:
                 study.report_progress(ended, total)
-                ((_, (arm,)), seconds) = pool.ended()
+                ((_, (arm,)), _) = pool.ended()
             else:
                 (arm,) = schedule.running
                 if is_main():
                     minutes = schedule.minutes_left()
                     left = f", about {max(1, round(minutes))} min left" if minutes is not None else ""
                     print(f"run {ended + 1} of {schedule.total_in_words}{left}: {schedule.name_of(arm)}", flush=True)
-                seconds = train(arm, study)
+                train(arm, study)
             schedule.running.remove(arm)
-            schedule.longest = max(schedule.longest, seconds)
+            schedule.has_trained = True
             ended, total = ended_and_all(schedule)
             bar.total = total
             bar.update(ended - bar.n)
@@ -111,8 +111,8 @@ def ended_and_all(schedule: ArmSchedule) -> tuple[int, int]:
     return sum(bool(schedule.ended(arm)) for arm in arms), len(arms)
 
 
-def train(arm: Arm, study: ExperimentStudy) -> float:
-    """Train an arm, record that it has ended, and return its time in seconds.
+def train(arm: Arm, study: ExperimentStudy) -> None:
+    """Train an arm, and record that it has ended.
 
     An arm that diverged or that racing stopped early counts as ended.
     """
@@ -132,4 +132,3 @@ def train(arm: Arm, study: ExperimentStudy) -> float:
     memory, seconds = peak_memory(study.device), time.monotonic() - started
     to_conclude, measuring = study.seconds_to_conclude(), study.schedule.measuring - measured
     broadcast_from_main(lambda: study.schedule.end(arm, reason, memory, seconds, to_conclude, stopped, measuring))
-    return seconds

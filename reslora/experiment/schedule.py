@@ -64,8 +64,8 @@ class ArmSchedule:
     grid: Grid
     """Options of the experiment."""
     began: float = field(default_factory=time.monotonic)
-    longest: float = 0.0
-    """Seconds of the longest arm trained in this process."""
+    has_trained: bool = False
+    """Whether an arm has ended since the start."""
     running: set[Arm] = field(default_factory=set)
     measuring: float = 0.0
     """Seconds that measurements of arms took in this process."""
@@ -342,7 +342,7 @@ class ArmSchedule:
         return min(losses.values())
 
     def next_arm(self) -> Arm | None:
-        """Return the next arm to train; None if all have ended or are running, or if the remaining time is too short.
+        """Return the next arm to train; None if all have ended or are running, or if the time is over.
 
         With --extend_rates, learning rates are added to the grids first, where they are needed (`grown`).
         """
@@ -395,17 +395,9 @@ class ArmSchedule:
         return f"stopped early at step {step}: selection loss {curve[step]:.4f}, {worse}"
 
     def has_time(self) -> bool:
-        """Return whether another arm, and tests and exports, are expected to end within --experiment_minutes.
-
-        True without a limit, and until the first arm after the start has ended. An arm is expected to take as long as
-        the longest one that has ended. For an arm that was resumed, this includes the time before the resume.
-        """
-        if not self.grid.base.experiment.experiment_minutes or not self.longest:
-            return True
-        ended = [self.record(arm) for arm in self.arms() if self.ended(arm)]
-        longest = max([self.longest, *(max(arm["seconds"], arm["wall_seconds"] or 0) for arm in ended)])
-        expected = time.monotonic() - self.began + longest + self.seconds_to_conclude(len(ended) + 1)
-        return expected <= 60 * self.grid.base.experiment.experiment_minutes
+        """Return whether another arm may start: until --experiment_minutes are over, and always the first one."""
+        limit = self.grid.base.experiment.experiment_minutes
+        return not (limit and self.has_trained) or time.monotonic() - self.began < 60 * limit
 
     def seconds_to_conclude(self, arms: int) -> float:
         """Return the expected time, in seconds, of tests and exports once this many arms have ended."""

@@ -114,8 +114,8 @@ class SharedExperimentOptions:
         "in the direction in which the loss falls; without it, every learning rate is trained to its end",
         or_else="on; off with more --arms_at_once than methods")
     experiment_minutes: float | None = free(None,
-        "time limit: start another run only if it, and all tests and exports, are expected to end within this many "
-        "minutes; the same command resumes later", POSITIVE)
+        "time limit: start no further run after this many minutes; the same command resumes for as long again",
+        POSITIVE)
     arms_at_once: int | None = free(None,
         "number of runs to train at once, each in its own process; several GPUs are divided evenly", COUNT,
         or_else="1")

@@ -113,7 +113,7 @@ def test_how_far_it_is(library):
 
 def test_one_whose_minutes_are_over_says_so_and_one_that_was_stopped_does_not(library):
     found, content = library.find_experiment("which"), examples.unfinished() | {"as_of": 7}
-    note = "not finished: 53 of 60 runs are still to be trained, none within --experiment_minutes 0.6; and so on"
+    note = "not finished: 53 of 60 runs are still to be trained after --experiment_minutes 0.6; and so on"
     config = found.folder / "config.json"
     config.write_text(json.dumps(found.config | {"experiment_minutes": 0.6}))
     write_experiment(found.folder, content | {"notes": [note]})  # stopped in a start after that
@@ -121,11 +121,11 @@ def test_one_whose_minutes_are_over_says_so_and_one_that_was_stopped_does_not(li
     del content["as_of"]
     write_experiment(found.folder, content | {"notes": [note]})
     said = experiments.summary(found, found.status)
-    assert "no more runs fit into 0.6 minutes · Resume trains for as long again" in said
+    assert "the time limit of 0.6 minutes is over · Resume trains for as long again" in said
     (found.folder / EXPERIMENT_LOG).write_text(f"{note}\n{found.folder}/report.html\n")
     queue, entry = Jobs(library), Entry("which", "experiment", state="running")
     queue.look_after(entry)
-    assert (entry.state, entry.line) == ("stopped", "no more runs fit into 0.6 minutes")
+    assert (entry.state, entry.line) == ("stopped", "the time limit of 0.6 minutes is over")
     (found.folder / EXPERIMENT_LOG).write_text("train_sd.py: error: no such folder\n")  # of a second start
     queue.look_after(entry := Entry("which", "experiment", state="running"))
     assert entry.line == "train_sd.py: error: no such folder"

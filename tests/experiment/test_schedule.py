@@ -157,41 +157,25 @@ def test_an_optimum_inside_is_not_extended(schedule):
     assert one.grids == {name: [1e-4, 2e-4, 4e-4] for name in ("lora", "reslora")}
 
 
-def test_no_arm_begins_that_would_not_end_in_time(schedule):
+def test_after_the_time_limit_no_arm_begins_but_the_first(schedule):
     one = schedule("--experiment_minutes", "10")
-    assert one.has_time()  # whatever it takes: the first one is begun
-    one.longest = 590.0
-    assert one.has_time()
-    one.longest = 610.0
-    assert not one.has_time() and one.next_arm() is None
-    assert schedule("--experiment_minutes", "10").next_arm() is not None
+    one.began -= 601
+    assert one.next_arm() is not None
+    one.has_trained = True
+    assert one.next_arm() is None
+    one.began += 2
+    assert one.next_arm() is not None
 
 
-def test_the_time_limit_covers_tests_and_exports(schedule):
-    """Two compared arms take 100 seconds each for tests and exports."""
-    one = schedule("--experiment_minutes", "10")
+def test_the_expected_time_includes_tests_and_exports(schedule):
+    """Each compared arm takes 100 seconds for tests and exports."""
+    one = schedule()
+    assert one.minutes_left() is None
     arm = one.next_arm()
     leave(one, arm)
     one.end(arm, "", None, 5.0, to_conclude=100.0)
-    one.longest = 390.0
-    assert one.seconds_to_conclude(2) == 200.0 and one.has_time()
-    one.longest = 410.0
-    assert not one.has_time()
-    assert one.seconds_to_conclude(99) == 100.0 * len(one.labels) * len(one.seeds)
-    left = (len(one.arms()) - 1) * 5.0 + one.seconds_to_conclude(99)
-    assert one.minutes_left() == pytest.approx(left / 60)
-    assert schedule().minutes_left() is not None
-
-
-@pytest.mark.parametrize("took", [{"seconds": 1800.0}, {"wall": 1800.0}])
-def test_what_another_start_has_trained_counts_for_how_long_an_arm_takes(schedule, took):
-    """The arm that this start resumed was nearly done. Measurements and exports count as steps do."""
-    leave(schedule(), schedule().next_arm(), **took)
-    one = schedule("--experiment_minutes", "20")
-    leave(one, one.next_arm(), **took)
-    one.longest = 60.0
-    assert not one.has_time() and one.next_arm() is None
-    assert schedule("--experiment_minutes", "20").next_arm() is not None
+    conclusion = 100.0 * len(one.labels) * len(one.seeds)
+    assert one.minutes_left() == pytest.approx(((len(one.arms()) - 1) * 5.0 + conclusion) / 60)
 
 
 # -- averages of checkpoints -----------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_arms_are_handed_out_until_none_is_next(tmp_path, capfd):
     schedule, told = train(argv)
     alone = ArmSchedule(parse_args(grid(tmp_path / "alone", "--extend_rates")))
     assert {arm.rate for arm in one_after_the_other(alone, best=1)} == {arm.rate for arm in schedule.arms()}
-    assert len(schedule.arms()) == 5 and schedule.next_arm() is None and schedule.longest == 5.0
+    assert len(schedule.arms()) == 5 and schedule.next_arm() is None and schedule.has_trained
     assert len(told[0]) == 2 and told[-1] == set() and max(map(len, told)) == 2
     processes = who(tmp_path / "out")
     assert len(processes) == 5 and len(set(processes)) == 2 and not any(map(is_running, processes))

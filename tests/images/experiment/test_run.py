@@ -85,7 +85,7 @@ def small(flags, tmp_path_factory) -> Path:
     """Plain LoRA at two rates; the time limit was reached after the first, and the same command resumed."""
     output = tmp_path_factory.mktemp("small") / "out"
     lines = printed(*flags, *SMALL, "--output_dir", output, "--experiment_minutes", "0.0001")
-    line = "not finished: 1 of 2 runs is still to be trained, none within --experiment_minutes 0.0001"
+    line = "not finished: 1 of 2 runs is still to be trained after --experiment_minutes 0.0001"
     only(lines, f"{line}; run the same command to resume for as long again")
     assert [a["status"] for a in experiment(output)["arms"]] == ["waiting", "finished"]
     printed(*flags, *SMALL, "--output_dir", output)  # without a limit this time
