@@ -81,7 +81,7 @@ def model_of(word: str, images: Path | None) -> str:
     if not is_hub_name(word):
         raise RunError(f"Give the model by its name on the hub, such as owner/model, or one of {', '.join(PIPELINES)}.")
     if images is None:
-        raise RunError("A model from the hub needs training images: upload some, or choose a folder of images.")
+        raise RunError("A model from the hub needs training images: choose a folder, or upload one under Images.")
     return word
 
 

@@ -1,119 +1,69 @@
-// Ticks, and captions that are written and not saved yet, outlive an update, which leaves the page's elements and gives
-// them other contents. A caption is saved when its box is left or Ctrl+Enter is pressed in it.
+// Ticks, and the caption that is being typed, outlive an update, which leaves the page's elements and gives them other
+// contents. A caption is saved when its box is left or Ctrl+Enter is pressed in it.
 const host = document.getElementById("dataset-images");
 const picked = new Set();
-const drafts = new Map();  // of all folders, each with what its caption was when it was begun
-let folder = null;  // which the images are of: another one may be chosen by now
-let at = null;
-let asked = "";  // of which images the last page was
-let page = 1;  // which is wanted: the one that is shown may be on its way still
-let turned = false;  // to that page, which is read from its top
-const saved = new Map();  // captions that were written here
+let folder = null;  // whose images are shown
+let typing = null;  // the name of the image whose caption box has the focus
+let last = Promise.resolve();  // of the captions to save: they are sent one after the other
 
 const cards = () => element.querySelector(".cards");
 const boxes = () => [...element.querySelectorAll(".card input[type=checkbox]")];
 const texts = () => [...element.querySelectorAll(".card textarea")];
 const nameOf = part => part.closest(".card").dataset.name;
-const keyOf = part => JSON.stringify([folder, nameOf(part)]);
-const boxOf = key => texts().find(box => keyOf(box) === key);
-
-function tell() {
-  document.querySelectorAll("#picked-count").forEach(line => {
-    line.textContent = `${picked.size.toLocaleString("en")} selected`;
-  });
-}
 
 function say(box, line, bad) {
-  const said = box.closest(".card").querySelector(".told");
-  said.textContent = line;
-  said.classList.toggle("bad", Boolean(bad));
+  const status = box.closest(".card").querySelector(".told");
+  status.textContent = line;
+  status.classList.toggle("bad", Boolean(bad));
 }
 
-// A box that has been typed in does not follow its text in the page.
-function fill(box) {
-  const draft = drafts.get(keyOf(box)), text = draft ? draft.text : box.dataset.was;
-  if (box.value !== text) box.value = text;
-  if (draft) say(box, draft.refused || "not saved yet", draft.refused);
-  else if (saved.get(keyOf(box)) === text) say(box, "saved");
+function count() {
+  document.getElementById("picked-count").textContent = `${picked.size.toLocaleString("en")} selected`;
 }
 
-// Who types goes on in the box of the same image, never in another one's.
-function follow(here, range) {
-  const box = boxOf(at);
-  if (box === here) return;
-  if (!box) return here.blur();
-  box.focus();
-  box.setSelectionRange(...range);
-}
-
-// What is ticked or written and still there, after another page, another filter or another folder is shown.
-function restore() {
+function show() {
   if (!cards()) return;
-  const here = texts().find(box => box === document.activeElement);
-  const range = here && [here.selectionStart, here.selectionEnd];
   if (cards().dataset.folder !== folder) picked.clear();
   folder = cards().dataset.folder;
   boxes().forEach(box => { box.checked = picked.has(nameOf(box)); });
-  texts().forEach(fill);
-  if (here) follow(here, range);
-  if (turned && host.getBoundingClientRect().top < 0) host.scrollIntoView();
-  turned = false;
-  tell();
+  for (const box of texts()) {
+    if (box === document.activeElement && nameOf(box) === typing) continue;
+    box.value = box.dataset.was;
+    say(box, "");
+    if (box === document.activeElement) box.blur();
+  }
+  count();
 }
 
 host.picked = () => ({ folder, names: [...picked] });
 host.pick = which => {
-  const page = boxes().map(nameOf);
   if (which === "none") picked.clear();
-  else (which === "all" ? JSON.parse(cards().dataset.names) : page).forEach(name => picked.add(name));
-  restore();
+  else (which === "all" ? JSON.parse(cards().dataset.names) : boxes().map(nameOf)).forEach(name => picked.add(name));
+  show();
+};
+host.top = (...values) => {
+  if (host.getBoundingClientRect().top < 0) host.scrollIntoView();
+  return values;
 };
 
-// Other images begin with their first page.
-host.asks = values => {
-  const images = JSON.stringify(values.slice(0, -1));
-  if (images !== asked) page = 1;
-  asked = images;
-  return [...values.slice(0, -1), page];
-};
-host.renew = () => trigger("submit");  // a name of Gradio's own, which can be one of several
-host.turn = number => {
-  page = number;
-  turned = true;
-  host.renew();
-};
-host.next = by => {
-  const last = Number(cards()?.dataset.last || 1);
-  host.turn(Math.min(Math.max(Math.min(page, last) + by, 1), last));
-};
-
-async function save(box) {
-  const key = keyOf(box), name = nameOf(box), draft = drafts.get(key);
-  if (!draft || draft.sent) return;
-  if (draft.text === draft.was) return drop(box);
-  const { was, text } = draft, [chosen, ...settings] = host.chosen || [folder];
-  draft.sent = true;
+function save(box) {
+  const edit = { folder, name: nameOf(box), was: box.dataset.was, text: box.value };
+  if (edit.text === edit.was) return;
+  box.dataset.was = edit.text;
   say(box, "saving");
-  const answer = await server.save_caption({ folder, chosen, name, was, text, settings })
+  last = last.then(() => send(edit));
+}
+
+async function send(edit) {
+  const answer = await server.save_caption(edit)
     .catch(() => ({ error: "The server does not answer: this caption is not saved." }));
-  draft.sent = false;
-  draft.refused = answer.error;
-  const now = drafts.get(key), row = boxOf(key);  // which may be another one by now, or on another page
-  if (answer.error) {
-    if (row && now) fill(row);
-    else if (now) trigger("refused", { line: `${name}: ${answer.error}` });
-    return;
-  }
-  saved.set(key, answer.text);
-  if (now?.text === text) drafts.delete(key);
-  else if (now) now.was = answer.text;
-  if (row) {
-    row.dataset.was = answer.text;
-    say(row, "saved");
-    fill(row);
-    if (row !== document.activeElement) save(row);  // what was written while this was on its way
-  }
-  host.renew();
+  const box = folder === edit.folder && texts().find(box => nameOf(box) === edit.name);
+  if (!answer.error) trigger("saved");
+  else if (!box) trigger("refused", { line: `${edit.name}: ${answer.error}` });
+  if (!box) return;
+  if (box.dataset.was === edit.text) box.dataset.was = answer.error ? edit.was : answer.text;
+  if (box.value === edit.text && !answer.error) box.value = answer.text;
+  say(box, answer.error || "saved", answer.error);
 }
 
 // An image as large as it fits, with its reference image beside it if it has one.
@@ -123,10 +73,8 @@ enlarged.className = "enlarged";
 enlarged.addEventListener("click", () => enlarged.close());
 document.body.append(enlarged);
 
-async function enlarge(button) {
-  const name = nameOf(button), [chosen, ...settings] = host.chosen || [folder];
-  const answer = await server.enlarge({ folder, chosen, name, settings })
-    .catch(() => ({ error: "The server does not answer." }));
+async function enlarge(name) {
+  const answer = await server.enlarge({ folder, name }).catch(() => ({ error: "The server does not answer." }));
   if (answer.error) return trigger("refused", { line: answer.error });
   const figures = answer.images.map(([title, source]) => {
     const figure = document.createElement("figure"), image = new Image(), line = document.createElement("figcaption");
@@ -150,36 +98,26 @@ async function enlarge(button) {
   enlarged.showModal();
 }
 
-// The caption as it is, for what was written instead.
-function drop(box) {
-  drafts.delete(keyOf(box));
-  say(box, "");
-  fill(box);
-}
-
 element.addEventListener("change", event => {
-  const part = event.target;
-  if (!part.matches(".card input[type=checkbox]")) return;
-  picked[part.checked ? "add" : "delete"](nameOf(part));
-  tell();
+  if (!event.target.matches(".card input[type=checkbox]")) return;
+  picked[event.target.checked ? "add" : "delete"](nameOf(event.target));
+  count();
 });
 element.addEventListener("click", event => {
   const button = event.target.closest(".card .enlarge");
-  if (button) enlarge(button);
+  if (button) enlarge(nameOf(button));
 });
-element.addEventListener("input", event => {
-  const box = event.target;
-  if (!box.matches(".card textarea")) return;
-  const draft = drafts.get(keyOf(box));
-  if (draft) draft.text = box.value;
-  else drafts.set(keyOf(box), { text: box.value, was: box.dataset.was });
+element.addEventListener("focusin", event => {
+  if (event.target.matches(".card textarea")) typing = nameOf(event.target);
 });
-element.addEventListener("focusin", event => { if (event.target.matches(".card textarea")) at = keyOf(event.target); });
 element.addEventListener("focusout", event => event.target.matches(".card textarea") && save(event.target));
 element.addEventListener("keydown", event => {
-  if (!event.target.matches(".card textarea")) return;
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) save(event.target);
-  if (event.key === "Escape") drop(event.target);
+  const box = event.target;
+  if (!box.matches(".card textarea")) return;
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) save(box);
+  if (event.key !== "Escape") return;
+  box.value = box.dataset.was;
+  say(box, "");
 });
-watch("value", restore);
-restore();
+watch("value", show);
+show();

@@ -1,7 +1,6 @@
 """Render an experiment as HTML: how many runs the form's settings make, the progress, and the report."""
 
 import math
-from collections.abc import Sequence
 
 from reslora.experiment.hashed_split import FEW, LEAST
 from reslora.experiment.schedule import ArmSchedule
@@ -9,7 +8,6 @@ from reslora.formatting import enumerated, pluralize
 from reslora.options.grid import Grid
 
 from .activity import duration, why_ended
-from .folders import UPLOADS
 from .jobs import Jobs
 from .library import Experiment
 from .runs import RunError, number
@@ -26,17 +24,17 @@ LEAST_SHARE = 1e-6
 """Smallest test fraction used when counting images; it prevents a division by zero."""
 
 
-def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: Sequence[str] = ()) -> tuple:
+def plan(jobs: Jobs, name: str, settings: dict, folder: object = None) -> tuple:
     """Return a sentence with the number of runs that the settings make, as HTML, the command's arguments, and the
     options as the trainer resolves them.
 
-    The images, uploaded or in `folder`, are only counted here; they are checked when training starts. Raises
+    The images in `folder` are only counted here; they are checked when training starts. Raises
     `RunError` for invalid settings.
     """
     kind = jobs.kind_of(name, settings)
     begun = jobs.begun(name, kind)
-    images = jobs.images.find(folder).path if folder and not uploads and not begun else None
-    words = jobs.command(name, settings, jobs.library.folder / UPLOADS / name if uploads else images, kind)
+    images = jobs.images.find(folder).path if folder and not begun else None
+    words = jobs.command(name, settings, images, kind)
     found = jobs.resolved(words)
     if not isinstance(found, Grid):
         titles, steps = enumerated(NAMES[method] for method in found.adapter.method), found.training.max_train_steps
@@ -44,7 +42,7 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
         return notice(f"1 run: {titles}{each}. Several learning rates or seeds make an experiment."), words, found
     schedule = ArmSchedule(found)
     try:
-        advice = [] if begun else too_few(jobs, found.base.experiment.test_split or 0, folder, uploads)
+        advice = [] if begun else too_few(jobs, found.base.experiment.test_split or 0, folder)
     except OSError as error:
         raise RunError(f"The folder of images cannot be read ({error.strerror}).") from None
     what = "variant" if any(label.values for label in schedule.labels.values()) else "method"
@@ -59,13 +57,13 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
     return notice(told), words, found
 
 
-def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) -> list[str]:
+def too_few(jobs: Jobs, share: float, folder: object) -> list[str]:
     """Return a warning, as a list, if the test split (the fraction `share` of the images) would be small; else [].
 
     The warning gives a range of sizes, because each image is assigned to the split by a hash of its content. The split
     counts near-duplicates as one image, but this estimate counts each of them.
     """
-    images = jobs.images.count(folder, uploads, math.ceil(FEW / max(share, LEAST_SHARE)))
+    images = jobs.images.count(folder, math.ceil(FEW / max(share, LEAST_SHARE)))
     least = max(min(LEAST, images - 3), 1)
     if not images or max(least, round(share * images)) >= FEW:
         return []

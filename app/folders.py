@@ -5,7 +5,6 @@ Folder names come from a browser. They are only compared with the listed names, 
 
 import itertools
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +20,7 @@ from .bases import bundled
 from .runs import Run, pick
 
 UPLOADS, SETS = ".images", ".datasets"
-"""Folders below the runs folder: for images uploaded to start a run, and for image folders uploaded under Images."""
+"""Folders below the runs folder: for images that earlier versions stored to start a run, and for uploaded folders."""
 BUNDLED = "bundled images"
 IMAGES = {f"{ASSETS.name}/{BUNDLED_IMAGES.name}": BUNDLED_IMAGES}
 """Path of the bundled images, by the last two parts of the path; the other parts differ between machines."""
@@ -34,15 +33,6 @@ class Folder:
     name: str
     path: Path
     bundled: bool = False
-
-    def holds(self, path: Path) -> bool:
-        """Return whether a path, with all links resolved, is inside the folder."""
-        if path.parent == self.path and not path.is_symlink():
-            return True
-        try:
-            return path.resolve().is_relative_to(self.path)
-        except (OSError, RuntimeError):
-            return False
 
     def without_path(self, text: str) -> str:
         """Return a line of the trainer's output with the path of this folder removed."""
@@ -70,9 +60,9 @@ class Folders:
         """Return the folder with this name. Raises `RunError` if no folder on the list has it."""
         return pick(self.all(), name, "There is no such folder of images; choose one from the list.")
 
-    def count(self, name: object, uploads: Sequence[str], most: int) -> int:
-        """Return the number of uploaded images or, without uploads, of images in the named folder; at most `most`."""
-        files = map(Path, uploads) if uploads else all_below(self.find(name).path) if name else ()
+    def count(self, name: object, most: int) -> int:
+        """Return the number of images in the named folder, at most `most`; 0 without a name."""
+        files = all_below(self.find(name).path) if name else ()
         found = (path for path in files if is_image(path) and not path.name.startswith("."))
         return sum(1 for _ in itertools.islice(found, most))
 
@@ -103,5 +93,5 @@ def children(folder: Path | None) -> list[Path]:
         found = sorted(folder.iterdir()) if folder else []
     except OSError:
         return []
-    visible = [path for path in found if not path.name.startswith(".") and clean(path.name) == path.name]
-    return [path for path in visible if path.is_dir() and path.resolve().parent == folder]
+    return [path for path in found if path.name[0] != "." and clean(path.name) == path.name
+            and path.is_dir() and not path.is_symlink()]  # fmt: skip

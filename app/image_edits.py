@@ -1,27 +1,32 @@
 """Edit a folder of images: change one or many captions, move images to the trash, and undo these changes."""
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from reslora.errors import first_line
 from reslora.formatting import pluralize
 from reslora.images.data.caption_files import caption_files
 from reslora.images.data.captions import SEPARATOR
+from reslora.io import replacing
 from reslora.options.prompts import clean
 
-from .caption_files import Edit, Table, write
-from .changes import Change, changes, changing
-from .folders import Folder
-from .image_folders import Image, Images, options_of, read
+from .caption_files import BETWEEN, Captions, with_captions, with_rows
+from .folders import Folder, new_place
+from .image_folders import Image, Images, read
 from .jobs import Jobs
 from .looks import Looks
-from .runs import RunError, pick, stamp_of
+from .runs import RunError, pick
 
-BETWEEN = "\n\n"
-"""Separator between the captions of an image in a text box, if the image has several captions."""
 REPLACE, BEFORE, AFTER, ADD_TAG, REMOVE_TAG = "Replace", "Put before", "Put after", "Add tag", "Remove tag"
-EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE = "All images", "Skipped by training", "Without caption", "Duplicates"
-FILTERS = (EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE)
+EVERYTHING, LEFT_OUT, WITHOUT_CAPTION, ALIKE = "All images", "Skipped by training", "Without caption", "Duplicates"
+FILTERS = (EVERYTHING, LEFT_OUT, WITHOUT_CAPTION, ALIKE)
+MOST = 20
+"""Number of changes per folder that can be undone."""
 
 
 def with_tag(caption: str, tag: str, _: str) -> str:
@@ -51,19 +56,63 @@ OPERATIONS: dict[str, Callable[[str, str, str], str]] = {
 }
 
 
+@dataclass
+class Change:
+    """A change of a folder's files that can be undone."""
+
+    line: str
+    """Description of the change on the Undo button."""
+    before: dict[Path, bytes | Path | None] = field(default_factory=dict)
+    """Content of each file before the change: None for a new file, a path in the trash for a removed one."""
+    after: dict[Path, bytes | None] = field(default_factory=dict)
+    """Content of each file after the change; None for a removed one."""
+
+    def write(self, path: Path, content: bytes | None, backup: Path) -> None:
+        """Replace a file, or move it to `backup` if `content` is None."""
+        if content is None:
+            backup.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(backup)
+            self.before[path] = backup
+        else:
+            before = content_of(path)
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
+            self.before[path] = before
+        self.after[path] = content
+
+    def undo(self) -> None:
+        """Restore all files, or raise `RunError` and restore none if one of them was changed since."""
+        for path, content in self.after.items():
+            if content_of(path) != content:
+                raise RunError(f"{path.name} was changed later, so nothing was restored; removed images are in .trash.")
+        for path, content in self.before.items():
+            if content is None:
+                path.unlink()
+            elif isinstance(content, bytes):
+                with replacing(path) as temporary:
+                    temporary.write_bytes(content)
+            else:
+                content.rename(path)
+                with contextlib.suppress(OSError):  # it has other files
+                    os.removedirs(content.parent)
+
+
+def content_of(path: Path) -> bytes | None:
+    """Return the content of a file, or None if it does not exist."""
+    return path.read_bytes() if path.is_file() else None
+
+
 class ImageEdits:
     """Edit and undo changes of the image folders that the page may show."""
 
     def __init__(self, jobs: Jobs) -> None:
         self.folders, self.jobs, self.looks = jobs.images, jobs, Looks()
-        self.refused: set[Path] = set()
-        """Trash folders of changes that could not be undone. `undo` skips them, to reach earlier changes."""
+        self.changes: dict[Path, deque[Change]] = {}
+        self.lock = threading.Lock()
 
-    def look(self, name: object, settings: Sequence = ()) -> Images:
-        """Return the images of the folder with this name.
-
-        `settings`: resolution (text), whether aspect ratio buckets are used, and the name of the caption column."""
-        return read(self.folders.find(name), options_of(*settings))
+    def look(self, name: object) -> Images:
+        """Return the images of the folder with this name."""
+        return read(self.folders.find(name))
 
     def shown(self, images: Images, which: str, words: str = "") -> list[Image]:
         """Return the images that the filter `which` selects and whose name or caption contains `words`.
@@ -74,7 +123,7 @@ class ImageEdits:
         alike, found = self.looks.alike(images), list(images.images.values())
         if which == LEFT_OUT:
             found = [image for image in found if self.looks.problem(image)]
-        elif which == NO_CAPTION:
+        elif which == WITHOUT_CAPTION:
             found = [image for image in found if not image.captions or not all(image.captions)]
         elif which == ALIKE:
             firsts = {first for first, _ in alike.values()}
@@ -83,124 +132,130 @@ class ImageEdits:
         words = str(words or "").casefold()
         return [image for image in found if words in image.name.casefold() or words in text_of(image).casefold()]
 
-    def save_caption(self, images: Images, name: str, was: str, text: str) -> str:
+    # -- changes -------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def changing(self, folder: object) -> Iterator[Images]:
+        """Yield the images of a folder while no other change is made. Raises `RunError` if they cannot be changed."""
+        with self.lock:
+            images = self.look(folder)
+            if images.folder.bundled:
+                raise RunError(
+                    "The bundled images cannot be changed; upload a folder, or start the application with --data."
+                )
+            if images.fixed:
+                raise RunError(f"Captions cannot be changed here: {images.fixed}.")
+            try:
+                yield images
+            except OSError as error:
+                raise RunError(f"Nothing was changed: {error.strerror or first_line(error)}.") from None
+
+    def write(self, folder: Folder, line: str, files: dict[Path, bytes | None]) -> None:
+        """Replace files, and move those without content to the trash; if one of them fails, change none."""
+        change, trash = Change(line), new_place(folder.path)
+        try:
+            for path, content in files.items():
+                change.write(path, content, trash / path.relative_to(folder.path))
+        except OSError:
+            change.undo()
+            raise
+        self.changes.setdefault(folder.path, deque(maxlen=MOST)).append(change)
+
+    def save_caption(self, folder: str, name: str, was: str, text: str) -> str:
         """Write `text` as the caption of one image, and return the caption as stored.
 
         Raises `RunError` if the current caption is not `was`, the caption that the user saw.
         """
         if not isinstance(was, str) or not isinstance(text, str):
             raise RunError("A caption is text; nothing was written.")
-        (image,) = images.find([name])
-        if in_box(text_of(image)) != in_box(was):
-            raise RunError(
-                f"{name} was changed in the meantime; nothing was written. Its caption is now {text_of(image)!r}"
-            )
-        several = len(image.captions or ()) > 1
-        if several and any(BETWEEN in in_box(caption) for caption in image.captions or ()):
-            raise RunError(f"A caption of {name} has an empty line, which separates its captions here: edit the table.")
-        captions = tuple(clean(part).strip() for part in (text.split(BETWEEN) if several else [text]))
-        captions = tuple(filter(None, captions)) if several else captions
-        refuse_bundled(images.folder)
-        write(images, [Edit(name, image.captions, captions)], f"the caption of {name}")
-        return BETWEEN.join(captions)
+        with self.changing(folder) as images:
+            (image,) = images.find([name])
+            now = text_of(image)
+            if in_box(now) != in_box(was):
+                raise RunError(f"{name} was changed in the meantime; nothing was written. Its caption is now {now!r}")
+            text = clean(in_box(text)).strip()
+            captions = [part for part in text.split(BETWEEN) if part.strip()] if len(image.captions) > 1 else [text]
+            self.write(images.folder, f"the caption of {name}", with_captions(images, {name: captions}))
+        return BETWEEN.join(map(str.strip, captions))
 
-    def change_captions(self, images: Images, names: object, operation: object, text: str, other: str = "") -> str:
-        """Apply an operation to the captions of several images, and return a sentence that reports the change.
+    def change_captions(self, folder: str, names: list[str], operation: str, text: str, other: str = "") -> str:
+        """Change the captions of the named images, and return a sentence that reports it.
 
-        `operation`: a key of `OPERATIONS`. `text` and `other`: the operation's arguments."""
+        `operation`: Replace (`text` by `other`), Put before, Put after, Add tag or Remove tag."""
         change = pick(OPERATIONS, operation, f"Choose one of: {', '.join(OPERATIONS)}.")
         text, other = str(text or ""), str(other or "")
         if not text.strip():
             raise RunError("No words to use: enter words or a tag first.")
-        edits = []
-        for image in images.find(names):
-            before = image.captions or ("",)
-            captions = tuple(change(caption, text, other).strip() for caption in before)
-            if captions != before:
-                edits.append(Edit(image.name, image.captions, captions))
-        if not edits:
-            return "No caption had to be changed."
-        line = f"{operation.lower()}, {pluralize(len(edits), 'caption')}"
-        refuse_bundled(images.folder)
-        write(images, edits, line)
-        return f"Changed: {line}."
+        with self.changing(folder) as images:
+            found: dict[str, list[str]] = {}
+            for image in images.find(names):
+                captions = [change(caption, text, other).strip() for caption in image.captions or ("",)]
+                if captions != list(image.captions or ("",)):
+                    found[image.name] = captions
+            if not found:
+                return "No caption had to be changed."
+            return f"Changed: {self.write_captions(images, found, operation.lower() + ',')}."
 
-    def throw_away(self, images: Images, names: object) -> str:
-        """Move images to the folder's trash, and return a sentence that reports the change.
+    def write_captions(self, images: Images, captions: Captions, what: str) -> str:
+        """Write captions, and return the change's description, which begins with `what`."""
+        line = f"{what} {pluralize(len(captions), 'caption')}".strip()
+        self.write(images.folder, line, with_captions(images, captions))
+        return line
+
+    def throw_away(self, folder: str, names: list[str]) -> str:
+        """Move the named images to the folder's trash, and return a sentence that reports it.
 
         Their caption files, masks and reference images are also moved, unless a remaining image uses them. All their
         rows in a metadata table are removed.
         """
-        refuse_bundled(images.folder)
-        if run := self.jobs.reader(images.folder.path):
-            raise RunError(f"{run.name} is training, maybe on these images; wait until it ends, or stop it first.")
-        picked = images.find(names)
-        paths = {os.path.normpath(image.path) for image in picked}
-        chosen = [image for image in images.images.values() if os.path.normpath(image.path) in paths]
-        line = f"{pluralize(len(picked), 'image')} moved to the trash"
-        with changing(images.folder, line) as draft:
-            for metadata in {image.metadata for image in chosen if image.metadata}:
-                table = Table(metadata, images)
-                table.drop({image.name for image in chosen})
-                table.put(draft)  # first, so that no row names a missing image
-            for path in files_with(chosen, images):
-                draft.put(path, stamp_of(path), None)
+        with self.changing(folder) as images:
+            if run := self.jobs.reader(images.folder.path):
+                raise RunError(f"{run.name} is training, maybe on these images; wait until it ends, or stop it first.")
+            paths = {image.path for image in images.find(names)}
+            chosen = {name: image for name, image in images.images.items() if image.path in paths}
+            files: dict[Path, bytes | None] = {}  # tables first, so that no row names a missing image
+            for table in {image.table for image in chosen.values() if image.table}:
+                files[table] = with_rows(table, {}, [image for image in chosen.values() if image.table == table])
+            line = f"{pluralize(len(paths), 'image')} moved to the trash"
+            self.write(images.folder, line, files | dict.fromkeys(files_of_only(chosen, images)))
         return f"{line[0].upper()}{line[1:]} (.trash in the folder, which training ignores)."
 
-    def last(self, folder: Folder) -> Change | None:
-        """Return the change that `undo` reverts: the folder's last change that is not in `refused`.
+    def last(self, folder: Folder) -> str:
+        """Return the description of the folder's last change; empty if there is none to undo."""
+        changes = self.changes.get(folder.path)
+        return changes[-1].line if changes else ""
 
-        If all changes are in `refused`, return the last change; if there are no changes, return None.
+    def undo(self, folder: str) -> str:
+        """Undo the last change of a folder, and return a sentence that reports it.
+
+        Raises `RunError` if one of its files was changed later. The next call then undoes the change before it.
         """
-        found = (change for change in changes(folder) if change.place not in self.refused)
-        return next(found, None) or next(changes(folder), None)
-
-    def undo(self, images: Images, name: str | None = None) -> str:
-        """Revert the last change of a folder, and return a sentence that reports it.
-
-        `name`: name of the change that the user wants to revert. Raises `RunError` if the last change is another one,
-        or if one of its files was changed later.
-        """
-        refuse_bundled(images.folder)
-        change = self.last(images.folder)
-        if change is None:
-            return "There is nothing to undo."
-        if name not in (None, change.place.name):
-            raise RunError(f"Nothing was undone, because the last change is now another one: {change.line}.")
-        try:
-            change.restore()
-        except RunError:
-            self.refused.add(change.place)
-            raise
-        return f"Undone: {change.line}."
+        with self.changing(folder) as images:
+            if not self.last(images.folder):
+                return "There is nothing to undo."
+            change = self.changes[images.folder.path].pop()
+            change.undo()
+            return f"Undone: {change.line}."
 
     def check(self, images: Images) -> Iterator[int]:
         """Open every image to find damaged images and duplicates; yield the number of images opened so far."""
         return self.looks.check(list(images.images.values()))
 
 
-def files_with(chosen: Sequence[Image], images: Images) -> list[Path]:
-    """Return the files of the images in `chosen`, and the other images and caption files that only these images use."""
-    paths = dict.fromkeys(image.path for image in chosen)
-    others = [image for image in images.images.values() if image.path not in paths]
-    stems = {image.path.with_suffix("") for image in others}
-    captions = [text for path in paths if path.with_suffix("") not in stems for text in caption_files(path)]
-    used = {path for image in others for path in image.files}
-    further = [path for image in chosen for path in image.files if path not in used]
-    return [path for path in dict.fromkeys([*paths, *captions, *further]) if path.is_file()]
+def files_of_only(names: Container[str], images: Images) -> list[Path]:
+    """Return the existing files, with caption files, that are used by images with these names and by no other image."""
+    files: tuple[list[Path], list[Path]] = [], []
+    for name, image in images.images.items():
+        files[name in names].extend((*image.files, *caption_files(image.path)))
+    others, chosen = files
+    return [path for path in dict.fromkeys(chosen) if path not in others and path.is_file()]
 
 
 def text_of(image: Image) -> str:
     """Return all captions of an image as one text, joined by `BETWEEN`."""
-    return BETWEEN.join(image.captions or ())
+    return BETWEEN.join(image.captions)
 
 
 def in_box(text: str) -> str:
     """Return a text with line feeds as line ends, as an HTML text box has them."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def refuse_bundled(folder: Folder) -> None:
-    """Raise `RunError` for the bundled images, which must not change."""
-    if folder.bundled:
-        raise RunError("The bundled images cannot be changed; upload a folder, or start the application with --data.")

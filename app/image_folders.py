@@ -1,44 +1,29 @@
-"""Read image folders for the page in the same way as the trainer.
-
-The trainer's own code decides which images are skipped, and why. Images and caption files that are links to outside of
-their folder are never shown.
-"""
+"""Read image folders for the page with the trainer's own code, which decides which images it skips, and why."""
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
-import re
-import threading
-from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.errors import InvalidArgument
-from reslora.images.data.dataset import METADATA, Found, caption_files, layout_of, read_folder
+from reslora.images.data.dataset import METADATA, Found, read_folder
 from reslora.images.data.folders import kohyas_folders
-from reslora.images.data.images import SUFFIXES, image_size
+from reslora.images.data.images import image_size, is_image
 from reslora.images.data.listing import files_of
-from reslora.images.data.size import Size
 from reslora.images.data.tables import REFERENCE
-from reslora.images.data.training_data import size_of
 from reslora.images.settings import with_defaults
 from reslora.options.images import Options
 from reslora.options.prompts import clean
 
-from .folders import SETS, Folder, Folders
+from .folders import Folder
 from .launcher import trainers_parser
-from .library import kind_of
 from .runs import RunError, cached_by, stamp_of
-from .uploads import store_images
 
-MULTIPLE = 8
-"""Pixels of which bucket widths and heights are multiples. Models that need multiples of 16 have the same buckets at
-resolutions of 256 and above."""
-OUTSIDE = "leads out of the folder: not shown here"
-ADDING = threading.Lock()
-"""Lock to hold while an uploaded folder is stored, so that two uploads of the same name do not replace each other."""
+NO_CAPTION = "no caption"
 
 
 @dataclass(frozen=True)
@@ -48,23 +33,20 @@ class Image:
     name: str
     """Path of the file in the folder. If a table lists `a.png` twice, the second image is named `a.png (2)`."""
     path: Path
-    captions: tuple[str, ...] | None
-    """Captions used in training. Empty: the image's table row has no caption. None: the image has no table row, and no
-    caption file with text."""
-    size: tuple[int, int] | None
-    """Width and height in pixels."""
-    buckets: tuple[Size, ...] = ()
-    """Sizes to which the image is resized and cropped, one for each training resolution."""
+    captions: tuple[str, ...] = ()
+    """Captions used in training."""
+    size: tuple[int, int] | None = None
+    """Width and height in pixels; None if the file's header cannot be read."""
     problem: str = ""
     """Why training skips the image; empty if the image is used."""
-    metadata: Path | None = None
-    """The metadata table (.jsonl or .csv) that lists the image; None if the caption is in a file next to the image."""
-    otherwise: str | None = None
-    """Caption that training uses because the image has no caption file; None if there is no such default."""
+    table: Path | None = None
+    """The metadata table (.jsonl or .csv) of the image's folder; None if captions are in files next to the images."""
+    row: int | None = None
+    """Number of the image's row in the table; None if the table does not list the image."""
     mask: Path | None = None
-    """The image's mask file, from the image's table row; None if the row has no mask."""
+    """The image's mask file, from the table's column `mask`."""
     reference: Path | None = None
-    """The reference image for training an edit model, from the table's column `conditioning_image`; None without it."""
+    """The reference image for training an edit model, from the table's column `conditioning_image`."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -72,14 +54,13 @@ class Image:
         return tuple(filter(None, (self.path, self.mask, self.reference)))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Images:
-    """The images of a folder, and whether it can be trained on and edited."""
+    """The images of a folder by name."""
 
     folder: Folder
-    options: Options
-    images: dict[str, Image]
-    notes: tuple[str, ...] = ()
+    images: dict[str, Image] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
     """Messages that the trainer would print about the folder."""
     refused: str = ""
     """Why training on the folder would not start; empty if it would start."""
@@ -95,88 +76,67 @@ class Images:
             raise RunError("Select images first.")
         return [self.images[name] for name in names]
 
-
-def add(folders: Folders, name: str, uploads: list[str], caption: str) -> Folder:
-    """Store uploaded images as a new folder, and return it. Raises `RunError` for an invalid or existing name.
-
-    `caption`: the caption of images without a caption file; if empty, the words of the file name."""
-    name = name if isinstance(name, str) else ""
-    if kind_of(folders.runs):
-        raise RunError("This page shows a single run; start the application on a folder of runs to upload images.")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
-        raise RunError("A folder's name has letters, digits, hyphens and underscores, at most 64 of them.")
-    path = folders.runs / SETS / name
-    with ADDING:
-        if path.exists():
-            raise RunError("A folder with this name already exists; choose another name.")
-        store_images(path, uploads, caption)
-    return folders.find(f"uploads/{name}")
+    def add(self, path: Path, **values) -> None:
+        """Add an image under its path in the folder, as valid UTF-8; an equal name gets a number."""
+        name = clean(Path(os.path.relpath(path, self.folder.path)).as_posix())
+        names = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
+        name = next(name for name in names if name not in self.images)
+        self.images[name] = Image(name, path, **values)
 
 
-@cached_by(lambda *given: repr(given), 64)
-def options_of(resolution: object = "", buckets: object = False, column: object = "") -> Options:
-    """Return the trainer's options for a resolution, use of aspect ratio buckets, and the caption column of tables.
-
-    `resolution`: whole numbers with spaces between them. Raises `RunError` for an invalid setting.
-    """
-    sides = str(resolution or "").split()
-    if not all(side.isdecimal() for side in sides):
-        raise RunError("Give the resolution as whole numbers with spaces between them, such as 512 768.")
-    words = ["--train_data_dir", "images", *(["--resolution", *sides] if sides else [])]
-    words += ["--use_aspect_ratio_buckets"] if buckets is True else []
-    words += [f"--caption_column={column}"] if column else []
-    return Options.of(**with_defaults(vars(trainers_parser().parse_args(words))))
+@functools.cache
+def defaults() -> Options:
+    """Return the trainer's default options for a folder of images."""
+    return Options.of(**with_defaults(vars(trainers_parser().parse_args(["--train_data_dir", "images"]))))
 
 
-def state_of(folder: Folder, options: Options) -> Hashable:
+def state_of(folder: Folder) -> Hashable:
     """Return a value that changes with any of a folder's files. Raises `RunError` if they cannot be read."""
     try:
-        files = files_of(folder.path, options.data, options.output)
-        return folder, repr(options), hash(tuple((str(path), stamp_of(path)) for path in files))
+        return folder, hash(tuple((str(path), stamp_of(path)) for path in listed(folder)))
     except OSError:
         raise RunError("This folder cannot be read: check that it exists, then reload it.") from None
 
 
-# -- as the trainer reads a folder -------------------------------------------------------------------------------------
+def listed(folder: Folder) -> list[Path]:
+    """Return the visible files of a folder."""
+    return files_of(folder.path, defaults().data, defaults().output)
 
 
 @cached_by(state_of, 8)
-def read(folder: Folder, options: Options) -> Images:
+def read(folder: Folder) -> Images:
     """Read all images of a folder as the trainer reads them, including the images that it skips."""
-    options = options.replace(train_data_dir=str(folder.path))
-    images: dict[str, Image] = {}
-    notes: list[str] = []
-    refused, fixed, metadata, why = "", "", None, "no caption"
+    result, table, why = Images(folder), None, NO_CAPTION
     try:
-        parts, notes = kohyas_folders(folder.path, options.data, options.output)
+        parts, notes = kohyas_folders(folder.path, defaults().data, defaults().output)
         why = "not in one of kohya's folders" if parts else why
-        for part, _, text in parts or [(str(folder.path), 1, None)]:
-            found = with_other_images(Path(part), options.replace(train_data_dir=part), text, deep=not parts)
+        for part, _, caption in parts or [(str(folder.path), 1, None)]:
+            found = contents_of(Path(part), caption, deep=not parts)
             if found is None:
-                return Images(folder, options, {}, refused=whole_line(folder, options))
+                line = "the datasets library reads this folder: it can be trained on, but is not shown here"
+                return Images(folder, refused=line)
+            add_found(result, found)
             notes += found.notes
-            images |= images_of(found, folder, options, text)
             if found.metadata and not parts:
-                metadata, why = found.metadata, f"not listed in {found.metadata.name}"
+                table, why = found.metadata, f"not listed in {found.metadata.name}"
+        result.notes = list(map(folder.without_path, notes))
     except (InvalidArgument, OSError) as error:
-        images, refused = {}, folder.without_path(str(error))
-        fixed = (
-            refused
-            if any(path.name in METADATA for path in files_of(folder.path, options.data, options.output))
-            else ""
-        )
-    images |= skipped_images(folder, options, images, why, metadata)
-    if images and not refused and all(image.problem for image in images.values()):
-        refused = "no image can be used"
-    return Images(folder, options, images, tuple(map(folder.without_path, notes)), refused, fixed)
+        has_table = any(path.name in METADATA for path in listed(folder))
+        result = Images(folder, refused=told(folder, error), fixed=told(folder, error) if has_table else "")
+    known = {os.path.normpath(path) for image in result.images.values() for path in image.files}
+    for path in listed(folder):
+        if is_image(path) and os.path.normpath(path) not in known:
+            result.add(path, size=header_of(path), problem=why, table=table)
+    return result
 
 
-def with_other_images(folder: Path, options: Options, caption: str | None, deep: bool) -> Found | None:
-    """Read a folder with its masks and reference images; leave out missing and invalid ones.
+def contents_of(folder: Path, caption: str | None, deep: bool) -> Found | None:
+    """Read a folder with its masks and reference images, or without those that are missing or invalid.
 
-    Returns None for a folder that only the datasets library can read. `caption`: caption of images without a caption
-    file. `deep`: whether to read subfolders.
+    Returns None if only the datasets library can read the folder. `caption`: caption of images without a caption file.
+    `deep`: whether to read subfolders. Raises `InvalidArgument` if the folder cannot be read without them either.
     """
+    options = defaults().replace(train_data_dir=str(folder))
     for masked, column in itertools.product((True, False), (REFERENCE, None)):
         training = dataclasses.replace(options.training, masked_loss=masked)
         data = dataclasses.replace(options.data, conditioning_image_column=column)
@@ -185,78 +145,26 @@ def with_other_images(folder: Path, options: Options, caption: str | None, deep:
     return read_folder(folder, options.data, options.training, options.output, caption, deep)
 
 
-def whole_line(folder: Folder, options: Options) -> str:
-    """Return a sentence on why a folder that only the datasets library can read is not shown."""
-    layout = layout_of(files_of(folder.path, options.data, options.output), folder.path) or "metadata in a folder below"
-    return f"the datasets library reads this folder as a whole ({layout}): it can be trained on, but is not shown here"
-
-
-def images_of(found: Found, folder: Folder, options: Options, otherwise: str | None) -> dict[str, Image]:
-    """Return the images that the trainer found, by name.
-
-    `otherwise`: the caption of images without a caption file.
-    """
-    names, images = names_of(found.files, folder.path), {}
-    for index, (name, path, row) in enumerate(zip(names, found.files, found.rows, strict=True)):
+def add_found(images: Images, found: Found) -> None:
+    """Add the images that the trainer found."""
+    for number, (path, row) in enumerate(zip(found.files, found.rows, strict=True)):
         mask, reference = row.pop("mask", None), row.pop(REFERENCE, None)  # only checked by training that uses them
-        usable = found.size(index, row)
-        size, problem = (header_of(folder, path), usable) if isinstance(usable, str) else (usable, "")
-        captions: tuple[str, ...] | None = tuple(row["captions"])
-        if found.metadata is None and not captions:
-            captions = None
-        if leads_out(folder, path):
-            captions, size, problem = None, None, OUTSIDE
-        buckets = buckets_of(size, options) if size and not problem else ()
-        images[name] = Image(
-            name, path, captions, size, buckets, problem, found.metadata, otherwise, mask and Path(mask["path"]),
-            reference and Path(reference["path"]),
+        size = found.size(number, row)
+        problem = size if isinstance(size, str) else ""
+        images.add(
+            path, captions=tuple(row["captions"]), size=header_of(path) if problem else size, problem=problem,
+            table=found.metadata, row=None if found.metadata is None else number,
+            mask=mask and Path(mask["path"]), reference=reference and Path(reference["path"]),
         )  # fmt: skip
-    return images
 
 
-def skipped_images(
-    folder: Folder, options: Options, read: dict[str, Image], why: str, metadata: Path | None
-) -> dict[str, Image]:
-    """Return the images in a folder that the trainer skips, by name; mask files and reference images are left out.
-
-    `read`: the images that the trainer uses. `why`: the reason. `metadata`: the folder's table."""
-    known = {os.path.normpath(path) for image in read.values() for path in image.files}
-    paths = [
-        path
-        for path in files_of(folder.path, options.data, options.output)
-        if path.suffix.lower() in SUFFIXES and os.path.normpath(path) not in known
-    ]
-    names = names_of([*(image.path for image in read.values()), *paths], folder.path)[len(read) :]
-    return {
-        name: Image(
-            name, path, None, header_of(folder, path), (), OUTSIDE if leads_out(folder, path) else why, metadata
-        )
-        for name, path in zip(names, paths, strict=True)
-    }
-
-
-def leads_out(folder: Folder, path: Path) -> bool:
-    """Return whether the image at `path`, or one of its caption files, is a link to outside of the folder."""
-    return not all(map(folder.holds, [path, *caption_files(path)]))
-
-
-def header_of(folder: Folder, path: Path) -> tuple[int, int] | None:
+def header_of(path: Path) -> tuple[int, int] | None:
     """Return width and height in pixels from an image's header, or None if the header cannot be read."""
-    size = image_size(path) if folder.holds(path) else ""
+    size = image_size(path)
     return None if isinstance(size, str) else size
 
 
-def buckets_of(size: tuple[int, int], options: Options) -> tuple[Size, ...]:
-    """Return the sizes to which an image of this size is resized and cropped, one per training resolution."""
-    return tuple(dict.fromkeys(size_of(size, side, MULTIPLE, options.data)[0] for side in options.data.resolution))
-
-
-def names_of(paths: Sequence[Path], folder: Path) -> list[str]:
-    """Return a name for each path: the path relative to `folder` as valid UTF-8; duplicates are numbered."""
-    met: Counter[str] = Counter()
-    names = []
-    for path in paths:
-        name = clean(Path(os.path.relpath(path, folder)).as_posix())
-        met[name] += 1
-        names.append(name if met[name] == 1 else f"{name} ({met[name]})")
-    return names
+def told(folder: Folder, error: Exception) -> str:
+    """Return an error of the trainer without the command's option and without paths."""
+    text = folder.without_path(str(error))
+    return text.removeprefix(f"--train_data_dir {folder.name}").lstrip(",: ")

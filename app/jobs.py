@@ -27,7 +27,7 @@ from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from reslora.errors import InvalidArgument
 from reslora.formatting import enumerated
-from reslora.images.data.images import SUFFIXES
+from reslora.images.data.images import is_image
 from reslora.images.settings import parsed_values, resolve
 from reslora.io import write_json
 from reslora.options.grid import Grid
@@ -35,12 +35,11 @@ from reslora.options.images import Options
 from reslora.training.stopping import SAMPLE, SAVE
 
 from . import launcher
-from .folders import BUNDLED, UPLOADS, Folders
+from .folders import BUNDLED, Folders
 from .launcher import ALONE, REPOSITORY, SCRIPT
 from .library import REPORT, Experiment, LanguageRun, Library, kind_of, language_script, refuse_language
 from .log_lock import is_held, locked_file
 from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, pick
-from .uploads import contents_of, keep, place_of
 
 FILE, LOCK = "queue.json", ".queue.lock"
 KINDS: dict[str, type[Run]] = {"run": Run, "experiment": Experiment}
@@ -199,22 +198,10 @@ class Jobs:
         where = "its report is under Compare, Experiment" if isinstance(run, Experiment) else "its log is on this page"
         return f"{name} was started; {where}. To start another run, give another name."
 
-    def choose_images(
-        self, name: str, folder: str | None, uploads: Sequence[str] | None, caption: str = "", kind: type[Run] = Run
-    ) -> Path | None:
-        """Return the folder to train on: the folder for the uploads, else the named folder, else None (the default)."""
-        if uploads:
-            of_run = self.library.folder / UPLOADS / self.folder_of(name, kind).name
-            return place_of(of_run, contents_of(uploads, caption))
-        return self.images.find(folder).path if folder else None
-
-    def preview_images(self, folder: str | None, uploads: list[str]) -> list[Path]:
-        """Return the images among the uploads, else those directly in the folder with this name, for the preview."""
-        found = list(map(Path, uploads))
-        if not uploads and folder:
-            chosen = self.images.find(folder)
-            found = [path for path in sorted(chosen.path.glob("[!.]*")) if chosen.holds(path)]
-        return [path for path in found if path.suffix.lower() in SUFFIXES]
+    def preview_images(self, folder: str | None) -> list[Path]:
+        """Return the images directly in the folder with this name, for the preview."""
+        found = sorted(self.images.find(folder).path.glob("[!.]*")) if folder else []
+        return list(filter(is_image, found))
 
     def resumable(self, name: str, kind: type[Run] = Run) -> Run:
         """Return the run or experiment with this name. Raises `RunError` if it cannot be resumed."""
@@ -436,29 +423,25 @@ class Jobs:
 
     # -- the queue: actions --------------------------------------------------------------------------------------------
 
-    def add(self, entry: Entry, uploads: Sequence[str] = (), caption: str = "") -> Entry:
+    def add(self, entry: Entry) -> Entry:
         """Add an entry to the queue, start the entries that can start now, and return the added entry.
 
-        Uploaded images are stored; `caption` is the caption of those without a caption file. Raises `RunError` for
-        invalid settings, and if the entry fails to start.
+        Raises `RunError` for invalid settings, and if the entry fails to start.
         """
         if self.library.is_single and entry.resume:  # a single run's folder has no queue
             self.start(entry)
             entry.state = RUNNING
             return entry
-        self.check(entry, uploads, caption)
+        self.check(entry)
         with self.changing() as entries:
-            self.check(entry, uploads, caption)
+            self.check(entry)
             live = [one.name for one in entries if not one.ends]
             if entry.name in live:
                 raise RunError(f"{entry.name} is already in the queue; choose another name, or remove that entry.")
             if len(live) >= MOST:
                 raise RunError(f"The queue is full ({MOST} entries): wait until a run ends, or remove an entry.")
             is_new = not (entry.resume or self.begun(entry.name, entry.type))
-            if is_new and uploads:
-                kept = keep(self.library.folder / UPLOADS / entry.name, uploads, caption)
-                entry.folder = f"runs/{kept.name}"
-            elif is_new:
+            if is_new:
                 entry.folder = entry.folder or BUNDLED  # so that the queue shows which images are used
             entries[:] = [one for one in entries if one.name != entry.name] + [entry]
         self.advance()
@@ -467,7 +450,7 @@ class Jobs:
             raise RunError(added.line)
         return added
 
-    def check(self, entry: Entry, uploads: Sequence[str], caption: str) -> None:
+    def check(self, entry: Entry) -> None:
         """Raise `RunError` for an entry that could not start even if no other run trained."""
         try:
             written = json.dumps(asdict(entry), ensure_ascii=False).encode()
@@ -476,7 +459,7 @@ class Jobs:
             raise RunError("The settings contain a value that cannot be stored.") from None
         if len(written) > LONGEST:
             raise RunError("These settings are too long for the queue.")
-        self.command_of(entry, uploads, caption)
+        self.command_of(entry)
         self.refuse_active(self.run_of(entry))
 
     def move(self, name: str, by: int) -> None:
@@ -570,7 +553,7 @@ class Jobs:
             traceback.print_exception(error, file=sys.stderr)
             entry.state, entry.line = FAILED, "It could not be started; see the terminal for details."
 
-    def command_of(self, entry: Entry, uploads: Sequence[str] = (), caption: str = "") -> list[str]:
+    def command_of(self, entry: Entry) -> list[str]:
         """Return the arguments of an entry's training command.
 
         Raises `RunError` if the entry's settings or images are invalid, or if the run cannot be resumed."""
@@ -578,7 +561,7 @@ class Jobs:
             folder = self.resumable(entry.name, entry.type).folder
             words = [str(SCRIPT), "--config", str(folder / "config.json"), "--output_dir", str(folder)]
             return [*words, "--resume_from_checkpoint", "latest"]
-        images = self.choose_images(entry.name, entry.folder, uploads, caption, entry.type)
+        images = self.images.find(entry.folder).path if entry.folder else None
         return self.command(entry.name, entry.settings, images, entry.type)
 
     def run_of(self, entry: Entry) -> Run:

@@ -15,7 +15,6 @@ from reslora.content_hash import content_mark
 from reslora.images.data.images import damage, data_uri, open_image
 from reslora.images.experiment.split import features_of, groups_of
 
-from .folders import Folder
 from .image_folders import Image, Images
 from .runs import RunError, cached_by_stamp, stamp_of
 
@@ -53,11 +52,9 @@ class Looks:
         return look if stamp == stamp_of(image.path) else None
 
     def problem(self, image: Image) -> str:
-        """Return the known reason why training skips an image; empty if there is none."""
-        if image.problem:
-            return image.problem
+        """Return the known reason why training skips an image, first that it is damaged; empty if there is none."""
         look = self.of(image)
-        return look.problem if look else ""
+        return (look.problem if look else "") or image.problem
 
     def thumbnails(self, images: Sequence[Image]) -> list[str]:
         """Return the images' thumbnails as data URIs, an empty string for each image that cannot be opened.
@@ -80,17 +77,15 @@ class Looks:
             self.known[image.path] = stamp, Look(damage(error))
             return ""
 
-    def enlarged(self, image: Image, folder: Folder) -> list[tuple[str, str]]:
+    def enlarged(self, image: Image) -> list[tuple[str, str]]:
         """Return the image and, if it has one, its reference image: a title and a data URI of each.
 
-        Raises `RunError` if one of them cannot be opened, or leads out of the folder.
+        Raises `RunError` if one of them cannot be opened.
         """
         found = []
         for title, path in {"image": image.path, "reference image": image.reference}.items():
             if path is not None:
                 try:
-                    if not stamp_of(path) or not folder.holds(path):
-                        raise FileNotFoundError(title)
                     found.append((title, data_uri(open_image(path), LARGEST, quality=80)))
                 except Exception as error:  # exceptions of damaged files differ by image format
                     raise RunError(f"{image.name}: its {title} cannot be shown ({damage(error)}).") from None

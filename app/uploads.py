@@ -1,143 +1,84 @@
-"""Validate images and captions that a browser uploads, and copy them to folders."""
+"""Store images and captions that a browser uploads as a new folder, under their own names."""
 
-import contextlib
 import itertools
-import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from reslora.content_hash import content_mark
+from reslora.formatting import pluralize
 from reslora.images.data.caption_files import CAPTIONS, read_caption
-from reslora.images.data.images import SUFFIXES, image_size
-from reslora.io import remove_leftovers, replacing
+from reslora.images.data.images import SUFFIXES, damage, image_size, is_image, open_image
+from reslora.io import replacing
 from reslora.options.prompts import clean
 
+from .folders import SETS, Folder, Folders
+from .library import kind_of
 from .runs import RunError
 
-RECORD = ".uploaded"
-"""Name of the file in a stored folder that contains a hash of the folder's contents when it was stored."""
-MOST_IMAGES, MOST_BYTES = 2000, 1024 * 2**20
-Contents = Mapping[str, Path | str]
-"""Contents of a new folder by file name: the path of a file to copy, or the text of a caption file."""
+TABLES = ("metadata.jsonl", "metadata.csv")
+FEW = 3
+"""Number of files that an error names."""
+THREADS = 4
 
 
-def store_images(folder: Path, uploads: Sequence[str], caption: str) -> Path:
-    """Copy uploaded images and captions to the new folder `folder`, and return its path.
+def store(folders: Folders, name: str, files: Sequence[tuple[str, Path]]) -> tuple[Folder, list[str]]:
+    """Store uploaded files as a new folder; return it, and the names of files that are not stored.
 
-    `caption`: the caption of images without a caption file; if empty, the words of the file name."""
-    write(folder, contents_of(uploads, caption))
-    return folder
-
-
-def keep(folder: Path, uploads: Sequence[str], caption: str) -> Path:
-    """Copy uploaded images and captions to the folder that `place_of` returns, and return this folder.
-
-    Nothing is copied if the folder already has these contents."""
-    contents = contents_of(uploads, caption)
-    place = place_of(folder, contents)
-    if not place.exists():
-        remove_leftovers(place.parent)
-        write(place, {**contents, RECORD: mark_of(contents)})
-    return place
-
-
-def place_of(folder: Path, contents: Contents) -> Path:
-    """Return the folder for these contents: `folder`, or `folder-2` and so on if `folder` has other contents.
-
-    The returned folder does not exist yet, or has exactly these contents. Raises `RunError` if these contents were
-    stored before and the files in their folder were changed later.
+    `files`: the name and the uploaded copy of each. Images, their caption files and tables of captions are stored.
+    `name`: the name of the folder; if empty, `images-1` or the next free number. Raises `RunError` for an invalid or
+    existing name, for files that the trainer would skip, and if no file is an image.
     """
-    mark = mark_of(contents)
-    for number in itertools.count(1):
-        place = folder.with_name(f"{folder.name}-{number}") if number > 1 else folder
-        if not place.exists() or mark == mark_of(inside(place)):
-            return place
-        if (place / RECORD).is_file() and (place / RECORD).read_text(encoding="utf-8") == mark:
-            what = f"These images were uploaded before, and runs/{place.name} was changed since"
-            raise RunError(f"{what}: choose this folder and remove the uploads, or choose another name.")
-
-
-def inside(folder: Path) -> Contents:
-    """Return the current contents of a folder of uploads, including the folder's trash."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
-    return {path.relative_to(folder).as_posix(): path for path in files}
-
-
-def mark_of(contents: Contents) -> str:
-    """Return a hash of the file names and contents of a folder."""
-    marks = {name: content_mark(one.encode() if isinstance(one, str) else one) for name, one in contents.items()}
-    return content_mark(repr(sorted(marks.items())).encode())
-
-
-def contents_of(uploads: Sequence[str], caption: str) -> Contents:
-    """Return the contents of a folder for the uploads; the files get new names.
-
-    An image's caption is the uploaded caption file of the same name, else `caption`, else the words of the image's file
-    name. Raises `RunError` for a file that the trainer would skip or refuse.
-    """
-    paths = [Path(upload) for upload in uploads]
-    images = [path for path in paths if path.suffix.lower() in SUFFIXES]
-    texts = [path for path in paths if path.suffix.lower() in CAPTIONS]
+    if kind_of(folders.runs):
+        raise RunError("This page shows a single run; start the application on a folder of runs to upload images.")
+    place, name = folders.runs / SETS, str(name or "").strip()
+    name = name or next(free for n in itertools.count(1) if not (place / (free := f"images-{n}")).exists())
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+        raise RunError("A folder's name has letters, digits, hyphens and underscores, at most 64 of them.")
+    if (place / name).exists():
+        raise RunError("A folder with this name already exists; choose another name.")
+    named = [(clean(Path(given).name), path) for given, path in files]
+    images = {Path(given).stem for given, _ in named if is_image(Path(given)) and given[0] != "."}
     if not images:
-        raise RunError(f"None of the uploaded files is an image: upload files of type {', '.join(sorted(SUFFIXES))}.")
-    if len(images) > MOST_IMAGES or sum(path.stat().st_size for path in paths) > MOST_BYTES:
-        raise RunError(f"The upload is too large: upload at most {MOST_IMAGES} images and {MOST_BYTES // 2**20} MB.")
-    stems, beside = {path.stem for path in images}, {path.stem: path for path in texts}
-    names = Counter(path.name for path in paths)  # files from several folders may have the same name
-    for path in paths:
-        if problem := problem_of(path, stems):
-            raise RunError(f"{path.name[:80]} cannot be used ({problem}): remove it from the uploads, or correct it.")
-        unclear = names[path.name] > 1 or (path in texts and beside[path.stem] != path)
-        if unclear and path.stem in beside:
-            raise RunError(f"Several files are named {path.stem[:80]}, so their captions are ambiguous: rename them.")
-    found: dict[str, Path | str] = {}
-    for number, path in enumerate(images):
-        words = re.sub(r"[\W_]+", " ", path.stem).strip()
-        text = beside.get(path.stem)
-        found[f"{number:05d}{path.suffix.lower()}"] = path
-        found[f"{number:05d}{text.suffix.lower() if text else '.txt'}"] = text or clean(caption or words).strip()
-    return found
-
-
-def problem_of(path: Path, stems: Collection[str]) -> str:
-    """Return why an uploaded file cannot be used; empty if it can be used.
-
-    `stems`: file names of the uploaded images, without suffix; a caption file must have one of these names.
-    """
-    suffix = path.suffix.lower()
-    if suffix in SUFFIXES:
-        size = image_size(path)
-        return size if isinstance(size, str) else ""
-    if suffix not in CAPTIONS:
-        return "neither an image nor a caption"
-    if path.stem not in stems:
-        return "a caption, but no image has its name"
-    text = read_caption(path)
-    return text if isinstance(text, str) else ""
-
-
-def write(folder: Path, contents: Contents, linked: bool = False) -> None:
-    """Write a new folder with these contents. Raises `RunError`, and leaves no folder, if a file cannot be written.
-
-    `linked`: link the files, where the file system can, instead of copying them."""
+        raise RunError(f"None of these files is an image: upload files of type {', '.join(sorted(SUFFIXES))}.")
+    wanted = [
+        (given, path) for given, path in named
+        if given[0] != "." and (is_image(Path(given)) or given in TABLES or is_caption_of(given, images))
+    ]  # fmt: skip
+    with ThreadPoolExecutor(THREADS) as pool:  # PIL decodes in parallel
+        problems = [f"{file[0]} ({why})" for file, why in zip(wanted, pool.map(problem_of, wanted), strict=True) if why]
+    names = Counter(given for given, _ in wanted)
+    problems += [f"{given} (several files have this name)" for given, number in names.items() if number > 1]
+    if problems:
+        more = f" and {pluralize(len(problems) - FEW, 'other file')}" if len(problems) > FEW else ""
+        raise RunError(f"Nothing is stored. Correct these files or leave them out: {', '.join(problems[:FEW])}{more}.")
     try:
-        with replacing(folder) as temporary:
+        with replacing(place / name) as temporary:
             temporary.mkdir()
-            for name, content in contents.items():
-                if isinstance(content, str):
-                    (temporary / name).write_bytes(content.encode())
-                else:
-                    copy(content, temporary / name, linked)
+            for given, path in wanted:
+                shutil.copyfile(path, temporary / given)
     except OSError as error:
         raise RunError(f"The images cannot be stored ({error.strerror}).") from None
+    return folders.find(f"uploads/{name}"), sorted({given for given, _ in named} - names.keys())
 
 
-def copy(source: Path, target: Path, linked: bool) -> None:
-    """Copy a file or, with `linked`, link it if both are on a file system with links."""
-    if linked:
-        with contextlib.suppress(OSError):
-            return os.link(source, target)
-    shutil.copyfile(source, target)
+def is_caption_of(name: str, images: set[str]) -> bool:
+    """Return whether a file is the caption of one of the images with these names, without suffix."""
+    return Path(name).suffix.lower() in CAPTIONS and Path(name).stem in images
+
+
+def problem_of(file: tuple[str, Path]) -> str:
+    """Return why an uploaded image or caption file cannot be used; empty if it can."""
+    name, path = file
+    if is_image(Path(name)):
+        size = image_size(path)
+        if isinstance(size, str):
+            return size
+        try:
+            open_image(path)
+        except Exception as error:  # exceptions of damaged files differ by image format
+            return damage(error)
+    text = read_caption(path) if Path(name).suffix.lower() in CAPTIONS else ""
+    return text if isinstance(text, str) else ""

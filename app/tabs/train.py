@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ import gradio as gr
 
 from reslora.formatting import pluralize
 from reslora.images.config_file import OF_SHORTCUTS
-from reslora.images.data.caption_files import CAPTIONS
 from reslora.options.option import Option
 from reslora.options.values import listed
 from reslora.training.stopping import SAMPLE, SAVE
@@ -20,12 +18,11 @@ from reslora.training.stopping import SAMPLE, SAVE
 from .. import experiments, form, launcher, views
 from ..bases import DEFAULT, PIPELINES, word_of_model
 from ..estimates import MemoryEstimates, number_of_runs, training_time
-from ..folders import BUNDLED, UPLOADS
-from ..handlers import NO_PROGRESS, QUIET, named, paths_of
+from ..folders import BUNDLED
+from ..handlers import NO_PROGRESS, QUIET, named
 from ..jobs import FEW, WAITING, Entry, NameTaken
 from ..library import Experiment
 from ..runs import Run, RunError
-from ..uploads import contents_of, place_of, write
 from .base import Parts, TabHost, answer_line, open_choice
 from .control import ControlTab
 from .report import ReportTab
@@ -71,7 +68,7 @@ class TrainTab(ControlTab):
             with gr.Column(scale=2, min_width=340, elem_id="launch"):
                 self.launch_column()
         self.form = [
-            self.name, self.caption, self.folder, self.model, *self.flags.values(), self.vary, self.controls,
+            self.name, self.folder, self.model, *self.flags.values(), self.vary, self.controls,
             self.shown_defaults,
         ]  # fmt: skip
         self.live, self.watched, self.on_arrival = [self.log], [self.start], [self.folder, self.begin]
@@ -84,7 +81,7 @@ class TrainTab(ControlTab):
     @classmethod
     def parameters(cls) -> tuple[str, ...]:
         """Return the parameter names of the endpoints, in order."""
-        return "name", "images", "caption", "folder", "model", *cls.all_names(), form.VARY, "controls", "defaults"
+        return "name", "folder", "model", *cls.all_names(), form.VARY, "controls", "defaults"
 
     def settings_column(self) -> None:
         """Make the form: the common options, then all other options in collapsed groups."""
@@ -105,14 +102,9 @@ class TrainTab(ControlTab):
                 choices=[BUNDLED],
                 value=BUNDLED,
                 min_width=220,
-                info="Images that are uploaded below are used instead",
+                info="Upload your images under Images",
+                elem_id="images-of-run",
             )
-        with gr.Accordion("Upload images", open=False):
-            self.uploads = gr.File(
-                label="Images, optionally with .txt captions", file_count="multiple",
-                file_types=["image", *CAPTIONS], height=150, elem_id="uploads", elem_classes="uploads",
-            )  # fmt: skip
-            self.caption = gr.Textbox("", label="Caption of images without a .txt file (empty: their file name)")
         self.preview = gr.HTML(elem_id="preview")
         known = form.known()
         self.flags["method"] = self.widget(known["method"])
@@ -214,9 +206,9 @@ class TrainTab(ControlTab):
     def events(self, page: TabHost) -> None:
         """Connect the components."""
         self.control(page.run, page.seen)
-        inputs = [self.name, self.uploads, *self.form[1:]]
-        changes = [*(part.change for part in self.form[:-1]), self.uploads.change]
-        kept = {"names": [name for name in self.parameters() if name != "images"]}
+        inputs = self.form
+        changes = [part.change for part in self.form[:-1]]
+        kept = {"names": list(self.parameters())}
         page.blocks.load(None, self.form, self.form, js=RECALL % kept, **QUIET)
         gr.on(changes, None, self.form, None, js=KEEP % kept, **QUIET)
         following = [self.flags[name] for name in form.FOLLOWING]
@@ -230,10 +222,7 @@ class TrainTab(ControlTab):
             trigger_mode="always_last", queue=False, preprocess=False, **QUIET,
         )  # fmt: skip
         self.waiting.tick(self.look_again, self.asked, [self.needs, self.waiting], js=IF_SHOWN, queue=False, **QUIET)
-        looked = gr.on(
-            [self.folder.change, self.uploads.change], self.show_images, [self.folder, self.uploads],
-            self.preview, preprocess=False, **QUIET,
-        )  # fmt: skip
+        looked = self.folder.change(self.show_images, self.folder, self.preview, preprocess=False, **QUIET)
         looked.failure(lambda: "", None, self.preview, **QUIET)
 
         common = {"preprocess": False, **NO_PROGRESS}  # errors are shown once, as a message
@@ -324,11 +313,11 @@ class TrainTab(ControlTab):
         kind = self.jobs.kind_of(name, settings)
         return Entry(name, kind.__name__.lower(), given, without_bundled(folder))
 
-    def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
+    def words(self, name, folder, model, *values) -> list[str]:
         """Return the arguments of the form's training command."""
-        return self.jobs.command_of(self.entry(name, folder, model, values), paths_of(uploads), str(caption or ""))
+        return self.jobs.command_of(self.entry(name, folder, model, values))
 
-    def look(self, name, uploads, _caption, folder, model, *values) -> dict:
+    def look(self, name, folder, model, *values) -> dict:
         """Return updates of the page for the form's values, by component.
 
         These are the number of runs, their time and memory, and the command, or what is wrong with the form; options
@@ -337,9 +326,8 @@ class TrainTab(ControlTab):
         settings, shown = self.settings(name, model, values), values[-1] if isinstance(values[-1], dict) else {}
         wired = gr.update(visible=form.wires(settings["method"]))
         updates = {self.flags[flag]: wired for flag in OF_SHORTCUTS}
-        paths = paths_of(uploads)
         try:
-            told, words, found = experiments.plan(self.jobs, name, settings, without_bundled(folder), paths)
+            told, words, found = experiments.plan(self.jobs, name, settings, without_bundled(folder))
             now = form.defaults(launcher.parsed(settings))
         except RunError as error:
             empty = dict.fromkeys((self.facts, self.needs, self.asked), "")
@@ -352,8 +340,8 @@ class TrainTab(ControlTab):
         for flag in form.FOLLOWING:
             if now[flag] != shown.get(flag) == flags[flag]:
                 updates[self.flags[flag]] = now[flag]
-        key = hashlib.sha256(json.dumps([words, paths]).encode()).hexdigest()
-        memory = self.memory_estimates.known(key, lambda: self.with_uploads(words, paths))
+        key = hashlib.sha256(json.dumps(words).encode()).hexdigest()
+        memory = self.memory_estimates.known(key, lambda: contextlib.nullcontext(words))
         facts = {"Runs": f"{number_of_runs(found):,}", "Time": training_time(self.library, found)}
         if unlikely := launcher.warning(settings):
             told += f'<p class="warning">{views.escape(unlikely.strip())}</p>'
@@ -368,16 +356,6 @@ class TrainTab(ControlTab):
         memory = self.memory_estimates.ask(key)
         return (views.facts({"Memory": memory}), gr.Timer(active=False)) if memory else gr.skip()
 
-    @contextlib.contextmanager
-    def with_uploads(self, words: list[str], paths: list[str], caption: str = "") -> Iterator[list[str]]:
-        """Yield the arguments of a command; a temporary folder has links to uploaded images until the block ends."""
-        with tempfile.TemporaryDirectory() as folder:
-            if paths and "--train_data_dir" in words:  # a resumed experiment keeps its images
-                images, place = Path(folder) / "images", words.index("--train_data_dir") + 1
-                write(images, contents_of(paths, caption), linked=True)
-                words = [*words[:place], str(images), *words[place + 1 :]]
-            yield words
-
     def do_show(self, *inputs) -> str:
         """Return the form's training command as text."""
         return launcher.in_words(self.words(*inputs))
@@ -385,20 +363,12 @@ class TrainTab(ControlTab):
     def do_plan(self, *inputs) -> Iterator[str]:
         """Yield a notice, then the trainer's memory estimate (`--plan`), as HTML; nothing is trained."""
         yield views.notice("Estimating memory; this takes a few seconds.")
-        _, uploads, caption, *_ = inputs
-        with self.with_uploads(self.words(*inputs), paths_of(uploads), str(caption or "")) as words:
-            planned = self.jobs.plan(words)
-        yield views.printed(planned)
+        yield views.printed(self.jobs.plan(self.words(*inputs)))
 
-    def show_images(self, folder: str, uploads) -> str:
-        """Return the number of uploaded images, else of those in the folder, with the first ones, as HTML.
-
-        For uploads, also return the number of caption files: it shows whether the captions were found."""
-        paths = paths_of(uploads)
-        images = self.jobs.preview_images(folder, paths)
-        captions = [path for path in paths if Path(path).suffix.lower() in CAPTIONS]
-        told = pluralize(len(images), "image") + (f", {pluralize(len(captions), 'caption file')}" if captions else "")
-        told += f"; the first {FEW}:" if len(images) > FEW else ""
+    def show_images(self, folder: str) -> str:
+        """Return the number of images in the folder, with the first ones, as HTML."""
+        images = self.jobs.preview_images(folder)
+        told = pluralize(len(images), "image") + (f"; the first {FEW}:" if len(images) > FEW else "")
         return views.notice(told) + views.thumbnails(images[:FEW]) if images else ""
 
     def do_start(self, *inputs) -> tuple:
@@ -406,13 +376,11 @@ class TrainTab(ControlTab):
 
         Return updates of the run and experiment dropdowns, the command, the start button's label, and a notice.
         """
-        name, uploads, caption, folder, model, *values = inputs
-        words, paths = launcher.in_words(self.words(*inputs)), paths_of(uploads)
-        entry = self.entry(name, None if paths else folder, model, values)
-        added = self.jobs.add(entry, paths, str(caption or ""))
+        name, folder, model, *values = inputs
+        words = launcher.in_words(self.words(*inputs))
+        entry = self.entry(name, folder, model, values)
+        added = self.jobs.add(entry)
         told = self.outcome_of(added) + launcher.warning(entry.settings)
-        if paths and added.folder not in (None, f"runs/{name}"):
-            told += f" There are others in runs/{name}."
         run = experiment = gr.update()
         if entry.kind == "experiment":
             experiment = gr.update(choices=list(self.library.experiments()), value=name)
@@ -423,12 +391,9 @@ class TrainTab(ControlTab):
 
     def do_save(self, *inputs) -> str:
         """Return the path of a TOML file with the form's settings, for `train_sd.py --config`."""
-        name, uploads, caption, folder, model, *values = inputs
+        name, folder, model, *values = inputs
         settings = launcher.parsed(self.settings(name, model, values))
-        if paths := paths_of(uploads):  # as in the command: the folder is written when training starts
-            place = self.library.folder / UPLOADS / launcher.safe_name(str(name))
-            settings["train_data_dir"] = str(place_of(place, contents_of(paths, str(caption or ""))))
-        elif folder := without_bundled(folder):
+        if folder := without_bundled(folder):
             settings["train_data_dir"] = str(self.jobs.images.find(folder).path)
         path = self.files.new(f"{launcher.safe_name(str(name))}.toml")
         lines = (f"{flag} = {json.dumps(value, ensure_ascii=False)}\n" for flag, value in settings.items())

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import gradio as gr
-import PIL.Image
 import pytest
 from app_runs import HOSTILE, write_run
 from experiment import examples
@@ -18,7 +17,6 @@ from app.studio import Studio
 from app.tabs.base import Parts
 from app.tabs.report import ReportTab
 from app.tabs.train import TrainTab
-from app.uploads import keep
 from reslora.experiment.report import write_report
 from reslora.experiment.schedule import ArmSchedule
 from reslora.images.experiment.report_sections import IMAGES
@@ -190,9 +188,9 @@ def test_a_plan_warns_of_what_keeps_differences_from_being_shown(library, tmp_pa
     inside.mkdir(parents=True)
     (inside.parent / "metadata.jsonl").touch()
 
-    def warned(folder: object = "mine", uploads=(), **settings) -> str:
+    def warned(folder: object = "mine", **settings) -> str:
         trainings = Jobs(library, tmp_path / "data")
-        return told(trainings, "new", form | settings, folder, uploads)
+        return told(trainings, "new", form | settings, folder)
 
     assert all(word not in warned() for word in ("images", "test split"))  # they may be in tables
     for number in range(55):
@@ -200,8 +198,6 @@ def test_a_plan_warns_of_what_keeps_differences_from_being_shown(library, tmp_pa
     assert "test split" not in warned()  # of 55 about 6
     (inside / "0.png").unlink()
     assert "3 to 8 of 54 images are the test split:" in warned() and "test split" not in warned(test_split="0.2")
-    assert "2 of 5 images are the test split:" in warned(uploads=[f"{n}.png" for n in range(5)], test_split="0.1")
-    assert "1 of 3 images are the test split:" in warned(uploads=["1.png", "2.jpg", "3.png", "3.txt"], test_split="0.3")
     assert "2 of 54 images are the test split:" in warned(
         test_split="1e-320"
     )  # six by that share are more than any number
@@ -326,8 +322,7 @@ def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(li
     images = tmp_path / "data" / "cats"
     images.mkdir(parents=True)
     (tmp_path / "data" / "dogs").mkdir()
-    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "red disc.png")
-    uploads, begun = [str(tmp_path / "red disc.png")], library.folder / "which" / "config.json"
+    begun = library.folder / "which" / "config.json"
     config = {
         "learning_rate": [1e-4, 2e-4], "seed": 0, "method": ["lora"], "max_train_steps": 400, "resolution": 64,
         "shortcut": "input", "random_flip": True, "train_data_dir": str(images), "snr_gamma": 5.0, "rank": 16,
@@ -358,15 +353,9 @@ def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(li
         ) as refusal:
             queue.add(Entry("which", "experiment", same | {flag: value}))
         assert "another name" in str(refusal.value) and "\n" not in str(refusal.value)
-    for folder, sent in (("dogs", []), (None, uploads)):
-        with pytest.raises(RunError, match="which was started with other images"):
-            queue.add(Entry("which", "experiment", same, folder), sent, "a red disc")
-    assert queue.entries() == [] and not (library.folder / ".images").exists()
-    # The box still has what it was begun with.
-    kept = keep(library.folder / ".images" / "which", uploads, "a red disc")
-    begun.write_text(json.dumps(config | {"train_data_dir": [str(kept)]}))
-    assert queue.add(Entry("which", "experiment", same), uploads, "a red disc").folder is None
-    assert list(kept.parent.iterdir()) == [kept]
+    with pytest.raises(RunError, match="which was started with other images"):
+        queue.add(Entry("which", "experiment", same, "dogs"))
+    assert queue.entries() == []
 
 
 def test_the_best_arms_lora_is_handed_out(library):
@@ -393,27 +382,3 @@ def test_what_an_earlier_choice_has_left_is_not_handed_out(library, best):
     for record, path in ((content, found.folder / "kohya.safetensors"), (content | {"best": best}, None)):
         (found.folder / "experiment.json").write_text(json.dumps(record))
         assert found.lora() == path
-
-
-def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(library, tmp_path, monkeypatch):
-    """Uploaded images are those of a new experiment; an existing one keeps its own."""
-    trainings, planned, images = Jobs(library), [], {}
-
-    def plan(words) -> str:
-        planned.append(words)
-        if "--train_data_dir" in words:
-            folder = Path(words[words.index("--train_data_dir") + 1])
-            images.update((path, path.stat().st_nlink) for path in sorted(folder.iterdir()))
-        return ""
-
-    monkeypatch.setattr(trainings, "plan", plan)
-    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "red disc.png")
-    with gr.Blocks():
-        tab = TrainTab(Parts(library, trainings, Studio()))
-    values = tab.values_of({"seed": [0, 1]})
-    for name, uploads in (("new", [{"path": str(tmp_path / "red disc.png")}]), ("which", None)):
-        first, _ = tab.do_plan(name, uploads, "", None, "", *values)
-        assert "a few seconds" in first
-    assert [(path.suffix, links) for path, links in images.items()] == [(".png", 2), (".txt", 1)]  # not a copy
-    assert not any(path.exists() for path in images)
-    assert "--train_data_dir" not in planned[1] and str(library.folder / "which" / "config.json") in planned[1]

@@ -177,13 +177,9 @@ def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
         with pytest.raises(RunError):
             lined.add(entry)
     with pytest.raises(RunError, match="already"):
-        lined.add(Entry("a"), [str(tmp_path / "x.png")])
-    with pytest.raises(RunError):
-        lined.add(Entry("b"), [str(tmp_path / "no-image.txt")])
-    assert lined.path.read_bytes() == before and not list(tmp_path.glob("runs/.images/*"))
-    lined.add(Entry("b"), [str(tmp_path / "x.png")], "a red box")
-    (stored,) = [entry for entry in lined.entries() if entry.name == "b"]
-    assert stored.folder == "runs/b" and (tmp_path / "runs/.images/b/00000.txt").read_text() == "a red box"
+        lined.add(Entry("a"))
+    assert lined.path.read_bytes() == before
+    lined.add(Entry("b"))
     with pytest.raises(RunError, match="already in the queue"):
         lined.add(Entry("b"))
     let_end(lined, "a")
@@ -191,13 +187,10 @@ def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
 
 
 def test_which_images_are_trained_on_is_said(lined, tmp_path):
-    """A page that is loaded again has no uploads: it would train on the bundled images without a message."""
-    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    added = [add(lined, "a"), lined.add(Entry("b", folder="cats")), lined.add(Entry("c"), [str(tmp_path / "x.png")])]
+    added = [add(lined, "a"), lined.add(Entry("b", folder="cats"))]
     assert [TrainTab.outcome_of(None, entry) for entry in added] == [
         "a starts with the bundled images.",
         "b waits in the queue and starts automatically with the images in cats.",
-        "c waits in the queue and starts automatically with the images in runs/c.",
     ]
     assert TrainTab.outcome_of(None, Entry("d", folder=".")).endswith(
         "starts automatically with the images in the data folder."
@@ -212,7 +205,7 @@ def test_which_images_are_trained_on_is_said(lined, tmp_path):
     write_run(lined.library.folder / "of-before", rank=[4], seed=7)
     resumed = lists.facts_of(Entry("of-before", resume=True), lined.library.find("of-before"))
     assert {"rank 4", "seed 7", "steps 4", "learning rate 0.001"} <= set(resumed)
-    assert "bundled images" in shown[0] and "images: cats" in shown[1] and "images: runs/c" in shown[2]
+    assert "bundled images" in shown[0] and "images: cats" in shown[1]
 
 
 def test_the_form_starts_with_what_stands_in_it_and_warns_of_a_likely_mistake(lined):
@@ -220,15 +213,15 @@ def test_the_form_starts_with_what_stands_in_it_and_warns_of_a_likely_mistake(li
         tab = TrainTab(Parts(lined.library, lined, Studio()))
     told = []
     for name, settings in (("a", {}), ("b", {"rank": 9999})):
-        *_, words, label, answer = tab.do_start(name, None, "", "", "", *tab.values_of(settings))
+        *_, words, label, answer = tab.do_start(name, "", "", *tab.values_of(settings))
         assert f"/{name} " in f"{words} " and label == "Add to queue"
         told.append(answer)
     assert "a starts with the bundled images." in told[0] and "warning" not in told[0]
-    shown = tab.look("a", None, "", "", "", *tab.values_of({}))
+    shown = tab.look("a", "", "", *tab.values_of({}))
     assert 'class="notice"' in shown[tab.plan] and "a was started; " in shown[tab.plan]
     assert tab.command not in shown  # what was started stands there
     write_run(lined.library.folder / "there")
-    shown = tab.look("there", None, "", "", "", *tab.values_of({}))
+    shown = tab.look("there", "", "", *tab.values_of({}))
     assert 'class="bad"' in shown[tab.plan] and shown[tab.command] == ""
     assert "b waits in the queue" in told[1] and "warning: 9999 is a very high rank" in told[1]
 
@@ -373,7 +366,7 @@ def test_a_configuration_is_saved_for_the_command_line_and_loaded_again(lined, t
         tab = TrainTab(Parts(lined.library, lined, Studio()))
     settings = {"seed": [0, 1], "rank": 8, "random_flip": True, "method": ["lora", "lora_x2"]}
     values = tab.values_of(settings | {"optimizer": ["adamw", "lion"], "target_modules": [["to_q"], ["to_q", "to_v"]]})
-    path = Path(tab.do_save("mine", None, "", "cats", "assets/pipeline-flow", *values))
+    path = Path(tab.do_save("mine", "cats", "assets/pipeline-flow", *values))
     assert path.name == "mine.toml" and "learning_rate" not in path.read_text()
     asked = parse_args(["--config", str(path)])
     assert asked.varied["seed"] == [0, 1] and asked.base.adapter.method == ["lora", "lora_x2"]
@@ -390,13 +383,8 @@ def test_a_configuration_is_saved_for_the_command_line_and_loaded_again(lined, t
     assert tab.settings("new", model, [*loaded, defaults]) == {
         "model": model, "method": ["lora", "lora_x2"], "seed": "0 1", "rank": "8", "random_flip": True, "vary": vary
     }  # fmt: skip
-    PIL.Image.new("RGB", (32, 32)).save(tmp_path / "red.png")  # an upload is used instead of the folder
-    path = tab.do_save("mine", [{"path": str(tmp_path / "red.png")}], "", "cats", "", *values)
-    assert launcher.read_config(Path(path))["train_data_dir"] == [str(lined.library.folder / ".images" / "mine")]
     assert tab.settings("new", model, ["lora_x2", *loaded[1:-1], [], defaults])["method"] == ["lora_x2"]
-    path = Path(
-        tab.do_save("mine", None, "", "cats", "", *tab.values_of({"validation_prompt": ["\U0001f98a\x7f\ud800"]}))
-    )
+    path = Path(tab.do_save("mine", "cats", "", *tab.values_of({"validation_prompt": ["\U0001f98a\x7f\ud800"]})))
     assert launcher.read_config(path)["validation_prompt"] == ["\U0001f98a\x7f?"]
     (tmp_path / "other.toml").write_text('max_train_steps = 5\noutput_dir = "x"\n')
     assert "this form cannot set output_dir" in tab.do_load(str(tmp_path / "other.toml"))[0]

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import gradio as gr
-import PIL.Image
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from app_runs import HOSTILE, run_by_hand, write_exports, write_language_run, write_run
@@ -28,7 +27,6 @@ from app.log_lock import locked_file
 from app.run_manager import RunManager
 from app.runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError
 from app.tabs.train import TrainTab
-from app.uploads import store_images
 from reslora.bundled import ASSETS
 from reslora.images.settings import BUNDLED_IMAGES, is_bundled, parse_args
 from reslora.io import this_process, write_json
@@ -187,7 +185,7 @@ def test_a_form_that_begins_with_a_run_has_its_images_or_does_not_start(training
     for name, folder in unlisted.items():
         assert folder == f"images of {name} (not on the list)"
         with pytest.raises(RunError, match="choose one from the list"):
-            trainings.choose_images("new", folder, None)
+            trainings.command_of(Entry("new", folder=folder))
     assert TrainTab.fill(tab, next(iter(form.PRESETS)))[2] == gr.update()  # it stays as it is
 
 
@@ -248,24 +246,6 @@ def test_names_of_new_runs_are_plain(trainings, name):
 def test_a_page_on_a_single_run_starts_no_other(run):
     with pytest.raises(RunError, match="folder of runs"):
         Jobs(Library(run.folder)).new_folder("other")
-
-
-def test_images_come_from_the_data_folder_or_an_upload(trainings, tmp_path):
-    assert trainings.folders() == [".", "cats"]
-    assert trainings.choose_images("new", "cats", None) == trainings.data / "cats"
-    assert trainings.choose_images("new", None, None) is None
-    for folder in ("..", "/etc", "cats/../..", "dogs"):
-        with pytest.raises(RunError):
-            trainings.choose_images("new", folder, None)
-    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "red_fox-1.png")
-    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "b.jpg")
-    (tmp_path / "b.txt").write_text("a bear")
-    uploads = [str(tmp_path / name) for name in ("red_fox-1.png", "b.jpg", "b.txt")]
-    folder = store_images(trainings.choose_images("new", None, uploads), uploads, "")
-    assert folder.is_relative_to(trainings.library.folder)
-    assert [path.read_text() for path in sorted(folder.glob("*.txt"))] == ["red fox 1", "a bear"]
-    assert len(list(folder.iterdir())) == 4
-    assert list(trainings.library.runs()) == []
 
 
 def test_the_name_of_a_run_that_never_began_is_free(trainings):
@@ -490,5 +470,5 @@ def test_hidden_files_are_neither_shown_nor_counted(trainings):
     folder = image_folder(trainings.data / "dogs", 2)
     for path in list(folder.iterdir()):
         path.with_name(f"._{path.name}").write_bytes(b"Mac OS X")
-    assert [path.name for path in trainings.preview_images("dogs", [])] == ["0.png", "1.png"]
-    assert trainings.images.count("dogs", [], 9) == 2
+    assert [path.name for path in trainings.preview_images("dogs")] == ["0.png", "1.png"]
+    assert trainings.images.count("dogs", 9) == 2

@@ -27,6 +27,7 @@ from gradio import networking
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from launching import free_port
+from pipelines import image_folder
 from waiting import LIMIT, ended, ignore_sigint, wait_until
 
 from app import __main__ as command_line
@@ -320,13 +321,13 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
     bundled = "bundled images"
     calls |= {"images": [bundled, "All images", ""], "set_caption": [bundled, "1f384.png", "", ""]}
     calls |= {"change_captions": [bundled, [], "Add tag", "x", ""], "trash_images": [bundled, ["1f384.png"]]}
-    calls |= {"undo_images": [bundled], "check_images": [bundled], "upload_images": ["a b", None, ""]}
+    calls |= {"undo_images": [bundled], "check_images": [bundled], "upload_images": ["a b", None]}
     calls |= {
         "grid": [*GRID.values()],
     }
     calls |= {
         "grid_values": ["tiny", "seed"],
-        "train_command": ["new", None, "", None, "", ["lora"], "1e-4", *[""] * 12],
+        "train_command": ["new", None, "", ["lora"], "1e-4", *[""] * 12],
     }
     calls |= {"move_in_queue": ["tiny", 1], "remove_from_queue": ["tiny"], "set_run_notes": ["tiny", "x", "y"]}
     calls |= {"run_notes": ["tiny"], "restore_run": ["x"]}
@@ -1000,15 +1001,12 @@ def write_experiment(folder: Path) -> None:
 @pytest.mark.exhaustive
 def test_a_training_is_started_watched_and_stopped(page, browser, address, runs, tmp_path):
     """The first samples appear without a click; another visitor finds the run; it is stopped, saved and resumed."""
-    uploads = []
-    for name, colour in (("red disc", "red"), ("blue box", "blue"), ("green leaf", "green")):
-        PIL.Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
-        uploads.append(str(tmp_path / f"{name}.png"))
+    uploads = image_folder(tmp_path / "sent", 3, layout="txt")
+    page.get_by_role("tab", name="Images").click()
+    page.locator("#upload-files input[type=file]").set_input_files(sorted(uploads.iterdir()))
+    page.get_by_text("3 images stored as uploads/images-1").wait_for()
     page.get_by_role("tab", name="Train").click()
     page.locator("#name textarea, #name input").fill("watched")
-    page.get_by_role("button", name="Upload images").click()
-    page.locator("#uploads input[type=file]").set_input_files(uploads)
-    page.get_by_text("green leaf").first.wait_for()
     for flag in ("max_train_steps", "validation_steps"):  # it cannot end before it is stopped
         page.locator(f"#flag-{flag} textarea, #flag-{flag} input").fill("50000")
     page.locator("#flag-train_batch_size textarea, #flag-train_batch_size input").fill("1")

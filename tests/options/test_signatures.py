@@ -43,8 +43,7 @@ SEE_ALL = {
     "app/bases.py": "base_of stamps_of",  # here and in the studio: the options of a base model
     "app/studio.py": "_is_loaded _load",
     "app/estimates.py": "methods_of number_of_runs seconds_a_step training_time",
-    "app/image_folders.py": "Images options_of state_of read with_other_images whole_line images_of skipped_images "
-    "buckets_of",
+    "app/image_folders.py": "defaults",
 }
 """Who may, by file; of `Arguments[LlmOptions]` and the like the whole is not seen, but a run's arguments."""
 
