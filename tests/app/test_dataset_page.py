@@ -192,7 +192,9 @@ def test_images_are_uploaded_first(browser, folder, address, tmp_path):
         assert page.locator('.cards[data-folder="set"] .card').count() == 24
         assert not page.locator("#upload .error, #which-images .error, #dataset-images .error").count()
         page.locator("#folder-name textarea, #folder-name input").fill("mine")
-        page.locator("#upload-directory input[type=file], input#upload-directory").set_input_files(sent)
+        with page.expect_file_chooser() as chooser:
+            page.locator("#upload-directory").click()
+        chooser.value.set_files(sent)
         page.wait_for_selector('.cards[data-folder="uploads/mine"] .card')
         page.locator("#dataset-status").get_by_text("2 images have no caption").wait_for()
         assert page.locator(".card .name").all_inner_texts() == ["0.png", "1.png", "2.png"]
