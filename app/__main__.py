@@ -141,8 +141,8 @@ def launch_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of Gradio's `launch`."""
     from starlette.middleware import Middleware
 
+    from .handlers import cannot_store
     from .page import look
-    from .sessions import LAUNCH, cannot_store
     from .weight_files import LARGEST_ADAPTER
 
     own_pages = Middleware(OwnPagesOnly, bound=args.host, allowed=args.allow_host, shared=args.share)
@@ -151,7 +151,7 @@ def launch_settings(args: argparse.Namespace) -> dict[str, Any]:
         "inbrowser": args.inbrowser, "show_error": True, "ssr_mode": False, "max_file_size": LARGEST_ADAPTER,
         "footer_links": [], "run_history": False,
         "app_kwargs": {"middleware": [own_pages], "exception_handlers": {OSError: cannot_store}},
-        **LAUNCH, **look(),
+        **look(),
     }  # fmt: skip
 
 

@@ -1,16 +1,9 @@
 """Estimate the time and the memory of a run before it starts.
 
-Time: from the newest run of the same model and batch in the folder of runs. Memory: by the trainer's `--plan`, in a
-process, because it takes seconds; only one estimate is computed at a time, and only while a page asks for it.
+Time: from the newest run of the same model and batch in the folder of runs. Memory: by the trainer's `--plan`.
 """
 
 import re
-import threading
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
 
 from reslora.experiment.schedule import ArmSchedule
 from reslora.options.grid import Grid
@@ -19,19 +12,12 @@ from reslora.options.values import listed
 
 from .activity import duration
 from .bases import bundled
-from .jobs import Jobs
 from .library import Experiment, Library
-from .runs import Run, RunError, number
+from .runs import Run, number
 
 SAME = ("resolution", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "base_precision")
 """Options on which the time of a step depends most, in addition to the model."""
 UNKNOWN = "known after the first steps"
-AGAIN = "Open this tab again to repeat it."
-ABANDONED = 5.0
-"""Seconds after which an estimate is given up that no page has asked for since."""
-MOST = 256
-"""Maximum number of stored estimates."""
-
 PEAK = re.compile(r"^the most, (\S+) (\w+)(?: of (\S+) \w+ that .+ has free)?, while (.+?);", re.MULTILINE)
 
 
@@ -97,72 +83,3 @@ def rounded(size: str, unit: str) -> str:
     """Return a size in MiB or GiB with three digits."""
     value = float(size) * (1024 if unit == "GiB" else 1)
     return f"{value:.0f} MiB" if value < 1000 else f"{value / 1024:.3g} GiB"
-
-
-@dataclass
-class Question:
-    """An estimate that a page may ask for."""
-
-    words: Callable[[], AbstractContextManager[list[str]]]
-    """Yields the arguments of the command; only called if the estimate is computed."""
-    answer: str = ""
-    asked: float = 0.0
-    """Time at which a page last asked."""
-    has_failed: bool = False
-    """Whether the answer says why there is no estimate, which may succeed later: another program may use the CPU."""
-
-
-class MemoryEstimates:
-    """Memory estimates, computed in the background and stored."""
-
-    def __init__(self, jobs: Jobs) -> None:
-        self.jobs = jobs
-        self.questions: dict[str, Question] = {}
-        self.lock, self.at_work = threading.Lock(), False
-
-    def known(self, key: str, words: Callable[[], AbstractContextManager[list[str]]]) -> str:
-        """Return a stored estimate; empty if it has to be computed, which `ask` does.
-
-        An estimate that has failed is computed again, because pages call this when the form is shown or changed."""
-        with self.lock:
-            question = self.questions.pop(key, None)
-            if question is None or question.has_failed:
-                question = Question(words)
-            self.questions[key] = question  # the last ones are those that pages need
-            if len(self.questions) > MOST:
-                del self.questions[next(iter(self.questions))]
-            return question.answer
-
-    def ask(self, key: str) -> str:
-        """Return the estimate, or start to compute it and return an empty string. The key is one given to `known`."""
-        with self.lock:
-            question = self.questions.get(key)
-            if question is None or question.answer:
-                return question.answer if question else ""
-            question.asked = time.monotonic()
-            if not self.at_work:
-                self.at_work = True
-                threading.Thread(target=self.work, daemon=True).start()
-        return ""
-
-    def work(self) -> None:
-        """Compute the estimates that pages ask for, the newest first. The answer stays empty if it is given up."""
-        while True:
-            with self.lock:
-                found = [one for one in self.questions.values() if not one.answer and self.is_wanted(one)]
-                self.at_work = bool(found)
-            if not found:
-                return
-            question = max(found, key=lambda one: one.asked)
-            try:
-                with question.words() as words:
-                    question.answer = peak_memory(self.jobs.plan(words, partial(self.is_wanted, question)))
-            except RunError as error:
-                question.has_failed = self.is_wanted(question)
-                question.answer = f"{error} {AGAIN}" if question.has_failed else ""
-            except Exception as error:  # such as a full disk when uploads are stored
-                question.answer = f"unknown ({type(error).__name__})"
-
-    def is_wanted(self, question: Question) -> bool:
-        """Return whether a page has asked recently."""
-        return time.monotonic() - question.asked < ABANDONED and not self.jobs.closed.is_set()

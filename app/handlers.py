@@ -1,4 +1,4 @@
-"""Helpers for event handlers: convert errors to sentences, and read the paths of uploaded files."""
+"""The errors of event handlers as sentences, and the paths of uploaded files."""
 
 import contextlib
 import errno
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import gradio as gr
 from gradio.exceptions import InvalidPathError
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
 
 from reslora.options.prompts import clean
 
@@ -103,3 +105,39 @@ def paths_of(payload) -> list[str]:
 def path_of(payload) -> Path | None:
     """Return the path of an uploaded file from such a payload; None without a file."""
     return next(map(Path, paths_of(payload)), None)
+
+
+class Blocks(gr.Blocks):
+    """Gradio's `Blocks`, whose errors are sentences, and whose pages can stay open without using more memory."""
+
+    async def preprocess_data(self, *args, **kwargs) -> list:
+        """Return the inputs of an event. A wrong one, such as a file that was not uploaded, becomes one sentence."""
+        with translating(), named_inputs():
+            return await super().preprocess_data(*args, **kwargs)
+
+    async def call_function(self, *args, **kwargs) -> dict:
+        """Call a handler."""
+        with translating():
+            return await super().call_function(*args, **kwargs)
+
+    async def postprocess_data(self, block_fn, predictions, state) -> list:
+        """Return the outputs of an event, without one more copy of each component that the event reads and updates.
+
+        Gradio gives the copy another id, so that the next event adds one: 100 MiB an hour for each open page.
+        """
+        output = await super().postprocess_data(block_fn, predictions, state)
+        for block in block_fn.outputs if state else ():
+            if not block.stateful and block._id in state:
+                state[block._id]._id = block._id
+        return output
+
+
+async def cannot_store(request: Request, error: OSError) -> PlainTextResponse:
+    """Respond to an upload with status 507 and a message for the page, if the disk is full or read-only.
+
+    Other errors are raised again.
+    """
+    if error.errno not in UNWRITABLE:
+        raise error
+    advice = "make room on the disk that has the system's temporary folder"
+    return PlainTextResponse(f"The files cannot be stored ({error.strerror}): {advice}.", status_code=507)

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -56,7 +56,6 @@ BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json",
 """Files and folders that may be in a run's folder before training begins; `cache` contains encoded images."""
 FEW = 8  # images in the preview
 CLOSING = 10.0  # seconds to wait for captions when the application is closed
-PLAN_SECONDS = 600  # for what hangs: on a slow machine the libraries alone may take minutes to load
 STOP = getattr(signal, "SIGUSR1", signal.SIGTERM)
 """Signal that asks a trainer to save and exit. SIGTERM is only used where SIGUSR1 does not exist, because a second
 SIGTERM (from another application) would end the trainer before it has saved."""
@@ -216,26 +215,13 @@ class Jobs:
         self.refuse_active(run)
         return run
 
-    def plan(self, words: list[str], wanted: Callable[[], bool] = lambda: True) -> str:
-        """Return the memory estimate that the trainer prints with `--plan`; nothing is trained.
-
-        Raises `RunError` if it takes longer than `PLAN_SECONDS`, or as soon as `wanted` returns False.
-        """
-        process = subprocess.Popen(
-            [sys.executable, *words, "--plan"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, env=launcher.environment(),
+    def plan(self, words: list[str]) -> str:
+        """Return the memory estimate that the trainer prints with `--plan`; nothing is trained."""
+        done = subprocess.run(
+            [sys.executable, *words, "--plan"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            env=launcher.environment(), check=False,
         )  # fmt: skip
-        latest = time.monotonic() + PLAN_SECONDS
-        with process:
-            while True:
-                try:
-                    out, errors = process.communicate(timeout=1)
-                    break
-                except subprocess.TimeoutExpired:
-                    if time.monotonic() > latest or not wanted():
-                        process.terminate()  # not kill: the trainer removes its temporary folder
-                        raise RunError(f"The estimate took longer than {PLAN_SECONDS} seconds.") from None
-        return self.without_folders((out if process.returncode == 0 else out + errors[-2000:]).strip())
+        return self.without_folders((done.stdout if not done.returncode else done.stdout + done.stderr[-2000:]).strip())
 
     # -- processes -----------------------------------------------------------------------------------------------------
 

@@ -7,11 +7,10 @@ import gradio as gr
 
 from . import views
 from .activity import activity
-from .handlers import QUIET
+from .handlers import QUIET, Blocks
 from .jobs import Jobs
 from .library import Library
 from .runs import Run
-from .sessions import Blocks
 from .studio import Studio
 from .tabs import TABS
 from .tabs.base import STATUS, Parts, T, Tab, open_choice
@@ -26,7 +25,7 @@ RUNS_SEEN = 1
 AT_REST = STATUS
 """Index in the tuple that `Page.state_of` returns. If an entry before this index changes, all components are updated.
 If only later entries (status, activity, log) change, only the summary and the `live` components are updated."""
-STYLE, *SCRIPTS = (Path(__file__).with_name(name) for name in ("style.css", "streams.js", "zoom.js"))
+STYLE, *SCRIPTS = (Path(__file__).with_name(name) for name in ("style.css", "zoom.js"))
 # Gradio selects the first tab when the page loads; `recalled` prevents storing that as the user's choice.
 STORE = "value => { if (window.recalled) sessionStorage.setItem('reslora-%s', %s ?? ''); }"
 RECALL = """() => {
@@ -131,7 +130,6 @@ class Page:
         self.blocks: gr.Blocks
         self.seen = gr.State(None)
         self.timer = gr.Timer(EVERY)
-        self.nudge = gr.Button(visible="hidden", elem_id="nudge")  # only clicked by streams.js
 
     def make_views(self, parts: Parts, classes: dict[str, tuple[type[Tab], ...]]) -> None:
         """Make tabs inside a tab; `classes` has the parts of each inner tab by title."""
@@ -170,7 +168,6 @@ class Page:
         # Not queued: if the queue's stream closes, a queued poll is lost, and the page would wait for it forever. Not
         # preprocessed: just after another run is selected, the step may be beyond its last one; Gradio would reject it.
         self.timer.tick(self.watch, context, everything, queue=False, preprocess=False, **QUIET)
-        self.nudge.click(lambda: None, **QUIET)
         for tab in self.tabs:
             tab.events(self)
 

@@ -1,23 +1,16 @@
-"""Generate images: load the pipeline, change its weights, and let users take turns after each image.
-
-Requests are stopped here, not by Gradio's `cancels`: a handler that Gradio cancels could not return the finished cells
-of a stopped grid, and would not stop while it waits for its turn.
+"""Generate images: load the pipeline, change its weights, and run it, one request at a time.
 
 The base weights never change. Other weights are loaded into a *skeleton*: a second denoiser that shares the base
 tensors and is made on the meta device in a fraction of a second. So other weights can be loaded without loading the
 base model again, and if they cannot be loaded, the pipeline is unchanged.
 """
 
-import contextlib
 import copy
 import inspect
-import queue
-import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,30 +35,14 @@ from . import weight_files
 from .bases import base_of, stamps_of
 from .generation_request import SEEDS, Drawn, Request
 from .runs import IN_PLACE, Run, RunError, Weights, merged_by
-from .turns import Turns
 from .weight_files import files_of, refuse_gone, refuse_replaced, without_folders
 
 MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments, name == "none"))
 """Names of the merge methods: those that need calibration samples come first, and `none` comes last."""
-PATIENCE = 15.0
-"""Seconds after which a request is stopped if its client does not read its messages."""
-LONGEST = 5.0
-"""Seconds that the time between two checks counts at most: a machine that was suspended has read no messages either."""
-PAUSE = 0.2
-"""Minimum seconds between two step messages. A small model may take steps faster than a page shows messages, and the
-page shows all of its queued messages before it handles a click on *Stop*."""
 
 
 class Cancelled(Exception):
-    """Raised if the user cancelled a request, or if its client has stopped reading messages."""
-
-
-@dataclass(frozen=True)
-class Status:
-    """A message for the client: a line about the current work, and the completed fraction of the request."""
-
-    text: str
-    share: float = 0.0
+    """Raised if the user has cancelled the request."""
 
 
 @dataclass(frozen=True)
@@ -80,66 +57,15 @@ class Picture:
     """The reference image of an edit model."""
 
 
-class Visitor:
-    """A client's request, for which messages are sent until it is cancelled or the client stops reading them."""
-
-    def __init__(self, session: str, kind: str, listening: Callable[[], bool]) -> None:
-        self.session, self.kind, self.listening = session, kind, listening
-        self.stopped = threading.Event()
-        self.unheard: float | None = 0.0
-        """Seconds for which the client has not read messages; None while it reads them."""
-        self.checked = time.monotonic()
-        """Time of the last check."""
-        self.events: queue.Queue = queue.Queue(maxsize=1)
-        self.total, self.share = 1, 0.0
-        """Number of images of the request, and its completed fraction."""
-        self.told = 0.0
-        """Time at which the last step message was sent."""
-
-    def check(self) -> None:
-        """Raise `Cancelled` if the request was cancelled, or its client has not read for `PATIENCE` seconds."""
-        now, last, before = time.monotonic(), self.checked, self.unheard
-        self.checked = now
-        self.unheard = None if self.listening() else 0.0 if before is None else before + min(now - last, LONGEST)
-        if self.unheard is not None and self.unheard > PATIENCE:
-            print("Stopped generating images: the client did not read its messages.", file=sys.stderr, flush=True)
-            raise Cancelled
-        if self.stopped.is_set():
-            raise Cancelled
-
-    def wait(self) -> None:
-        """Wait until the client reads its messages, so that an abandoned request does not block other requests."""
-        while not self.listening():
-            self.check()
-            time.sleep(0.1)
-        self.check()
-
-    def put(self, event: object) -> None:
-        """Send a message as soon as the previous message was taken. Raises `Cancelled` as `check` does."""
-        while True:
-            self.check()
-            with contextlib.suppress(queue.Full):
-                return self.events.put(event, timeout=0.1)
-
-    def report(self, text: str) -> None:
-        """Send a line about the current work. Raises `Cancelled` as `check` does."""
-        self.put(Status(text, self.share))
-
-    def step(self, text: str, share: float) -> None:
-        """Send the completed fraction if the last one was sent at least `PAUSE` seconds ago; else only `check`."""
-        self.share = share
-        if time.monotonic() - self.told < PAUSE:
-            self.check()
-        else:
-            self.report(text)
-            self.told = time.monotonic()
-
-
 class Studio:
     """The pipeline that generates images, and its weights. Nothing is loaded before the first use."""
 
     def __init__(self) -> None:
-        self.turns = Turns()
+        self.lock = threading.Lock()
+        """Held while a request is generated."""
+        self.stopped = threading.Event()
+        self.now: tuple[str, float] | None = None
+        """What the current request does, and its completed fraction; None without a request."""
         self.pipeline: DiffusionPipeline | None = None
         self.family: Family | None = None
         self.model: Model | None = None
@@ -156,126 +82,71 @@ class Studio:
         """Key of the weights in the pipeline: paths and stamps of their files, and strength."""
         self.loads = 0
         """Number of times that a pipeline was loaded."""
-        self.running: set[Visitor] = set()
-        """The active and waiting requests."""
 
     # -- generating ----------------------------------------------------------------------------------------------------
 
     def generate(
-        self,
-        run: Run | None,
-        choices: list[Weights],
-        request: Request,
-        session: str = "",
-        listening: Callable[[], bool] = lambda: True,
-        reference: Path | None = None,
-    ) -> Iterator[Status | Drawn]:
-        """Yield status messages and images; `reference` is the image that an edit model changes.
+        self, run: Run | None, choices: list[Weights], request: Request, reference: Path | None = None
+    ) -> Iterator[Drawn]:
+        """Yield images as `draw` does; `reference` is the image that an edit model changes.
 
         Image i has the seed `request.seed + i`, whatever the number of images. It is generated once with each of the
         weights in `choices`.
-
-        The generation stops within one denoising step
-        - if the iterator is closed;
-        - if `cancel(session)` is called: `Cancelled` is raised;
-        - if `listening` has returned False for `PATIENCE` seconds: `Cancelled` is raised.
-
-        Raises `RunError` for weights that cannot be loaded.
         """
         pictures = []
         for number in range(request.images):
             one = replace(request, seed=(request.seed + number) % SEEDS, images=1)
             title = f"Image {number + 1} of {request.images}"
             pictures += [Picture(choice, one, f"{title}, {choice.label}", reference) for choice in choices]
-        return self.draw(run, pictures, "images", session, listening)
+        return self.draw(run, pictures)
 
-    def draw(
-        self, run: Run | None, pictures: list[Picture], kind: str, session: str = "", listening=lambda: True
-    ) -> Iterator[Status | Drawn]:
-        """Yield status messages, and the images in the order of `pictures`. Stops as `generate` does.
+    def draw(self, run: Run | None, pictures: list[Picture]) -> Iterator[Drawn]:
+        """Yield the images in the order of `pictures`, and meanwhile say in `now` what is done.
 
-        `kind`: `images` or `grid`, as in `cancel`."""
-        return self._progress(Visitor(session, kind, listening), self._draw_all, run, pictures)
-
-    def _progress(self, visitor: Visitor, *work) -> Iterator:
-        """Run `work`, a method and its arguments, in a thread, and yield its messages; reraise its exception.
-
-        `visitor` is passed to the method as its first argument."""
-        self.running.add(visitor)
-        threading.Thread(target=self._work, args=(visitor, *work), daemon=True).start()
-        try:
-            while (event := visitor.events.get()) is not None:
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-        finally:
-            visitor.stopped.set()
-            self.running.remove(visitor)
-
-    def cancel(self, session: str | None = None, kind: str | None = None) -> bool:
-        """Stop a session's requests (None: those of all sessions) within one denoising step; return whether any ran.
-
-        `kind`: `images` or `grid` stops only requests of this kind; None stops all.
+        Raises `Cancelled` within one denoising step after a call of `cancel`, and `RunError` for weights that cannot be
+        loaded.
         """
-        running = list(self.running)
-        found = [one for one in running if session in (None, one.session) and kind in (None, one.kind)]
-        for visitor in found:
-            visitor.stopped.set()
-        return bool(found)
+        with self.lock:
+            self.stopped.clear()
+            try:
+                self.now = "Loading the model", 0.0
+                if not self._is_loaded(base := base_of(run)):
+                    self._load(base)
+                for number, picture in enumerate(pictures):
+                    weights, share = picture.weights, number / len(pictures)
+                    if weights.made_of and not weights.path.is_file():
+                        self.now = f"Merging: {weights.label}", share
+                        self._merge(run, *weights.made_of)
+                    self.now = picture.title, share
+                    self._use(run, weights, picture.request.strength)
+                    image = self._image(picture, partial(self._step, picture.title, number, len(pictures)))
+                    yield Drawn(image, picture.request, {"run": run.name if run else "", "weights": weights.label})
+            finally:
+                self.now = None
 
-    def _work(self, visitor: Visitor, work: Callable, *given) -> None:
-        """Do the work of a request in its thread; at the end, send None or the exception that `work` raised."""
-        outcome: Exception | None = None
-        try:
-            work(visitor, *given)
-        except (Cancelled, RunError) as error:
-            outcome = error
-        except Exception as error:  # anything that a model or a device raises; the page gets one sentence
-            traceback.print_exception(error)
-            outcome = RunError(f"The request could not be completed ({type(error).__name__}); see the terminal.")
-        if visitor.stopped.is_set():
-            with contextlib.suppress(queue.Empty):
-                visitor.events.get_nowait()  # make room: the outcome matters more than an unread step
-        while visitor in self.running:  # until the last message is read, or nobody waits for one
-            with contextlib.suppress(queue.Full):
-                return visitor.events.put(outcome, timeout=1)
+    def _step(self, title: str, number: int, total: int, done: float) -> None:
+        """Note the completed fraction of image `number` of `total`. Raises `Cancelled` after a call of `cancel`."""
+        self.now = title, (number + done) / total
+        if self.stopped.is_set():
+            raise Cancelled
 
-    @contextlib.contextmanager
-    def _turn(self, run: Run | None, visitor: Visitor) -> Iterator[None]:
-        """Wait for a turn, load the run's pipeline if it is not loaded, and hold the turn during the `with` block."""
-        visitor.wait()
-        if self.turns.waiting:
-            visitor.report("Waiting until another request's image is finished")
-        with self.turns.turn(visitor.check):
-            if not self._is_loaded(base := base_of(run)):
-                visitor.report("Loading the model: this happens once")
-                self._load(base)
-            yield
+    def cancel(self) -> bool:
+        """Stop the current request within one denoising step; return whether there was one."""
+        self.stopped.set()
+        return self.now is not None
 
-    def _draw_all(self, visitor: Visitor, run: Run | None, pictures: list[Picture]) -> None:
-        """Generate the images in order, each in its own turn, and send them."""
-        visitor.total = len(pictures)
-        for number, picture in enumerate(pictures):
-            visitor.share = number / len(pictures)
-            with self._turn(run, visitor):
-                if picture.weights.made_of and not picture.weights.path.is_file():
-                    visitor.report(f"Merging: {picture.weights.label}")
-                    self._merge(run, *picture.weights.made_of)
-                visitor.report(picture.title)
-                self._use(run, picture.weights, picture.request.strength)
-                image = self._draw(picture, number, visitor)
-            source = {"run": run.name if run else "", "weights": picture.weights.label}
-            visitor.put(Drawn(image, picture.request, source))
+    def _image(self, picture: Picture, step: Callable[[float], None]):
+        """Return one image from the loaded pipeline; `step` is called with the completed fraction after each step.
 
-    def _draw(self, picture: Picture, number: int, visitor: Visitor):
-        """Return one image from the loaded pipeline. Raises `RunError` if the latents become infinite or NaN."""
+        Raises `RunError` if the latents become infinite or NaN.
+        """
         request = picture.request
 
         def after_step(pipeline, index, timestep, tensors):
             """Report the progress; raises `RunError` if the latents became infinite or NaN."""
             if not tensors["latents"].isfinite().all():
                 raise RunError(f"{picture.weights.label}: the latents became infinite or NaN at step {index + 1}.")
-            visitor.step(picture.title, (number + (index + 1) / request.steps) / visitor.total)
+            step((index + 1) / request.steps)
             return tensors
 
         wanted = {

@@ -215,11 +215,8 @@ def search(index: list[dict[str, str]]) -> str:
 
 
 def facts(values: dict[str, str]) -> str:
-    """Return short facts with their names; an empty value is shown as being computed."""
-    cells = (
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value) if value else skeleton()}</dd></div>"
-        for name, value in values.items()
-    )
+    """Return short facts with their names."""
+    cells = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in values.items())
     return f'<dl class="facts" aria-live="polite">{"".join(cells)}</dl>'
 
 

@@ -14,11 +14,17 @@ from .. import generation_request, views, weight_files
 from ..generation_request import Drawn, Request
 from ..handlers import NO_PROGRESS, QUIET, path_of, paths_of
 from ..runs import BASE, Run, RunError, Weights
-from ..sessions import TURNS, hears
 from ..studio import Cancelled
 from ..verdict import warning_for
 from .base import Parts, Tab, TabHost, answer_line, open_choice
 from .grid import GridPart
+
+ON_DEVICE = {"concurrency_id": "device", "concurrency_limit": 1}
+"""Options of events that generate images: Gradio queues them, and shows which place a waiting one has."""
+
+
+EVERY = 0.5
+"""Seconds between two polls of the progress."""
 
 
 class GenerateTab(Tab):
@@ -34,12 +40,14 @@ class GenerateTab(Tab):
                     self.go = gr.Button("Generate", variant="primary", elem_id="generate")
                     self.cancel = gr.Button("Cancel", elem_id="cancel")
                 self.status = answer_line(views.notice("The first image also loads the model."), elem_id="status")
+                self.now = gr.HTML(elem_id="now")
                 self.gallery = gr.Gallery(
                     label="Images", height="auto", format="png", elem_id="gallery", interactive=False,
                     object_fit="contain", buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 self.made = gr.HTML(elem_id="made")
         self.grid = GridPart(self)
+        self.timer = gr.Timer(EVERY, active=False)
         self.watched = [self.weights, self.warning]
         self.of_run = [self.prompt, self.steps, self.guidance, self.width, self.height]
         self.chosen = self.weights
@@ -82,18 +90,22 @@ class GenerateTab(Tab):
         """Connect the components."""
         numbers = [self.seed, self.steps, self.guidance, self.width, self.height, self.images, self.strength]
         settings = [self.prompt, self.negative, *numbers]
+        # First, because Gradio's page handles the events of a component in order.
         gr.on(
+            [self.go.click, self.prompt.submit, self.grid.go.click], lambda: gr.Timer(active=True), None, self.timer,
+            queue=False, **QUIET,
+        )  # fmt: skip
+        drawing = gr.on(
             [self.go.click, self.prompt.submit], self.draw,
             [
                 page.run, self.weights, self.adapter, self.beside, self.random, *settings, self.adapter_config,
                 self.reference,
             ],
             [self.gallery, self.status, self.seed, self.made],
-            api_name="generate", preprocess=False, **NO_PROGRESS, **TURNS,
-        ).failure(lambda: "", None, self.status, api_visibility="private")  # fmt: skip
+            api_name="generate", preprocess=False, **NO_PROGRESS, **ON_DEVICE,
+        )  # fmt: skip
         unqueued = {"queue": False, **NO_PROGRESS}
-        self.cancel.click(self.stopper("images"), None, self.status, api_visibility="private", **unqueued)
-        gr.on([], self.stopper(), None, self.status, api_name="cancel", **unqueued)
+        self.cancel.click(self.stop, None, self.status, api_name="cancel", **unqueued)
         taken_over = [*settings[:-2], self.strength, self.random]
         self.recipe.upload(self.read_recipe, self.recipe, taken_over, api_name="settings_of")
         self.recipe.upload(self.origin, self.recipe, self.status, api_visibility="private")
@@ -101,7 +113,11 @@ class GenerateTab(Tab):
         self.weights.change(self.warn, warned, self.warning, preprocess=False, **QUIET)
         gr.api(self.list_weights, api_name="weights")
         self.adapter.change(self.show_used, self.adapter, [self.weights, self.used_instead], preprocess=False, **QUIET)
-        self.grid.events(page)
+        shown = [self.now, self.grid.now, self.timer]
+        self.timer.tick(self.progress, None, shown[:2], queue=False, **QUIET)
+        for event in (drawing, self.grid.events(page)):
+            for outcome in (event.success, event.failure):
+                outcome(lambda: ("", "", gr.Timer(active=False)), None, shown, queue=False, **QUIET)
 
     # -- selected weights ----------------------------------------------------------------------------------------------
 
@@ -163,7 +179,7 @@ class GenerateTab(Tab):
 
     def draw(
         self, name, label, adapter, beside, random, prompt, negative, seed, steps, guidance, width, height, images,
-        strength, adapter_config=None, reference=None, asked: gr.Request = None,
+        strength, adapter_config=None, reference=None,
     ) -> Iterator[tuple | dict]:  # fmt: skip
         """Yield updates as images are generated: all images so far, progress, seed and table of settings.
 
@@ -175,25 +191,19 @@ class GenerateTab(Tab):
         request = Request(prompt, negative, seed, steps, guidance, width, height, images, strength)
         request.check()
         request = request.clamped()
-        session = asked.session_hash or ""
         done, files, wanted = [], [], request.images * len(choices)
-        yield [], views.progress("Starting", 0), request.seed, ""
+        yield [], "", request.seed, ""
         try:
-            given = path_of(reference)
-            for event in self.studio.generate(run, choices, request, session, lambda: hears(asked), given):
-                if isinstance(event, Drawn):
-                    done.append(event)
-                    caption = f"{event.source['weights']} · seed {event.request.seed}"
-                    files.append((self.save(event), caption))
-                    yield {self.gallery: list(files), self.made: views.settings_table(done)}
-                else:
-                    yield {self.status: views.progress(event.text, event.share)}
+            for drawn in self.studio.generate(run, choices, request, path_of(reference)):
+                done.append(drawn)
+                files.append((self.save(drawn), f"{drawn.source['weights']} · seed {drawn.request.seed}"))
+                yield {self.gallery: list(files), self.made: views.settings_table(done)}
         except Cancelled:
             yield {self.status: views.notice(f"Cancelled after {len(done)} of {pluralize(wanted, 'image')}.")}
             return
         # Yield all values again instead of `skip`: an API client gets the last ones.
-        bar = views.progress(f"{len(done)} of {pluralize(wanted, 'image')} done", 1)
-        yield files, bar, request.seed, views.settings_table(done)
+        said = views.notice(f"{len(done)} of {pluralize(wanted, 'image')} done")
+        yield files, said, request.seed, views.settings_table(done)
 
     def save(self, drawn: Drawn) -> str:
         """Save a generated image, with its settings, as a PNG file; return the path of Gradio's copy.
@@ -202,18 +212,14 @@ class GenerateTab(Tab):
         path = generation_request.save_image(drawn, self.files.new(f"seed-{drawn.request.seed}.png"))
         return self.gallery.move_resource_to_block_cache(path)
 
-    def stopper(self, kind: str | None = None):
-        """Return a handler that stops the client's requests, and returns a notice if there are none.
+    def progress(self) -> tuple[str, str]:
+        """Return what the current request does, for the images and for the grid."""
+        shown = views.progress(*self.studio.now) if self.studio.now else ""
+        return shown, shown
 
-        `kind`: `images` or `grid` stops only requests of this kind; None stops all."""
-
-        def stop(asked: gr.Request):
-            """Stop the client's requests."""
-            found = self.studio.cancel(asked.session_hash or "", kind)
-            # A running request reports its cancellation itself, and must be the last to write.
-            return gr.skip() if found else views.notice("Nothing is being generated.")
-
-        return stop
+    def stop(self):
+        """Stop the current request, which then reports it itself; return a notice if there is none."""
+        return gr.skip() if self.studio.cancel() else views.notice("Nothing is being generated.")
 
     def read_recipe(self, path: str) -> list:
         """Return the settings in the metadata of an uploaded image, as values of the form."""

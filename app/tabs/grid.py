@@ -12,11 +12,10 @@ import gradio as gr
 from reslora.formatting import pluralize
 
 from .. import grids, views
-from ..generation_request import Drawn, Request
+from ..generation_request import Request
 from ..handlers import NO_PROGRESS, QUIET, path_of
 from ..launcher import safe_name
 from ..runs import RunError
-from ..sessions import TURNS, hears
 from ..studio import Cancelled
 from .base import TabHost, answer_line
 
@@ -44,6 +43,7 @@ class GridPart:
                 views.notice("All other settings are those above; Generate with a cell's settings makes its image."),
                 elem_id="xy-status",
             )
+            self.now = gr.HTML(elem_id="xy-now")
             self.table = gr.HTML(elem_id="xy")
             self.cells = gr.File(file_count="multiple", visible=False)
 
@@ -63,8 +63,8 @@ class GridPart:
             )  # fmt: skip
         return name, values
 
-    def events(self, page: TabHost) -> None:
-        """Connect the components."""
+    def events(self, page: TabHost) -> gr.events.Dependency:
+        """Connect the components, and return the event that generates the images."""
         tab = self.tab
         numbers = [tab.seed, tab.steps, tab.guidance, tab.width, tab.height, tab.strength]
         drawing = self.go.click(
@@ -75,16 +75,16 @@ class GridPart:
                 tab.reference,
             ],
             [self.table, self.status, self.sheet, self.cells],
-            api_name="grid", preprocess=False, **NO_PROGRESS, **TURNS,
+            api_name="grid", preprocess=False, concurrency_id="device", **NO_PROGRESS,
         )  # fmt: skip
-        drawing.failure(lambda: "", None, self.status, api_visibility="private")
         drawing.success(lambda: gr.update(interactive=True), None, self.sheet, api_visibility="private")
-        self.stop.click(tab.stopper("grid"), None, self.status, queue=False, **QUIET)
+        self.stop.click(tab.stop, None, self.status, queue=False, **QUIET)
         for name, values in self.axes:
             # Not `input` or `select`: as under Train, they would overwrite typed values, and `select` would answer a
             # second time.
             name.change(self.suggest, [page.run, name], values, preprocess=False, **QUIET)
         gr.api(self.list_values, api_name="grid_values")
+        return drawing
 
     def list_values(self, run: str, axis: str) -> str:
         """Return suggested values of a setting, as text for the form; `axis`: the setting's name."""
@@ -96,7 +96,7 @@ class GridPart:
 
     def draw_grid(
         self, name, label, adapter, prompt, negative, seed, steps, guidance, width, height, strength, x, x_values, y,
-        y_values, adapter_config=None, reference=None, asked: gr.Request = None,
+        y_values, adapter_config=None, reference=None,
     ) -> Iterator[tuple | dict]:  # fmt: skip
         """Yield the grid and the progress as images are generated.
 
@@ -107,20 +107,17 @@ class GridPart:
         request.check()
         axes = grids.axis("X", x, x_values), grids.axis("Y", y, y_values)
         grid = grids.grid(run, weights, request, *axes)
-        drawn, files, shown, session, total = {}, {}, {}, asked.session_hash or "", pluralize(len(grid.cells), "cell")
-        yield grids.table(grid, shown), views.progress("Starting", 0), None, None
+        drawn, files, shown, total = {}, {}, {}, pluralize(len(grid.cells), "cell")
+        yield grids.table(grid, shown), "", None, None
         given = path_of(reference)
         cells, pictures = iter(grid.cells), [replace(one, reference=given) for one in grid.cells.values()]
         try:
-            for event in self.tab.studio.draw(run, pictures, "grid", session, lambda: hears(asked)):
-                if isinstance(event, Drawn):
-                    place, path = next(cells), self.tab.save(event)
-                    drawn[place], files[place] = event, path
-                    shown[place] = f"gradio_api/file={urllib.parse.quote(path)}"
-                    yield {self.table: grids.table(grid, shown)}
-                else:
-                    yield {self.status: views.progress(event.text, event.share)}
-            said = views.progress(f"{len(drawn)} of {total} done", 1)
+            for event in self.tab.studio.draw(run, pictures):
+                place, path = next(cells), self.tab.save(event)
+                drawn[place], files[place] = event, path
+                shown[place] = f"gradio_api/file={urllib.parse.quote(path)}"
+                yield {self.table: grids.table(grid, shown)}
+            said = views.notice(f"{len(drawn)} of {total} done")
         except Cancelled:
             said = views.notice(f"Stopped after {len(drawn)} of {total}.")
         except RunError as error:

@@ -1,7 +1,5 @@
 """Train: a form that starts a run or an experiment, trained by a separate process."""
 
-import contextlib
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,7 +15,7 @@ from reslora.training.stopping import SAMPLE, SAVE
 
 from .. import experiments, form, launcher, views
 from ..bases import DEFAULT, PIPELINES, word_of_model
-from ..estimates import MemoryEstimates, number_of_runs, training_time
+from ..estimates import number_of_runs, peak_memory, training_time
 from ..folders import BUNDLED
 from ..handlers import NO_PROGRESS, QUIET, named
 from ..jobs import FEW, WAITING, Entry, NameTaken
@@ -29,10 +27,6 @@ from .report import ReportTab
 
 SEARCH = Path(__file__).resolve().parents[1] / "search.js"
 START = "Start training"
-EVERY = 1.0
-"""Seconds between two polls of the memory estimate."""
-IF_SHOWN = "key => [document.querySelector('#start')?.offsetParent ? key : '']"
-"""Nothing is estimated while the tab is closed."""
 # The browser stores the form, so that a restart of the server does not clear it. The values are stored by name, because
 # the server may have other options after a restart.
 KEEP = """(...values) => {
@@ -59,7 +53,6 @@ class TrainTab(ControlTab):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.memory_estimates = MemoryEstimates(self.jobs)
         self.flags: dict[str, gr.components.Component] = {}
         self.defaults = form.defaults({})
         with gr.Row():
@@ -140,21 +133,17 @@ class TrainTab(ControlTab):
         """Make the number of runs, the buttons, the command and the log."""
         self.plan = gr.HTML(elem_id="train-plan")
         with gr.Row(elem_classes="actions"):
-            with gr.Row(elem_id="before-start"):
-                self.facts = gr.HTML(elem_id="facts")
-                self.needs = gr.HTML(elem_id="needs")
+            self.facts = gr.HTML(elem_id="facts")
             self.start = gr.Button(START, variant="primary", elem_id="start", min_width=130)
             self.stop = gr.Button("Stop and save", elem_id="stop", min_width=110)
             self.resume = gr.Button("Resume", elem_id="resume", min_width=80)
-        self.asked = gr.Textbox(visible="hidden")  # key of the memory estimate
-        self.waiting = gr.Timer(EVERY, active=False)
         self.answer = answer_line(elem_id="answer")
         self.command = gr.Textbox(
             label="Command", lines=2, max_lines=8, buttons=["copy"], interactive=False, elem_id="command",
             elem_classes="code",
         )  # fmt: skip
         with gr.Row(elem_classes="quiet"):
-            self.memory = gr.Button("Memory in detail", elem_id="memory", size="sm", min_width=120)
+            self.memory = gr.Button("Estimate memory", elem_id="memory", size="sm", min_width=120)
             self.sample_now = gr.Button("Sample now", elem_id="sample-now", size="sm", min_width=100)
             self.save_now = gr.Button("Save now", elem_id="save-now", size="sm", min_width=90)
         with gr.Row(elem_classes="quiet"):
@@ -215,13 +204,9 @@ class TrainTab(ControlTab):
         wired = [self.flags[name] for name in OF_SHORTCUTS]
         gr.on(
             [page.frames[self].select, *changes, self.shown_defaults.change], self.look, inputs,
-            [
-                self.plan, self.facts, self.needs, self.asked, self.waiting, self.command, self.shown_defaults,
-                *following, *wired,
-            ],
+            [self.plan, self.facts, self.command, self.shown_defaults, *following, *wired],
             trigger_mode="always_last", queue=False, preprocess=False, **QUIET,
         )  # fmt: skip
-        self.waiting.tick(self.look_again, self.asked, [self.needs, self.waiting], js=IF_SHOWN, queue=False, **QUIET)
         looked = self.folder.change(self.show_images, self.folder, self.preview, preprocess=False, **QUIET)
         looked.failure(lambda: "", None, self.preview, **QUIET)
 
@@ -320,7 +305,7 @@ class TrainTab(ControlTab):
     def look(self, name, folder, model, *values) -> dict:
         """Return updates of the page for the form's values, by component.
 
-        These are the number of runs, their time and memory, and the command, or what is wrong with the form; options
+        These are the number of runs, their time, and the command, or what is wrong with the form; options
         that are visible only with shortcuts; and defaults that depend on other options.
         """
         settings, shown = self.settings(name, model, values), values[-1] if isinstance(values[-1], dict) else {}
@@ -330,31 +315,22 @@ class TrainTab(ControlTab):
             told, words, found = experiments.plan(self.jobs, name, settings, without_bundled(folder))
             now = form.defaults(launcher.parsed(settings))
         except RunError as error:
-            empty = dict.fromkeys((self.facts, self.needs, self.asked), "")
             started = self.jobs.told_of_start(name) if isinstance(error, NameTaken) else ""
             told = {self.plan: views.bad(str(error)), self.command: ""}
             if started:  # the command on the page is that of the start
                 told = {self.plan: views.notice(started)}
-            return updates | empty | told | {self.waiting: gr.Timer(active=False)}
+            return updates | told | {self.facts: ""}
         flags = dict(zip(self.all_names(), values[:-3], strict=True))
         for flag in form.FOLLOWING:
             if now[flag] != shown.get(flag) == flags[flag]:
                 updates[self.flags[flag]] = now[flag]
-        key = hashlib.sha256(json.dumps(words).encode()).hexdigest()
-        memory = self.memory_estimates.known(key, lambda: contextlib.nullcontext(words))
         facts = {"Runs": f"{number_of_runs(found):,}", "Time": training_time(self.library, found)}
         if unlikely := launcher.warning(settings):
             told += f'<p class="warning">{views.escape(unlikely.strip())}</p>'
         return updates | {
-            self.plan: told, self.facts: views.facts(facts), self.needs: views.facts({"Memory": memory}),
-            self.asked: key, self.waiting: gr.Timer(active=not memory), self.command: launcher.in_words(words),
+            self.plan: told, self.facts: views.facts(facts), self.command: launcher.in_words(words),
             self.shown_defaults: now,
         }  # fmt: skip
-
-    def look_again(self, key: str):
-        """Return the memory estimate when it has been computed, and stop the timer then."""
-        memory = self.memory_estimates.ask(key)
-        return (views.facts({"Memory": memory}), gr.Timer(active=False)) if memory else gr.skip()
 
     def do_show(self, *inputs) -> str:
         """Return the form's training command as text."""
@@ -363,7 +339,8 @@ class TrainTab(ControlTab):
     def do_plan(self, *inputs) -> Iterator[str]:
         """Yield a notice, then the trainer's memory estimate (`--plan`), as HTML; nothing is trained."""
         yield views.notice("Estimating memory; this takes a few seconds.")
-        yield views.printed(self.jobs.plan(self.words(*inputs)))
+        planned = self.jobs.plan(self.words(*inputs))
+        yield views.notice(f"Peak memory: {peak_memory(planned)}.") + views.printed(planned)
 
     def show_images(self, folder: str) -> str:
         """Return the number of images in the folder, with the first ones, as HTML."""

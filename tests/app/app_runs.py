@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -110,9 +111,9 @@ def own_runs(factory: pytest.TempPathFactory) -> Path:
     return runs
 
 
-def pixels(events) -> list[np.ndarray]:
-    """Return the images among the events of a request."""
-    return [np.asarray(event.image).astype(int) for event in events if isinstance(event, Drawn)]
+def pixels(drawn: Iterable[Drawn]) -> list[np.ndarray]:
+    """Return the images of a request."""
+    return [np.asarray(one.image).astype(int) for one in drawn]
 
 
 def image_of(studio: Studio, run: Run, weights: Weights, request: Request = REQUEST) -> np.ndarray:

@@ -1,45 +1,15 @@
 """app/access.py and forged requests: what a page of another site can do through the user's browser is nothing."""
 
-import http.client
 import json
-from unittest import mock
 
 import pytest
 from app_runs import write_run
-from gradio import networking
-from waiting import LIMIT, wait_until
+from served import Server
+from waiting import wait_until
 
-from app.__main__ import launch_settings, parse_args
 from app.access import OwnPagesOnly
-from app.jobs import Jobs
-from app.library import Library
-from app.page import create_demo
-from app.studio import Studio
 
 FOREIGN = "evil.example"
-
-
-class Server:
-    """The page, served with the settings of the command line, and plain HTTP requests to it."""
-
-    def __init__(self, runs, *flags: str) -> None:
-        library = Library(runs)
-        self.demo = create_demo(library, Jobs(library), Studio())
-        with mock.patch.object(networking, "url_ok", lambda _: True):  # it waits for three seconds, then gives up
-            settings = launch_settings(parse_args(list(flags)))
-            *_, self.port = self.demo.launch(prevent_thread_lock=True, quiet=True, **settings)[1].strip("/").split(":")
-
-    @property
-    def own(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def ask(self, path: str, body: bytes | None = None, host: str = "", kind="application/json", **headers):
-        """Return status and text of the answer to a request with these headers."""
-        connection = http.client.HTTPConnection("127.0.0.1", int(self.port), timeout=LIMIT)
-        headers = {"Host": host or self.own, "Content-Type": kind, **headers}
-        connection.request("POST" if body is not None else "GET", path, body, headers)
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode(errors="replace")
 
 
 @pytest.fixture(scope="module", params=[(), ("--auth", "me:secret")], ids=["open", "with a password"])
@@ -49,7 +19,6 @@ def server(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder.parent / f"{folder.name}-served"))
         found = Server(folder, *request.param)
-        found.folder = folder
         yield found
         found.demo.close()
 

@@ -1,14 +1,10 @@
 """Time and memory before a run starts: from a run of the same model and batch, and from `--plan`."""
 
-import threading
-from contextlib import nullcontext
-
 import pytest
 from app_runs import write_run
-from waiting import LIMIT, wait_until
 
 from app import estimates, experiments
-from app.estimates import UNKNOWN, MemoryEstimates
+from app.estimates import UNKNOWN
 from app.jobs import Jobs
 from app.library import Library
 from app.runs import RunError
@@ -67,56 +63,3 @@ def test_the_time_is_that_of_a_run_of_the_same_model_and_batch(jobs, settings, r
 )  # fmt: skip
 def test_the_plan_is_told_in_a_few_words(printed, told):
     assert estimates.peak_memory(printed) == told
-
-
-def test_memory_is_estimated_in_the_background_for_the_last_question_only(jobs, monkeypatch):
-    """An estimate that no page asks for any more is given up; a result is stored."""
-    held, planned = threading.Event(), []
-
-    def plan(words, wanted):
-        planned.append(words)
-        held.wait(LIMIT)
-        if not wanted():
-            raise RunError("given up")
-        return "the most, 1.00 GiB, while training; "
-
-    monkeypatch.setattr(jobs, "plan", plan)
-    memory = MemoryEstimates(jobs)
-    for key in ("a", "b", "c"):
-        assert memory.known(key, lambda key=key: nullcontext([key])) == ""
-    assert memory.ask("a") == memory.ask("nothing of the kind") == ""
-    wait_until(lambda: memory.ask("a") or planned, "the first estimate")
-    memory.questions["a"].asked -= 10  # the form has changed
-    memory.ask("c")
-    held.set()
-    wait_until(lambda: memory.ask("c"), "the second estimate")
-    assert planned == [["a"], ["c"]] and memory.ask("c") == "1 GiB, while training"
-    assert memory.known("c", nullcontext) == memory.ask("c") and memory.known("a", nullcontext) == ""
-
-
-def test_an_estimate_that_took_too_long_is_repeated_when_the_form_is_shown_again(jobs, monkeypatch):
-    """Not while the form stays as it is, or a busy machine would get no rest."""
-    planned = []
-
-    def plan(words, wanted):
-        planned.append(words)
-        if len(planned) == 1:
-            raise RunError("The estimate took longer than 180 seconds.")
-        return "the most, 1.00 GiB, while training; "
-
-    monkeypatch.setattr(jobs, "plan", plan)
-    memory = MemoryEstimates(jobs)
-    assert memory.known("a", nullcontext) == ""
-    wait_until(lambda: memory.ask("a"), "the estimate to fail")
-    assert memory.ask("a") == f"The estimate took longer than 180 seconds. {estimates.AGAIN}" and len(planned) == 1
-    assert memory.known("a", nullcontext) == ""  # the tab is opened again
-    wait_until(lambda: memory.ask("a"), "the second estimate")
-    assert memory.known("a", nullcontext) == "1 GiB, while training" and len(planned) == 2
-
-
-def test_only_the_newest_estimates_are_stored(jobs, monkeypatch):
-    monkeypatch.setattr(estimates, "MOST", 2)
-    memory = MemoryEstimates(jobs)
-    for key in ("a", "b", "a", "c"):
-        memory.known(key, nullcontext)
-    assert list(memory.questions) == ["a", "c"]

@@ -32,7 +32,7 @@ def test_an_edit_model_changes_the_reference_image(tmp_path):
     words = {"generator": Generator().manual_seed(3), "num_inference_steps": 2, **more}
     expected = pipe(reference.crop((0, 0, 32, 32)), "blue box", **words).images[0]
     (drawn,) = pixels(studio.generate(run, [BASE], REQUEST, reference=path))
-    (cell,) = pixels(studio.draw(run, [Picture(BASE, REQUEST, "one", path)], "grid"))
+    (cell,) = pixels(studio.draw(run, [Picture(BASE, REQUEST, "one", path)]))
     assert np.abs(drawn - 255 * expected).max() <= 1 and np.array_equal(drawn, cell)
     random_image(6).save(path)
     (other,) = pixels(studio.generate(run, [BASE], REQUEST, reference=path))

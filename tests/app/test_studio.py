@@ -4,7 +4,6 @@ import errno
 import json
 import pickle
 import shutil
-import time
 import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,15 +15,14 @@ import torch
 from app_runs import merge, own_runs, pixels, write_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from waiting import join, start_thread, wait_until
+from waiting import join, start_thread
 
 from app import generation_request, weight_files
 from app import studio as studios
-from app.generation_request import Drawn, Request
+from app.generation_request import Request
 from app.library import Library
 from app.runs import BASE, Run, RunError, Weights
-from app.studio import MERGE_CHOICES, Cancelled, Status, Studio
-from app.turns import Turns
+from app.studio import MERGE_CHOICES, Cancelled, Studio
 from reslora import checkpoint as checkpoints
 from reslora.io import replacing
 
@@ -69,7 +67,7 @@ def test_all_of_a_request_is_told_to_the_pipeline_by_the_names_that_it_knows():
     request = Request("red disc", "blue box", seed=9, steps=2, guidance=3.5, width=72, height=40)
     for studio.pipeline, name, multiple in ((Guided(), "guidance_scale", 8), (Plain(), "true_cfg_scale", 16)):
         studio.family = SimpleNamespace(guidance=name, edits=False, pixel_multiple=lambda *_, sides=multiple: sides)
-        sizes.append(studio._draw(studios.Picture(BASE, request, ""), 0, None))
+        sizes.append(studio._image(studios.Picture(BASE, request, ""), None))
     assert told == [("red disc", "blue box", 9, 2, 3.5), ("red disc", 2, 3.5)] and sizes == [(40, 72), (32, 64)]
 
 
@@ -151,121 +149,24 @@ def test_two_people_get_what_they_would_have_got_alone(studio, run):
     assert all(np.array_equal(*pair) for pair in zip(alone, together, strict=True))
 
 
-def test_cancel_and_disconnection_stop_within_one_step(studio, run):
-    long = replace(REQUEST, steps=150, images=8)
-    seen = []
-    with pytest.raises(Cancelled):
-        for event in studio.generate(run, [BASE], long, session="me"):
-            if isinstance(event, Status) and event.share:
-                seen.append(event.share)
-                assert studio.cancel("somebody else") is False
-                assert studio.cancel("me") is True
-    assert len(seen) <= 3  # two may be on their way
-    assert studio.cancel("me") is False
+def test_cancel_stops_within_one_step(studio, run, monkeypatch):
+    """So does a client that goes away, at the next image; both leave the studio to the next request."""
+    seen, step = [], studio._step
 
-    abandoned = studio.generate(run, [BASE], long, session="me")
-    next(event for event in abandoned if isinstance(event, Status) and event.share)
+    def stepped(*given):
+        seen.append(given)
+        assert len(seen) < 2 or studio.cancel()
+        step(*given)
+
+    monkeypatch.setattr(studio, "_step", stepped)
+    with pytest.raises(Cancelled):
+        list(studio.generate(run, [BASE], replace(REQUEST, steps=150, images=8)))
+    assert len(seen) == 2 and not studio.cancel()
+    monkeypatch.undo()
+    abandoned = studio.generate(run, [BASE], replace(REQUEST, images=2))
+    next(abandoned)
     abandoned.close()
-    with studio.turns.turn():  # it is given back; the next one is served
-        pass
-    assert len(draw(studio, run, BASE)) == 1
-
-
-def test_steps_are_told_no_faster_than_a_page_can_show_them(monkeypatch):
-    """Each image is sent at once; steps only with a pause between them. A stop is detected at each step."""
-    now = 100.0
-    monkeypatch.setattr(studios.time, "monotonic", lambda: now)
-    visitor, told = studios.Visitor("me", "images", lambda: True), []
-    for number in range(9):
-        visitor.step("", number / 9)
-        while not visitor.events.empty():
-            told.append(round(9 * visitor.events.get().share))
-        now += 0.3 * studios.PAUSE
-    assert told == [0, 4, 8]
-    visitor.stopped.set()
-    with pytest.raises(Cancelled):
-        visitor.step("", 1.0)
-
-
-def test_what_nobody_listens_to_takes_no_turn(studio, run, monkeypatch):
-    """It waits for a client that reads, and lets others pass."""
-    drawn, asked, outcome = [], [], []
-    monkeypatch.setattr(studio, "_draw", lambda *request: drawn.append(request))
-
-    def ask():
-        try:
-            outcome.extend(studio.generate(run, [BASE], REQUEST, "me", listening=lambda: asked.append(1)))
-        except Cancelled as error:
-            outcome.append(error)
-
-    thread = start_thread(ask)
-    wait_until(lambda: len(asked) >= 4 or studio.turns.waiting, "somebody to be asked", thread, pause=0)
-    assert not studio.turns.waiting
-    studio.cancel("me")
-    join(thread)
-    assert not drawn and [type(event) for event in outcome] == [Cancelled]
-
-
-def test_a_message_that_is_only_about_to_be_read_ends_nothing(monkeypatch):
-    """Not even if the previous step took longer than the time limit."""
-    monkeypatch.setattr(studios, "PATIENCE", 0.01)
-    visitor = studios.Visitor("me", "images", iter([True, False, True, False, False]).__next__)
-    for _ in range(4):
-        visitor.check()
-        time.sleep(0.05)
-    with pytest.raises(Cancelled):
-        visitor.check()
-
-
-def test_who_goes_away_is_given_up_after_a_while(studio, run, monkeypatch, capsys):
-    monkeypatch.setattr(studios, "PATIENCE", 0.0)
-    there, seen = [True], []
-    with pytest.raises(Cancelled):
-        for event in studio.generate(run, [BASE], replace(REQUEST, steps=150, images=8), listening=lambda: bool(there)):
-            seen += [event.share] if isinstance(event, Status) and event.share else []
-            if len(seen) == 2:
-                there.clear()
-    assert seen[0] == 1 / (8 * 150) and len(seen) <= 4
-    assert "the client did not read" in capsys.readouterr().err
-    with studio.turns.turn():
-        pass
-
-
-def test_who_asks_for_much_lets_others_have_their_turn(studio, run, monkeypatch):
-    """An image that was requested later is generated after the first of eight."""
-    drawn, threads, plain = [], [], studio._draw
-    noted = lambda picture, *rest: drawn.append(picture.request.seed) or plain(picture, *rest)  # noqa: E731
-    monkeypatch.setattr(studio, "_draw", noted)
-    with studio.turns.turn():
-        for request in (replace(REQUEST, images=8), replace(REQUEST, seed=99)):
-            threads.append(start_thread(lambda request=request: draw(studio, run, BASE, request=request)))
-            wait_until(lambda: len(studio.turns.waiting) == len(threads) + 1, "its place", threads[-1], pause=0)
-    join(*threads)
-    assert drawn == [5, 99, *range(6, 13)]
-
-
-def test_turns_are_taken_in_the_order_of_asking():
-    turns, order = Turns(), []
-
-    def take(name):
-        with turns.turn():
-            order.append(name)
-
-    threads = []
-    with turns.turn():
-        for name in "abc":
-            threads.append(start_thread(take, name))
-            wait_until(lambda: len(turns.waiting) == len(threads) + 1, "its place", threads[-1], pause=0)
-    join(*threads)
-    assert order == ["a", "b", "c"] and not turns.waiting
-
-    def give_up():
-        raise Cancelled
-
-    with turns.turn(), pytest.raises(Cancelled), turns.turn(give_up):
-        pytest.fail("two at a time")
-    with turns.turn():
-        pass
+    assert not studio.lock.locked() and len(draw(studio, run, BASE)) == 1
 
 
 def test_a_failed_load_leaves_the_model_usable(studio, run, tmp_path):
@@ -615,7 +516,7 @@ def test_only_whole_safetensors_with_lora_weights_are_taken(run, tmp_path):
 def test_metadata_makes_the_image_again(studio, run, tmp_path):
     request = replace(REQUEST, prompt="red <b> disc - 猫", negative_prompt="box", strength=0.7, guidance=2.5, images=2)
     weights = run.find_weights("reslora: merged weights")
-    drawn = [event for event in studio.generate(run, [weights], request) if isinstance(event, Drawn)]
+    drawn = list(studio.generate(run, [weights], request))
     path = generation_request.save_image(drawn[1], tmp_path / "image.png")
     read, source = generation_request.read_image(path)
     assert source == {"run": "tiny", "weights": "reslora: merged weights"}
