@@ -4,42 +4,19 @@ import json
 import shutil
 from dataclasses import replace
 
-import gradio as gr
 import PIL.Image
 import pytest
 from app_runs import run_by_hand, write_run, write_samples
 
 from app import compared, views
 from app.differences import differences
-from app.jobs import Jobs
 from app.library import MOST_BESIDE, Library
-from app.log_lock import locked_file
-from app.runs import LOG_NAME, Run, RunError
-from app.studio import Studio
-from app.tabs.base import Parts
-from app.tabs.compare import CompareTab
+from app.runs import Run
 
 
 @pytest.fixture
 def run(tmp_path):
     return run_by_hand(tmp_path)
-
-
-def test_a_run_that_failed_says_so(tmp_path):
-    (tmp_path / "runs" / "new").mkdir(parents=True)
-    (tmp_path / "runs" / "new" / "app.log").write_text("error\n")
-    assert "its log, under Train, says why" in compared.images(Library(tmp_path / "runs").find("new"), 0)
-
-
-def test_samples_that_are_not_shown_are_counted_and_a_grid_without_any_is_refused(run, monkeypatch, tmp_path):
-    assert "not shown" not in compared.images(run, 4)
-    monkeypatch.setattr(compared, "MOST_ROWS", 1)
-    shown = compared.images(run, 4)
-    assert "1 row of samples not shown" in shown and shown.count("<tr>") == 2
-    for method in run.methods:
-        shutil.rmtree(run.folder / method / "samples")
-    with pytest.raises(RunError, match=f"{run.name} has no samples yet"):
-        compared.save_grid(run, 4, tmp_path / "grid.png")
 
 
 def test_a_run_whose_config_is_damaged_says_so(run):
@@ -51,25 +28,6 @@ def test_a_run_whose_config_is_damaged_says_so(run):
     assert "config.json cannot be read" in compared.images(run, 4)
     said = views.summary(run, run.status)
     assert "config.json cannot be read" in said and "shortcut" not in said
-
-
-def test_a_run_with_a_folder_in_place_of_its_config_is_listed_and_says_so(run):
-    (run.folder / "config.json").unlink()
-    (run.folder / "config.json").mkdir()
-    found = Library(run.folder.parent).find(run.name)
-    assert "config.json cannot be read" in views.summary(found, found.status)
-
-
-def test_a_run_that_starts_has_not_ended_yet(tmp_path):
-    (tmp_path / "runs" / "new").mkdir(parents=True)
-    trainings = Jobs(Library(tmp_path / "runs"))
-    with gr.Blocks():
-        tab = CompareTab(Parts(trainings.library, trainings, Studio()))
-    with locked_file(tmp_path / "runs" / "new" / LOG_NAME):  # as its launcher does, before it has printed anything
-        run, (before, *_) = trainings.library.find("new"), tab.compare("new", 0)
-        seen = tab.seen(run)
-        assert trainings.status(run) == "starting" and "No samples yet" in before
-    assert "its log, under Train, says why" in tab.compare("new", 0)[0] and tab.seen(run) != seen
 
 
 def test_columns_and_grid_show_the_chosen_step(run):
@@ -99,15 +57,6 @@ def test_a_run_without_prompts_shows_its_losses(tmp_path):
     assert run.steps() == [0, 2, 4]
     assert "--validation_prompt" in compared.images(run, 4)
     assert "0.4000" in compared.numbers(run, 4)  # the validation loss at step 4
-
-
-def test_curves_have_a_line_a_method_and_a_mark_at_the_step(run):
-    chart = compared.curves(run, "train", 2)
-    assert chart.count('class="line"') == 2 and chart.count('class="mark"') == 1
-    assert "</svg> LoRA</li>" in chart and "</svg> ResLoRA</li>" in chart
-    assert compared.curves(run, "validation", 2).count('class="line"') == 2
-    (run.folder / "reslora" / "log.jsonl").write_text("")
-    assert compared.curves(run, "train", 2).count('class="line"') == 1
 
 
 def test_numbers_and_curves_by_hand(run, monkeypatch):

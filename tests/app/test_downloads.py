@@ -77,13 +77,3 @@ def test_a_copy_is_handed_out_of_what_is_listed_and_of_nothing_else(library, mon
     monkeypatch.setattr(downloads, "LARGEST", 3)
     with pytest.raises(RunError, match="larger"):
         downloads.packed(run, downloads.find(run, "reslora: peft (PEFT)"), working)
-
-
-def test_what_leads_out_of_the_run_is_not_offered(library, tmp_path):
-    run, secret = library.find("run"), tmp_path / "secret"
-    secret.write_text("secret")
-    for name in ("kohya.safetensors", "peft/text_encoder/adapter_config.json", "unet/config.json"):
-        (run.folder / "reslora" / name).unlink()
-        (run.folder / "reslora" / name).symlink_to(secret)
-    labels = [one.label for one in downloads.downloads_of(run)]
-    assert [label.split()[1] for label in labels] == ["comfyui.safetensors", "pytorch_lora_weights.safetensors"]

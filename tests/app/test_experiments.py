@@ -39,16 +39,6 @@ def write_experiment(folder, content: dict) -> None:
     write_report(content, folder, IMAGES)
 
 
-def test_samples_are_of_the_chosen_runs(tmp_path):
-    folder = tmp_path / "which"
-    folder.mkdir()
-    write_experiment(folder, content := examples.experiment(folder))
-    found = Experiment("which", folder).chosen_samples()
-    assert len(found) == len(content["chosen"]) > 1
-    for path, choice in zip(found, content["chosen"].values(), strict=True):
-        assert f"lr-{choice['learning_rate']:g}/" in str(path) and path.name == "0-0.png"
-
-
 def test_experiments_and_runs_are_listed_apart(library):
     assert list(library.runs()) == ["run"] and list(library.experiments()) == ["which"]
     found = library.find_experiment("which")
@@ -129,19 +119,6 @@ def test_one_whose_minutes_are_over_says_so_and_one_that_was_stopped_does_not(li
     assert entry.line == "train_sd.py: error: no such folder"
     config.write_text(json.dumps({"learning_rate": [1e-4, 2e-4], "experiment_minutes": "x"}))
     assert "Resume trains the rest" in experiments.summary(found, found.status)
-
-
-def test_one_that_is_stopped_while_methods_are_compared_goes_on_with_that(library, monkeypatch):
-    """During training, it stops after a step."""
-    found, trainings = library.find_experiment("which"), Jobs(library)
-    monkeypatch.setattr(Experiment, "process", property(lambda _: 2**22 + 1))
-    monkeypatch.setattr(os, "kill", lambda process, number: None)
-    for content, when in ((examples.unfinished(), "after this step"), (examples.experiment(None), "soon")):
-        write_experiment(found.folder, content | {"chosen": {}, "verdicts": []})
-        assert trainings.stop("which", Experiment) == f"which was asked to stop {when}; the trained steps are saved."
-        assert trainings.stop("which", Experiment) == "which was already asked to stop; the trained steps are saved."
-        trainings.asked.clear()
-    assert "60 of 60 runs finished \u00b7 Resume compares them" in experiments.summary(found, "stopped")
 
 
 def test_one_whose_arms_have_all_diverged_has_nothing_to_go_on_with(library):
@@ -372,13 +349,3 @@ def test_the_best_arms_lora_is_handed_out(library):
     assert tab.look("which")[tab.take_best] == gr.update(interactive=True)
     copy = Path(tab.copy_of_best("which"))
     assert copy.name == "which-kohya.safetensors" and copy.read_bytes() == b"kohya"
-
-
-@pytest.mark.parametrize("best", [None, {"files": ["peft"]}, {"files": 1}, {}, [], "kohya.safetensors"])
-def test_what_an_earlier_choice_has_left_is_not_handed_out(library, best):
-    found = library.find_experiment("which")
-    (found.folder / "kohya.safetensors").write_bytes(b"kohya")
-    content = examples.experiment(None)
-    for record, path in ((content, found.folder / "kohya.safetensors"), (content | {"best": best}, None)):
-        (found.folder / "experiment.json").write_text(json.dumps(record))
-        assert found.lora() == path

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from app_runs import WRONG, write_run
+from app_runs import write_run
 
 from app import form, launcher
 from app.bases import is_hub_name
@@ -150,20 +150,6 @@ def test_the_settings_of_a_run_make_its_command_again(tmp_path):
         form.settings_of("run", Library(tmp_path).runs())
 
 
-def test_every_schedule_can_be_trained(tmp_path):
-    """`command` raises an error for a refused schedule. One whose rates are given step by step gets them."""
-    for name in form.choices(form.known()["lr_scheduler"]):
-        rules = {"lr_step_rules": "1:100,0.1:200,0.01"} if name == "piecewise_constant" else {}
-        Jobs(Library(tmp_path)).command("new", {"lr_scheduler": name, **rules})
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_damaged_config_fills_in_what_a_form_can_have(wrong):
-    for name, option in form.known().items():
-        value = form.widget_value(option, wrong)
-        assert isinstance(value, bool) if option.is_switch else isinstance(value, str | list | None), name
-
-
 def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
     """They depend on the model, the optimizer and the number of runs; a default that is only known later is a hint."""
     known, shown = form.known(), form.defaults({})
@@ -184,19 +170,6 @@ def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
     assert "a bucket keeps at least 93% always" in form.info(known["center_crop"])
 
 
-def test_a_default_that_does_not_fit_into_its_box_is_part_of_the_help():
-    known, shown = form.known(), form.defaults({})
-    for name, option in known.items():
-        default = form.in_empty_box(option)
-        assert len(default) <= (form.LONGEST_DEFAULT if not form.choices(option) else len(form.UNSET)), name
-        assert default or shown[name] != "" or option.otherwise.startswith("none") or not form.choices(option), name
-    assert form.in_empty_box(known["mixed_precision"]) == form.in_empty_box(known["target_modules"]) == form.UNSET
-    assert "Default: what accelerate was started with · --mixed_precision" in form.info(known["mixed_precision"])
-    assert form.in_empty_box(known["lora_alpha"]) == "twice the rank" and "Default" not in form.info(
-        known["lora_alpha"]
-    )
-
-
 def test_a_switch_that_is_on_unless_something_else_is_given_is_shown_as_on():
     assert form.defaults({})["racing"] is True
     assert launcher.arguments({"racing": True}) == [] and launcher.arguments({"racing": False}) == ["--no-racing"]
@@ -206,7 +179,3 @@ def test_options_of_shortcuts_are_read_by_methods_with_shortcuts_alone():
     assert form.wires(["lora", "reslora"]) and form.wires(["lora_matched"]) and form.wires(["ms_placebo"])
     assert not form.wires(["lora", "lora_x2", "adalora"]) and not form.wires([])
     assert not form.wires([["reslora"], {}])  # from a program
-
-
-def test_a_damaged_name_of_a_model_has_the_defaults_of_a_model():
-    assert form.defaults({form.MODEL: "owner/\0"}) == form.defaults({form.MODEL: "owner/model"})

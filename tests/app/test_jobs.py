@@ -1,6 +1,5 @@
 """app/jobs.py: the queue, which entry starts next, and restarts. Tiny programs stand for the trainers."""
 
-import json
 import multiprocessing
 import signal
 import sys
@@ -8,12 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from time import sleep
-from types import SimpleNamespace
 
 import gradio as gr
 import PIL.Image
 import pytest
-from app_runs import HOSTILE, with_one_wrong, write_run
+from app_runs import HOSTILE, write_run
 from waiting import LIMIT, ended, wait_until
 
 from app import jobs, launcher, lists
@@ -22,7 +20,6 @@ from app.library import Experiment, Library
 from app.run_manager import RunManager
 from app.runs import Run, RunError
 from app.studio import Studio
-from app.tabs import control
 from app.tabs.base import Parts
 from app.tabs.train import TrainTab
 from reslora.images.settings import parse_args
@@ -128,16 +125,6 @@ def test_what_has_just_ended_may_be_resumed(lined):
     assert states(lined) == {}
 
 
-def test_what_has_just_ended_may_be_removed(lined):
-    add(lined, "a")
-    run = lined.library.folder / "a"
-    lined.path.with_name("end-a").touch()
-    wait_until(lambda: not lined.is_active(Run("a", run)), "its end")
-    assert states(lined) == {"a": RUNNING}
-    lined.remove("a")
-    assert states(lined) == {}
-
-
 def test_who_stops_what_has_just_ended_does_not_stop_the_next(lined):
     add(lined, "a")
     add(lined, "b")
@@ -148,18 +135,6 @@ def test_who_stops_what_has_just_ended_does_not_stop_the_next(lined):
     assert lined.is_active(lined.find("b"))
     assert "b" in lined.stop_entry("b")
     wait_until(lambda: not lined.is_active(lined.find("b")), "the end of b")
-
-
-def test_what_was_renamed_while_it_trains_is_said_to_be_gone(lined):
-    add(lined, "a")
-    wait_until(lambda: started(lined) == ["a -"], "a")
-    lined.path.with_name("a").rename(lined.path.with_name("moved"))
-    lined.advance()
-    assert states(lined) == {"a": RUNNING} and jobs.GONE in lists.queue(lined)
-    with pytest.raises(RunError, match=r"^a: its folder is gone: it was renamed or removed\. Restore it, then stop it"):
-        lined.stop_entry("a")
-    let_end(lined, "a")
-    assert [(entry.state, entry.line) for entry in lined.entries()] == [(FAILED, jobs.GONE)]
 
 
 def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
@@ -235,21 +210,6 @@ def test_what_goes_on_keeps_its_images_and_none_are_named(lined, tmp_path):
     assert TrainTab.outcome_of(None, added[1]) == "b waits in the queue and starts automatically."
 
 
-def test_a_run_that_was_asked_to_stop_is_said_to_have_ended(monkeypatch):
-    """Also if it ended before the page looked; not if nobody asked, if it was resumed, or if it outlasts patience."""
-    monkeypatch.setattr(control, "EVERY", 0)
-    one, resumed = ((SimpleNamespace(name="one", process=process), 5) for process in (5, 6))
-    ended = ["one has ended"]
-    cases = [([one], [True, True], 60, ended), ([one], [], 60, ended), ([], [], 60, [])]
-    for asked, polls, patience, told in (*cases, ([one], [True] * 9, -1, []), ([resumed], [True, True], 60, [])):
-        states = iter(polls)
-        monkeypatch.setattr(control, "PATIENCE", patience)
-        jobs = SimpleNamespace(stopping=asked, is_active=lambda _, states=states: next(states, False))
-        said = list(control.wait_for_end(jobs))
-        assert [line in sentence for line, sentence in zip(told, said, strict=True)] == [True] * len(told)
-        assert jobs.stopping == []
-
-
 def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_path):
     """SIGKILL ends it while one entry trains and two wait; then two applications continue the queue."""
     server = multiprocessing.get_context("fork").Process(
@@ -270,20 +230,6 @@ def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_p
                 f"what comes after {name}",
             )
     assert started(lined) == ["a -", "b -", "c -"]
-
-
-def test_what_was_started_but_not_noted_is_not_started_again(lined):
-    """If the application is killed before it stores the start, the locked log shows that the trainer runs."""
-    add(lined, "a")
-    entries = json.loads(lined.path.read_text())
-    entries["entries"][0]["state"] = WAITING
-    write_json(lined.path, entries)
-    restarted = Jobs(lined.library)
-    restarted.advance()
-    assert states(restarted) == {"a": RUNNING}
-    assert restarted.status(restarted.find("a")) == "starting"
-    let_end(restarted, "a")
-    assert len(started(lined)) == 1 and list(restarted.all_active()) == []
 
 
 def test_one_on_each_gpu(lined, monkeypatch):
@@ -315,22 +261,6 @@ def test_a_damaged_file_is_one_line_and_stays(lined, content, capsys):
     assert lined.path.read_text() == content and started(lined) == []
 
 
-def test_whatever_an_entry_holds_it_is_read_or_refused(lined):
-    add(lined, "a")
-    wait_until(lambda: started(lined), "the trainer")
-    for content in with_one_wrong(json.loads(lined.path.read_text())):
-        lined.path.write_text(json.dumps(content))
-        try:
-            found = lined.entries()
-        except RunError:
-            continue
-        for entry in found:
-            assert lined.run_of(entry).folder.parent == lined.path.parent
-            if entry.state == WAITING:
-                lined.begin(entry, None)
-    assert len(started(lined)) == 1
-
-
 def test_resuming_waits_its_turn_and_experiments_too(lined):
     write_run(lined.path.parent / "b", max_train_steps=9)
     add(lined, "a")
@@ -344,20 +274,6 @@ def test_resuming_waits_its_turn_and_experiments_too(lined):
     assert [type(run) for run in lined.all_active()] == [Experiment]
     assert (lined.path.parent / "c" / Experiment.log_name).is_file()
     assert Run("b", lined.path.parent / "b").status == "stopped"
-
-
-def test_of_two_visitors_at_once_one_is_first(lined):
-    def attempt(_: int) -> bool:
-        try:
-            Jobs(lined.library).add(Entry("a"))
-        except RunError:
-            return False
-        return True
-
-    with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(attempt, range(8))) == 1
-    wait_until(lambda: started(lined), "the trainer")
-    assert started(lined) == ["a -"] and len(lined.entries()) == 1
 
 
 def test_a_configuration_is_saved_for_the_command_line_and_loaded_again(lined, tmp_path):

@@ -3,46 +3,28 @@
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import gradio as gr
 import pytest
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from app_runs import HOSTILE, run_by_hand, write_exports, write_language_run, write_run
-from diffusers import AutoencoderKL
-from pipelines import image_folder, stable_diffusion
+from pipelines import image_folder
 from waiting import ended, wait_until
 
-import train_sd
 from app import experiments, form, launcher, lists, views
 from app.bases import PIPELINES
 from app.folders import BUNDLED
 from app.jobs import SAMPLE, SAVE, Entry, Jobs
 from app.library import Experiment, Library
-from app.log_lock import locked_file
 from app.run_manager import RunManager
-from app.runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError
+from app.runs import LOG_NAME, Run, RunError
 from app.tabs.train import TrainTab
 from reslora.bundled import ASSETS
 from reslora.images.settings import BUNDLED_IMAGES, is_bundled, parse_args
-from reslora.io import this_process, write_json
+from reslora.io import this_process
 
-# In place of `accelerate launch`, which passes its stdout on to the trainer, and nothing else; it dies of SIGTERM.
-LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
-# In place of a trainer that begins: it has taken SIGTERM over, and is not through with its imports.
-BEGINNING = """
-import pathlib, signal, time
-signal.signal(signal.SIGTERM, lambda *_: None)
-pathlib.Path("../begins").touch()
-while not pathlib.Path("../end").exists():
-    assert pathlib.Path("..").exists()
-    time.sleep(0.01)
-print("train_sd.py: stopped before training began")
-"""
 # In place of a trainer in the folder of the given lock.
 LOCKING = """
 import os, pathlib, signal, sys, time
@@ -51,22 +33,6 @@ signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7))
 pathlib.Path(sys.argv[1]).write_text(f"{os.getpid()}\\n{this_process()}")
 while pathlib.Path(sys.argv[1]).exists():
     time.sleep(0.01)
-"""
-# In place of a trainer that takes its time to save.
-SAVING = """
-import os, pathlib, sys, time
-from reslora.io import this_process
-from reslora.runtime.signals import StopRequest
-with StopRequest() as stop:
-    pathlib.Path(".lock").write_text(f"{os.getpid()}\\n{this_process()}")
-    while stop.signal is None:
-        time.sleep(0.01)
-    pathlib.Path("saving").touch()
-    while not pathlib.Path("end").exists():
-        assert pathlib.Path("..").exists()
-        time.sleep(0.01)
-    pathlib.Path("saved").touch()
-sys.exit(128 + stop.signal)
 """
 
 
@@ -89,17 +55,6 @@ def test_only_flags_that_differ_are_written(trainings):
         f"accelerate launch train_sd.py --output_dir {trainings.library.folder}/new --method lora reslora "
         "--max_train_steps 8 --validation_prompt 'a cat' 'a dog'"
     )
-
-
-def test_a_rank_that_is_likely_a_mistake_has_a_warning():
-    for rank in ("9999", "4 9999", [9999], 9999):
-        assert launcher.warning({"rank": rank}).startswith(" warning: 9999 is a very high rank")
-    for rank in ("512", "", None, [4, 8]):
-        assert launcher.warning({"rank": rank}) == ""
-
-
-def test_several_resolutions_are_numbers_with_spaces(trainings):
-    assert trainings.command("new", {"resolution": "64 96"})[-3:] == ["--resolution", "64", "96"]
 
 
 @pytest.mark.parametrize(
@@ -189,26 +144,6 @@ def test_a_form_that_begins_with_a_run_has_its_images_or_does_not_start(training
     assert TrainTab.fill(tab, next(iter(form.PRESETS)))[2] == gr.update()  # it stays as it is
 
 
-@pytest.mark.parametrize("device", [None, "0"])
-def test_accelerate_has_no_defaults_to_warn_of(monkeypatch, caplog, device):
-    """Its warnings would look like the cause of a failure."""
-    monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: 1)
-    words = launcher.launch_words(device)[4:]
-    _validate_launch_command(launch_command_parser().parse_args([*words, "train_sd.py"]))
-    assert not caplog.records
-
-
-def test_a_run_that_failed_says_why(trainings):
-    folder = trainings.library.folder / "new"
-    folder.mkdir()
-    (folder / "app.log").write_text(f"a line before\ntrain_sd.py: error: <b> {folder}\n")
-    run, line = trainings.library.find("new"), "train_sd.py: error: &lt;b&gt; runs/new"
-    said, status = trainings.last_line(run), trainings.status(run)
-    shown = views.summary(run, status, said)
-    assert shown.count(line) == 1 and "before" not in shown
-    assert line not in views.summary(run, "starting", said)
-
-
 @pytest.mark.parametrize(
     ("line", "is_why"),
     [
@@ -263,45 +198,6 @@ def test_the_name_of_a_run_that_never_began_is_free(trainings):
         trainings.new_folder("pictures")
 
 
-def test_the_name_of_what_is_starting_is_said_to_be_that(trainings):
-    """An experiment can be extended as soon as its settings are written; until then it cannot be resumed."""
-    folder = trainings.library.folder / "new"
-    folder.mkdir()
-    with locked_file(folder / EXPERIMENT_LOG):
-        with pytest.raises(RunError, match=r"^new is already starting: choose another name"):
-            trainings.folder_of("new", Experiment)
-        write_json(folder / "config.json", {"learning_rate": [1e-4, 1e-3]})
-        assert trainings.folder_of("new", Experiment) == folder
-
-
-@pytest.mark.exhaustive
-def test_what_was_stopped_while_it_encoded_is_started_anew(trainings, tmp_path, monkeypatch):
-    """By the arguments of the page; the images that it has encoded stay."""
-    folder, calls, encode = trainings.library.folder / "new", [], AutoencoderKL.encode
-    flags = ["--pretrained_model_name_or_path", stable_diffusion(tmp_path / "model"), "--resolution", 32, "--rank", 2]
-    flags += ["--train_data_dir", image_folder(tmp_path / "images"), "--num_validation_images", 0]
-    flags += ["--method", "lora", "--num_inference_steps", 1]
-    flags = [str(word) for word in flags]
-
-    def stopped(vae, *args, **more):
-        calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return encode(vae, *args, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AutoencoderKL, "encode", stopped)
-        assert train_sd.main([*flags, "--output_dir", str(folder)]) == 128 + signal.SIGTERM
-    kept = {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}
-    assert kept and (folder / "logs").is_dir()
-    (folder / LOG_NAME).touch()
-    (folder / SAVE).touch()
-    with pytest.raises(RunError, match="start a new run"):
-        trainings.resumable("new")
-    assert train_sd.main([*trainings.command("new", {"max_train_steps": "1"})[1:], *flags]) == 0
-    assert kept.items() <= {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}.items()
-
-
 def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     """A process that has locked the folder reports that it was asked to stop."""
     process = subprocess.Popen([sys.executable, "-c", LOCKING, str(run.folder / ".lock")], env=launcher.environment())
@@ -318,18 +214,6 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     assert "already" in trainings.stop("run") or ended(process) == 7
     assert ended(process) == 7
     assert trainings.status(run) == "stopped"
-
-
-def test_who_is_told_to_stop_by_two_applications_saves(run):
-    """The second application may be the first one after a restart: it does not know of the earlier request."""
-    environment = launcher.environment()
-    process = subprocess.Popen([sys.executable, "-c", SAVING], cwd=run.folder, env=environment)
-    wait_until(lambda: run.process, "the lock", process)
-    for _ in range(2):
-        assert "the trained steps are saved" in Jobs(Library(run.folder.parent)).stop("run")
-        wait_until((run.folder / "saving").exists, "the save", process)
-    (run.folder / "end").touch()
-    assert ended(process) == 128 + signal.SIGTERM and (run.folder / "saved").exists()
 
 
 def test_who_asks_for_what_cannot_come_is_told_why(run, monkeypatch):
@@ -367,31 +251,6 @@ def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):
     assert trainings.status(run) == "stopped" and trainings.last_line(run) == "stopped before its training began"
 
 
-def test_what_is_stopped_as_it_begins_is_at_work_until_its_trainer_is_gone(trainings, tmp_path, monkeypatch):
-    folder = trainings.library.folder
-    (tmp_path / "launcher.py").write_text(LAUNCHER)
-    (tmp_path / "trainer.py").write_text(BEGINNING)
-    words = [sys.executable, str(tmp_path / "launcher.py"), str(tmp_path / "trainer.py")]
-    monkeypatch.setattr(launcher, "launch_words", lambda device: words)
-    run = trainings.start(Entry("early"))
-    try:
-        wait_until((folder / "begins").exists, "the trainer", trainings.started["early"])
-        assert trainings.status(run) == "starting"
-        assert trainings.stop("early") == "early is stopped before its training began."
-        assert ended(trainings.started["early"]) == -signal.SIGTERM
-        assert trainings.status(run) == "stopping" and trainings.stop("early") == "early is ending."
-        for again in (trainings, Jobs(trainings.library)):
-            with pytest.raises(RunError, match="early is training"):
-                again.start(Entry("second"))
-        with pytest.raises(RunError, match="early is training"):
-            RunManager(trainings).throw_away("early")
-    finally:
-        (folder / "end").touch()
-    wait_until(lambda: not trainings.is_active(run), "its end")
-    assert trainings.status(run) == "failed"
-    assert trainings.last_line(run) == "train_sd.py: stopped before training began"
-
-
 def test_a_finished_run_is_not_resumed(run):
     write_exports(run)
     with pytest.raises(RunError, match="finished"):
@@ -408,19 +267,6 @@ def test_what_a_language_script_has_begun_goes_on_without_the_page(trainings, ki
     with pytest.raises(RunError, match=line):
         trainings.command("glue", {"learning_rate": "1e-3 3e-3", "seed": "0 1"}, kind=Experiment)
     assert sorted(folder.iterdir()) == before and trainings.entries() == []
-
-
-def test_refusals_in_many_threads_leave_stderr_alone(trainings):
-    before = sys.stderr
-
-    def refused() -> None:
-        for _ in range(20):
-            with pytest.raises(RunError, match="rank"):
-                trainings.command("new", {"rank": "0"})
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: refused(), range(4)))
-    assert sys.stderr is before
 
 
 @pytest.mark.parametrize(("script", "task"), [("train_llm.py", "task"), ("train_glue.py", "task_name")])

@@ -1,20 +1,18 @@
 """app/run_manager.py and its page: notes, trash and restoring, and cards of any runs."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import gradio as gr
 import pytest
 from app_runs import HOSTILE, write_language_run, write_run
-from waiting import join, start_thread, wait_until
 
 from app import lists
 from app.jobs import Entry, Jobs
 from app.library import Library
 from app.page import Page
 from app.run_manager import RunManager
-from app.runs import EXPERIMENT_LOG, IN_PLACE, LONGEST_NOTES, NO_CONFIG, RunError
+from app.runs import EXPERIMENT_LOG, LONGEST_NOTES, NO_CONFIG, RunError
 from app.studio import Studio
 from app.tabs.base import Parts
 from app.tabs.report import ReportTab
@@ -53,15 +51,6 @@ def test_notes_are_written_by_who_has_seen_the_last_ones(manager):
     assert "too long" in refused(manager.write_notes, "one", run.notes, "short")
 
 
-def test_notes_that_lead_elsewhere_are_neither_read_nor_written(manager, tmp_path):
-    (tmp_path / "secret").write_text("secret")
-    run = manager.library.find("one")
-    (run.folder / "notes.txt").symlink_to(tmp_path / "secret")
-    assert run.notes == ""
-    manager.write_notes("one", "", "mine")
-    assert run.notes == "mine" and (tmp_path / "secret").read_text() == "secret"
-
-
 def test_what_is_thrown_away_comes_back_as_it_was(manager, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "runs" / "one").rglob("*") if path.is_file()}
     for name in ("one", "which"):
@@ -89,65 +78,6 @@ def test_what_trains_waits_or_is_elsewhere_is_not_thrown_away(manager, tmp_path)
     manager.jobs.is_active = lambda run: run.name == "two"
     assert "two is training" in refused(manager.throw_away, "two")
     assert manager.trashed() == {} and (tmp_path / "runs" / "two" / "config.json").is_file()
-
-
-def test_nothing_is_restored_in_the_place_of_what_waits(manager):
-    """The waiting entry would continue the restored run, or fail."""
-    for name in ("one", "which"):
-        manager.throw_away(name)
-    which, one = manager.trashed()
-    with manager.jobs.changing() as entries:
-        entries += [Entry("one"), Entry("which", "experiment", state="failed")]
-    assert "Another run named one is in the queue" in refused(manager.restore, one)
-    assert list(manager.trashed()) == [which, one] and manager.restore(which) == "which is restored."
-    manager.jobs.remove("one")
-    assert manager.restore(one) == "one is restored."
-
-
-def test_notes_and_a_deletion_come_one_after_the_other(manager, monkeypatch):
-    """A run that is deleted while its notes are written leaves no folder that has only notes."""
-    threads, find, names = [], manager.find, []
-
-    def delete(name: str) -> None:
-        manager.throw_away(name)
-        names.extend(folder.name for folder in manager.trashed().values())
-
-    def meanwhile(name: str):
-        run = find(name)
-        monkeypatch.setattr(manager, "find", find)
-        threads.append(start_thread(delete, name))
-        wait_until(lambda: manager.jobs.lock.locked() or names, "the deletion to wait", threads[0], pause=0)
-        if not IN_PLACE.locked():  # nothing keeps it waiting
-            join(threads[0])
-        return run
-
-    monkeypatch.setattr(manager, "find", meanwhile)
-    manager.write_notes("one", "", "good")
-    join(*threads)
-    assert names == ["one"] and not (manager.library.folder / "one").exists()
-    (place,) = manager.trashed()
-    manager.restore(place)
-    assert manager.library.find("one").notes == "good"
-
-
-def test_a_trash_that_leads_elsewhere_is_none(manager, tmp_path):
-    (tmp_path / "other" / "place" / "run").mkdir(parents=True)
-    (tmp_path / "runs" / ".trash").symlink_to(tmp_path / "other")
-    assert manager.trashed() == {}
-    refused(manager.restore, "place")
-    refused(manager.throw_away, "one")
-
-
-def test_of_two_who_throw_one_run_away_one_does(manager):
-    def attempt(_: int) -> bool:
-        try:
-            return bool(manager.throw_away("one"))
-        except RunError:
-            return False
-
-    with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(attempt, range(8))) == 1
-    assert len(manager.trashed()) == 1
 
 
 def test_cards_show_the_newest_sample_and_escape_all_else(manager, tmp_path):

@@ -3,15 +3,12 @@
 import json
 import os
 import time
-from pathlib import Path
 
 import pytest
-from app_runs import HOSTILE, WRONG, run_by_hand, write_exports, write_language_run, write_run, write_samples
+from app_runs import HOSTILE, run_by_hand, write_exports, write_language_run, write_run, write_samples
 
-from app import runs, views
-from app.downloads import files_below
-from app.library import LanguageRun, Library, last_change
-from app.runs import BASE, Run, RunError, is_complete_png
+from app.library import LanguageRun, Library
+from app.runs import BASE, RunError, is_complete_png
 
 
 @pytest.fixture
@@ -51,23 +48,6 @@ def test_images_of_earlier_prompts_are_left_out(run):
     assert set(run.samples("lora", 4)) == set(run.samples("lora", 0)) == {(0, 0), (1, 0)}
     (samples / "step-000002" / "prompts.json").write_text("[]")
     assert set(run.samples("lora", 2)) == {(0, 0), (1, 0)}
-
-
-@pytest.mark.parametrize("what", ["glob", "rglob", "open"])
-def test_a_run_that_goes_while_it_is_looked_at_is_an_error_nowhere(run, monkeypatch, what):
-    """It was there a moment ago, or a part of it."""
-    (run.folder / "app.log").write_text("a line\n")
-
-    def gone(path, *_, **__):
-        raise FileNotFoundError(2, "No such file or directory", str(path))
-
-    monkeypatch.setattr(Path, what, gone)
-    assert run.steps() == ([] if what == "glob" else [0, 2, 4])
-    assert run.log_tail() == ("" if what == "open" else "a line")
-    assert files_below(run, "lora") == () if what == "rglob" else last_change(run.folder) > 0
-    monkeypatch.setattr(Run, "progress", (8, 8))
-    monkeypatch.setattr(Run, "methods", [])
-    assert "each" not in views.summary(run, "stopped")
 
 
 def test_an_experiment_is_no_run(tmp_path):
@@ -127,20 +107,6 @@ def test_links_that_lead_out_are_not_followed(tmp_path, run):
     assert run.config == {} and run.read_json("reslora", "merge.json") == {} and run.log_tail() == ""
     assert run.inside("..", "..", "secret", "config.json") is None
     assert run.inside("config.json\0") is None
-
-
-def test_weights_with_links_that_lead_out_are_not_offered(run, tmp_path):
-    checkpoint, merged = run.folder / "reslora" / "checkpoint-2", run.folder / "reslora" / "unet"
-    for folder, names in ((checkpoint, ("trainer.json", "reslora_model.safetensors")), (merged, ("config.json",))):
-        folder.mkdir()
-        for name in names:
-            (folder / name).write_text("{}")
-    assert [weights.path for weights in run.weights()] == [None, merged, checkpoint]
-    secret = tmp_path / "secret"
-    secret.write_text("{}")
-    (checkpoint / "reslora_config.json").symlink_to(secret)
-    (merged / "more.safetensors").symlink_to(secret)
-    assert run.weights() == [BASE]
 
 
 def test_an_image_that_is_still_being_written_is_not_shown(run):
@@ -213,21 +179,6 @@ def test_a_growing_log_is_read_as_it_is_now(run):
     assert len(run.log("lora")) == 9
 
 
-def test_a_log_is_read_again_only_when_it_has_changed(run, monkeypatch):
-    rows = run.log("lora")
-    monkeypatch.setattr(runs, "read_log", lambda path: pytest.fail("it was read again"))
-    assert run.log("lora") == rows
-
-
-@pytest.mark.parametrize("wrong", [value for value in WRONG if value not in (5, 1.5)], ids=repr)
-def test_rows_that_cannot_be_drawn_are_left_out(run, wrong):
-    rows = [{"step": 1, "split": "train", "loss": wrong}, {"step": wrong, "split": "train", "loss": 1.0}]
-    rows += [{"step": 2, "split": wrong, "loss": 1.0, "lr": wrong, "seconds": wrong}]
-    (run.folder / "lora" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert {row["step"] for row in run.log("lora")} <= {1, 2} and run.log("lora")[-1]["step"] == 2
-    assert run.progress == (min(4, 2) + 4, 8)
-
-
 def test_flags_that_are_something_else_count_as_not_given(run):
     for wrong in (None, True, -1, 0, float("nan"), "abc", [4], {}):
         config = {"max_train_steps": wrong, "method": wrong, "validation_prompt": 5, "revision": wrong}
@@ -239,9 +190,3 @@ def test_flags_that_are_something_else_count_as_not_given(run):
     assert run.methods == ["lora", "reslora"]
     (run.folder / "config.json").write_text('{"method": "reslora", "validation_prompt": "a cat"}')
     assert run.methods[0] == "reslora" and run.prompts == ["a cat"]
-
-
-@pytest.mark.parametrize(("value", "first"), [(512, 512), ([512, 768], 512), ([], None), (None, None)])
-def test_the_first_value_of_a_flag_that_takes_several(run, value, first):
-    (run.folder / "config.json").write_text(json.dumps({"resolution": value}))
-    assert run.first("resolution") == first

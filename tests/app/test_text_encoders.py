@@ -12,7 +12,7 @@ from pipelines import FAMILIES, image_folder
 import train_sd
 from app.generation_request import Request
 from app.library import Library
-from app.runs import BASE, RunError, Weights
+from app.runs import BASE, Weights
 from app.studio import Studio
 
 LAYERS = {"num_hidden_layers": 3}
@@ -101,24 +101,3 @@ def test_a_checkpoint_is_merged_with_its_encoders(studio, copy):
     _, merged = drawn(studio, copy, copy.find_weights("reslora: merged weights"))
     _, again = drawn(studio, copy, copy.find_weights("reslora: step 3 merged by lstsq"))
     torch.testing.assert_close(again, merged, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.exhaustive
-def test_nothing_is_made_of_weights_that_a_trainer_is_replacing(studio, copy):
-    """They were chosen before; now the denoiser may be of the new merge and its encoders of the earlier one."""
-    weights = copy.find_weights("lora: merged weights")
-    (copy.folder / "lora" / "exports.json").unlink()  # which comes back with the last of them
-    with pytest.raises(RunError, match="lora: merged weights: a trainer is replacing these weights; try"):
-        drawn(studio, copy, weights)
-
-
-@pytest.mark.exhaustive
-def test_encoders_that_are_not_whole_or_lead_out_are_not_drawn(studio, run, copy):
-    path = copy.folder / "lora" / "text_encoder" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(RunError, match="lora: merged weights"):
-        drawn(studio, copy, copy.find_weights("lora: merged weights"))
-    path.unlink()
-    path.symlink_to(run.folder / "lora" / "text_encoder" / "model.safetensors")
-    with pytest.raises(RunError, match="no such weights"):
-        copy.find_weights("lora: merged weights")

@@ -2,18 +2,11 @@
 
 import json
 
-import gradio as gr
 import pytest
 from app_runs import with_one_wrong, write_run
 
 from app.compared import numbers
-from app.jobs import Jobs
-from app.library import Library
-from app.page import Page
 from app.runs import BASE, Run, Weights, merged_by
-from app.studio import Studio
-from app.tabs.base import Parts
-from app.tabs.generate import GenerateTab
 from app.verdict import merge_warning, verdict, warning_for
 
 
@@ -67,23 +60,3 @@ def test_a_merge_that_has_lost_much_is_warned_of(run):
     again.path.parent.mkdir()
     (again.path.parent / "merge.json").write_text(json.dumps(report_of(0.4)))
     assert warning_for(run, own) == warning_for(run, BASE) == "" and "by 40%" in warning_for(run, again)
-
-
-def test_the_page_warns_of_the_weights_of_the_run_that_is_chosen_though_the_label_is_the_same(tmp_path):
-    """And of weights that replace them, as when a run is resumed and merged again."""
-    for name, error in (("lossy", 0.5), ("near", 0.1)):
-        folder = write_run(tmp_path / name) / "reslora"
-        (folder / "kohya.safetensors").touch()
-        (folder / "merge.json").write_text(json.dumps(report_of(error)))
-    library = Library(tmp_path)
-    trainings = Jobs(library)
-    with gr.Blocks():
-        page = Page(Parts(library, trainings, Studio()))
-    tab = page.tab(GenerateTab)
-    lossy, near = (page.choose(name, []) for name in ("lossy", "near"))
-    assert lossy[tab.weights]["value"] == near[tab.weights]["value"] == "reslora: kohya.safetensors"
-    assert "by 50%" in lossy[tab.warning]["value"] and lossy[tab.warning]["visible"]
-    assert near[tab.warning]["value"] == "" and not near[tab.warning]["visible"]
-    (tmp_path / "near" / "reslora" / "merge.json").write_text(json.dumps(report_of(0.4)))
-    seen = page.watch("near", [], near[page.seen], *(near[one.chosen]["value"] for one in page.choosing))
-    assert "by 40%" in seen[tab.warning]["value"] and "value" not in seen[tab.weights]
