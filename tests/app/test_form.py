@@ -97,12 +97,8 @@ def test_other_options_vary_by_a_line_that_a_list_adds():
     ("line", "why"),
     [
         ("lora_dropout=0.1", "--vary lora_dropout=0.1: needs two or more values"),
-        ("lora_dropout=0,2", "--vary lora_dropout=0,2, lora_dropout: '2' is not"),
         ("optimiser=adamw,lion", "--vary optimiser=adamw,lion: optimiser is not an option; did you mean"),
-        ("max_train_steps=5,6", "max_train_steps cannot vary"),
-        ("--push_to_hub", "push_to_hub cannot vary"),
         ("output_dir=a,b", "output_dir cannot vary"),
-        ("optimizer=adamw,antigravity.X", "optimizer antigravity.X: choose from"),
         ("random_flip=true,false\nrandom_flip=true,false", "--random_flip is given twice"),
     ],
 )

