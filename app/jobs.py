@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from filelock import FileLock, Timeout
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
@@ -46,7 +45,7 @@ KINDS: dict[str, type[Run]] = {"run": Run, "experiment": Experiment}
 WAITING, RUNNING, FAILED = "waiting", "running", "failed"
 EVERY, FRESH = 2.0, 1.0
 """Seconds between two polls of the queue; seconds for which the result of `would_wait` is cached."""
-MOST, MOST_ENDED = 100, 20
+MOST = 100
 LONGEST = 100_000  # characters of one entry in the file
 GONE = "its folder is gone: it was renamed or removed"
 PATIENCE = 120.0  # seconds to wait for the lock: another change of the queue may copy a thousand images
@@ -80,7 +79,7 @@ def folder_name(name: str) -> str:
 class Entry:
     """A run or an experiment in the queue; the training command is made from `settings` when the entry starts."""
 
-    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid")
+    __pydantic_config__: ClassVar = ConfigDict(strict=True)
 
     name: Annotated[str, AfterValidator(folder_name)]
     kind: Literal["run", "experiment"] = "run"
@@ -92,8 +91,6 @@ class Entry:
     state: Literal["waiting", "running", "failed", "finished", "stopped"] = WAITING
     line: str = ""
     """Why the entry failed, or the last line of the trainer's log."""
-    device: str | None = None
-    """Index or name of the GPU assigned to the entry; None if the machine does not have several GPUs."""
 
     @property
     def type(self) -> type[Run]:
@@ -225,25 +222,24 @@ class Jobs:
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
-    def start(self, entry: Entry, device: str | None = None) -> Run:
+    def start(self, entry: Entry) -> Run:
         """Start or resume the run or experiment of an entry, and return it.
 
-        `device`: a free GPU. Raises `Busy` if `device` is None and another run trains, and `RunError` as `command_of`.
+        Raises `Busy` if another run trains, and `RunError` as `command_of`.
         """
         with self.lock:
-            if device is None:
-                self.refuse_active(*self.library.everything())
+            self.refuse_active(*self.library.everything())
             words = self.command_of(entry)
             run = self.find(entry.name, entry.type) if entry.resume else self.run_of(entry)
             run.folder.mkdir(parents=True, exist_ok=True)
-            return self._launch(run, words, device)
+            return self._launch(run, words)
 
     def refuse_active(self, *runs: Run) -> None:
         """Raise `Busy` for the first of `runs` that is training, if any."""
         for run in filter(self.is_active, runs):
             raise Busy(f"{run.name} is training; wait until it ends, or stop it first.")
 
-    def _launch(self, run: Run, words: list[str], device: str | None) -> Run:
+    def _launch(self, run: Run, words: list[str]) -> Run:
         """Start the trainer of a run with its output in the run's log, which stays locked; return the run."""
         self.asked &= {active.process for active in self.all_active()}  # process ids are reused
         self.began.discard(run.name)
@@ -253,13 +249,13 @@ class Jobs:
         with locked_file(run.folder / run.log_name) as log:
             # In a new session Ctrl-C in the application's terminal does not reach the trainer.
             self.started[run.name] = subprocess.Popen(
-                [*launcher.launch_words(device), *words], stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, cwd=run.folder, env=launcher.environment(device), start_new_session=True,
+                [*launcher.launch_words(), *words], stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, cwd=run.folder, env=launcher.environment(), start_new_session=True,
             )  # fmt: skip
         return run
 
     def all_active(self) -> Iterator[Run]:
-        """Return the runs and experiments that are training or starting; more than one only with several GPUs."""
+        """Return the runs and experiments that are training or starting; usually one."""
         return (run for run in self.library.everything() if self.is_active(run))
 
     def is_active(self, run: Run) -> bool:
@@ -401,8 +397,8 @@ class Jobs:
             for entry in entries:  # an entry that has just ended may be resumed or removed
                 self.look_after(entry)
             yield entries
-            old = [entry for entry in entries if entry.ends][:-MOST_ENDED]
-            after = [asdict(entry) for entry in entries if entry not in old]
+            # What has ended is in the list of runs; only a failure is told here, until it is removed.
+            after = [asdict(entry) for entry in entries if not entry.ends or entry.state == FAILED]
             if after != before:
                 with writable():
                     write_json(self.path, {"version": 1, "entries": after})
@@ -448,21 +444,6 @@ class Jobs:
         self.command_of(entry)
         self.refuse_active(self.run_of(entry))
 
-    def move(self, name: str, by: int) -> None:
-        """Move a waiting entry up (`by` = -1) or down (1) by one place among the waiting entries."""
-        if by not in (-1, 1):
-            raise RunError("An entry is moved by -1 (up) or 1 (down).")
-        with self.changing() as entries:
-            waiting = [entry for entry in entries if entry.state == WAITING]
-            names = [entry.name for entry in waiting]
-            if name not in names:
-                raise RunError("No entry with this name waits in the queue.")
-            here = names.index(name)
-            there = here + int(by)
-            if 0 <= there < len(waiting):
-                first, second = (entries.index(waiting[place]) for place in (here, there))
-                entries[first], entries[second] = entries[second], entries[first]
-
     def remove(self, name: str) -> None:
         """Remove a waiting or ended entry. Raises `RunError` for a running one."""
         with self.changing() as entries:
@@ -478,12 +459,6 @@ class Jobs:
             raise RunError(f"{name}: {GONE}. Restore it, then stop it; otherwise the run ends without a checkpoint.")
         return self.stop(name, entry.type, only=True)
 
-    def clear(self) -> None:
-        """Remove all ended entries."""
-        ended = {entry.name for entry in self.entries() if entry.ends}  # only those that the user saw as ended
-        with self.changing() as entries:
-            entries[:] = [entry for entry in entries if not (entry.ends and entry.name in ended)]
-
     # -- the queue: automatic start ------------------------------------------------------------------------------------
 
     def would_wait(self) -> bool:
@@ -491,14 +466,14 @@ class Jobs:
         if time.monotonic() - self.looked > FRESH:
             try:
                 entries = self.entries()
-                self.busy = any(entry.state == WAITING for entry in entries) or not self.free(entries)
+                self.busy = any(entry.state == WAITING for entry in entries) or self.is_busy()
             except RunError:
                 self.busy = True  # the file cannot be read
             self.looked = time.monotonic()
         return self.busy
 
     def advance(self) -> None:
-        """Update the states of all entries, and start waiting entries while a device is free.
+        """Update the states of all entries, and start the first waiting entry if nothing trains.
 
         If an entry fails to start, the next entry is started.
         """
@@ -506,10 +481,8 @@ class Jobs:
             return
         with self.changing() as entries:
             for entry in entries:
-                if entry.state == WAITING:
-                    if not (free := self.free(entries)):
-                        break
-                    self.begin(entry, free[0])
+                if entry.state == WAITING and not self.is_busy():
+                    self.begin(entry)
 
     def look_after(self, entry: Entry) -> None:
         """Update the state of an entry from its trainer."""
@@ -525,12 +498,12 @@ class Jobs:
                 line = run.time_is_over or line
             entry.line = "" if entry.state == "finished" else line
 
-    def begin(self, entry: Entry, device: str | None) -> None:
+    def begin(self, entry: Entry) -> None:
         """Check and start an entry, or store why it failed."""
         try:
             # The state is stored after the start: if this process ends in between, the locked log shows the trainer.
-            self.start(entry, device)
-            entry.state, entry.device, entry.line = RUNNING, device, ""
+            self.start(entry)
+            entry.state, entry.line = RUNNING, ""
         except Busy:
             pass  # another training was started in the meantime
         except RunError as error:
@@ -554,11 +527,9 @@ class Jobs:
         """Return the run or experiment of an entry."""
         return entry.type(entry.name, self.library.folder / entry.name)
 
-    def free(self, entries: Sequence[Entry]) -> list[str | None]:
-        """Return the devices on which a run can start now; a run on an unknown device counts as using all devices."""
-        given = {entry.name: entry.device for entry in entries if entry.state == RUNNING}
-        taken = {given.get(run.name) for run in self.all_active()}
-        return [] if None in taken else [device for device in devices() if device not in taken]
+    def is_busy(self) -> bool:
+        """Return whether a run or an experiment is training or starting."""
+        return any(True for _ in self.all_active())
 
     def keep_going(self) -> None:
         """Start the thread that polls the queue until `closed` is set, and print how many entries wait."""
@@ -605,12 +576,3 @@ def writable() -> Iterator[None]:
         raise RunError("The queue is locked by another process; try again.") from None
     except OSError as error:
         raise RunError(f"The queue cannot be written ({error.strerror}); nothing has been changed.") from None
-
-
-def devices() -> list[str | None]:
-    """Return the GPUs, each of which trains one run at a time; [None] without several GPUs, for one run at a time."""
-    count = torch.cuda.device_count()
-    if count < 2:
-        return [None]
-    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    return [name.strip() for name in names.split(",")][:count]

@@ -207,26 +207,25 @@ def warning(settings: dict) -> str:
     return f" warning: {largest} is a very high rank; 4 to 128 are usual."
 
 
-def launch_words(device: str | None) -> list[str]:
+def launch_words() -> list[str]:
     """Return the `accelerate launch` command, with explicit defaults so that accelerate does not warn.
 
-    If the user has an accelerate config file, its values are used instead. `device`: the GPU to train on, or None.
+    If the user has an accelerate config file, its values are used instead.
     """
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
     has_file = Path(default_config_file).is_file()
     if not has_file:
         words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    if device is not None or (not has_file and torch.cuda.device_count() < 2):
+    if not has_file and torch.cuda.device_count() < 2:
         words += ["--num_processes", "1"]
     return words
 
 
-def environment(device: str | None = None) -> dict[str, str]:
-    """Return the environment variables of a trainer; `device` restricts it to one GPU."""
+def environment() -> dict[str, str]:
+    """Return the environment variables of a trainer."""
     # PYTHONPATH contains the repository, because the trainer's working directory is another folder.
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    found = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
-    return found if device is None else found | {"CUDA_VISIBLE_DEVICES": device}
+    return os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
 
 
 def safe_name(name: str) -> str:

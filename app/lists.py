@@ -29,14 +29,11 @@ SHOWN = {"model": "model", "rank": "rank", "learning_rate": "learning rate", "se
 """Labels of the settings that each row of the queue shows."""
 
 
-def button(what: str, label: str, name: str, enabled: bool = True) -> str:
+def button(what: str, label: str, name: str) -> str:
     """Return a button of a row as HTML.
 
     `what`: the action that `rows.js` sends. `label`: the visible text. `name`: the accessible label."""
-    return (
-        f'<button type="button" data-do="{what}" aria-label="{escape(name)}"{"" if enabled else " disabled"}>'
-        f"{label}</button>"
-    )
+    return f'<button type="button" data-do="{what}" aria-label="{escape(name)}">{label}</button>'
 
 
 def badge(status: str) -> str:
@@ -48,40 +45,27 @@ def badge(status: str) -> str:
 
 
 def queue(jobs: Jobs) -> str:
-    """Return the running, waiting and ended entries with their buttons, as HTML."""
+    """Return the running, waiting and failed entries, each with a button that stops or removes it, as HTML."""
     try:
         entries = jobs.entries()
     except RunError as error:
         return bad(str(error))
     if not entries:
         return notice(NOTHING_QUEUED)
-    now = [entry for entry in entries if entry.state == RUNNING]
-    waiting = [entry for entry in entries if entry.state == WAITING]
-    ended = [entry for entry in reversed(entries) if entry.ends]
-    rows = [row(jobs, entry, waiting) for entry in (*now, *waiting, *ended)]
-    clear = button("clear", "Clear finished entries", "Clear finished entries") if ended else ""
-    return f'<ol class="queue" aria-label="Queue">{"".join(rows)}</ol><p class="clear" data-name="">{clear}</p>'
+    order = [RUNNING, WAITING]
+    shown = sorted(entries, key=lambda entry: order.index(entry.state) if entry.state in order else len(order))
+    return f'<ol class="queue" aria-label="Queue">{"".join(row(jobs, entry) for entry in shown)}</ol>'
 
 
-def row(jobs: Jobs, entry: Entry, waiting: list[Entry]) -> str:
-    """Return an entry of the queue as HTML; a waiting entry shows its position in `waiting`, all waiting entries."""
-    name, place = entry.name, ""
-    if entry.state == WAITING:
-        place = waiting.index(entry) + 1
-        buttons = button("up", "&uarr;", f"Move {name} up", place > 1)
-        buttons += button("down", "&darr;", f"Move {name} down", place < len(waiting))
-        buttons += button("remove", "Remove", f"Remove {name}")
-    elif entry.state == RUNNING:
-        buttons = button("stop", "Stop", f"Stop {name} and save")
-    else:
-        buttons = button("remove", "Remove", f"Remove {name} from the list")
-    run = jobs.run_of(entry)
-    state = jobs.status(run) if entry.state == RUNNING else entry.state
+def row(jobs: Jobs, entry: Entry) -> str:
+    """Return an entry of the queue as HTML."""
+    name, run, runs = entry.name, jobs.run_of(entry), entry.state == RUNNING
+    action = button("stop", "Stop", f"Stop {name} and save") if runs else button("remove", "Remove", f"Remove {name}")
     facts = " &middot; ".join(escape(fact) for fact in facts_of(entry, run) if fact)
     return (
-        f'<li data-name="{escape(name)}"><span class="place">{place}</span>'
-        f'<div class="what-runs"><b class="name">{escape(name)}</b> {badge(state)}<p>{facts}</p></div>'
-        f'<div class="buttons">{buttons}</div></li>'
+        f'<li data-name="{escape(name)}"><div class="what-runs"><b class="name">{escape(name)}</b> '
+        f"{badge(jobs.status(run) if runs else entry.state)}<p>{facts}</p></div>"
+        f'<div class="buttons">{action}</div></li>'
     )
 
 
@@ -94,7 +78,7 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
     given = {label: settings.get(name) for name, label in SHOWN.items()}
     facts += [f"{label} {str(value)[:40]}" for label, value in given.items() if value not in (None, "")]
     images = entry.folder if entry.folder in (None, BUNDLED) else f"images: {entry.folder}"
-    facts += [images or "", f"GPU {entry.device}" if entry.device is not None else ""]
+    facts += [images or ""]
     if entry.state != RUNNING:
         return [*facts, entry.line]
     return [*facts, activity(run.activity) if run.folder.is_dir() else GONE]
@@ -108,6 +92,8 @@ def settings_of(entry: Entry, run: Run) -> dict[str, object]:
         config: dict[str, object] = {name: " ".join(map(str, listed(run.config.get(name)))) for name in SHOWN}
         base = run.word(form.MODEL) or ""
         return config | {"model": bundled(base) or base} | given
+    if entry.resume:  # its run was removed, and so are its settings
+        return given
     return form.defaults({form.MODEL: named, "optimizer": given.get("optimizer")}) | {"model": named} | given
 
 

@@ -61,12 +61,11 @@ class ControlTab(Tab):
 
     def outcome_of(self, entry: Entry) -> str:
         """Return a sentence on an entry that was added to the queue: its state and, for a new run, its images."""
-        where = f" on GPU {entry.device}" if entry.device is not None else ""
         named = {BUNDLED: "the bundled images", ".": "the images in the data folder"}
         images = f" with {named.get(entry.folder, f'the images in {entry.folder}')}" if entry.folder else ""
         if entry.state == RUNNING:
             begins = "resumes from its newest checkpoint" if entry.resume else "starts"
-            return f"{entry.name} {begins}{where}{images}."
+            return f"{entry.name} {begins}{images}."
         return f"{entry.name} waits in the queue and starts automatically{images}."
 
 

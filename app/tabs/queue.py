@@ -16,8 +16,8 @@ EVERY = 3.0
 IN_TURN = {"trigger_mode": "multiple", "concurrency_limit": 1}
 """Event options of row buttons: all clicks are handled in order, so that the last response shows the current list."""
 ABOUT = (
-    "Runs are trained one at a time, or one on each GPU. If a run fails, the next one starts. Waiting runs start "
-    "automatically, also after a restart of the application."
+    "Runs are trained one at a time. If a run fails, the next one starts. Waiting runs start automatically, also after "
+    "a restart of the application."
 )
 
 
@@ -59,7 +59,7 @@ class QueueTab(ListTab):
         self.rows.acted(self.act, None, [self.answer, *shown], **IN_TURN, **QUIET).success(
             partial(wait_for_end, self.jobs), None, self.answer, concurrency_limit=None, **QUIET
         )
-        for handler in (self.queue, self.move_in_queue, self.remove_from_queue):
+        for handler in (self.queue, self.remove_from_queue):
             gr.api(handler)
 
     def render(self) -> str:
@@ -71,12 +71,7 @@ class QueueTab(ListTab):
         what, name = event._data.get("do"), event._data.get("name")
         if what == "stop":
             return views.notice(self.jobs.stop_entry(name)), *self.show()
-        if what == "clear":
-            self.jobs.clear()
-        elif what == "remove":
-            self.jobs.remove(name)
-        else:
-            self.jobs.move(name, {"up": -1, "down": 1}.get(what, 0))
+        self.jobs.remove(name)
         return "", *self.show()
 
     # -- endpoints -----------------------------------------------------------------------------------------------------
@@ -87,11 +82,6 @@ class QueueTab(ListTab):
             {"name": entry.name, "kind": entry.kind, "state": entry.state, "line": entry.line}
             for entry in self.jobs.entries()
         ]
-
-    def move_in_queue(self, name: str, by: int) -> list[dict]:
-        """Move a waiting entry up (`by` = -1) or down (1) by one place, and return the queue."""
-        self.jobs.move(name, by)
-        return self.queue()
 
     def remove_from_queue(self, name: str) -> list[dict]:
         """Remove a waiting or ended entry, and return the queue."""

@@ -14,7 +14,7 @@ import pytest
 from app_runs import HOSTILE, write_run
 from waiting import LIMIT, ended, wait_until
 
-from app import jobs, launcher, lists
+from app import launcher, lists
 from app.jobs import FAILED, RUNNING, WAITING, Entry, Jobs
 from app.library import Experiment, Library
 from app.run_manager import RunManager
@@ -25,13 +25,13 @@ from app.tabs.train import TrainTab
 from reslora.images.settings import parse_args
 from reslora.io import write_json
 
-# In place of `accelerate launch`: notes that it was started and on which GPU, waits for its turn to end, and fails.
+# In place of `accelerate launch`: notes that it was started, waits for its turn to end, and fails.
 TRAINER = """
-import os, pathlib, sys, time
+import pathlib, sys, time
 words = sys.argv[1:]
 folder = pathlib.Path(words[words.index("--output_dir") + 1])
 with (folder.parent / "started").open("a") as file:
-    print(folder.name, os.environ.get("CUDA_VISIBLE_DEVICES", "-"), file=file)
+    print(folder.name, file=file)
 while not (folder.parent / f"end-{folder.name}").exists():
     assert folder.parent.exists()
     time.sleep(0.01)
@@ -66,7 +66,7 @@ def states(lined: Jobs) -> dict[str, str]:
 def let_end(lined: Jobs, name: str) -> None:
     """End its trainer, and wait until the queue has noticed."""
     lined.path.with_name(f"end-{name}").touch()
-    wait_until(lambda: lined.advance() or states(lined)[name] != RUNNING, f"the end of {name}")
+    wait_until(lambda: lined.advance() or states(lined).get(name) != RUNNING, f"the end of {name}")
 
 
 def add(lined: Jobs, name: str, **settings) -> Entry:
@@ -79,29 +79,22 @@ def test_one_after_the_other_and_what_fails_does_not_stop_the_next(lined, tmp_pa
     assert lined.add(Entry("d", folder="cats")).state == WAITING
     assert [add(lined, name).state for name in "ef"] == [WAITING, WAITING]
     assert lined.would_wait()
-    lined.move("f", -1)
-    lined.move("e", -1)  # which are neighbors, and change places twice
-    lined.move("e", 1)
-    lined.move("c", -1)
-    lined.move("c", -1)  # it is the first that waits
-    for by in (0, "up", None, [1]):
-        with pytest.raises(RunError, match=r"by -1 \(up\) or 1 \(down\)"):
-            lined.move("c", by)
     lined.remove("b")
     (tmp_path / "data" / "cats").rmdir()
     for name in "ac":
         let_end(lined, name)
     wait_until(lambda: len(started(lined)) == 3, "the third")
-    assert started(lined) == ["a -", "c -", "f -"]
-    assert states(lined) == {"a": FAILED, "c": FAILED, "d": FAILED, "f": RUNNING, "e": WAITING}
+    assert started(lined) == ["a", "c", "e"]
+    assert states(lined) == {"a": FAILED, "c": FAILED, "d": FAILED, "e": RUNNING, "f": WAITING}
     lines = {entry.name: entry.line for entry in lined.entries()}
     assert lines["a"] == "the last line" and "no such folder of images" in lines["d"] and not lines["f"]
     with pytest.raises(RunError, match="stop it"):
-        lined.remove("f")
-    for name in "fe":
+        lined.remove("e")
+    for name in "ef":
         let_end(lined, name)
     assert not Jobs(lined.library).would_wait()
-    lined.clear()
+    for name in "acdef":
+        lined.remove(name)
     assert lined.entries() == []
 
 
@@ -115,13 +108,11 @@ def test_what_has_just_ended_may_be_resumed(lined):
     lined.path.with_name("end-a").unlink()
     assert states(lined) == {"a": RUNNING}
     assert lined.add(Entry("a", resume=True)).state == RUNNING
-    wait_until(lambda: started(lined) == ["a -"] * 2, "a to go on")
+    wait_until(lambda: started(lined) == ["a"] * 2, "a to go on")
     lined.path.with_name("end-a").touch()
     wait_until(lambda: not lined.is_active(run), "its end")
     assert states(lined) == {"a": RUNNING}
-    lined.clear()
-    assert states(lined) == {"a": "stopped"}  # which nobody has seen yet
-    lined.clear()
+    lined.advance()
     assert states(lined) == {}
 
 
@@ -129,7 +120,7 @@ def test_who_stops_what_has_just_ended_does_not_stop_the_next(lined):
     add(lined, "a")
     add(lined, "b")
     let_end(lined, "a")
-    wait_until(lambda: started(lined) == ["a -", "b -"], "the next")
+    wait_until(lambda: started(lined) == ["a", "b"], "the next")
     with pytest.raises(RunError, match="a has ended"):
         lined.stop_entry("a")
     assert lined.is_active(lined.find("b"))
@@ -222,36 +213,20 @@ def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_p
     others = [Jobs(Library(tmp_path / "runs")) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda one: one.advance(), others * 5))
-        assert states(lined) == {"a": RUNNING, "b": WAITING, "c": WAITING} and started(lined) == ["a -"]
+        assert states(lined) == {"a": RUNNING, "b": WAITING, "c": WAITING} and started(lined) == ["a"]
         for name, after in (("a", 2), ("b", 3)):
             lined.path.with_name(f"end-{name}").touch()
             wait_until(
                 lambda after=after: list(pool.map(lambda one: one.advance(), others)) and len(started(lined)) == after,
                 f"what comes after {name}",
             )
-    assert started(lined) == ["a -", "b -", "c -"]
-
-
-def test_one_on_each_gpu(lined, monkeypatch):
-    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
-    assert [add(lined, name).state for name in "abc"] == [RUNNING, RUNNING, WAITING]
-    wait_until(lambda: len(started(lined)) == 2, "two")
-    assert sorted(started(lined)) == ["a 5", "b GPU-7"]
-    with pytest.raises(RunError, match="choose the run to stop"):
-        write_run(lined.path.parent / "looked-at") and lined.stop("looked-at")
-    let_end(lined, "b")
-    wait_until(lambda: len(started(lined)) == 3, "the third")
-    assert started(lined)[2] == "c GPU-7"
-    # One that nobody knows the GPU of has them all.
-    lined.is_active = lambda run: run.name == "looked-at"
-    assert lined.free(lined.entries()) == []
+    assert started(lined) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": 2, "entries": []}', '{"version": 1}', "\0", "[" * 10**5])
 def test_a_damaged_file_is_one_line_and_stays(lined, content, capsys):
     lined.path.write_text(content)
-    for change in (lambda: add(lined, "a"), lined.clear, lined.advance, lambda: lined.move("a", 1)):
+    for change in (lambda: add(lined, "a"), lined.advance, lambda: lined.remove("a")):
         with pytest.raises(RunError, match=r"queue\.json") as refusal:
             change()
         assert "\n" not in str(refusal.value) and str(lined.path.parent) not in str(refusal.value)
@@ -270,7 +245,7 @@ def test_resuming_waits_its_turn_and_experiments_too(lined):
         RunManager(lined).throw_away("b")
     for name in "ab":
         let_end(lined, name)
-    assert states(lined) == {"a": FAILED, "b": "stopped", "c": RUNNING}
+    assert states(lined) == {"a": FAILED, "c": RUNNING}
     assert [type(run) for run in lined.all_active()] == [Experiment]
     assert (lined.path.parent / "c" / Experiment.log_name).is_file()
     assert Run("b", lined.path.parent / "b").status == "stopped"

@@ -212,8 +212,8 @@ def test_who_asks_for_what_cannot_come_is_told_why(run, monkeypatch):
     config.write_text(json.dumps(run.config | {"max_train_steps": 8, "validation_prompt": []}))
     assert "no prompts" in trainings.ask(SAMPLE) and not (run.folder / SAMPLE).exists()
     assert trainings.ask(SAVE) == "run: a checkpoint is saved after this step."
-    monkeypatch.setattr(launcher, "launch_words", lambda device: [sys.executable, "-c", ""])
-    trainings._launch(run, [], None)
+    monkeypatch.setattr(launcher, "launch_words", lambda: [sys.executable, "-c", ""])
+    trainings._launch(run, [])
     assert ended(trainings.started["run"]) == 0 and not (run.folder / SAVE).exists()
 
 
