@@ -10,7 +10,7 @@ from app_runs import run_by_hand, write_run, write_samples
 
 from app import compared, views
 from app.differences import differences
-from app.library import MOST_BESIDE, Library
+from app.library import Library
 from app.runs import Run
 
 
@@ -42,11 +42,6 @@ def test_columns_and_grid_show_the_chosen_step(run):
     with PIL.Image.open(run.folder / "grid.png") as grid:
         colours = {colour for _, colour in grid.convert("RGB").getcolors(2**20)}
     assert {(red, green, 0) for red in reds for green in (0, 100)} <= colours
-
-
-def test_a_run_that_starts_from_a_lora_does_not_show_the_base_model(tmp_path):
-    folder = write_run(tmp_path / "run", init_lora="start.safetensors")
-    assert compared.columns(Run("run", folder), 2)[0].title == "Initial LoRA"
 
 
 def test_a_run_without_prompts_shows_its_losses(tmp_path):
@@ -123,25 +118,6 @@ def test_runs_are_side_by_side_and_images_that_do_not_compare_are_in_rows_of_the
         assert grid.width > 5 * 128
 
 
-def test_lines_of_several_runs_are_told_apart_and_numbers_are_further_rows(tmp_path):
-    run = beside(tmp_path, {}, {})
-    log = run.beside[1].folder / "lora" / "log.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    rows = [row | {"loss": row["loss"] - 0.1 * (row["step"] > 0)} for row in rows]
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chart = compared.curves(run, "validation", 4)
-    dashes = [part.split('"')[1] for part in chart.split("stroke-dasharray=")[1:]]
-    assert chart.count('class="line"') == 3 and {"7 4", "2 3"} <= set(dashes) and "</svg> other1: LoRA</li>" in chart
-    shown = compared.numbers(run, 4)
-    assert shown.count("<tr>") == 4 and shown.count("lowest") == 1  # on held-out images; not of what was trained on
-    assert shown.index("other1: LoRA") < shown.index("0.3000<small>lowest")
-    shown = compared.numbers(replace(run, beside=run.beside[1:]), 4)
-    assert shown.count("lowest") == 1
-    (run.folder / "lora" / "log.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    shown = compared.numbers(run, 4)
-    assert shown.count("lowest") == 0 and "first: LoRA<small>at step 1</small>" in shown
-
-
 @pytest.mark.parametrize(
     ("changes", "told", "compares"),
     [
@@ -173,17 +149,3 @@ def test_images_that_have_changed_in_their_folder_are_noticed(tmp_path):
     assert "lowest" not in compared.numbers(run, 4)
     none = beside(tmp_path / "none", {}, validation_split=None)
     assert "No images are held out" in differences(none)
-
-
-def test_a_library_puts_only_other_runs_beside_one_and_sees_what_is_new_of_them(tmp_path):
-    for name in "abcdef":
-        write_run(tmp_path / name)
-    library = Library(tmp_path)
-    run = library.beside(library.find("a"), ["a", "b", "b", "gone", 7, None, "c", "d", "e"])
-    assert [other.name for other in run.beside] == ["b", "c", "d"] and len(run.beside) == MOST_BESIDE
-    for wrong in (None, "b", 7, {}, [[]]):
-        assert library.beside(run, wrong).beside == ()
-    before = run.fingerprint()
-    with (tmp_path / "c" / "lora" / "log.jsonl").open("a") as log:
-        log.write('{"step": 5, "split": "train", "loss": 1.0}\n')
-    assert run.fingerprint() != before

@@ -50,20 +50,6 @@ def test_experiments_and_runs_are_listed_apart(library):
     assert list(alone.experiments()) == ["which"] and alone.runs() == {} and alone.is_single
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"learning_rate": [1e-4, 2e-4]}, True),
-        ({"seed": [1]}, False),
-    ],
-)
-def test_an_experiment_is_known_before_its_first_arm(tmp_path, settings, expected):
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "config.json").write_text(json.dumps(settings))
-    assert list(Library(tmp_path).experiments()) == ["new"] * expected
-    assert list(Library(tmp_path).runs()) == ["new"] * (not expected)
-
-
 def test_what_was_started_here_is_an_experiment_at_once(tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / EXPERIMENT_LOG).write_text("train_sd.py: error: something\n")
@@ -88,19 +74,6 @@ def test_how_far_it_is(library):
     each = sum(arm["seconds"] for arm in content["arms"][:7]) / 7
     assert "7 of 60 runs finished" in told and f"about {each * 53 / 3600:.1f} h left" in told
     assert "Resume trains the rest" in experiments.summary(found, "stopped")
-
-
-def test_one_whose_minutes_are_over_says_so_and_one_that_was_stopped_does_not(library):
-    found, content = library.find_experiment("which"), examples.unfinished() | {"as_of": 7}
-    note = "not finished: 53 of 60 runs are still to be trained after --experiment_minutes 0.6; and so on"
-    config = found.folder / "config.json"
-    config.write_text(json.dumps(found.config | {"experiment_minutes": 0.6}))
-    write_experiment(found.folder, content | {"notes": [note]})  # stopped in a start after that
-    assert "finished · Resume trains the rest" in experiments.summary(found, found.status)
-    del content["as_of"]
-    write_experiment(found.folder, content | {"notes": [note]})
-    said = experiments.summary(found, found.status)
-    assert "the time limit of 0.6 minutes is over · Resume trains for as long again" in said
 
 
 def test_one_whose_arms_have_all_diverged_has_nothing_to_go_on_with(library):
@@ -290,11 +263,7 @@ def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(li
     for settings in (same, {"method": ["loha"]}):
         words = queue.command_of(Entry("which", "experiment", settings, "cats"))
         assert words[3:5] == ["--config", str(begun)] and "--max_train_steps" not in words
-    others = {
-        "max_train_steps": "200", "resolution": "64 96", "rank": "8", "shortcut": ["middle"], "random_flip": False,
-        "snr_gamma": "1", "optimizer": "lion", "validation_prompt": "a cat", "model": "owner/other",
-        "lora_dropout": "0.5", "gradient_checkpointing": True,
-    }  # fmt: skip
+    others = {"max_train_steps": "200", "model": "owner/other", "lora_dropout": "0.5"}
     for flag, value in others.items():
         with pytest.raises(
             RunError, match=f"which was started with .*{flag.replace('model', 'owner/model')}"

@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from app_runs import image_of, merge, run_by_hand, write_run
+from app_runs import image_of, merge, write_run
 from pipelines import FAMILIES
 
 from app.generation_request import Request
 from app.library import Library
 from app.runs import BASE
-from app.studio import Studio, calibration_of
+from app.studio import Studio
 from reslora.config import ResLoraConfig
 from reslora.images.initial_lora import targets_of
 from reslora.images.model.loading import find_model
-from reslora.images.output.calibration_file import write_calibration
 from reslora.methods.adapters import attach, save_adapter
 from reslora.methods.registry import AdapterSettings, adapter_config
 from reslora.options.images import Options
@@ -83,14 +82,3 @@ def test_checkpoints_and_what_is_merged_of_them_are_drawn(studio, run):
     images = [drawn(studio, run, label) for label in labels]
     assert all(np.abs(image - other).max() > 2 for image in images for other in (base, *images) if image is not other)
     assert np.array_equal(drawn(studio, run, BASE.label), base)
-
-
-def test_calibration_samples_are_as_the_denoiser_takes_them(tmp_path):
-    run = run_by_hand(tmp_path)
-    conditions = [{"time_ids": torch.ones(size, 6)} for size in (2, 1)]
-    batches = [{"sample": torch.arange(2.0), "added_cond_kwargs": conditions[0], "cap_feats": [torch.ones(3)]}]
-    batches += [{"sample": torch.arange(1.0), "added_cond_kwargs": conditions[1], "cap_feats": [torch.ones(5)]}]
-    write_calibration(run.folder / "reslora" / "calibration.safetensors", batches)
-    first, second = calibration_of(run)
-    assert first["sample"].tolist() == [0.0, 1.0] and second["sample"].tolist() == [0.0]
-    assert second["added_cond_kwargs"]["time_ids"].shape == (1, 6) and second["cap_feats"][0].shape == (5,)

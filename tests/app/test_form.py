@@ -57,15 +57,6 @@ def arguments_of(settings: dict) -> list[str]:
     return launcher.arguments(TrainTab.settings(tab, "new", "", TrainTab.values_of(tab, settings)))
 
 
-def test_a_search_knows_each_option_by_name_label_help_and_group():
-    found = {one["name"]: one for one in form.index(TrainTab.names)}
-    assert list(found) == [*TrainTab.all_names(), form.VARY] and found["rank"]["group"] == ""
-    assert "learning rate" in found["lr_warmup_steps"]["text"] and "lr_warmup_steps" in found["lr_warmup_steps"]["text"]
-    titles = list(form.groups(TrainTab.names))
-    assert found["noise_offset"]["group"] == form.GROUP % titles.index("training")
-    assert found[form.VARY]["group"] == form.GROUP % titles.index("experiments")
-
-
 def test_other_options_vary_by_a_line_that_a_list_adds():
     """Options with several values in their own box are not listed; a chosen option becomes a line of the command."""
     listed = form.variable()
@@ -164,14 +155,3 @@ def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
     for name, option in known.items():
         assert form.info(option).endswith(f"--{name}") and form.label(option)[0].isupper()
     assert "a bucket keeps at least 93% always" in form.info(known["center_crop"])
-
-
-def test_a_switch_that_is_on_unless_something_else_is_given_is_shown_as_on():
-    assert form.defaults({})["racing"] is True
-    assert launcher.arguments({"racing": True}) == [] and launcher.arguments({"racing": False}) == ["--no-racing"]
-
-
-def test_options_of_shortcuts_are_read_by_methods_with_shortcuts_alone():
-    assert form.wires(["lora", "reslora"]) and form.wires(["lora_matched"]) and form.wires(["ms_placebo"])
-    assert not form.wires(["lora", "lora_x2", "adalora"]) and not form.wires([])
-    assert not form.wires([["reslora"], {}])  # from a program

@@ -242,18 +242,6 @@ def test_a_finished_run_is_not_resumed(run):
         Jobs(Library(run.folder.parent)).start(Entry("run", resume=True))
 
 
-@pytest.mark.parametrize(("kind", "rates"), [("run", 1e-3), ("experiment", [1e-3, 3e-3])])
-def test_what_a_language_script_has_begun_goes_on_without_the_page(trainings, kind, rates):
-    folder = write_language_run(trainings.library.folder / "glue", learning_rate=rates)
-    before = sorted(folder.iterdir())
-    with pytest.raises(RunError, match="glue was started by train_glue"):
-        trainings.add(Entry("glue", kind, resume=True))
-    line = "was started by" if kind == "experiment" else "A run with this name"
-    with pytest.raises(RunError, match=line):
-        trainings.command("glue", {"learning_rate": "1e-3 3e-3", "seed": "0 1"}, kind=Experiment)
-    assert sorted(folder.iterdir()) == before and trainings.entries() == []
-
-
 @pytest.mark.parametrize(("script", "task"), [("train_llm.py", "task"), ("train_glue.py", "task_name")])
 @pytest.mark.parametrize("kind", ["run", "experiment"])
 def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, task, kind):

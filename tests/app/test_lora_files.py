@@ -1,7 +1,6 @@
 """app/weight_files.py: LoRA files of runs and of other tools are used as they are meant, or refused by name."""
 
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from peft import LoraConfig
 from pipelines import stable_diffusion
 from safetensors.torch import load_file, save_file
 
-from app.downloads import downloads_of
 from app.library import Library
 from app.runs import BASE, RunError, Weights
 from app.studio import Studio
@@ -52,14 +50,6 @@ def test_a_lora_of_linear_layers_and_convolutions_adds_its_update(tmp_path):
     for name, value in before.items():
         torch.testing.assert_close(found[name], value + 2 * (merged[name] - value), rtol=1e-5, atol=1e-5)
     assert sum(bool((merged[name] - value).abs().max() > 1e-2) for name, value in before.items()) > 4
-
-
-def test_a_run_whose_config_is_damaged_offers_nothing_but_the_base_model(run, tmp_path):
-    """Its own base model is unknown."""
-    shutil.copytree(run.folder, tmp_path / "damaged")
-    (tmp_path / "damaged" / "config.json").write_text("{")
-    damaged = Library(tmp_path).find("damaged")
-    assert damaged.weights() == [BASE] and not downloads_of(damaged) and downloads_of(run)
 
 
 @pytest.mark.parametrize("end", [-100, 1000, 20])  # in its weights, and in its header

@@ -12,7 +12,6 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-import webbrowser
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +22,6 @@ import PIL.Image
 import pytest
 from app_runs import REPOSITORY, trained, write_run
 from experiment import examples
-from gradio import networking
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from launching import free_port
@@ -37,8 +35,6 @@ from app.library import Library
 from app.page import Page, create_demo
 from app.studio import Studio
 from app.tabs.base import Parts
-from app.tabs.generate import GenerateTab
-from app.tabs.train import TrainTab
 from reslora.experiment.report import write_report
 from reslora.images.experiment.report_sections import IMAGES
 
@@ -66,12 +62,6 @@ def test_refused_with_one_line_and_status_2(flags, capsys):
         command_line.parse_args(flags)
     assert end.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
-
-
-def test_flags_are_whole(capsys):
-    with pytest.raises(SystemExit):
-        command_line.parse_args(["--inb"])
-    assert "--inb: unknown option; did you mean --inbrowser?" in capsys.readouterr().err
 
 
 def test_others_may_come_with_a_password():
@@ -125,35 +115,6 @@ def test_a_page_that_is_loaded_again_keeps_its_run_and_tab_and_shows_an_error_on
     assert {quiet[name] for name in (*actions, "experiment_stop", "experiment_resume")} == {"hidden"}
 
 
-def test_weights_say_what_is_used_in_their_place():
-    for adapter, text in ((None, ""), ({"path": "/tmp/x.safetensors"}, "x.safetensors")):
-        weights, instead = GenerateTab.show_used(None, adapter)
-        assert instead["value"] == text and instead["visible"] == bool(text) == (weights["visible"] == "hidden")
-
-
-def test_threads_are_told_to_spin_briefly_before_torch_is_there():
-    """A thread that spins for long is ten times slower on busy cores; a policy that the user has set is kept."""
-    code = (
-        "import os, sys; from app import __main__ as entry; "
-        "entry.serve = lambda *_: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules) or 0; "
-        "sys.exit(entry.main([]))"
-    )
-    for given, expected in (({}, "2000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")):
-        environment = {
-            name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=REPOSITORY,
-            env=environment | given,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=LIMIT,
-        )
-        assert done.stdout.split() == [expected, "False"]
-
-
 # -- a running application ---------------------------------------------------------------------------------------------
 
 
@@ -205,23 +166,6 @@ def status_of(address: str) -> int | None:
         return error.code
     except OSError:
         return None
-
-
-@pytest.mark.parametrize("opens", [False, True])
-def test_is_served_where_gradio_gives_up_on_its_own_page(opens, monkeypatch, capsys):
-    """Gradio waits three seconds for its own page, which is too short on a busy machine."""
-    answers, opened = [], []
-    with gr.Blocks(analytics_enabled=False) as demo:
-        pass
-    monkeypatch.setattr(networking, "url_ok", lambda url: False)
-    monkeypatch.setattr(webbrowser, "open", opened.append)
-    monkeypatch.setattr(demo, "block_thread", lambda: answers.append(status_of(demo.local_url)))
-    try:
-        command_line.listen(demo, command_line.parse_args(["--inbrowser"] * opens))
-        assert answers == [200] and opened == [demo.local_url] * opens
-    finally:
-        demo.close()
-    assert "slow to respond" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -288,13 +232,6 @@ def test_a_program_can_look_generate_and_reproduce(client, runs):
     assert settings[0] == "red disc" and settings[2] == 3
 
 
-@pytest.mark.exhaustive
-def test_what_a_program_sends_beyond_the_limits_is_refused(client):
-    for name, value in {"steps": 0, "guidance": 1e9, "width": 70, "height": -5, "images": -3, "seed": -5}.items():
-        with pytest.raises(AppError, match=f"{name.capitalize()} is {value}"):
-            generated(client, **{name: value}, beside=False)
-
-
 def answers(address: str, name: str, *data) -> str:
     """Return the messages for a program that sends JSON to an endpoint and listens, without Gradio's client."""
     with urllib.request.urlopen(post(address, name, *data), timeout=LIMIT) as answer:
@@ -342,22 +279,6 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
         assert answer and '"error": null' not in answer and "data: null" not in answer.splitlines()[-1], where
 
 
-def test_the_settings_of_a_training_have_names(client):
-    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    for name in (
-        "/compare",
-        "/compare_runs",
-        "/download_grid",
-        "/generate",
-        "/grid",
-        "/grid_values",
-    ):
-        assert not [p for p in endpoints[name]["parameters"] if p["parameter_name"].startswith("param")]
-    for name in ("/train_command", "/train_start"):
-        names = [parameter["parameter_name"] for parameter in endpoints[name]["parameters"]]
-        assert names == list(TrainTab.parameters())
-
-
 def pixels(path: str) -> bytes:
     return np.asarray(PIL.Image.open(path)).tobytes()
 
@@ -388,17 +309,6 @@ def test_a_program_can_draw_grids(client, runs):
     single = GENERATE | {name: asked[name] for name in ("weights", "steps", "width", "height")}
     gallery, *_ = client.predict(*(single | {"beside": False, "seed": 4}).values(), api_name="/generate")
     assert pixels(gallery[0]["image"]) == pixels(cells[3]) and PIL.Image.open(sheet).format == "PNG"
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["../..", "/etc", "tiny/../tiny", "tiny\0", "<img src=x>", "", None])
-def test_names_from_outside_are_harmless(client, name):
-    for inputs, api in (((name, 0), "compare"), ((name, 0), "download_grid"), ((name,), "train_stop")):
-        with pytest.raises(AppError) as refusal:
-            client.predict(*inputs, api_name=f"/{api}")
-        assert str(REPOSITORY) not in str(refusal.value) and "Traceback" not in str(refusal.value)
-    with pytest.raises(AppError):
-        generated(client, weights=name or "/etc/passwd")
 
 
 def test_no_file_of_this_machine_is_served(address, runs, client):
@@ -464,18 +374,6 @@ SHOWN = """() => {
   return grid && step && grid.dataset.step === step.value;
 }"""
 """All of the run is there. Images alone may be of a look at it, before the answer that fills in the forms."""
-
-
-def choose_run(page, name: str) -> None:
-    """By its name; what is typed may be lost where the page hears of a new run before Enter."""
-    box = page.locator("#run input")
-
-    def is_entered() -> bool:
-        box.fill(name)
-        box.press("Enter")
-        return box.input_value() == name
-
-    wait_until(is_entered, f"{name} to be entered")
 
 
 @pytest.fixture
@@ -564,26 +462,6 @@ def enlarge_and_scroll(page) -> None:
         page.wait_for_function(
             "scrollY > 300 && Math.abs(document.querySelector('#pinned')?.getBoundingClientRect().top) < 2"
         )
-
-
-@pytest.mark.exhaustive
-def test_what_is_new_is_shown_at_the_step_that_the_slider_is_at_by_then(page, runs):
-    """The visitor moves the slider while the page waits for the answer to a poll."""
-    page.wait_for_selector('#grid table[data-step="4"]')
-    held = []
-    page.route("**/run/predict*", lambda route: held.append(route), times=1)
-    with page.expect_request("**/run/predict*"):  # where the slider was is in the question
-        pass
-    page.locator("#step input[type=number]").fill("2")
-    page.locator("#step input[type=number]").press("Enter")
-    page.wait_for_selector('#grid table[data-step="2"]')
-    log = runs / "tiny" / "lora" / "log.jsonl"
-    before = log.read_text()
-    log.write_text(before + '{"step": 3, "split": "validation", "loss": 0.123}\n')
-    held[0].continue_()
-    page.locator("#validation-curve title", has_text="3: 0.1230").wait_for(state="attached")
-    assert page.locator("#grid table").get_attribute("data-step") == "2"
-    log.write_text(before)
 
 
 def wait_for_a_lower_title(page) -> None:
@@ -780,87 +658,6 @@ def test_a_form_survives_a_restart(page):
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     page.wait_for_function(f"document.querySelector('{STEPS}')?.value === '50'")
-    page.locator(STEPS).fill("7")
-    page.locator("#begin input").click()
-    page.get_by_role("option", name="a quick test").click()
-    page.wait_for_function(f"document.querySelector('{STEPS}')?.value === '50'")
-    page.locator(STEPS).fill("7")
-    page.wait_for_timeout(1000)  # a choice fills the form once, whatever events it causes
-    assert page.locator(STEPS).input_value() == "7"
-
-
-@pytest.mark.exhaustive
-def test_an_open_page_keeps_its_run_and_tab_while_the_server_is_started_anew(browser, tmp_path):
-    """The page reloads itself when the server answers again, and then shows new runs."""
-    for name in ("one", "two"):
-        write_run(tmp_path / "runs" / name)
-    process, address = start(tmp_path / "runs", tmp_path / "log")
-    page = browser.new_page()
-    try:
-        page.set_default_timeout(LIMIT * 1000)
-        page.goto(address, wait_until="domcontentloaded")
-        page.locator("#grid img").first.wait_for()
-        other = (
-            "two" if page.locator("#run input").input_value() == "one" else "one"
-        )  # not the one that a new page shows
-        choose_run(page, other)
-        page.get_by_role("tab", name="Runs").click()
-        page.locator(f'.run[data-name="{other}"]').wait_for()
-        page.wait_for_function(f"sessionStorage['reslora-run'] === '{other}'")
-        page.evaluate("window.before = true")
-        end(process, tmp_path / "log", signal.SIGTERM)
-        shutil.rmtree(tmp_path / "tmp")
-        process, _ = start(tmp_path / "runs", tmp_path / "log", port=int(address.rpartition(":")[2]))
-        page.wait_for_function("!window.before && document.querySelector('#runs .run')")
-        write_run(tmp_path / "runs" / "three")
-        page.locator('.run[data-name="three"]').wait_for()
-        page.wait_for_function(f"document.querySelector('#run input')?.value === '{other}'")
-        page.get_by_role("tab", name="Runs", selected=True).wait_for()
-    finally:
-        page.close()
-        process.terminate()
-
-
-def test_runs_come_and_go(page, runs):
-    """Both functions assert what the page shows."""
-    show_markup(page, runs)
-    press_at_once(page, runs)
-
-
-def show_markup(page, runs: Path) -> None:
-    """Names and prompts of a run are displayed as text; a deleted run leaves the list."""
-    attack = "<img src=x onerror=window.hacked=1>"
-    write_run(
-        runs / attack, validation_prompt=[f"{attack} ${{window.hacked=1}} {{{{hacked}}}}", "<script>hacked=1</script>"]
-    )
-    try:
-        choose_run(page, attack)
-        page.locator("#grid").get_by_text(attack).wait_for()
-        page.wait_for_timeout(300)  # for an image that fails to load
-        assert page.evaluate("window.hacked") is None
-    finally:
-        shutil.rmtree(runs / attack)
-    shown = "names => names.includes(document.querySelector('#run input')?.value)"
-    page.wait_for_function(shown, arg=[path.name for path in runs.iterdir()])
-
-
-def press_at_once(page, runs: Path) -> None:
-    """Buttons that are pressed before the first answer arrives all take effect."""
-    names = ["one-of-two", "two-of-two"]
-    for name in names:
-        write_run(runs / name)
-    page.get_by_role("tab", name="Runs").click()
-    for name in names:
-        page.get_by_role("button", name=f"Move {name} to the trash").wait_for()
-    press = "name => document.querySelector(`.run[data-name='${name}'] [data-do=trash]`).click()"
-    page.evaluate(f"names => names.forEach({press})", names)
-    wait_until(lambda: not any((runs / name).exists() for name in names), "both runs in the trash")
-
-
-def test_linked_layers_and_merge_are_shown(page):
-    page.get_by_role("button", name="Linked layers and merge").click()
-    page.locator("#layers").get_by_text("links in").wait_for()
-    assert page.locator("#layers .what").count() == 3 and page.locator("#layers td").count() > 16
 
 
 @pytest.mark.exhaustive

@@ -39,17 +39,6 @@ def test_a_run_is_finished_where_its_last_step_is_exported(run):
     assert (run.status, run.progress) == ("finished", (4, 4))
 
 
-def test_images_of_earlier_prompts_are_left_out(run):
-    """A resumed run has another second prompt: earlier images of the first prompt are shown."""
-    samples = run.folder / "lora" / "samples"
-    for step, drawn in ((2, [run.prompts[0], "an earlier one"]), (4, run.prompts)):
-        (samples / f"step-{step:06d}" / "prompts.json").write_text(json.dumps({"prompts": drawn}))
-    assert set(run.samples("lora", 2)) == {(0, 0)}
-    assert set(run.samples("lora", 4)) == set(run.samples("lora", 0)) == {(0, 0), (1, 0)}
-    (samples / "step-000002" / "prompts.json").write_text("[]")
-    assert set(run.samples("lora", 2)) == {(0, 0), (1, 0)}
-
-
 def test_an_experiment_is_no_run(tmp_path):
     (write_run(tmp_path / "experiment") / "experiment.json").write_text("{}")
     write_run(tmp_path / "run")
@@ -153,18 +142,6 @@ def test_weights_of_a_run(run):
             run.find_weights(label)
 
 
-def test_merged_weights_with_text_encoders_are_offered_once_all_are_of_one_merge(tmp_path):
-    """Before that they are written one after the other, some over the files of an earlier merge."""
-    write_run(tmp_path / "runs" / "run", train_text_encoder=True)
-    run, merged = Library(tmp_path / "runs").find("run"), "lora: merged weights"
-    for part in ("unet", "text_encoder"):
-        (run.folder / "lora" / part).mkdir()
-        (run.folder / "lora" / part / "config.json").write_text("{}")
-    assert merged not in [weights.label for weights in run.weights()]
-    write_exports(run)
-    assert merged in [weights.label for weights in run.weights()]
-
-
 def test_a_growing_log_is_read_as_it_is_now(run):
     path, row = run.folder / "lora" / "log.jsonl", '{{"step": {}, "split": "train", "loss": 1.0}}\n'
     path.unlink()
@@ -177,16 +154,3 @@ def test_a_growing_log_is_read_as_it_is_now(run):
     assert [found["step"] for found in run.log("lora")] == [7]
     path.write_text(row.format(8) * 9)
     assert len(run.log("lora")) == 9
-
-
-def test_flags_that_are_something_else_count_as_not_given(run):
-    for wrong in (None, True, -1, 0, float("nan"), "abc", [4], {}):
-        config = {"max_train_steps": wrong, "method": wrong, "validation_prompt": 5, "revision": wrong}
-        (run.folder / "config.json").write_text(json.dumps(config))
-        assert run.progress == (0, 0) and run.status == "stopped"
-        assert run.methods == ["lora", "reslora"] and run.prompts == []  # found by their folders
-        assert run.word("revision") in (None, "abc")
-    (run.folder / "config.json").write_text('{"method": 5}')
-    assert run.methods == ["lora", "reslora"]
-    (run.folder / "config.json").write_text('{"method": "reslora", "validation_prompt": "a cat"}')
-    assert run.methods[0] == "reslora" and run.prompts == ["a cat"]

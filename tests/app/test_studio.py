@@ -1,6 +1,5 @@
 """app/studio.py and app/weight_files.py on a tiny Stable Diffusion that was trained for a few steps."""
 
-import errno
 import json
 import pickle
 import shutil
@@ -15,16 +14,13 @@ import torch
 from app_runs import merge, own_runs, pixels, write_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from waiting import join, start_thread
 
 from app import generation_request, weight_files
 from app import studio as studios
 from app.generation_request import Request
 from app.library import Library
-from app.runs import BASE, Run, RunError, Weights
+from app.runs import BASE, RunError, Weights
 from app.studio import MERGE_CHOICES, Cancelled, Studio
-from reslora import checkpoint as checkpoints
-from reslora.io import replacing
 
 REQUEST = Request(prompt="red disc", steps=3, seed=5, width=64, height=64)
 EXPORTS = ("merged weights", "kohya.safetensors", "pytorch_lora_weights.safetensors")
@@ -101,24 +97,6 @@ def test_an_unmerged_checkpoint_is_drawn_with_its_shortcuts(studio, run):
     assert np.abs(steps[1] - one(studio, run, "reslora: merged weights")).mean() < plain
 
 
-def test_merged_weights_that_are_replaced_while_they_are_read_are_not_drawn(studio, run, monkeypatch):
-    """Some of the files would be of one merge and some of the other."""
-    put = weight_files.put_merged
-
-    def put_and_replace(model, weights, strength):
-        put(model, weights, strength)
-        with replacing(weights.path) as temporary:
-            shutil.copytree(weights.path, temporary)
-            temporary.touch()  # the copy has the time of what it is of
-
-    draw(studio, run, BASE)
-    with monkeypatch.context() as patch:
-        patch.setattr(weight_files, "put_merged", put_and_replace)
-        with pytest.raises(RunError, match="lora: merged weights: a trainer is replacing these weights; try"):
-            one(studio, run, "lora: merged weights")
-    one(studio, run, "lora: merged weights")
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["merged weights", "pytorch_lora_weights.safetensors", "unmerged, step 4"])
 def test_strength_goes_from_the_base_to_the_adapter(studio, run, name):
@@ -134,19 +112,6 @@ def test_an_image_does_not_depend_on_the_others(studio, run):
     many = draw(studio, run, BASE, weights, request=replace(REQUEST, images=2))
     assert np.array_equal(many[1], one(studio, run, weights.label))
     assert np.array_equal(many[2], one(studio, run, BASE.label, replace(REQUEST, seed=6)))
-
-
-@pytest.mark.exhaustive
-def test_two_people_get_what_they_would_have_got_alone(studio, run):
-    labels = ["lora: merged weights", "reslora: unmerged, step 4", BASE.label]
-    alone = [one(studio, run, label) for label in labels]
-    together = [None] * len(labels)
-
-    def ask(number):
-        together[number] = one(studio, run, labels[number])
-
-    join(*[start_thread(ask, number) for number in range(len(labels))])
-    assert all(np.array_equal(*pair) for pair in zip(alone, together, strict=True))
 
 
 def test_cancel_stops_within_one_step(studio, run, monkeypatch):
@@ -239,54 +204,6 @@ def test_merging_a_checkpoint_by_another_method(studio, run, method):
     assert np.abs(drawn - one(studio, run, BASE.label)).max() > 2
 
 
-def test_a_run_that_is_deleted_while_it_is_merged_leaves_no_folder_of_its_name(studio, run, tmp_path, monkeypatch):
-    """Such a folder would be no run, and would prevent restoring the run."""
-    shutil.copytree(run.folder, tmp_path / "runs" / "gone")
-    gone = Library(tmp_path / "runs").find("gone")
-    monkeypatch.setattr(studios, "calibration_of", lambda *_: shutil.move(gone.folder, tmp_path / "trash") and None)
-    with pytest.raises(RunError, match="deleted in the meantime"):
-        merge(studio, gone, gone.find_weights("reslora: unmerged, step 4"), "weights")
-    assert list((tmp_path / "runs").iterdir()) == []
-
-
-@pytest.mark.parametrize("problem", [(errno.ENOSPC, "No space left on device"), ("the file was closed.",)])
-def test_a_merge_that_cannot_be_written_says_why(studio, run, monkeypatch, problem):
-    def full(*_):
-        raise OSError(*problem)
-
-    monkeypatch.setattr(studios, "write_lora", full)
-    with pytest.raises(RunError, match=rf"cannot be written into the run's folder \({problem[-1].rstrip('.')}\)\.$"):
-        merge(studio, run, run.find_weights("reslora: unmerged, step 4"), "weights")
-
-
-@pytest.mark.parametrize("when", [(studios.reslora, "load"), (checkpoints, "check_checksums")])
-def test_a_checkpoint_that_the_trainer_removes_while_it_is_read_is_named(studio, run, tmp_path, monkeypatch, when):
-    """By --checkpoints_total_limit: the run and its other checkpoints still exist."""
-    shutil.copytree(run.folder, tmp_path / "runs" / "resumed")
-    resumed = Library(tmp_path / "runs").find("resumed")
-    before, read = resumed.find_weights("reslora: unmerged, step 2"), getattr(*when)
-
-    def removed_then(*given):
-        found = read(*given)
-        shutil.rmtree(before.path, ignore_errors=True)
-        return found
-
-    monkeypatch.setattr(*when, removed_then)
-    with pytest.raises(RunError, match=r"^reslora: unmerged, step 2: checkpoint-2 was deleted in the meantime; choose"):
-        merge(studio, resumed, before, "weights")
-    assert not list(resumed.folder.glob("reslora/merged-by-*-2"))
-    with pytest.raises(RunError, match="checkpoint-2 was deleted in the meantime"):
-        draw(studio, resumed, before)
-
-
-def test_weights_that_end_in_numbers_that_are_not_finite_are_not_drawn(studio, run, tmp_path):
-    """The weights are finite, but the denoiser's values overflow."""
-    path = write_changed(run, tmp_path, lambda tensors: {name: 1e30 * tensor for name, tensor in tensors.items()})
-    with pytest.raises(RunError, match=r"changed\.safetensors: the latents became infinite or NaN at step 1"):
-        draw(studio, run, Weights(path.name, "file", "", path))
-    assert len(draw(studio, run, BASE)) == 1
-
-
 # -- files from people -------------------------------------------------------------------------------------------------
 
 
@@ -299,10 +216,6 @@ def write_changed(run, folder, change, name="pytorch_lora_weights.safetensors", 
 
 def without(key):
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if name != key}
-
-
-def with_key(key, other):
-    return lambda tensors: {other if name == key else name: tensor for name, tensor in tensors.items()}
 
 
 def with_value(key, change):
@@ -320,16 +233,10 @@ KOHYA_A, KOHYA_B = f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight"
     ("name", "change", "named"),
     [
         ("pytorch_lora_weights.safetensors", without(A), f"unet.{DOWN} lacks one of its two factors"),
-        ("pytorch_lora_weights.safetensors", without(B), f"unet.{DOWN} lacks one of its two factors"),
         ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t * float("nan")), f"unet.{DOWN} is not finite"),
-        ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t + float("inf")), f"unet.{DOWN} is not finite"),
         ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t[:, :-1]), f"{DOWN} is 8 x 7 in it, 8 x 8 in"),
-        ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t[:-1]), f"{DOWN} is 7 x 8 in it, 8 x 8 in"),
         ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t[0]), f"unet.{DOWN}: the shapes of its factors"),
-        ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t[:, :1]), f"{DOWN}: the shapes of its factors"),
         ("kohya.safetensors", without(KOHYA_A), f"{KOHYA} lacks one of its two factors"),
-        ("kohya.safetensors", without(KOHYA_B), f"{KOHYA} lacks one of its two factors"),
-        ("kohya.safetensors", with_value(KOHYA_A, lambda t: t[:, :-1]), f"{DOWN} is 8 x 7 in it, 8 x 8 in"),
         ("kohya.safetensors", with_value(f"{KOHYA}.alpha", lambda t: t * float("nan")), f"{KOHYA} is not finite"),
     ],
 )  # fmt: skip
@@ -353,18 +260,6 @@ def test_a_lora_of_layers_that_the_model_lacks_is_refused_by_name(studio, run, t
     path = write_changed(run, tmp_path, rename, name)
     with pytest.raises(RunError, match=r"changed\.safetensors: .*attn7.to_q is not a layer of stable_diffusion"):
         draw(studio, run, weight_files.uploaded(path))
-
-
-def test_a_layer_that_a_file_says_it_has_and_lacks_is_missing(studio, run, tmp_path):
-    """Both factors of a layer are removed, but its name is in the metadata that diffusers writes."""
-    with safe_open(run.folder / "lora" / "pytorch_lora_weights.safetensors", framework="pt") as file:
-        metadata = file.metadata()
-    assert DOWN in metadata["lora_adapter_metadata"]
-    path = write_changed(run, tmp_path, lambda tensors: without(A)(without(B)(tensors)), metadata=metadata)
-    with pytest.raises(RunError, match=f"^changed.safetensors: unet.{DOWN} is missing"):
-        draw(studio, run, weight_files.uploaded(path))
-    path = write_changed(run, tmp_path, lambda tensors: tensors, metadata=metadata)
-    assert len(draw(studio, run, weight_files.uploaded(path))) == 1
 
 
 def peft_folder(run, tmp_path, change=lambda tensors: tensors, **config):
@@ -417,11 +312,7 @@ PEFT_A = f"base_model.model.{DOWN}.lora_A.weight"
         ),
         (lambda t: without(PEFT_A)(without(PEFT_A.replace("_A.", "_B."))(t)), {}, f"unet.{DOWN} is missing"),
         (dict, {"peft_type": "LOHA"}, "LOHA, which is not plain LoRA"),
-        (dict, {"use_dora": True}, "use_dora"),
-        (dict, {"modules_to_save": ["conv_in"]}, "modules_to_save"),
         (dict, {"init_lora_weights": "pissa"}, "pissa"),
-        (dict, {"lora_alpha": None}, "damaged"),
-        (dict, {"alpha_pattern": 3}, "damaged"),
     ],
 )
 def test_what_peft_wrote_and_would_draw_something_else_is_refused(studio, run, tmp_path, change, config, named):
@@ -435,26 +326,6 @@ def test_what_peft_wrote_and_would_draw_something_else_is_refused(studio, run, t
 def test_one_file_is_taken_at_a_time(tmp_path, names):
     with pytest.raises(RunError, match=r"^Give one \.safetensors file"):
         weight_files.uploaded(*(tmp_path / name for name in names))
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (without("conv_in.weight"), "conv_in.weight is missing"),
-        (with_key("conv_in.weight", "conv_on.weight"), "conv_in.weight is missing"),
-        (lambda tensors: tensors | {"more": torch.zeros(2)}, "more is not a tensor"),
-        (with_value("conv_in.bias", lambda t: t[:-1]), "conv_in.bias has shape 7, but 8 in this model"),
-        (with_value("conv_in.bias", lambda t: t * float("nan")), "conv_in.bias has infinite or NaN values"),
-    ],
-)
-def test_merged_weights_that_are_not_whole_are_refused_by_name(studio, run, tmp_path, monkeypatch, change, named):
-    whole = run.find_weights("lora: merged weights")
-    (file,) = whole.path.glob("*.safetensors")
-    save_file(change(load_file(file)), tmp_path / "changed.safetensors")
-    merged = replace(whole, path=tmp_path)
-    monkeypatch.setattr(Run, "merged", lambda run, method: [merged])
-    with pytest.raises(RunError, match=f"^lora: merged weights: {named}"):
-        draw(studio, run, merged)
 
 
 @pytest.mark.exhaustive

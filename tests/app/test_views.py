@@ -1,18 +1,13 @@
 """app/views.py: the HTML of a run, whatever its files contain."""
 
-import json
 import re
 
 import numpy as np
-import PIL.Image
 import pytest
-from app_runs import run_by_hand, with_one_wrong
+from app_runs import run_by_hand
 from safetensors.numpy import save_file
 
 from app import compared, views
-from app.bases import base_of
-from app.generation_request import Drawn, Request
-from app.studio import calibration_of
 
 
 @pytest.fixture
@@ -109,38 +104,6 @@ def test_an_export_that_cannot_be_read_has_no_norms(run):
     }
     save_file(pairs, run.folder / "reslora" / "pytorch_lora_weights.safetensors")
     assert run.lora_norms("reslora") == {}
-
-
-def test_whatever_a_plan_or_a_report_holds_is_shown_or_said_to_be_damaged(run):
-    plan = {"links": 1, "chains": [{"role": "to_q", "blocks": [block("a.0.x"), block("a.1.x") | {"cut": "here"}]}]}
-    merged = {"name": "down_blocks.0.attentions.0.x", "role": "x", "alpha": [0.5, 1.0], "rank": 2, "error": 0.1}
-    report = {
-        "method": "weights",
-        "blocks": [merged, merged | {"name": "b", "alpha": 1.0, "error": None}],
-        "notes": ["note"],
-    }
-    assert "1 link in 1 chain" in views.chain_plan(plan) and "10.0% on average" in views.merge_report(report)
-    for view, content in ((views.chain_plan, plan), (views.merge_report, report)):
-        shown = {view(wrong) for wrong in with_one_wrong(content)}
-        assert any("is damaged" in text for text in shown) and not any("Traceback" in text for text in shown)
-
-
-@pytest.mark.exhaustive
-def test_whatever_a_config_holds_the_run_is_shown(run):
-    """Each option in turn has a value of a wrong type."""
-    whole = run.config | dict.fromkeys(("num_inference_steps", "pretrained_model_name_or_path", "resolution"), 5)
-    for config in with_one_wrong(whole):
-        (run.folder / "config.json").write_text(json.dumps(config))
-        shown = views.summary(run, run.status) + compared.images(run, 2) + compared.numbers(run, 2)
-        assert "LoRA" in shown and run.weights() and (run.unreadable or base_of(run))
-        compared.curves(run, "train", 2), run.fingerprint(), run.best_weights(), run.nearest(2), calibration_of(run)
-
-
-def test_the_base_model_has_no_strength_in_the_table_of_settings():
-    image = PIL.Image.new("RGB", (8, 8))
-    drawn = [Drawn(image, Request(strength=0.5), {"weights": name}) for name in ("base model", "lora: x.safetensors")]
-    base, other = views.settings_table(drawn).split("<tr>")[2:]
-    assert ">0.5</td>" not in base and '<td data-label="strength">0.5</td>' in other
 
 
 @pytest.mark.parametrize(("text", "behind"), [((39, 39, 42), 255), ((244, 244, 245), 29)], ids=["light", "dark"])
