@@ -39,6 +39,8 @@ from .study import Identity, Study
 
 OF_CLASS = "; class images: "  # separates the content hashes of training images and class images
 STATE, RECORD = "trainer.pt", "trainer.json"
+OF_ANY_LENGTH = ("constant", "constant_with_warmup", "piecewise_constant", "inverse_sqrt")
+"""Values of --lr_scheduler that, after the warmup, do not depend on the number of steps."""
 
 # files in a method's directory that belong to the same training history as its checkpoints
 TOLD = ("log.jsonl", FOLDER, "samples")
@@ -285,7 +287,8 @@ def save_checkpoint(learner: Learner, study: Study) -> None:
     context, identity = study.context, study.identity
     options, folder = context.options, context.folder_of(learner.method)
     state = learner.state(context.accelerator)
-    record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds} | past_of(options, identity)
+    record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds}
+    record |= {"steps": study.schedule.steps} | past_of(options, identity)
     # needed by tools that load the checkpoint to generate images
     if identity.lora or options.adapter.rank_pattern or options.adapter.alpha_pattern:
         config = learner.denoiser.peft_config["default"]
@@ -369,10 +372,11 @@ def write_exports(
     write_json(folder / EXPORTS, record)
 
 
-def restore(learner: Learner, candidates: list[Path], context: Context) -> None:
+def restore(learner: Learner, candidates: list[Path], steps: int, context: Context) -> None:
     """Load the first complete checkpoint into the learner; skip damaged ones with a warning.
 
-    The main process chooses the checkpoint. There are three outcomes:
+    `steps`: length of the run. If the checkpoint is of a run of another length, whose learning rate fell towards its
+    end, a line says that it follows the new length. The main process chooses the checkpoint. There are three outcomes:
 
     - `InvalidArgument` if no checkpoint is complete, or if the one that the user named is damaged. Files are unchanged.
     - `RunFailed` if a complete checkpoint cannot be loaded. Files are unchanged.
@@ -392,6 +396,12 @@ def restore(learner: Learner, candidates: list[Path], context: Context) -> None:
 
     broadcast_from_main(set_aside)
     accelerator.print(f"{learner.name}: resuming from {chosen}")
+    schedule = context.options.optimizer.lr_scheduler
+    if accelerator.is_main_process and schedule not in OF_ANY_LENGTH:
+        before = read_object(place / RECORD).get("steps", steps)
+        if before != steps:
+            follows = f"from here on, the learning rate follows --lr_scheduler {schedule} over {steps} steps"
+            print(f"{learner.name}: {follows}; before, it was {before} steps", flush=True)
 
 
 def newest_whole(candidates: list[Path], folder: Path, options: SharedOutputOptions) -> Path:

@@ -46,7 +46,7 @@ def train_method(method: str, resume: Resume, study: Study) -> None:
             say(f"{name} is trained: merging and exporting it anew with --merge {options.adapter.merge}")
         elif options.output.resume_from_checkpoint and not candidates and not context.place:
             say(f"--resume_from_checkpoint latest: no checkpoint in {folder}, {name} starts afresh")
-        restore(learner, candidates, context)
+        restore(learner, candidates, study.schedule.steps, context)
         if options.validation.save_best:
             broadcast_from_main(lambda: go_on_from(folder, learner.step))
         prepare(learner, study)
@@ -184,6 +184,7 @@ def take_step(learner: Learner, batches: Iterator, study: Study) -> torch.Tensor
     """
     options, accelerator, total = study.context.options, study.context.accelerator, 0.0
     learner.step += 1
+    learner.used_rate = learner.learning_rate
     taken = list(itertools.islice(batches, study.passes(learner.step)))
     scale = scale_of(taken, study)
     passes = options.training.gradient_accumulation_steps

@@ -39,10 +39,12 @@ class Reports:
         """Store a row with the scalar `loss` for the log until the next `flush`.
 
         `flush` converts the loss to a float, because the conversion waits for the device. `figures`: other columns of
-        the row, such as `by_timestep`, the loss at each timestep; timestep 1 is pure noise.
+        the row, such as `by_timestep`, the loss at each timestep; timestep 1 is pure noise. `lr` is the learning rate
+        that the latest step used; before the first step, the one that it will use.
         """
         learner = self.learner
-        rate, seconds = learner.learning_rate, round(learner.seconds, 3)
+        rate = learner.learning_rate if learner.used_rate is None else learner.used_rate
+        seconds = round(learner.seconds, 3)
         self.noted = {"step": learner.step, "split": split, "loss": loss, "lr": rate, "seconds": seconds, **figures}
 
     def flush(self) -> float | None:

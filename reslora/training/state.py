@@ -32,7 +32,7 @@ class Learner:
     method: str
     trained: Trained
     optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     allocator: RankAllocator | None
     model: nn.Module
     """The same as `trained`; once the learner is prepared, accelerate's wrapper around it."""
@@ -42,6 +42,8 @@ class Learner:
     """Name in messages, and directory relative to the output directory; see `Context.name_of`."""
     before: int = 0
     """Number of methods, or of runs of an experiment, before this one."""
+    used_rate: float | None = None
+    """The denoiser's learning rate in the latest step, without factors of single layers; None before the first step."""
     over: bool = False
     """Whether training ends because the validation loss has stopped improving."""
     awaited: dict | None = None
@@ -59,8 +61,9 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """The denoiser's present learning rate, without factors of single layers."""
-        return self.lr_scheduler.get_last_lr()[0] / self.optimizer.param_groups[0].get(FACTOR, 1)
+        """The denoiser's learning rate in the next step, without factors of single layers."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get(FACTOR, 1)
 
     @property
     def zero_optimizer(self) -> Any:
@@ -121,6 +124,7 @@ class Learner:
         return {
             "optimizer": optimizer,
             "lr_scheduler": self.lr_scheduler.state_dict(),
+            "used_rate": self.used_rate,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             "allocator": self.allocator.state_dict() if self.allocator else None,
             "trained": self._copied() if self.averaging else None,
@@ -136,16 +140,23 @@ class Learner:
             raise ValueError(f"was saved {'without' if deepspeed else 'with'} DeepSpeed")
         if self.allocator:
             self.allocator.load_state_dict(state["allocator"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        # The schedule of this run decides: it may have another length than that of the run that saved the state.
+        rates = [
+            rate * factor(self.lr_scheduler.last_epoch)
+            for rate, factor in zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
+        ]
         if deepspeed:
-            self.awaited = state["optimizer"]
+            self.awaited = state["optimizer"] | {"lr": rates}
         else:
             self.optimizer.load_state_dict(state["optimizer"])
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
         if state["trained"]:
             self._put(state["trained"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds = step, seconds
+        self.step, self.seconds, self.used_rate = step, seconds, state.get("used_rate")
 
 
 def new_learner(method: str, trained: Trained, schedule: Schedule, context: Context) -> Learner:

@@ -185,3 +185,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base_flags, capsys, tmp_path)
     assert max(of_log.values()) == pytest.approx(1e-2)  # the learning rate itself, whatever its factors
     line = refused(capsys, *flags, "--lr_pattern", "attn1.to_k=4", *RESUME, "--output_dir", whole, quiet=False)
     assert "--lr_pattern attn1.to_k=4" in line and "was trained with mid_block.*=0.5 down_blocks.*attn1.to_k=4" in line
+
+
+def test_the_log_has_the_rate_of_each_step_also_of_a_run_that_is_resumed_with_more_steps(brief_flags, tmp_path, capsys):
+    """Of a linear schedule over n steps, step k uses the rate times (n - k + 1) / n, whatever length came before."""
+    flags = [*brief_flags, "--method", "lora", "--learning_rate", "1e-3", "--lr_scheduler", "linear"]
+    flags += ["--lr_warmup_steps", "0", "--num_validation_images", "0", "--output_dir", tmp_path, *RESUME]
+    logged = []
+    for steps in (2, 4):
+        assert main(*flags, "--max_train_steps", steps) == 0
+        rows = [row for row in read_log(tmp_path / "lora" / "log.jsonl") if row["split"] == "train"]
+        logged.append([row["lr"] for row in rows])
+    assert logged[0] == pytest.approx([1e-3, 0.5e-3])
+    assert logged[1] == pytest.approx([1e-3, 0.5e-3, 0.5e-3, 0.25e-3])
+    assert "follows --lr_scheduler linear over 4 steps; before, it was 2" in capsys.readouterr().out
