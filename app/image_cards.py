@@ -13,6 +13,7 @@ from reslora.formatting import pluralize
 
 from .image_edits import ImageEdits, text_of
 from .image_folders import NO_CAPTION, Image, Images
+from .looks import Looks
 from .views import escape, scaled
 
 PER_PAGE = 24
@@ -33,25 +34,24 @@ def cards(edits: ImageEdits, images: Images, shown: Sequence[Image], page: int) 
     would keep what the user has typed.
     """
     part = shown[(page - 1) * PER_PAGE : page * PER_PAGE]
-    thumbnails, alike = edits.looks.thumbnails(part), edits.looks.alike(images)
-    found = [
-        card(image, thumbnail, edits.looks.problem(image), alike.get(image.name, ("", ""))[1], images.folder.bundled)
-        for image, thumbnail in zip(part, thumbnails, strict=True)
-    ]
+    for _ in edits.looks.check(part):
+        pass
+    alike = edits.looks.alike(images)
+    found = [card(edits.looks, image, alike.get(image.name, ("", ""))[1], images.folder.bundled) for image in part]
     names = escape(json.dumps([image.name for image in shown]))
     marks = f'data-folder="{escape(images.folder.name)}" data-names="{names}" data-last="{pages(len(shown))}"'
     return f'<div class="cards" {marks} data-time="{time.time_ns()}">{"".join(found)}</div>'
 
 
-def card(image: Image, thumbnail: str, problem: str, alike: str, fixed: bool) -> str:
+def card(looks: Looks, image: Image, alike: str, fixed: bool) -> str:
     """Return an image's card as HTML; the caption is read-only if `fixed`.
 
-    `problem`: why training skips the image. `alike`: which image it duplicates or is similar to. Either may be empty.
+    `alike`: which image it duplicates or is similar to; empty if there is none.
     """
-    name, text = escape(image.name), escape(text_of(image))
+    name, text, look, problem = escape(image.name), escape(text_of(image)), looks.of(image), looks.problem(image)
     enlarge, picture = "", '<div class="empty">cannot be shown</div>'
-    if thumbnail:
-        picture = f'<img src="{thumbnail}" alt="{name}" {scaled(image.size[0] if image.size else 0)}>'
+    if look and look.thumbnail:
+        picture = f'<img src="{look.thumbnail}" alt="{name}" {scaled(image.size[0] if image.size else 0)}>'
         what, mark = ("pair", "&#x2922; pair") if image.reference else ("image", "&#x2922;")
         enlarge = f'<button type="button" class="enlarge" aria-label="enlarge the {what} {name}">{mark}</button>'
     badges = {"out": problem, "alike": alike}

@@ -16,7 +16,7 @@ from reslora.images.data.images import damage, data_uri, open_image
 from reslora.images.experiment.split import features_of, groups_of
 
 from .image_folders import Image, Images
-from .runs import RunError, cached_by_stamp, stamp_of
+from .runs import RunError, stamp_of
 
 SIDE = 256
 """Maximum width and height of a thumbnail in pixels."""
@@ -25,57 +25,39 @@ LARGEST = 1024
 """Maximum width and height of an enlarged image in pixels."""
 AT_ONCE = 32
 """Number of images opened between two progress updates."""
-Stamp = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Look:
     """The result of opening an image."""
 
+    stamp: tuple[int, ...]
+    """The result of `stamp_of` for the image's file when it was opened."""
     problem: str = ""
     """Why the image cannot be opened; empty if it can."""
     mark: str = ""
     """Hash of the image file's content."""
     seen: bytes = b""
     """Features by which an experiment's split finds near-duplicates, as the bytes of a float32 array."""
+    thumbnail: str = ""
+    """The image as a data URI, rotated according to EXIF, with white for transparency; empty if it cannot be opened."""
 
 
 class Looks:
     """The results of opening images, cached by file."""
 
     def __init__(self) -> None:
-        self.known: dict[Path, tuple[Stamp, Look]] = {}
+        self.known: dict[Path, Look] = {}
 
     def of(self, image: Image) -> Look | None:
         """Return the cached result of an image, or None if the image was not opened or its file has changed since."""
-        stamp, look = self.known.get(image.path, ((), None))
-        return look if stamp == stamp_of(image.path) else None
+        look = self.known.get(image.path)
+        return look if look and look.stamp == stamp_of(image.path) else None
 
     def problem(self, image: Image) -> str:
         """Return the known reason why training skips an image, first that it is damaged; empty if there is none."""
         look = self.of(image)
         return (look.problem if look else "") or image.problem
-
-    def thumbnails(self, images: Sequence[Image]) -> list[str]:
-        """Return the images' thumbnails as data URIs, an empty string for each image that cannot be opened.
-
-        Thumbnails are rotated according to EXIF, and transparency becomes white."""
-        with ThreadPoolExecutor(THREADS) as pool:  # PIL decodes in parallel
-            return list(pool.map(self._thumbnail, images))
-
-    def _thumbnail(self, image: Image) -> str:
-        """Return an image's thumbnail as a data URI.
-
-        If the image cannot be opened, the result is an empty string, and the reason is cached.
-        """
-        stamp = stamp_of(image.path)
-        if image.size is None or not stamp:
-            return ""
-        try:
-            return thumbnail(image.path)
-        except Exception as error:
-            self.known[image.path] = stamp, Look(damage(error))
-            return ""
 
     def enlarged(self, image: Image) -> list[tuple[str, str]]:
         """Return the image and, if it has one, its reference image: a title and a data URI of each.
@@ -96,11 +78,10 @@ class Looks:
         todo = [image for image in images if image.size and self.of(image) is None]
         done = len(images) - len(todo)
         yield done
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:  # PIL decodes in parallel
             for start in range(0, len(todo), AT_ONCE):
                 part = todo[start : start + AT_ONCE]
-                for image, (stamp, look) in zip(part, pool.map(look_at, part), strict=True):
-                    self.known[image.path] = stamp, look
+                self.known |= {image.path: look for image, look in zip(part, pool.map(look_at, part), strict=True)}
                 yield done + start + len(part)
 
     def alike(self, images: Images) -> dict[str, tuple[str, str]]:
@@ -116,13 +97,15 @@ class Looks:
         return alike(tuple(sound))
 
 
-def look_at(image: Image) -> tuple[Stamp, Look]:
-    """Open an image, and return the result of `stamp_of` for its file and the result of opening it."""
+def look_at(image: Image) -> Look:
+    """Open an image."""
     stamp = stamp_of(image.path)
     try:
-        return stamp, Look("", content_mark(image.path), features_of(open_image(image.path)).tobytes())
-    except Exception as error:
-        return stamp, Look(damage(error))
+        opened = open_image(image.path)
+        seen = features_of(opened).tobytes()
+        return Look(stamp, "", content_mark(image.path), seen, data_uri(opened, SIDE, quality=80))
+    except Exception as error:  # exceptions of damaged files differ by image format
+        return Look(stamp, damage(error))
 
 
 @functools.lru_cache(maxsize=8)
@@ -142,9 +125,3 @@ def alike(looks: tuple[tuple[str, Look], ...]) -> dict[str, tuple[str, str]]:
             line = f"looks like {names[group[0]]}" if same is None else f"the same image as {names[same]}"
             found[names[number]] = names[group[0]], line
     return found
-
-
-@cached_by_stamp(2000)
-def thumbnail(path: Path) -> str:
-    """Return an image of at most `SIDE` pixels in width and height as a data URI."""
-    return data_uri(open_image(path), SIDE, quality=80)

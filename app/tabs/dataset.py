@@ -125,9 +125,14 @@ class DatasetTab(Tab):
         apply = self.apply.click(self.do_change, [self.operation, self.text, self.other, self.ticked], **ticked)
         trash = self.trash.click(self.do_trash, self.ticked, **ticked)
         undo = self.undo.click(self.do_undo, self.ticked, **ticked)
-        check = self.check.click(self.do_check, self.folder, self.answer, concurrency_limit=1, **QUIET)
+        check = self.check.click(self.do_check, self.folder, self.answer, api_name="check_images", **NO_PROGRESS)
         write = self.write.click(
-            self.do_caption, [self.folder, *of_model], self.answer, concurrency_limit=None, **QUIET
+            self.do_caption,
+            [self.folder, *of_model],
+            self.answer,
+            api_name="caption_images",
+            concurrency_limit=None,
+            **NO_PROGRESS,
         )
         trash.success(None, js=f"() => {HOST}.pick('none')")
         opened = page.frames[self].select(self.open, self.folder, self.folder, **QUIET)
@@ -250,13 +255,12 @@ class DatasetTab(Tab):
 
     def api(self) -> None:
         """Register API endpoints for what the page does with inputs that only its JavaScript has."""
-        edits = self.edits
-        for name, handler in (
-            ("image_folders", self.list_folders), ("images", self.list_images), ("set_caption", edits.save_caption),
-            ("change_captions", edits.change_captions), ("trash_images", edits.throw_away),
-            ("undo_images", edits.undo), ("check_images", self.check_images), ("caption_images", self.caption_images),
-        ):  # fmt: skip
-            gr.api(handler, api_name=name)
+        gr.api(self.list_folders, api_name="image_folders")
+        gr.api(self.list_images, api_name="images")
+        gr.api(self.edits.save_caption, api_name="set_caption")
+        gr.api(self.edits.change_captions, api_name="change_captions")
+        gr.api(self.edits.throw_away, api_name="trash_images")
+        gr.api(self.edits.undo, api_name="undo_images")
 
     def list_folders(self) -> list[str]:
         """Return the names of the image folders."""
@@ -279,19 +283,3 @@ class DatasetTab(Tab):
             }
             for image in self.edits.shown(images, which, words)
         ]
-
-    def check_images(self, folder: str) -> str:
-        """Open all images of a folder to find damaged images and duplicates; return how many were opened."""
-        images = self.edits.look(folder)
-        for _ in self.edits.check(images):
-            pass
-        return f"{pluralize(len(images.images), 'image')} checked."
-
-    def caption_images(
-        self, folder: str, model: str, prompt: str = "", prefix: str = "", overwrite: bool = False
-    ) -> str:
-        """Write captions with an image-text model, as `reslora-caption` does, and return a line about them."""
-        job = self.captioning.start(folder, model, prompt, prefix, overwrite)
-        for _ in self.captioning.follow(job):
-            pass
-        return job.line
