@@ -290,7 +290,7 @@ def test_learning_rates_are_those_of_transformers(tmp_path, name):
     schedule = get_scheduler(name, optimizer, 2, STEPS)
     expected = []
     for _ in range(STEPS):
+        expected += schedule.get_last_lr()
         optimizer.step()
         schedule.step()
-        expected += schedule.get_last_lr()
     assert [row["lr"] for row in read_log(tmp_path)] == pytest.approx(expected)

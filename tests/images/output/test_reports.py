@@ -142,7 +142,7 @@ def test_validation_loss_is_the_unweighted_mean_over_all_noises_of_all_held_out_
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_that_is_not_finite_is_an_error_and_not_written(tmp_path, loss):
-    learner = SimpleNamespace(name="lora", before=0, step=0, seconds=1.0, learning_rate=1e-3)
+    learner = SimpleNamespace(name="lora", before=0, step=0, seconds=1.0, learning_rate=1e-3, used_rate=None)
     accelerator = SimpleNamespace(trackers=[], is_main_process=True)
     reports = ImageReports(tmp_path, learner, Schedule(4, 4, 0, False), accelerator)
     for step, value in ((1, 0.5), (2, loss)):

@@ -565,7 +565,8 @@ def keep(model, tmp_path):
             Identity("model", "images", "--model", "--images"),
         )
         context = SimpleNamespace(options=options, accelerator=accelerator, folder_of=lambda method: tmp_path)
-        save_checkpoint(learner, SimpleNamespace(context=context, identity=identity))
+        schedule = SimpleNamespace(steps=9)
+        save_checkpoint(learner, SimpleNamespace(context=context, identity=identity, schedule=schedule))
         return tmp_path / f"checkpoint-{step}"
 
     save.learner, save.options, save.accelerator = learner, options_of(training_data), accelerator
@@ -574,8 +575,10 @@ def keep(model, tmp_path):
 
 def restored(learner, candidates: list[Path], output, accelerator) -> None:
     """Restore the learner in the directory of its name."""
-    options, folder = SimpleNamespace(output=output), Path(output.output_dir) / learner.name
-    restore(learner, candidates, SimpleNamespace(options=options, accelerator=accelerator, folder_of=lambda _: folder))
+    optimizer, folder = SimpleNamespace(lr_scheduler="constant"), Path(output.output_dir) / learner.name
+    options = SimpleNamespace(output=output, optimizer=optimizer)
+    context = SimpleNamespace(options=options, accelerator=accelerator, folder_of=lambda _: folder)
+    restore(learner, candidates, 9, context)
 
 
 @pytest.mark.parametrize(
