@@ -55,7 +55,7 @@ TESTS = {
     "reslora/ranks.py": ["test_checkpoint.py", "test_export.py", "test_merging.py"],
     "reslora/images/output/exports.py": ["images/output/test_merged_weights.py"],
     "reslora/images/model/lora_files/": ["images/test_conversion.py"],
-    "reslora/experiment/statistics.py": ["experiment/test_report.py"],
+    "reslora/experiment/statistics.py": ["experiment/test_verdicts.py"],
     "reslora/training/": ["images/training/test_checkpoints.py", "images/test_initial_lora.py"],
 }
 """The tests that map to a file or to a folder, in addition to the file of the same name."""

@@ -14,15 +14,8 @@ from measured import ROOT
 from why import AGAIN, AMENDMENTS, EXPERIMENTS, KEPT, Experiment
 
 from reslora.experiment.record import ENDED_AS, Verdict
-from reslora.experiment.statistics import (
-    arrays_of,
-    coverage_in_words,
-    judge,
-    level_of,
-    rerun,
-    tested,
-    verdict_of,
-)
+from reslora.experiment.statistics import coverage_in_words, judge, level_of, rerun
+from reslora.experiment.verdicts import arrays_of, tested, verdict_of
 from reslora.images.model.families import load_family
 from reslora.images.model.loading import Model
 from reslora.images.refusals import read_index

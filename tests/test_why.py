@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reslora.experiment.statistics import compare, half_width, level_of, rerun, spread_of
+from reslora.experiment.statistics import half_width, level_of, rerun, spread_of
+from reslora.experiment.verdicts import compare
 from reslora.images.settings import build_parser
 from reslora.options.texts import GlueOptions, LlmOptions
 from reslora.texts.arguments import read
@@ -153,7 +154,7 @@ def test_a_report_also_corrects_for_the_pairs_of_its_ranking():
     noise = np.random.default_rng(0).normal(scale=0.1, size=(3, 3, 3))
     for labels, more in ((["lora", "lora_x2"], False), (["lora", "lora_x2", "lora_x4"], True)):
         arms = [arm(label, seed, (2 + noise[n, seed]).tolist()) for n, label in enumerate(labels) for seed in range(3)]
-        reported, _ = compare(arms, record(arms)["chosen"])
+        reported = compare(arms, record(arms)["chosen"]).verdicts
         for verdict, ours in zip(reported, why_report.to_reference(record(arms)), strict=True):
             assert verdict["conclusion"] == "not shown" and verdict["interval"] == ours["interval"]
             assert (verdict["detectable"] > ours["detectable"]) == more

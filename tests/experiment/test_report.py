@@ -20,7 +20,8 @@ from waiting import LIMIT
 from experiment import examples
 from reslora.experiment import report
 from reslora.experiment import theme as look
-from reslora.experiment.statistics import choose, rerun
+from reslora.experiment.choice import choose
+from reslora.experiment.statistics import rerun
 from reslora.images.experiment.report_sections import IMAGES, timestep_chart
 from reslora.images.settings import parse_args
 from reslora.options.images import Options

@@ -8,8 +8,8 @@ import pytest
 
 from reslora.errors import InvalidArgument
 from reslora.experiment.arms import Arm
+from reslora.experiment.choice import choose
 from reslora.experiment.schedule import ArmSchedule
-from reslora.experiment.statistics import choose
 from reslora.images.settings import parse_args
 from reslora.runtime.checkpoint_folders import adapter_folder
 

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 
 from images import exact_steps
 from images.runs import with_options
-from reslora.experiment.statistics import arrays_of
 from reslora.experiment.study import numbers
+from reslora.experiment.verdicts import arrays_of
 from reslora.images.data.samples import NOISES, TIMESTEPS, FixedSamples, losses_of, measured, measured_at
 from reslora.images.model.loss import masked
 from reslora.images.output.reports import SharedLosses, Validation
