@@ -107,10 +107,8 @@ def print_summary(adapter: MethodOptions, output_options: OutputOptions) -> None
         best = record.get("best")
         of = f"{Best(output, **best)}, which has the lowest validation loss, {best['loss']:.5f}" if best else ""
         lines.append(f"  {method + '/':<36}{of}".rstrip())
-        for name, difference in record["difference_of_255"].items():
-            lines.append(f"    {name:<34}{uses.get(name, ''):<62}read back: {difference}/255")
-    lines.append(
-        "Each was read back by stock diffusers or PEFT; its image may differ from the merged model's by 2/255 (fp32)."
-    )
+        for name in record["read_back"]:
+            lines.append(f"    {name:<34}{uses.get(name, ''):<62}read back: equal")
+    lines.append("Each file was read back by diffusers, PEFT or safetensors; it equals the merged model (float32).")
     lines.append("Look at the run: python -m app")
     print("\n".join(lines))
