@@ -357,7 +357,8 @@ def differences(before: object, now: object, tolerance: float, where: str = "") 
             if key.endswith("-HASH.safetensors") and NOTHING not in pair and isinstance(pair[0], list):
                 # Of one of several files: which one depends on hashes, and these on the versions of libraries.
                 pair = pair[0][:2], pair[1][:2]
-            wider = 10 * tolerance if key == "tensors" else tolerance  # Adam's first steps follow a gradient's sign
+            # Adam's first steps follow the sign of a gradient, also of one that is zero but for rounding.
+            wider = 10 * tolerance if key in ("tensors", "losses") else tolerance
             yield from differences(*pair, wider, f"{where} / {key}" if where else key)
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for number, pair in enumerate(zip(before, now, strict=True)):
