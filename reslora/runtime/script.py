@@ -60,7 +60,8 @@ def run_script(
             elif any(words in str(error) for words in _GONE):
                 _say(f"{prog}: {another_ended(error)}")
             elif "DataLoader worker" in str(error):  # torch raises this from a signal handler, at any place
-                _say(f"{prog}: {first_line(error)}; the last checkpoint is intact")
+                fix = "give a lower --dataloader_num_workers, or more memory"
+                _say(f"{prog}: {first_line(error)}; {fix}; the last checkpoint is intact")
             else:
                 raise
             status = 1

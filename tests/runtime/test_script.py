@@ -27,7 +27,8 @@ from reslora.runtime.script import run_script, shares_the_cpu
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
             1,
-            "script.py: DataLoader worker (pid 7) is killed by signal: Killed; the last checkpoint is intact\n",
+            "script.py: DataLoader worker (pid 7) is killed by signal: Killed; give a lower "
+            "--dataloader_num_workers, or more memory; the last checkpoint is intact\n",
         ),
         (Stopped("stopped after step 3"), 130, "script.py: stopped after step 3\n"),
     ],
