@@ -41,8 +41,9 @@ def test_miniature_steps_and_memory(results, name):
     for row in gpu.TRAINERS:
         assert steps[row]["over"] == gpu.STOCK and steps[row]["seconds"] > 0
     assert len(found) == 5
-    for case, figures in found.items():  # the allocator's, and the sum of what is planned
-        assert 0.75 < figures["ratio"] < 1.3, (case, figures)
+    # The allocator's, and the sum of what is planned, which has no work space of a processor's kernels.
+    for case, figures in found.items():
+        assert 0.5 < figures["ratio"] < 1.3, (case, figures)
     bases = {case.split(" ", 2)[2]: figures["planned"]["base"] for case, figures in found.items()}
     assert bases["nf4"] < bases["fp8"] < bases["bf16"] == bases["checkpointing"]
     assert bases["half swapped"] == pytest.approx(bases["bf16"], rel=0.05)  # here, both memories are one

@@ -195,7 +195,8 @@ def test_two_processes_train_what_one_with_twice_the_batch_trains(place, tmp_pat
     forked(SCRIPT, *flags, "--output_dir", str(tmp_path / "two"), folder=tmp_path)
     assert main(*flags, "--train_batch_size", "4", "--output_dir", tmp_path / "one") == 0
     two, one = (final_weights(tmp_path / name, "lora", 2) for name in ("two", "one"))
-    assert_same(two, one, rtol=1e-3, atol=1e-5)
+    # Adam divides by the gradient's size, and so enlarges rounding errors of small gradients.
+    assert_same(two, one, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.exhaustive

@@ -241,21 +241,6 @@ def test_an_experiment_whose_folder_is_moved_writes_nothing_more(common, whole, 
 
 
 @pytest.mark.exhaustive
-def test_an_arm_whose_folder_is_removed_writes_nothing_more(common, tmp_path, monkeypatch, capsys):
-    """Otherwise it would create the folder again, with only the later files."""
-    output, keep = tmp_path / "out", TextStudy.keep
-
-    def removes(self, *given):
-        keep(self, *given)
-        shutil.rmtree(self.context.folder)
-
-    monkeypatch.setattr(TextStudy, "keep", removes)
-    assert run(*common, *EXPERIMENT, "--seed", "42", "7", "--output_dir", output) == 1
-    assert "was moved or removed during training" in capsys.readouterr().err
-    assert not list(output.glob("*/lr-*/seed-*"))
-
-
-@pytest.mark.exhaustive
 def test_an_arm_that_was_killed_before_its_last_adapter_was_kept_keeps_it_when_it_goes_on(
     common, tmp_path, monkeypatch
 ):

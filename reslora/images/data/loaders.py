@@ -7,6 +7,7 @@ from collections.abc import Generator
 from torch.utils.data import DataLoader
 
 from ...errors import RunFailed, first_line
+from ...runtime.folder_lock import check_held
 from ...runtime.signals import SIGNALS
 
 
@@ -32,6 +33,7 @@ def stream(loader: DataLoader) -> Generator:
     try:
         yield from iterator
     except (OSError, EOFError, RuntimeError, SyntaxError, ValueError) as error:
+        check_held()  # if the run's folder was moved, that is why a file in it is missing
         raise RunFailed(_what_failed(error, loader.num_workers)) from None
     finally:
         if loader.num_workers:

@@ -44,7 +44,6 @@ from reslora.images.data.plan import Plan
 from reslora.images.data.samples import TrainingSamples, ValidationSamples, training_loader
 from reslora.images.initial_lora import add_adapters
 from reslora.images.model.loading import Model
-from reslora.images.output import exports
 from reslora.images.schedule import schedule_of
 from reslora.options.images import Options
 from reslora.runtime.log import of_split, read_log
@@ -504,36 +503,6 @@ def test_a_folder_that_is_moved_is_not_made_anew(base_flags, tmp_path, monkeypat
     assert not output.exists() and (moved / "lora" / "checkpoint-2").is_dir() == (moment == "step")
     assert main(*flags, moved, *RESUME) == 0
     assert not output.exists() and (moved / "lora" / "exports.json").is_file()
-
-
-MOMENTS = {
-    "start": (loop, "prepare"), "step": (loop, "take_step"), "save": (torch, "save"),
-    "merge": (exports, "as_plain_lora"),
-}  # fmt: skip
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_method_whose_folder_is_moved_does_not_go_on_into_a_new_one(
-    run, base_flags, tmp_path, monkeypatch, capsys, moment
-):
-    """It would contain only half of the log and checkpoints; the run resumes once the folder is back."""
-    folder, (place, name) = tmp_path / "out" / "lora", MOMENTS[moment]
-    flags, does = [*base_flags, "--method", "lora", "--output_dir", tmp_path / "out"], getattr(place, name)
-
-    def moved_before(*given, **more):
-        if folder.exists() and (folder / "checkpoint-2").exists() == (moment != "start"):
-            folder.rename(tmp_path / "moved")
-        return does(*given, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(place, name, moved_before)
-        line = failed(capsys, *flags)
-    assert f"{folder} was moved or removed during training" in line and "restore it" in line
-    assert not folder.exists()
-    (tmp_path / "moved").rename(folder)
-    assert main(*flags, *RESUME) == 0
-    assert_same(final_weights(tmp_path / "out", "lora"), final_weights(run, "lora"))
 
 
 @pytest.mark.exhaustive
