@@ -34,7 +34,7 @@ from .initial_lora import read_start, with_start
 from .memory.components import outline
 from .memory.plan import check_memory
 from .model.loading import find_model
-from .model.lora_files.combining import in_short
+from .model.lora_files.reducing import in_short
 from .model.objective import Objective, objective_of
 from .model_checks import (
     check_base_precision,

@@ -14,9 +14,9 @@ from ....errors import InvalidArgument, refused_as
 from ....io import read_object
 from ..families import FAMILIES, load_family
 from ..families.base import Family
-from .combining import cast, check_finite, in_short, in_words, reduced
 from .names import Names, names_of
 from .reading import Content, family_of, read_content, read_parts
+from .reducing import cast, check_finite, in_short, in_words, reduced
 from .writing import output_of, write
 
 APART = {"addition_embed_type": "text_time", "guidance_embeds": True}

@@ -1,6 +1,6 @@
-"""Sum LoRAs exactly, and approximate a LoRA at a smaller rank."""
+"""Approximate a LoRA at a smaller rank, cast and check its factors, and describe it in a line."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -8,32 +8,7 @@ from ....errors import InvalidArgument
 from ....export import Factors
 from ....formatting import pluralize
 from ....merging import truncate
-from .names import Layer, Parts, shaped
-
-
-def summed(loras: Sequence[Parts], weights: Sequence[float]) -> Parts:
-    """Return the weighted sum of LoRAs, `sum_i w_i s_i B_i A_i`, for every layer that at least one LoRA has.
-
-    The factors are [A_1; A_2; ...] and [w_1 s_1 B_1, w_2 s_2 B_2, ...]. If only one LoRA has a layer, its factors are
-    unchanged, and its scale is multiplied by the weight. Raises `ValueError` if LoRAs have different shapes for a
-    layer.
-    """
-    terms: dict[Layer, list[Factors]] = {}
-    for lora, weight in zip(loras, weights, strict=True):
-        for part, layers in lora.items():
-            for layer, factors in layers.items():
-                terms.setdefault((part, layer), []).append(factors._replace(scale=factors.scale * weight))
-    found: Parts = {}
-    for (part, layer), every in terms.items():
-        factors = every[0]
-        if len(every) > 1:
-            try:
-                up = torch.cat([each.up * each.scale for each in every], dim=1)
-                factors = Factors(torch.cat([each.down for each in every]), up, 1.0)
-            except RuntimeError:
-                raise ValueError(f"{part}.{layer} has different shapes in the LoRAs") from None
-        found.setdefault(part, {})[layer] = factors
-    return found
+from .names import Parts, shaped
 
 
 def reduced(parts: Mapping[str, Mapping[str, Factors]], rank: int) -> tuple[Parts, dict[str, float]]:
