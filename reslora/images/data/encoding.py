@@ -36,7 +36,7 @@ from .dataset import ImageDataset, data_flag
 from .images import NOTHING_COUNTS, crop_and_scale, crop_mask, crop_sizes, damage, passes
 from .loaders import stream, worker_options
 from .size import Size
-from .store import Encoded, Item, fill, share
+from .store import Encoded, Item, fill, remove_damaged, share
 
 CAPTIONS_AT_ONCE = 64
 MASKED = "masked-2"  # part of the cache's keys; change it whenever masks are read differently
@@ -112,9 +112,7 @@ def encode_texts(
         return Texts(None, places)
     encode_captions = family.encode_frozen if context.encoders else family.encode_captions
     keys = [derive(key, longest, text) for text in texts]
-    encoded = Encoded(
-        cache_folder(context.options.model, context.options.output), f"captions-{derive(key, longest):016x}", keys
-    )
+    encoded = _stored(f"captions-{derive(key, longest):016x}", keys, context)
     loaded = functools.cache(load_encoders)
 
     def encode(numbers: Sequence[int]) -> Generator[Item]:
@@ -134,7 +132,8 @@ def encode_texts(
             for position in range(len(some)):
                 yield {name: value[position].unsqueeze(0) for name, value in states.items()}
 
-    _filled(encoded, encode, context)
+    with _stops_with_others(context):
+        fill(encoded, encode, context.accelerator)
     return Texts(encoded, places)
 
 
@@ -244,7 +243,7 @@ def encode_images(
     `key` identifies the autoencoder. Only images whose latents are not on disk yet are opened and encoded.
     """
     keys = [derive(key, variants.key(index)) for index in range(len(variants))]
-    found = Encoded(cache_folder(context.options.model, context.options.output), f"latents-{derive(key):016x}", keys)
+    found = _stored(f"latents-{derive(key):016x}", keys, context)
     _fill(found, variants, lambda views: encoded(context.model.family, vae, views), "encoding image", context)
     return Latents(found, variants.count, range(len(variants))), found.problems()
 
@@ -255,9 +254,17 @@ def damaged_images(images: ImageDataset, context: ImageContext) -> dict[int, str
     Each image is opened once, and the result is cached for later runs.
     """
     keys = [derive(mark, context.options.training.masked_loss and MASKED) for mark in images.marks]
-    found = Encoded(cache_folder(context.options.model, context.options.output), "opened", keys)
+    found = _stored("opened", keys, context)
     _fill(found, Damages(images, context.options.training.masked_loss), lambda item: item, "opening image", context)
     return found.problems()
+
+
+def _stored(kind: str, keys: Sequence[int], context: ImageContext) -> Encoded:
+    """Return the items of the cache with these keys, without damaged ones."""
+    found = Encoded(cache_folder(context.options.model, context.options.output), kind, keys)
+    with _stops_with_others(context):
+        remove_damaged(found, context.accelerator)
+    return found
 
 
 def _fill(
@@ -281,14 +288,15 @@ def _fill(
                 bar.update()
                 context.status.count(phase, next(number), total)
 
-    with bar:
-        _filled(found, encode_images, context)
+    with bar, _stops_with_others(context):
+        fill(found, encode_images, context.accelerator)
 
 
-def _filled(found: Encoded, make: Callable[[Sequence[int]], Generator[Item]], context: ImageContext) -> None:
-    """Call `fill`; if it fails because another process has stopped on request, stop this process in the same way."""
+@contextlib.contextmanager
+def _stops_with_others(context: ImageContext) -> Generator[None]:
+    """If the block fails because another process has stopped on request, stop this process in the same way."""
     try:
-        fill(found, make, context.accelerator)
+        yield
     except RunFailed:
         context.stop.check(NOT_BEGUN)
         raise

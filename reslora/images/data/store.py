@@ -1,14 +1,15 @@
 """Store encoded items on disk, in safetensors files that several processes and runs write and share.
 
 Each item has one file, named by its key: a hash of everything that the item depends on. An item has one or several
-variants; every tensor in the file starts with the dimension of the variants. For an item that could not be encoded, a
-text file has the reason.
+variants; every tensor in the file starts with the dimension of the variants. The file's metadata has a checksum of the
+tensors. For an item that could not be encoded, a text file has the reason.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from ...errors import RunFailed, first_line
 from ...io import remove_leftovers, replacing
@@ -26,6 +27,7 @@ Item = Mapping[str, torch.Tensor] | str
 """The tensors of an item's variants, or the reason why the item could not be encoded."""
 
 TENSORS, REASON = ".safetensors", ".txt"
+CHECKSUM = "crc32"  # its name in the files' metadata
 
 
 class Encoded:
@@ -64,8 +66,15 @@ class Encoded:
     def missing(self) -> list[int]:
         """Return the numbers of the items that have no file; of items with the same key, only the first number."""
         there = {path.stem for path in self.folder.glob(f"{self.kind}-*{TENSORS}")} | self._reasons().keys()
+        return [number for number in self._distinct() if self.name(number) not in there]
+
+    def damaged(self) -> list[Path]:
+        """Return the files whose content does not have the checksum that was stored with it."""
+        return [path for number in self._distinct() if _is_damaged(path := self.folder / (self.name(number) + TENSORS))]
+
+    def _distinct(self) -> list[int]:
         _, first = np.unique(self.keys, return_index=True)
-        return [number for number in np.sort(first).tolist() if self.name(number) not in there]
+        return np.sort(first).tolist()
 
     def _reasons(self) -> dict[str, str]:
         found = {path.stem: path.read_text(encoding="utf-8") for path in self.folder.glob(f"{self.kind}-*{REASON}")}
@@ -78,7 +87,34 @@ class Encoded:
             if isinstance(item, str):
                 temporary.write_text(item, encoding="utf-8")
             else:
-                save_file({name: value.cpu().contiguous() for name, value in item.items()}, temporary)
+                tensors = {name: value.cpu().contiguous() for name, value in item.items()}
+                save_file(tensors, temporary, metadata={CHECKSUM: _checksum(tensors)})
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """Return the checksum of the tensors' names, shapes, dtypes and bytes."""
+    return f"{zlib.crc32(save(tensors)):08x}"
+
+
+def _is_damaged(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+            return (file.metadata() or {}).get(CHECKSUM) != _checksum(tensors)
+    except SafetensorError:
+        return True
+    except FileNotFoundError:  # nothing is stored yet
+        return False
+
+
+def remove_damaged(encoded: Encoded, accelerator: Accelerator) -> None:
+    """Remove damaged files, so that `fill` writes them again, and print a warning; one process per machine does so."""
+    if accelerator.is_local_main_process and (damaged := encoded.damaged()):
+        for path in damaged:
+            path.unlink(missing_ok=True)
+        what = f"{damaged[0]} is" if len(damaged) == 1 else f"{len(damaged)} files, such as {damaged[0]}, are"
+        print(f"warning: {what} damaged or without a checksum; encoding the content again", flush=True)
+    wait()
 
 
 def fill(encoded: Encoded, make: Callable[[Sequence[int]], Generator[Item]], accelerator: Accelerator) -> None:

@@ -129,6 +129,23 @@ def test_a_second_run_encodes_nothing(brief_flags, tmp_path, monkeypatch):
 
 
 @pytest.mark.exhaustive
+def test_damaged_latents_and_captions_are_encoded_again(brief_flags, tmp_path):
+    """Their bytes are zero, or a single bit is another one; the headers are intact."""
+    flags = [*brief_flags, "--cache_dir", tmp_path / "cache"]
+    assert main(*flags, "--output_dir", tmp_path / "one") == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")}
+    for path, content in files.items():
+        header = 8 + int.from_bytes(content[:8], "little")
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
+        path.write_bytes(content[:header] + bytes(len(content) - header) if "latents" in path.name else flipped)
+    lines = printed(*flags, "--output_dir", tmp_path / "two")
+    for kind in ("latents-", "captions-"):
+        only(lines, "warning: ", kind, "damaged", "encoding the content again")
+    assert {path: path.read_bytes() for path in files} == files
+    assert losses(tmp_path / "one", "lora") == losses(tmp_path / "two", "lora")
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("part", "encoder"), [("text_encoder/model", CLIPTextModel), ("vae/diffusion_pytorch_model", AutoencoderKL)]
 )

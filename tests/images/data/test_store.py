@@ -10,12 +10,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from launching import launch
+from safetensors.torch import save_file
 from waiting import LIMIT
 
 from images.runs import leave_behind
 from reslora.errors import RunFailed
 from reslora.images.data import store
-from reslora.images.data.store import Encoded, fill, share
+from reslora.images.data.store import Encoded, fill, remove_damaged, share
 from reslora.runtime.folder_lock import locked
 
 
@@ -119,6 +120,25 @@ def test_a_file_with_a_damaged_header_is_named_with_what_helps(tmp_path, acceler
         path.write_bytes(damaged)
         with pytest.raises(OSError, match=rf"^{path} is damaged .*remove it"):
             found.read(0)
+
+
+@pytest.mark.parametrize("damage", ["bit", "short", "no checksum"])
+def test_a_damaged_file_is_written_again_and_named(tmp_path, accelerator, capsys, damage):
+    found = filled(tmp_path, [5, 6], accelerator)
+    path = tmp_path / f"{found.name(0)}.safetensors"
+    content = path.read_bytes()
+    if damage == "no checksum":
+        save_file({name: value.contiguous() for name, value in numbered(5).items()}, path)
+    else:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if damage == "bit" else content[:-1])
+    remove_damaged(found, accelerator)
+    warning = f"warning: {path} is damaged or without a checksum; encoding the content again\n"
+    assert capsys.readouterr().out == warning
+    made = []
+    assert values(filled(tmp_path, [5, 6], accelerator, made=made)) == [5, 6] and made == [5]
+    assert path.read_bytes() == content
+    remove_damaged(found, accelerator)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_reason_that_a_crash_has_emptied_is_found_again(tmp_path, accelerator):
