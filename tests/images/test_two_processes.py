@@ -61,7 +61,7 @@ UNTIL_HEARD = 'while not (folder / "heard").exists() and time.monotonic() < end:
 FULL = "raise OSError(28, 'No space left on device', 'checkpoint-2')"
 
 
-@pytest.mark.parametrize("to", ["launcher", "first"])  # `benchmarks/kills.py` tries more
+@pytest.mark.parametrize("to", ["launcher", "first"])
 def test_a_stop_while_the_first_saves_is_met_by_all(flags, whole, tmp_path, to):
     output, script, printed = tmp_path / "out", tmp_path / "slow.py", tmp_path / "stopped.txt"
     script.write_text(SLOW.format(path=[str(FOLDER.parent.parent)], folder=str(tmp_path), meanwhile=UNTIL_HEARD))
