@@ -16,7 +16,6 @@ sys.path.insert(0, str(BENCHMARKS))
 import experiment_statistics  # noqa: E402
 import measured  # noqa: E402
 import paper_report  # noqa: E402
-import racing  # noqa: E402
 import scale  # noqa: E402
 import speed  # noqa: E402
 import speed_merge  # noqa: E402
@@ -158,12 +157,6 @@ def test_settings_are_kept_with_the_figures(results, monkeypatch):
     trainer.main()
     found = kept(results, "trainer/memory")
     assert found["settings"]["steps"] == 30 and found["rounds"] == {"step": [30]}
-
-
-def test_the_kept_figures_of_the_race_are_those_of_the_present_rules():
-    kept = json.loads((BENCHMARKS / "results" / "experiment" / "racing.json").read_text())
-    assert kept["measured"] == json.loads(json.dumps(racing.figures(list(racing.grids()))))
-    assert kept["met"]["measured, 5 or more rates"] and not kept["met"]["measured, all"]
 
 
 def simulated(results, monkeypatch, name: str, **settings) -> dict:

@@ -3,7 +3,8 @@
 The race starts at the middle learning rate. The neighbors of the best one so far follow, the lower one first, until
 both are worse. A run is stopped early at the first measurement at which it is clearly worse than the best finished run
 with the same seed at the same step. A lower learning rate is slower at first and may catch up, so it is compared from
-half of the steps on, with a larger margin. `benchmarks/racing.py` simulates these rules.
+half of the steps on, with a larger margin. `benchmarks/results/experiment/racing.json` has simulations
+of these rules.
 """
 
 import itertools
