@@ -51,7 +51,6 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from measured import ROOT, Others, keep
 from peft import LoraConfig
-from plan_memory import memory_changes
 from safetensors.torch import save_file
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -379,7 +378,9 @@ def peak_of(work: Callable[[], None], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         work()
-    return max(itertools.accumulate(change for _, change in memory_changes(found)))
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events)
+    return max(itertools.accumulate(change for _, change in changes))
 
 
 # -- processes and export ----------------------------------------------------------------------------------------------
