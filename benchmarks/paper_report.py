@@ -408,7 +408,7 @@ def speed_tables() -> str:
 
 
 def speed_rows(found: dict) -> list[list[str]]:
-    """Return the rows of one measurement: step times over PEFT's, seconds, ratios by round, or rates by workers."""
+    """Return the rows of one measurement: step times over PEFT's, seconds, or ratios by round."""
     if "shortcuts" in found:
         return [[name, step_figures(figures, found)] for name, figures in found["shortcuts"].items()]
     if "depth" in found:
@@ -431,12 +431,7 @@ def speed_rows(found: dict) -> list[list[str]]:
             for model, figures in found["merging"].items()
             for method in ("lstsq", "weights", "exact")
         ]
-    if "workers" in found:
-        rows = [["finding the images and checking their headers", f"{found['scan_seconds']:.1f} s"]]
-        for count, rates in found["workers"].items():
-            rows += [[f"{count} processes, {name}", f"{value:.3g}"] for name, value in rates.items()]
-        return rows
-    return [[name, over_rounds(values)] for name, values in (found.get("ratios") or found["rounds"]).items()]
+    return [[name, over_rounds(values)] for name, values in found["ratios"].items()]
 
 
 def step_figures(figures: dict, found: dict) -> str:

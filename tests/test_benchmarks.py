@@ -141,24 +141,6 @@ def test_scale_measures_three_runs_of_each_size_and_says_how_quiet_it_was(result
     ]
 
 
-def test_overhead_is_measured_on_a_device_that_computes_nothing(results, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["trainer.py", "overhead", "--device_ms", "1", "--batch", "2", "--steps", "3"])
-    trainer.main()
-    found = kept(results, "trainer/overhead")
-    ((name, figures),) = found["overhead"].items()
-    assert name == "batch 2, 1 ms a step" and 0 <= figures["idle"] < 1 and figures["host_seconds"] > 0
-    (row,) = paper_report.speed_rows(found)
-    assert row[0].startswith(name) and row[1].endswith("%")
-
-
-def test_settings_are_kept_with_the_figures(results, monkeypatch):
-    monkeypatch.setattr(trainer, "memory", lambda args: {"rounds": {"step": [args.steps]}})
-    monkeypatch.setattr(sys, "argv", ["trainer.py", "memory", "--steps", "30"])
-    trainer.main()
-    found = kept(results, "trainer/memory")
-    assert found["settings"]["steps"] == 30 and found["rounds"] == {"step": [30]}
-
-
 def simulated(results, monkeypatch, name: str, **settings) -> dict:
     few = {"SEEDS": (2, 3), "IMAGES": (10,), "VARIANCES": ((1, 0, 0.1),), "FEW_VARIANCES": ((1, 0, 0.1),)}
     for constant, value in (few | {"ESTIMATED": 3} | settings).items():
