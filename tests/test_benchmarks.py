@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -16,21 +15,10 @@ sys.path.insert(0, str(BENCHMARKS))
 import experiment_statistics  # noqa: E402
 import measured  # noqa: E402
 import paper_report  # noqa: E402
-import scale  # noqa: E402
 import speed  # noqa: E402
 import speed_merge  # noqa: E402
 import speed_steps  # noqa: E402
 import trainer  # noqa: E402
-from watched import WARM_UP, Watched  # noqa: E402
-
-STEPPING = """
-import sys, torch
-parameter = torch.nn.Parameter(torch.ones(2))
-optimizer = torch.optim.AdamW([parameter])
-for _ in range(int(sys.argv[1])):
-    parameter.sum().backward()
-    optimizer.step()
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -88,57 +76,16 @@ def test_merging_at_scale_is_kept_and_drawn(results, monkeypatch):
     assert not loud["quiet"] and not any(figures.endswith(" s") for _, figures in paper_report.speed_rows(loud))
 
 
-def run(step: float, first: float = 10.0, peak: int = 100, steps: int = 40) -> Watched:
-    """Return the record of a watched script: its first step ended at `first`, the others `step` seconds apart."""
-    found = Watched.__new__(Watched)
-    found.ends = [first + step * i for i in range(steps)]
-    found.resident, found.peaks = [peak] * steps, [peak] * steps
-    found.peak_at_last_step, found.peak_of_process, found.seconds = peak, 2 * peak, found.ends[-1]
-    return found
-
-
 @pytest.mark.exhaustive
-def test_steps_of_a_watched_script_are_counted_and_timed(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(STEPPING)
-    (tmp_path / "out").mkdir()
-    found = Watched(script, [str(WARM_UP + 4)], tmp_path / "out")
-    assert len(found.ends) == WARM_UP + 4 and found.ends == sorted(found.ends)
-    durations = found.durations()
-    assert len(durations) == 4 and found.step == statistics.median(durations)
-    assert found.peak_of_process >= found.resident[-1] > 0
-    assert set(found.figures()) >= {"step", "until_first_step", "seconds"}
-
-
-def test_scale_measures_three_runs_of_each_size_and_says_how_quiet_it_was(results, monkeypatch):
-    commands = []
-
-    def watched(script: Path, flags: list[str], folder: Path) -> Watched:
-        commands.append(flags)
-        cache = Path(flags[flags.index("--cache_dir") + 1]) / "encoded"
-        cache.mkdir(parents=True, exist_ok=True)
-        (cache / "latents.safetensors").write_bytes(bytes(5 * 2**20))
-        found = run(0.5, 10.0, 300 * 2**20)
-        found.peak_anonymous = 200 * 2**20
-        return found
-
-    monkeypatch.setattr(scale, "Watched", watched)
-    monkeypatch.setattr(measured.Others, "__call__", lambda self: {"quiet": False})
-    monkeypatch.setattr(sys, "argv", ["trainer.py", "scale", "--images", "3", "--captions", "1000"])
+def test_growth_with_the_data_is_measured(results, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["trainer.py", "scale", "--images", "3", "--captions", "--steps", "7"])
     trainer.main()
     found = kept(results, "trainer/scale")
-    assert not found["quiet"]
     assert [(row["data"], row["run"]) for row in found["scale"]] == [
-        (data, run) for data in ("3 images", "1000 captions") for run in ("first", "second", "uncached")
+        ("3 images", run) for run in ("first", "second", "uncached")
     ]
-    assert ["--no-cache_latents" in flags for flags in commands] == [False, False, True] * 2
-    assert len({flags[flags.index("--cache_dir") + 1] for flags in commands}) == 2
     (first, *_) = paper_report.speed_rows(found)
-    assert first == [
-        "3 images, first run",
-        "200 MiB of anonymous memory, 300 MiB of resident memory, 5 MiB of encoded data on disk, "
-        "10 s to the first step (on a busy machine)",
-    ]
+    assert first[0] == "3 images, first run" and "s to the first step" in first[1]
 
 
 def simulated(results, monkeypatch, name: str, **settings) -> dict:

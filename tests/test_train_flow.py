@@ -80,23 +80,18 @@ def run(tmp_path, tokenizer, monkeypatch):
     return train
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
-def test_what_is_written_draws_in_stock_diffusers(run, dtype):
-    folder = run("short", steps=2) / "pipeline"
-    pipeline = DiffusionPipeline.from_pretrained(folder, **({"dtype": dtype} if dtype else {}))
+def test_what_is_written_draws_in_stock_diffusers(run):
+    pipeline = DiffusionPipeline.from_pretrained(run("short", steps=2) / "pipeline")
     assert isinstance(pipeline, ZImagePipeline) and isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
     modules = (pipeline.transformer, pipeline.vae, pipeline.text_encoder)
-    assert {module.dtype for module in modules} == {dtype or torch.float32}
+    assert {module.dtype for module in modules} == {torch.float32}
     images = pipeline(["red apple", "cat"], height=64, width=64, num_inference_steps=2, output_type="pt").images
     assert images.shape == (2, 3, 64, 64) and images.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
-def test_bundled_flow_pipeline_draws_on_white_in_every_dtype(dtype):
-    pipeline = DiffusionPipeline.from_pretrained(ASSETS / "pipeline-flow", **({"dtype": dtype} if dtype else {}))
+def test_bundled_flow_pipeline_draws_on_white():
+    pipeline = DiffusionPipeline.from_pretrained(ASSETS / "pipeline-flow")
     pipeline.set_progress_bar_config(disable=True)
-    modules = (pipeline.transformer, pipeline.vae, pipeline.text_encoder)
-    assert {module.dtype for module in modules} == {dtype or torch.float32}
     setting = {"num_inference_steps": 10, "guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "pt"}
     image = pipeline("red apple", generator=torch.Generator().manual_seed(0), **setting).images[0].float()
     assert image.shape == (3, 64, 64) and image[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean() > 0.9

@@ -17,7 +17,7 @@ from captions import VALIDATION_PROMPTS, is_held_out, is_known, words
 from checkpoint import load_checkpoint, save_checkpoint
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.training_utils import EMAModel
-from evaluate import contact_sheet, draw
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -50,6 +50,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report_every", type=int, default=500, help="steps between held-out losses")
     parser.add_argument("--save_minutes", type=float, default=3)
     parser.add_argument("--seed", type=int, default=0)
+
+
+def draw(
+    pipeline: DiffusionPipeline, prompts: list[str], seed: int = 0, steps: int = 25, guidance: float = 4.0
+) -> list[Image.Image]:
+    """One picture of 64x64 for each prompt; picture i comes from seed + i."""
+    setting = {"num_inference_steps": steps, "guidance_scale": guidance, "height": 64, "width": 64}
+    pictures = []
+    for first in range(0, len(prompts), 20):
+        part = list(prompts[first : first + 20])
+        generator = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
+        pictures += pipeline(part, generator=generator, **setting).images
+    return pictures
+
+
+def contact_sheet(pictures: list[Image.Image], columns: int = 8, zoom: int = 2) -> Image.Image:
+    """The pictures in rows of `columns`, without their captions."""
+    side = pictures[0].width * zoom
+    sheet = Image.new("RGB", (columns * side, -(-len(pictures) // columns) * side), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture.resize((side, side), Image.NEAREST), (i % columns * side, i // columns * side))
+    return sheet
 
 
 @dataclass
