@@ -4,7 +4,6 @@
     python benchmarks/speed.py steps --model sd15 --device cuda --dtype bfloat16
     python benchmarks/speed.py depth            # the same by the length of a chain and by pre_num
     python benchmarks/speed.py merge            # a U-Net of Stable Diffusion 1.5's size; SDXL, Flux, LLaMA-7B by layers
-    python benchmarks/speed.py start            # import time, and the time to `train_sd.py --help`
 
 A ratio is the median over rounds of (ResLoRA step / PEFT step). Steps alternate, so that the machine's state affects
 both equally; the quartiles show the spread. The paper reports 1.07 (input), 1.79 (block, 4) and 1.36 (middle, 4). The
@@ -14,14 +13,12 @@ figures are printed and written to benchmarks/results/speed/; `paper.py report` 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import time
 
 import speed_merge
 import speed_steps
 import torch
-from measured import ROOT, Others, keep
+from measured import Others, keep
 from peft import LoraConfig
 
 import reslora
@@ -33,13 +30,13 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
-    {"steps": speed_steps.steps, "depth": speed_steps.depth, "merge": merge, "start": start}[args.what](args)
+    {"steps": speed_steps.steps, "depth": speed_steps.depth, "merge": merge}[args.what](args)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("steps", "depth", "merge", "start"))
+    parser.add_argument("what", choices=("steps", "depth", "merge"))
     parser.add_argument("--model", choices=tuple(speed_steps.MODELS), nargs="+", default=["llama", "bundled"])
     parser.add_argument("--rounds", type=int, default=21, help="how often every step is taken in turn")
     parser.add_argument("--device", default="cpu")
@@ -63,32 +60,6 @@ def merge(args: argparse.Namespace) -> None:
         print(f"sd15     {shortcut}(4) by {report.method}: {time.perf_counter() - began:.2f} s", flush=True)
     keep("speed/merge", {**others(), "seconds": seconds})
     speed_merge.at_scale(args)
-
-
-def start(args: argparse.Namespace) -> None:
-    """Measure the time of imports and of `train_sd.py --help`."""
-    trainer = [str(ROOT / "train_sd.py"), "--help"]
-    commands = {
-        "import peft": ["-c", "import peft"],
-        "import peft, transformers.pytorch_utils": ["-c", "import peft, transformers.pytorch_utils"],
-        "from reslora import connect": ["-c", "from reslora import connect"],
-        "train_sd.py --help": trainer,
-    }
-    others = Others()
-    seconds = {what: command_time(words) for what, words in commands.items()}
-    for what, time_taken in seconds.items():
-        print(f"{what:<42} {time_taken:.2f} s", flush=True)
-    keep("speed/start", {**others(), "seconds": seconds})
-
-
-def command_time(words: list[str]) -> float:
-    """Return the shortest of three wall times of a Python command, in seconds."""
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, *words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-        times.append(time.perf_counter() - began)
-    return min(times)
 
 
 if __name__ == "__main__":
