@@ -1,7 +1,7 @@
 """Measure the paper's claims with the project's trainers, store all figures, and create tables and plots.
 
     python benchmarks/paper.py list                 # the experiments, and which have run
-    python benchmarks/paper.py run                  # the required experiments, the quickest first
+    python benchmarks/paper.py run                  # all experiments, the quickest first
     python benchmarks/paper.py run sst2 svamp       # only these
     python benchmarks/paper.py report               # tables and plots in RESULTS.md from the results
 
@@ -28,7 +28,7 @@ import random
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import paper_models
@@ -49,19 +49,10 @@ VARIANTS = {
     "is": ["--method", "reslora", "--shortcut", "input"],
     "bs(4)": ["--method", "reslora", "--shortcut", "block", "--pre_num", "4"],
     "ms(4)": ["--method", "reslora", "--shortcut", "middle", "--pre_num", "4"],
-    "adalora": ["--method", "adalora"],
-    "loha": ["--method", "loha"],
-    "lokr": ["--method", "lokr"],
-    "lora r=16": ["--method", "lora", "--lora_r", "16", "--lora_alpha", "32"],
 }
-for _number in (0, 1, 2, 3, 5, -1):
-    for _name, _shortcut in (("bs", "block"), ("ms", "middle")):
-        _flags = ["--method", "reslora", "--shortcut", _shortcut, "--pre_num", str(_number)]
-        VARIANTS[f"{_name}({_number})"] = _flags
 QUADRUPLE_ALPHA = {"train_sd.py": 128, "train_llm.py": 32, "train_glue.py": 32}
 MAIN = ("lora", "lora_x2", "is", "bs(4)", "ms(4)")
 APPROXIMATE = ("lora", "lora_x2", "is", "ms(4)")  # without bs, whose merge is exact
-SWEEP = tuple(f"{name}({number})" for name in ("bs", "ms") for number in (0, 1, 2, 3, 4, 5, -1))
 
 
 @dataclass(frozen=True)
@@ -77,10 +68,7 @@ class Experiment:
     flags: tuple[str, ...]
     score: str
     """The figure of validation rows that selects the learning rate; a loss is better lower, all others higher."""
-    required: bool = True
     seeds: tuple[int, ...] = (0, 1, 2)
-    rates_of: str | None = field(default=None)
-    """Another experiment whose chosen learning rates are used (that of `lora` for a variant it doesn't have)."""
 
 
 def glue(task: str, score: str, steps: int, variants=APPROXIMATE, rates=(1e-3, 3e-3), **more) -> Experiment:
@@ -107,7 +95,6 @@ IMAGES = (
     *("--max_train_steps", 200, "--checkpointing_steps", 200, "--validation_steps", 20, "--validation_split", 0.2),
     *("--validation_prompt", "sailboat", "--num_inference_steps", 4, "--report_to", "none", "--snr_gamma", 0),
 )
-BASELINES = ("lora r=16", "adalora", "loha", "lokr")
 
 # In the order in which they run, the quickest first.
 EXPERIMENTS = {
@@ -117,8 +104,6 @@ EXPERIMENTS = {
     ),
     "sst2": glue("sst2", "accuracy", 240, rates=(2e-3,)),
     "svamp": svamp("Figure 1, Tables 1, 3, 6, 7 and 9", (*MAIN, "lora_x4")),
-    "pre_num": svamp("Table 4, Figures 4 to 7", SWEEP, required=False, seeds=(0,), rates_of="svamp"),
-    "sst2-more": glue("sst2", "accuracy", 240, ("bs(4)", *BASELINES), rates=(2e-3,), required=False),
 }  # fmt: skip
 
 
@@ -133,7 +118,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--llm", default=LLM, help="causal model, folder or name on the hub")
     parser.add_argument("--encoder", default=ENCODER, help="encoder for GLUE, folder or name on the hub")
     parser.add_argument("--text", type=Path, metavar="FOLDER", help="holds <task>/{train,validation,test}.jsonl")
-    parser.add_argument("--all", action="store_true", help="run the optional experiments too")
     return parser
 
 
@@ -142,7 +126,7 @@ def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
     check_names(parser, args.experiments, EXPERIMENTS)
-    chosen = args.experiments or [name for name, e in EXPERIMENTS.items() if e.required or args.all]
+    chosen = args.experiments or list(EXPERIMENTS)
     if args.what == "list":
         print_list()
     elif args.what == "run":
@@ -157,8 +141,7 @@ def print_list() -> None:
     """Print each experiment and its number of results."""
     for name, experiment in EXPERIMENTS.items():
         done = len(list((RESULTS / name).glob("*.json")))
-        kind = "required" if experiment.required else "optional"
-        print(f"{name:<10} {kind}, {experiment.shows}: {done} results")
+        print(f"{name:<10} {experiment.shows}: {done} results")
 
 
 # -- trainings ---------------------------------------------------------------------------------------------------------
@@ -178,33 +161,24 @@ def chosen_rate(name: str, variant: str, args: argparse.Namespace) -> float:
     experiment = EXPERIMENTS[name]
     if len(experiment.rates) == 1:
         return experiment.rates[0]
-    if experiment.rates_of:
-        source = EXPERIMENTS[experiment.rates_of]
-        alike = f"{variant.split('(')[0]}(4)"
-        known = next(v for v in (variant, alike, "lora") if v in source.variants)
-        return chosen_rate(experiment.rates_of, known, args)
     scores = {}
     for rate in experiment.rates:
-        rows = [row for row in training(name, variant, rate, 0, args, search=True)["log"] if experiment.score in row]
+        rows = [row for row in training(name, variant, rate, 0, args)["log"] if experiment.score in row]
         score = [row for row in rows if row["split"] == "validation"][-1][experiment.score]
         scores[rate] = score if experiment.score == "loss" else -score
     return min(scores, key=scores.get)
 
 
-def training(name: str, variant: str, rate: float, seed: int, args: argparse.Namespace, search: bool = False) -> dict:
-    """Return the result of one training, from its file or by training.
-
-    On the bundled pipeline, the search uses the same trainings as the final ones; text tasks have another test split.
-    """
+def training(name: str, variant: str, rate: float, seed: int, args: argparse.Namespace) -> dict:
+    """Return the result of one training, from its file or by training."""
     experiment = EXPERIMENTS[name]
-    search = search and experiment.script != "train_sd.py"
-    key = f"{'search-' if search else ''}{variant.replace(' ', '-')}-lr{rate:g}-seed{seed}"
+    key = f"{variant}-lr{rate:g}-seed{seed}"
     path = RESULTS / name / f"{key}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     folder = SCRATCH / name / key
     shutil.rmtree(folder, ignore_errors=True)
-    flags = [*flags_of(experiment, variant, seed, args, search), "--learning_rate", f"{rate:g}"]
+    flags = [*flags_of(experiment, variant, seed, args), "--learning_rate", f"{rate:g}"]
     print(f"{name}: {key}", flush=True)
     launch(experiment.script, [*flags, "--output_dir", str(folder)], folder.parent / f"{key}.log")
     method = folder / variant_method(variant) if experiment.script == "train_sd.py" else folder
@@ -215,14 +189,14 @@ def training(name: str, variant: str, rate: float, seed: int, args: argparse.Nam
     else:
         result |= condensed(json.loads((folder / "results.json").read_text(encoding="utf-8")))
         result["norms"] = norms(folder / "peft" / "adapter_model.safetensors", scale_of(folder / "peft"))
-        if experiment.script == "train_llm.py" and variant in ("is", "ms(4)") and experiment.required and not search:
+        if experiment.script == "train_llm.py" and variant in ("is", "ms(4)"):
             result["calibration"] = calibration_study([*flags, "--output_dir", str(folder)], experiment.task, args)
     write_json(path, result)
     shutil.rmtree(folder)
     return result
 
 
-def flags_of(experiment: Experiment, variant: str, seed: int, args: argparse.Namespace, search: bool) -> list[str]:
+def flags_of(experiment: Experiment, variant: str, seed: int, args: argparse.Namespace) -> list[str]:
     """Return the options of one training."""
     flags = [*map(str, experiment.flags), *VARIANTS[variant], "--seed", str(seed)]
     if variant == "lora_x4":
@@ -233,7 +207,7 @@ def flags_of(experiment: Experiment, variant: str, seed: int, args: argparse.Nam
         flags.append("--use_cpu")
     model, task = (args.llm, "--task") if experiment.script == "train_llm.py" else (args.encoder, "--task_name")
     flags += ["--model_name_or_path", model, task, experiment.task, "--report_to", "none"]
-    return [*flags, "--data_dir", str(split_data(experiment, args, search))]
+    return [*flags, "--data_dir", str(split_data(experiment, args))]
 
 
 def variant_method(variant: str) -> str:
@@ -258,11 +232,10 @@ def launch(script: str, flags: list[str], log: Path) -> None:
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def split_data(experiment: Experiment, args: argparse.Namespace, search: bool) -> Path:
+def split_data(experiment: Experiment, args: argparse.Namespace) -> Path:
     """Write a folder of the task's files in which a tenth of the training examples is held out for selection.
 
-    In the search, the held-out examples are the validation (and test) split. In the final trainings, which leave them
-    out as well, the task's own test or validation file is the test split. Both text trainers read such folders.
+    The task's own test or validation file is the test split. Both text trainers read such folders.
     """
     if args.text is None:
         raise SystemExit("--text: missing; give a folder that holds <task>/train.jsonl and so on")
@@ -272,11 +245,11 @@ def split_data(experiment: Experiment, args: argparse.Namespace, search: bool) -
     held_out = min(1000, len(rows) // 10) if experiment.script == "train_glue.py" else min(100, len(rows) // 7)
     chosen, rows = rows[:held_out], rows[held_out:]
     own = source / ("test.jsonl" if (source / "test.jsonl").is_file() else "validation.jsonl")
-    judged = chosen if search else read_lines(own)[:1000]
-    folder = SCRATCH / "data" / f"{experiment.task}-{'search' if search else 'final'}"
+    judged = read_lines(own)[:1000]
+    folder = SCRATCH / "data" / experiment.task
     files = {"train": rows, "validation": chosen, "test": judged}
     if experiment.script == "train_glue.py":
-        files = {"train": rows, "validation": chosen if search else read_lines(source / "validation.jsonl")}
+        files = {"train": rows, "validation": read_lines(source / "validation.jsonl")}
     folder.mkdir(parents=True, exist_ok=True)
     for split, lines in files.items():
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")

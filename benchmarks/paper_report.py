@@ -65,7 +65,7 @@ def results_of(name: str, variants: Iterable[str]) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for path in sorted((RESULTS / name).glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        if not path.name.startswith("search-") and "variant" in result:
+        if "variant" in result:
             found.setdefault(result["variant"], []).append(result)
     chosen = {}
     for variant in variants:
@@ -89,8 +89,6 @@ def section(name: str, experiments: dict) -> str:
     parts = [f"Seeds per method: {numbers}. Values with ± are mean and standard deviation over the seeds."]
     if any(found for found in results.values()):
         parts += [convergence(name, results), rates(name, experiment), merges(results), calibration(results)]
-    if name == "pre_num":
-        parts += [sweep(results), heat_maps(name, results)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -331,45 +329,6 @@ def examples_in_words(name: str) -> str:
     """Return "128 examples" for the name "128", and "128 examples of gsm8k" for "128 of gsm8k"."""
     number, *task = name.split(" ", 1)
     return " ".join([number, "examples", *task])
-
-
-# -- pre_num (Table 4, Figures 4 to 7) ---------------------------------------------------------------------------------
-
-
-def sweep(results: dict[str, list[dict]]) -> str:
-    """Return a table of final figures by `pre_num`."""
-    figures = list(next(iter(results.values()))[0]["table"]["unmerged"])
-    rows = [[v, *(cell(found, "unmerged", figure) for figure in figures)] for v, found in results.items()]
-    return table(["method(pre_num)", *(f"unmerged {figure}" for figure in figures)], rows)
-
-
-def heat_maps(name: str, results: dict[str, list[dict]]) -> str:
-    """Plot Frobenius norms of the merged updates minus LoRA's, with blocks as rows and pre_num as columns."""
-    lora = results_of("svamp", ["lora"]).get("lora")
-    if not lora:
-        return ""
-    base, links = lora[0]["norms"], []
-    for kind in ("bs", "ms"):
-        shown = {v: found[0]["norms"] for v, found in results.items() if v.startswith(kind)}
-        layers = [layer for layer in base if all(layer in norms for norms in shown.values())]
-        if not shown or not layers:
-            continue
-        values = [[norms[layer] - base[layer] for norms in shown.values()] for layer in layers]
-        figure, axis = plt.subplots(figsize=(6, 0.16 * len(layers) + 1.2), layout="constrained")
-        limit = max(abs(value) for row in values for value in row)
-        image = axis.imshow(values, cmap="coolwarm", vmin=-limit, vmax=limit, aspect="auto")
-        axis.set_xticks(range(len(shown)), list(shown))
-        axis.set_yticks(range(len(layers)), [short(layer) for layer in layers], fontsize=6)
-        axis.set_title("Frobenius norm of the merged update minus LoRA's")
-        figure.colorbar(image)
-        links.append(f"![{kind}]({saved(figure, f'{name}-{kind}.png')})")
-    return "\n".join(links)
-
-
-def short(layer: str) -> str:
-    """Return the number and the last component of a layer's name."""
-    number = re.search(r"\.(\d+)\.", layer)
-    return f"{number[1] if number else ''} {layer.rpartition('.')[2]}"
 
 
 # -- cost (Table 8), and what has run ----------------------------------------------------------------------------------

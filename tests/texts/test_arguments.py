@@ -94,7 +94,7 @@ def test_the_defaults_are_the_papers():
 
 
 def test_short_texts_are_calibrated_on_more_examples():
-    """With at least as many tokens per layer input as in the measurement (`benchmarks/merge_limits.py`)."""
+    """With at least as many tokens per layer input as in the table of RESULTS.md."""
     counts = [resolve(kind, {}).adapter.merge_calibration_samples for kind, _ in SCRIPTS]
     assert counts == [64, 256]
     assert read(GlueOptions, "x", ["--calibration_examples", "8"]).adapter.merge_calibration_samples == 8
