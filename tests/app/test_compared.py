@@ -80,16 +80,6 @@ def test_numbers_and_curves_by_hand(run, monkeypatch):
     assert [loss for _, loss in train] == pytest.approx([1.0, 1.5, *range(2, 30)])
 
 
-def test_numbers_of_a_method_that_is_not_as_far_say_of_which_step_they_are(run):
-    assert "at step" not in compared.numbers(run, 4).replace("Numbers at step 4", "")
-    log = run.folder / "reslora" / "log.jsonl"
-    log.write_text("".join(line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= 2))
-    shown = compared.numbers(run, 4)
-    assert ">LoRA<small>at step 4</small>" in shown and ">ResLoRA<small>at step 2</small>" in shown
-    log.write_text("")
-    assert "ResLoRA</th>" in compared.numbers(run, 4)  # it has not begun
-
-
 def beside(folder, *others: dict, **config) -> Run:
     """A run, and other runs with other settings to compare with it."""
     config = {"seed": 3, "validation_split": 0.1, "validation_prompt": ["red disc", "box"]} | config
@@ -138,14 +128,3 @@ def test_what_keeps_runs_from_being_compared_is_said(tmp_path, changes, told, co
     assert told in said and differences(replace(run, beside=())) == ""
     assert ("can be compared" in said, "same held-out images; one seed" in said) == compares
     assert ("lowest" in compared.numbers(run, 4)) == compares[1]
-
-
-def test_images_that_have_changed_in_their_folder_are_noticed(tmp_path):
-    """By their losses before training; no setting shows it."""
-    run = beside(tmp_path, {})
-    log = run.folder / "lora" / "log.jsonl"
-    log.write_text(log.read_text().replace('"loss": 2.0', '"loss": 2.1'))
-    assert "differ in losses before training" in differences(run) and "not comparable" in differences(run)
-    assert "lowest" not in compared.numbers(run, 4)
-    none = beside(tmp_path / "none", {}, validation_split=None)
-    assert "No images are held out" in differences(none)

@@ -211,12 +211,6 @@ def test_a_program_puts_a_folder_in_order(address, folder):
     client.predict("set", "0.png", "red disc", "one", api_name="/set_caption")
     with pytest.raises(AppError, match=r"0\.png was changed in the meantime"):
         client.predict("set", "0.png", "red disc", "two", api_name="/set_caption")
-    client.predict("set", ["0.png", "1.png"], "Replace", "o", "0", api_name="/change_captions")
-    client.predict("set", ["0.png"], api_name="/trash_images")
-    assert not (folder / "0.txt").exists()
-    client.predict("set", api_name="/undo_images")
-    client.predict("set", api_name="/undo_images")
-    assert [(folder / f"{number}.txt").read_text() for number in range(2)] == ["one", "blue box"]
     client.predict("sent", [handle_file(folder / "0.png")], api_name="/upload_images")
     (image,) = client.predict("uploads/sent", "All images", "", api_name="/images")
     assert (image["name"], image["captions"]) == ("0.png", [])

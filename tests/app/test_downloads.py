@@ -2,15 +2,13 @@
 
 import os
 import zipfile
-from pathlib import Path
 
 import pytest
 from app_runs import HOSTILE, write_run
 
 from app import downloads
-from app.bases import BUNDLED
 from app.library import Library
-from app.runs import EXAMPLE, Run, RunError
+from app.runs import RunError
 from app.working_files import WorkingFiles
 
 
@@ -43,22 +41,6 @@ def test_each_has_its_path_and_lines_of_python_that_compile(library):
         assert "from_pretrained('owner/model'" in one.use and ("models/loras" in one.use) == ("ComfyUI" in one.label)
     assert f"load_lora_weights('{run.folder}/reslora', weight_name='kohya" in found[list(found)[2]].use
     assert f"PeftModel.from_pretrained(pipeline.unet, '{run.folder}/reslora/peft')" in found["reslora: peft (PEFT)"].use
-
-
-def test_the_lines_load_the_model_that_was_trained(tmp_path):
-    def use(**options: str) -> str:
-        folder = write_run(tmp_path / "-".join(options), pretrained_model_name_or_path="owner/model", **options)
-        return downloads.lora_lines(Run("run", folder), "lora/kohya.safetensors")
-
-    assert "from_pretrained('owner/model', revision='v2', variant='fp16')\n" in use(revision="v2", variant="fp16")
-    assert "'owner/model' with the transformer in '/tuned.st'\n" in use(pretrained_transformer_file="/tuned.st")
-
-
-def test_the_example_is_loaded_from_any_folder():
-    """By absolute paths of its files and its base model, whose path in the settings is relative to the repository."""
-    found = downloads.downloads_of(Run(EXAMPLE.name, EXAMPLE))
-    assert found and all(Path(one.place).is_absolute() and Path(one.place).exists() for one in found)
-    assert all(f"from_pretrained({str(BUNDLED)!r}" in one.use and "'assets/" not in one.use for one in found)
 
 
 def test_a_copy_is_handed_out_of_what_is_listed_and_of_nothing_else(library, monkeypatch):

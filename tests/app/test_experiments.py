@@ -167,7 +167,7 @@ def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(libr
         trainings.start(Entry("which", "experiment", resume=True))
 
 
-@pytest.mark.parametrize("given", [{"seed": "3"}, {"learning_rate": "1e-4"}, {"rank": "4,"}])
+@pytest.mark.parametrize("given", [{"seed": "3"}, {"rank": "4,"}])
 def test_methods_alone_are_a_run_and_no_experiment(library, given):
     """As on the command line; a queue entry with the other kind is refused."""
     settings, queue = {"method": ["lora", "reslora"], "shortcut": ["input"], **given}, Jobs(library)
@@ -212,26 +212,6 @@ def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
         assert f"{arms} runs: {of_each}." in told(trainings, "which", form)
         flags = parse_args(trainings.command("which", form, kind=Experiment)[1:])
         assert len(ArmSchedule(flags).arms()) == arms
-
-
-def test_an_experiment_of_other_options_goes_on_with_their_values(library):
-    """A form that begins with its settings is accepted; other values make another experiment."""
-    begun = {"method": ["lora"], "seed": [0, 1], "lora_dropout": [0.0, 0.1], "optimizer": "adamw"}
-    (library.folder / "which" / "config.json").write_text(json.dumps(begun))
-    trainings, vary = Jobs(library), "lora_dropout=0,0.1"
-    with gr.Blocks():
-        tab = TrainTab(Parts(library, trainings, Studio()))
-    filled = tab.settings("which", "", [*tab.fill("which")[3:], tab.fill("which")[0]])
-    assert filled["vary"] == "lora_dropout=0.0,0.1" and filled["lora_dropout"] == "0.0"
-    for again in (filled | {"seed": "2"}, {"method": ["lora"], "seed": "2"}, {"seed": "2", "vary": vary}):
-        flags = parse_args(trainings.command("which", again, kind=Experiment)[1:])
-        assert len(ArmSchedule(flags).arms()) == 6
-    for wrong in ({"vary": "lora_dropout=0,0.2"}, {"vary": "optimizer=adamw,lion"}, {"lora_dropout": "0.3"}):
-        with pytest.raises(RunError, match=r"which was started with --vary lora_dropout=0\.0,0\.1: load"):
-            trainings.command("which", {"seed": "2", **wrong}, kind=Experiment)
-    (library.folder / "which" / "config.json").write_text(json.dumps({"seed": [0, 1]}))
-    with pytest.raises(RunError, match="which was started with no --vary"):
-        trainings.command("which", {"vary": vary}, kind=Experiment)
 
 
 def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(library, tmp_path):

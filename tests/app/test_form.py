@@ -14,7 +14,6 @@ from app.tabs.train import TrainTab
 from reslora.images.settings import build_parser, parse_args
 from reslora.options.grid import Grid
 from reslora.options.images import Options
-from reslora.options.option import Option
 
 
 def test_no_flag_that_names_a_file_a_model_or_code_is_in_the_form():
@@ -33,14 +32,6 @@ def test_every_safe_flag_is_in_the_form_once():
     names = TrainTab.all_names()
     assert len(set(names)) == len(names) and set(names) == set(form.known())
     assert TrainTab.names[0] == "method" and set(TrainTab.names) == set(form.HELP)
-
-
-def test_a_flag_that_is_added_to_the_trainer_has_to_be_harmless():
-    """Options with free text are left out unless they are listed as safe."""
-    free = Option("anything", "anything", "output", str, None, "free words")
-    path = Option("where", "where", "output", list[str], None, "paths")
-    number = Option("number", "number", "output", int, 0, "a number", parse=int)
-    assert [form.is_safe(option) for option in (free, path, number)] == [False, False, True]
 
 
 def test_an_untouched_form_is_the_trainers_defaults():
@@ -79,9 +70,6 @@ def test_other_options_vary_by_a_line_that_a_list_adds():
     words = arguments_of(settings)
     assert words[:3] == ["--method", "lora", "reslora"] and set(words[4:]) == set(lines.values())
     assert parse_args(words).varied == settings
-    for wrong in ([None, 4], ["a,b", "c"], [5, {}], [10**400, 1]):
-        with pytest.raises(RunError, match="the form cannot show these values"):
-            form.without_varied({"lora_dropout": wrong})
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,14 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
-import PIL.Image
 import pytest
 from app_runs import merge, own_runs, pixels
 
-from app.generation_request import Drawn, Request
-from app.grids import MOST, NONE, Axis, axis, grid, save_sheet, suggestion, table
+from app.generation_request import Request
+from app.grids import MOST, axis, grid, suggestion, table
 from app.library import Library
 from app.runs import BASE, RunError, Weights
-from app.studio import Cancelled, Studio
+from app.studio import Studio
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32, guidance=3.0)
 START = "lora: merged weights"
@@ -61,17 +60,6 @@ def test_cells_are_single_drawings(studio, run, x, y, single):
     assert all(not np.array_equal(one, other) for i, one in enumerate(drawn) for other in drawn[:i])
     again = grid_of(run, x, y)
     assert [picture.weights.made_of for picture in again.cells.values()] == [None] * len(drawn)
-
-
-@pytest.mark.exhaustive
-def test_a_grid_is_stopped_within_a_drawing_and_keeps_the_cells_before(studio, run):
-    made = grid(run, BASE, replace(REQUEST, steps=150), axis("X", "seed", "1 2 3"), Axis(NONE, ("",)))
-    seen = []
-    with pytest.raises(Cancelled):
-        for one in studio.draw(run, [*made.cells.values()]):
-            seen.append(one)
-            studio.cancel()
-    assert len(seen) == 1
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -130,20 +118,3 @@ def test_the_page_has_a_place_for_each_cell_and_prompts_are_no_markup(run):
     assert "<b>" not in shown and "${" not in shown and 'src="a&quot;b"' in shown
     assert 'data-row="1" data-column="0"' in shown and "seed 2 · &lt;b&gt;red" in shown
     assert made.heading == "2 steps · guidance 3 · strength 1 · lora: merged weights"
-
-
-def test_the_picture_has_every_cell_in_its_place(run, tmp_path):
-    """Each cell has its own color; a cell that was not generated is white."""
-    made = grid_of(run, ("seed", "1 2"), ("strength", "0 1"))
-    colours = {(0, 0): "red", (0, 1): "lime", (1, 1): "blue"}
-    images = {place: PIL.Image.new("RGB", (200, 100), colour) for place, colour in colours.items()}
-    drawn = {place: Drawn(image, REQUEST, {}) for place, image in images.items()}
-    with PIL.Image.open(save_sheet(made, drawn, tmp_path / "sheet.png")) as sheet:
-        found = np.asarray(sheet.convert("RGB")).astype(int)
-    centres = {}
-    for place, colour in colours.items():
-        same = np.abs(found - np.array(PIL.ImageColor.getrgb(colour))).sum(-1) == 0
-        assert same.sum() == 200 * 100
-        centres[place] = np.argwhere(same).mean(0)
-    assert centres[0, 0][0] == centres[0, 1][0] < centres[1, 1][0]
-    assert centres[0, 0][1] < centres[0, 1][1] == centres[1, 1][1]

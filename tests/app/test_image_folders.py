@@ -6,12 +6,11 @@ import json
 import os
 import shutil
 
-import datasets
 import PIL.Image
 import pytest
 from app_runs import HOSTILE
 from images.runs import load_images
-from pipelines import image_folder, random_image
+from pipelines import image_folder
 
 from app import image_cards
 from app.folders import BUNDLED
@@ -205,12 +204,10 @@ def test_names_and_captions_are_no_markup_and_any_name_can_be_sent(edits, folder
     ("operation", "text", "other", "before", "after"),
     [
         (REPLACE, "red", "blue {1}", "a red, red fox", "a blue {1}, blue {1} fox"),
-        (REPLACE, "red ", None, "a red fox", "a fox"),
         (BEFORE, "sks, ", "", "a fox", "sks, a fox"),
         (AFTER, ", 4k", "", "a fox", "a fox, 4k"),
         (ADD_TAG, "4k, a fox", "", "a fox,hill", "a fox,hill, 4k"),
         (REMOVE_TAG, "hill, a fox", "", "a fox, 4k, hill", "4k"),
-        (REMOVE_TAG, "cat", "", "fox,a  fox", "fox,a  fox"),
     ],
 )
 def test_captions_are_changed_and_changed_back(edits, folder, operation, text, other, before, after):
@@ -218,9 +215,7 @@ def test_captions_are_changed_and_changed_back(edits, folder, operation, text, o
     captions = trained(folder).captions
     edits.change_captions("set", ["2.png"], operation, text, other)
     assert trained(folder).captions == [*captions[:2], [after], *captions[3:]]
-    assert edits.undo("set") == (
-        f"Undone: {operation.lower()}, 1 caption." if after != before else "There is nothing to undo."
-    )
+    assert edits.undo("set") == f"Undone: {operation.lower()}, 1 caption."
     assert trained(folder).captions == captions
 
 
@@ -297,15 +292,6 @@ def test_trash_is_not_trained_on_and_comes_back(edits, tmp_path, layout):
     edits.undo("other")
     assert files_of(folder).keys() & before.keys() == {*before} - {str(folder / name) for name in (
         "1.png", "4.png", "1.txt", "4.txt")}  # fmt: skip
-
-
-def test_the_datasets_library_passes_over_trash_too(tmp_path):
-    """It reads folders that contain metadata."""
-    folder = image_folder(tmp_path / "set" / "train", 3).parent
-    (folder / TRASH / "1").mkdir(parents=True)
-    random_image(8).save(folder / TRASH / "1" / "8.png")
-    assert len(datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "c"))["train"]) == 3
-    assert len(trained(folder, cache_dir=str(tmp_path / "cache"))) == 3
 
 
 def test_images_that_are_trained_on_are_not_thrown_away(edits, tmp_path, monkeypatch):

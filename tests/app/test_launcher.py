@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
-from app_runs import HOSTILE, run_by_hand, write_exports, write_language_run, write_run
-from pipelines import image_folder
+from app_runs import HOSTILE, run_by_hand, write_language_run, write_run
 from waiting import ended, wait_until
 
 from app import experiments, form, launcher, lists, views
@@ -236,12 +235,6 @@ def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):
     assert trainings.status(run) == "stopped" and trainings.last_line(run) == "stopped before its training began"
 
 
-def test_a_finished_run_is_not_resumed(run):
-    write_exports(run)
-    with pytest.raises(RunError, match="finished"):
-        Jobs(Library(run.folder.parent)).start(Entry("run", resume=True))
-
-
 @pytest.mark.parametrize(("script", "task"), [("train_llm.py", "task"), ("train_glue.py", "task_name")])
 @pytest.mark.parametrize("kind", ["run", "experiment"])
 def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, task, kind):
@@ -278,12 +271,3 @@ def test_only_trainers_are_stopped(run, owner):
     assert run.process is None and Jobs(Library(run.folder.parent)).stop("run") == "Nothing is training."
     (run.folder / ".lock").write_text(f"1\n{this_process()}")
     assert run.process == os.getpid()
-
-
-def test_hidden_files_are_neither_shown_nor_counted(trainings):
-    """macOS writes one for each image on disks of other systems."""
-    folder = image_folder(trainings.data / "dogs", 2)
-    for path in list(folder.iterdir()):
-        path.with_name(f"._{path.name}").write_bytes(b"Mac OS X")
-    assert [path.name for path in trainings.preview_images("dogs")] == ["0.png", "1.png"]
-    assert trainings.images.count("dogs", 9) == 2

@@ -12,11 +12,9 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import browsers
-import gradio as gr
 import numpy as np
 import PIL.Image
 import pytest
@@ -32,9 +30,8 @@ from app import __main__ as command_line
 from app import generation_request
 from app.jobs import Jobs
 from app.library import Library
-from app.page import Page, create_demo
+from app.page import create_demo
 from app.studio import Studio
-from app.tabs.base import Parts
 from reslora.experiment.report import write_report
 from reslora.images.experiment.report_sections import IMAGES
 
@@ -95,24 +92,6 @@ def test_no_two_parts_have_one_id_and_none_is_told_of_progress_that_it_hides(tmp
     assert sorted(ids) == sorted(set(ids))
     hidden = [event for event in demo.fns.values() if event.targets and event.show_progress == "hidden"]
     assert hidden and all(event.show_progress_on == [] for event in hidden)
-
-
-def test_a_page_that_is_loaded_again_keeps_its_run_and_tab_and_shows_an_error_once(tmp_path):
-    """Gradio marks each output of an event with visible progress as failed, in addition to the message."""
-    for name in ("one", "two"):
-        write_run(tmp_path / name)
-    library = Library(tmp_path)
-    with gr.Blocks() as demo:
-        page = Page(Parts(library, Jobs(library), Studio()))
-        page.events(demo)
-    seen = page.arrive("one", "runs")
-    assert seen[page.run]["value"] == "one" and seen[page.all_tabs].selected == "runs"
-    for run, tab in ((None, None), ("gone", "nowhere"), (["one"], 7)):
-        seen = page.arrive(run, tab)
-        assert seen[page.run]["value"] == next(iter(library.runs())) and page.all_tabs not in seen
-    quiet = {event.api_name: event.show_progress for event in demo.fns.values()}
-    actions = [f"train_{action}" for action in ("start", "command", "memory", "stop", "resume")]
-    assert {quiet[name] for name in (*actions, "experiment_stop", "experiment_resume")} == {"hidden"}
 
 
 # -- a running application ---------------------------------------------------------------------------------------------
@@ -201,11 +180,6 @@ GENERATE = {
     "prompt": "red disc", "negative": "", "seed": 3, "steps": 3, "guidance": 2, "width": 64, "height": 64, "images": 1,
     "strength": 1, "adapter_config": None, "reference": None,
 }  # fmt: skip
-GRID = {
-    "run": "tiny", "weights": "lora: merged weights", "adapter": None, "prompt": "red disc", "negative": "", "seed": 3,
-    "steps": 1, "guidance": 2, "width": 32, "height": 32, "strength": 1, "x": "strength", "x_values": "0 1",
-    "y": "none", "y_values": "", "adapter_config": None, "reference": None,
-}  # fmt: skip
 
 
 def generated(client, **changes):
@@ -246,39 +220,6 @@ def post(address: str, name: str, *data) -> str:
         return f"{url}/{json.load(answer)['event_id']}"
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("wrong", ["abc", float("nan"), {"a": 1}, True, 10**30], ids=str)
-def test_whatever_a_program_sends_it_is_told_something(address, wrong):
-    """The answer is an image or an error message, never nothing."""
-    asked = list((GENERATE | {"steps": 1, "width": 32, "height": 32, "beside": False}).values())
-    calls = {"generate": asked, "compare": ["tiny", 0], "download_grid": ["tiny", 0], "weights": ["tiny"]}
-    calls |= {"compare_runs": ["tiny", 0, ["tiny"]]}
-    calls |= {"how_to_use": ["tiny", "reslora: kohya.safetensors"], "download_file": ["tiny", "reslora: peft (PEFT)"]}
-    calls |= {"settings_of": [None], "train_resume": ["tiny"]}
-    bundled = "bundled images"
-    calls |= {"images": [bundled, "All images", ""], "set_caption": [bundled, "1f384.png", "", ""]}
-    calls |= {"change_captions": [bundled, [], "Add tag", "x", ""], "trash_images": [bundled, ["1f384.png"]]}
-    calls |= {"undo_images": [bundled], "check_images": [bundled], "upload_images": ["a b", None]}
-    calls |= {
-        "grid": [*GRID.values()],
-    }
-    calls |= {
-        "grid_values": ["tiny", "seed"],
-        "train_command": ["new", None, "", ["lora"], "1e-4", *[""] * 12],
-    }
-    calls |= {"remove_from_queue": ["tiny"], "set_run_notes": ["tiny", "x", "y"]}
-    calls |= {"run_notes": ["tiny"], "restore_run": ["x"]}
-    places = [(name, place) for name, data in calls.items() for place in range(len(data))]
-
-    def updates(name: str, place: int) -> str:
-        return answers(address, name, *calls[name][:place], wrong, *calls[name][place + 1 :])
-
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(updates, *zip(*places, strict=True)))
-    for where, answer in zip(places, found, strict=True):
-        assert answer and '"error": null' not in answer and "data: null" not in answer.splitlines()[-1], where
-
-
 def pixels(path: str) -> bytes:
     return np.asarray(PIL.Image.open(path)).tobytes()
 
@@ -296,19 +237,6 @@ def test_a_program_can_use_adapters(client, runs):
         generated(client, adapter=file)
     with pytest.raises(AppError, match="safetensors"):
         generated(client, adapter=handle_file(runs / "tiny" / "lora" / "checkpoint-4" / "trainer.pt"))
-
-
-@pytest.mark.exhaustive
-def test_a_program_can_draw_grids(client, runs):
-    """Each cell is a file that equals an image generated alone."""
-    asked = GRID | {"y": "seed", "y_values": "3 4"}
-    table, status, sheet, cells = client.predict(*asked.values(), api_name="/grid")
-    assert table.count("<img") == 4 and "4 of 4 cells" in status and len(cells) == 4
-    request, source = generation_request.read_image(cells[3])
-    assert (request.seed, request.strength, source["weights"]) == (4, 1, "lora: merged weights")
-    single = GENERATE | {name: asked[name] for name in ("weights", "steps", "width", "height")}
-    gallery, *_ = client.predict(*(single | {"beside": False, "seed": 4}).values(), api_name="/generate")
-    assert pixels(gallery[0]["image"]) == pixels(cells[3]) and PIL.Image.open(sheet).format == "PNG"
 
 
 def test_no_file_of_this_machine_is_served(address, runs, client):

@@ -1,21 +1,15 @@
 """app/run_manager.py and its page: notes, trash and restoring, and cards of any runs."""
 
 import json
-from types import SimpleNamespace
 
-import gradio as gr
 import pytest
 from app_runs import HOSTILE, write_language_run, write_run
 
 from app import lists
 from app.jobs import Entry, Jobs
 from app.library import Library
-from app.page import Page
 from app.run_manager import RunManager
-from app.runs import EXPERIMENT_LOG, LONGEST_NOTES, NO_CONFIG, RunError
-from app.studio import Studio
-from app.tabs.base import Parts
-from app.tabs.report import ReportTab
+from app.runs import EXPERIMENT_LOG, LONGEST_NOTES, RunError
 from app.tabs.runs import RunsTab
 
 
@@ -98,28 +92,6 @@ def test_cards_show_the_newest_sample_and_escape_all_else(manager, tmp_path):
     assert "no notes" in lists.runs(manager, "two")
     manager.write_notes("two", "", "good")
     assert "good</textarea>" in lists.runs(manager, "two")
-
-
-def test_the_card_of_a_run_whose_config_is_damaged_says_so(manager):
-    assert NO_CONFIG not in lists.runs(manager, "one")
-    (manager.library.folder / "one" / "config.json").write_text("{")
-    assert "failed</b>" in lists.runs(manager, "one") and NO_CONFIG in lists.runs(manager, "one")
-
-
-def test_a_card_opens_its_run_or_experiment_under_compare(manager):
-    """In its view of Compare; the returned values are those of the event's outputs."""
-    with gr.Blocks() as demo:
-        page = Page(Parts(manager.library, manager.jobs, Studio()))
-        page.events(demo)
-    tab = page.tab(RunsTab)
-    (acted,) = (event for event in demo.fns.values() if event.fn == tab.act)
-    for name, view in (("one", "run"), ("which", "experiment")):
-        found = tab.act("", SimpleNamespace(_data={"do": "open", "name": name}))
-        values = dict(zip(acted.outputs, found, strict=True))
-        assert values[page.all_tabs].selected == "compare" and values[page.views].selected == view
-        assert name in (values[page.run], values[page.tab(ReportTab).which])
-    thrown = tab.act("", SimpleNamespace(_data={"do": "trash", "name": "two"}))
-    assert len(thrown) == len(acted.outputs) and "two is in the trash" in thrown[0]
 
 
 def test_the_card_of_a_language_run_says_what_it_is_and_opens_nothing(manager):

@@ -1,6 +1,5 @@
 """app/runs.py on folders made by hand, with any names that a browser may send."""
 
-import json
 import os
 import time
 
@@ -25,18 +24,6 @@ def test_reads_what_the_trainer_wrote(run):
     assert set(run.samples("lora", 2)) == {(0, 0), (1, 0)}
     write_exports(run)
     assert run.status == "finished"
-
-
-def test_a_run_is_finished_where_its_last_step_is_exported(run):
-    """A finished run was given more steps, or more patience, and was stopped before it was exported again."""
-    write_exports(run, step=2)
-    assert (run.status, run.progress) == ("stopped", (8, 8))
-    write_exports(run, step=2, early_stopping_patience=1)
-    for patience in (None, 2):
-        (run.folder / "config.json").write_text(json.dumps(run.config | {"early_stopping_patience": patience}))
-        assert (run.status, run.progress) == ("stopped", (8, 8))
-    (run.folder / "config.json").write_text(json.dumps(run.config | {"early_stopping_patience": 1}))
-    assert (run.status, run.progress) == ("finished", (4, 4))
 
 
 def test_an_experiment_is_no_run(tmp_path):

@@ -1,12 +1,9 @@
 """Runs with trained text encoders: every choice of weights generates with the encoders that belong to it."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
 import torch
-from app_runs import REQUEST, image_of, merge
+from app_runs import REQUEST, image_of
 from pipelines import FAMILIES, image_folder
 
 import train_sd
@@ -84,20 +81,3 @@ def test_strength_is_of_the_encoders_too(studio, run):
         halves.append(half)
     for found in halves[1:]:
         torch.testing.assert_close(found, halves[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.fixture
-def copy(run, tmp_path):
-    """Return a copy of the run, for tests that change it."""
-    shutil.copytree(run.folder, tmp_path / "runs" / "run")
-    return Library(tmp_path / "runs").find("run")
-
-
-@pytest.mark.exhaustive
-def test_a_checkpoint_is_merged_with_its_encoders(studio, copy):
-    report = merge(studio, copy, copy.find_weights("reslora: unmerged, step 3"), "lstsq")
-    expected = json.loads((copy.folder / "reslora" / "merge.json").read_text())
-    assert report.keys() == expected.keys() and "text_encoder" in report
-    _, merged = drawn(studio, copy, copy.find_weights("reslora: merged weights"))
-    _, again = drawn(studio, copy, copy.find_weights("reslora: step 3 merged by lstsq"))
-    torch.testing.assert_close(again, merged, rtol=1e-3, atol=1e-4)

@@ -1,7 +1,5 @@
 """app/views.py: the HTML of a run, whatever its files contain."""
 
-import re
-
 import numpy as np
 import pytest
 from app_runs import run_by_hand
@@ -104,14 +102,3 @@ def test_an_export_that_cannot_be_read_has_no_norms(run):
     }
     save_file(pairs, run.folder / "reslora" / "pytorch_lora_weights.safetensors")
     assert run.lora_norms("reslora") == {}
-
-
-@pytest.mark.parametrize(("text", "behind"), [((39, 39, 42), 255), ((244, 244, 245), 29)], ids=["light", "dark"])
-@pytest.mark.parametrize("signed", [1, -1])
-def test_a_number_in_the_darkest_cell_of_a_heat_map_can_be_read(text, behind, signed):
-    """The cell's color is blended with the one behind it; the text has the page's color."""
-    *color, alpha = map(float, re.findall(r"[\d.]+", views.shade(signed, 1, True)))
-    pair = [np.array(text) / 255, (np.array(color) * alpha + behind * (1 - alpha)) / 255]
-    linear = [np.where(one <= 0.04045, one / 12.92, ((one + 0.055) / 1.055) ** 2.4) for one in pair]
-    dark, light = sorted(0.05 + one @ [0.2126, 0.7152, 0.0722] for one in linear)
-    assert light / dark >= 4.5

@@ -1,6 +1,5 @@
 """app/working_files.py: files for visitors to download."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,21 +10,6 @@ from app_runs import REQUEST
 from app import working_files
 from app.generation_request import Drawn
 from app.tabs.generate import GenerateTab
-
-
-def test_many_at_once_get_files_and_old_ones_go(monkeypatch):
-    monkeypatch.setattr(working_files, "KEPT", 20)
-    files = working_files.WorkingFiles()
-
-    def made(number: int) -> None:
-        files.new(f"{number}.png").write_text("")
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(made, range(20)))
-    assert len(list(files.folder.iterdir())) == 20
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: files.new(f"{number}.png"), range(200)))
-    assert len(list(files.folder.iterdir())) == 20
 
 
 def test_the_images_of_a_long_request_stay_when_their_working_files_go(monkeypatch, tmp_path):
