@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from measured import RESULTS, ROOT
 from why import AGAIN, KEPT
 from why import EXPERIMENTS as OF_WHY
-from why_report import NOT_RUN, Kept, again_table, alpha_table, counted, split_records, summary_table, why_tables
+from why_report import NOT_RUN, Kept, again_table, alpha_table, counted, records, summary_table, why_tables
 
 from reslora.formatting import pluralize
 from reslora.io import read_object
@@ -46,16 +46,14 @@ def write(experiments: dict) -> None:
 
 def part(name: str, experiments: dict) -> str:
     """Return the content between the marks of that name."""
-    published, amended = split_records()
+    found = records()
     special = {
         "cost": cost_table, "speed": speed_tables, "not-run": lambda: not_run(experiments), "limits": limits_table,
-        "merging": merging_table, "why": lambda: why_tables(published),
+        "merging": merging_table, "why": lambda: why_tables(found),
         "counted": counted, "summary": summary_table, "alpha": alpha_table,
         "again": again_table,
-        "forest": lambda: plot_of(published, "every comparison with LoRA", why_plots.forest, "why-forest.png"),
-        "rates": lambda: plot_of(published, "loss by learning rate and method", why_plots.rates, "why-rates.png"),
-        "amendments": lambda: plot_of(amended, "amended shortcuts", why_plots.forest, "why-amendments.png")
-        + "\n\n" + why_tables(amended),
+        "forest": lambda: plot_of(found, "every comparison with LoRA", why_plots.forest, "why-forest.png"),
+        "rates": lambda: plot_of(found, "loss by learning rate and method", why_plots.rates, "why-rates.png"),
     }  # fmt: skip
     return special[name]() if name in special else section(name, experiments)
 

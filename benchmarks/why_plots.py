@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from why_report import Kept, reference_of, to_reference
+from why_report import Kept, to_lora
 
 from reslora.experiment.statistics import coverage_in_words, level_of
 
@@ -32,12 +32,12 @@ def color_of(label: str) -> str:
 
 
 def forest(experiments: Sequence[Kept]) -> Figure:
-    """Plot the difference to LoRA (or to an experiment's other reference) of every label, with its interval and MDE."""
+    """Plot the difference to LoRA of every label, with its interval and MDE."""
     columns: list[list[Kept]] = [[], []]
     for each in experiments:
         columns["transformer" not in each.title or len(experiments) < 12].append(each)
     columns = [column for column in columns if column]
-    found = [[to_reference(each.record) for each in column] for column in columns]
+    found = [[to_lora(each.record) for each in column] for column in columns]
     rows = max(sum(len(verdicts) + 2.2 for verdicts in column) for column in found)
     figure = plt.figure(figsize=(5 * len(columns) + 2, 0.19 * rows + 1), layout="constrained")
     parts = figure.subfigures(1, len(columns), squeeze=False)[0]
@@ -102,7 +102,7 @@ def rates_panel(axis: Axes, each: Kept) -> None:
     """Plot one experiment's curves; a ring marks the learning rate that was chosen over all seeds."""
     arms, chosen = each.record["arms"], each.record["chosen"]
     curves = {label: curve_of(arms, label) for label in chosen}
-    lowest = min(curves[reference_of(each.record)].values())
+    lowest = min(curves["lora"].values())
     main = [label for label in curves if label in LINES]
     shown = main if any(label.startswith("reslora") for label in main) else list(curves)
     for number, label in enumerate(shown):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from measured import ROOT
-from why import AGAIN, AMENDMENTS, EXPERIMENTS, KEPT, Experiment
+from why import AGAIN, EXPERIMENTS, KEPT, Experiment
 
 from reslora.experiment.record import ENDED_AS, Verdict
 from reslora.experiment.statistics import (
@@ -59,20 +59,8 @@ def records() -> list[Kept]:
             if path.is_file():
                 record = json.loads(path.read_text(encoding="utf-8"))
                 title = experiment.shows + when(experiment, record)
-                title += f" (compared with {reference_of(record)})" * (reference_of(record) != "lora")
                 found.append(Kept(name, title[:1].upper() + title[1:], record, unit))
     return found
-
-
-def reference_of(record: Mapping) -> str:
-    """Return the label that an experiment's other labels are compared with."""
-    return record.get("references", ["lora"])[0]
-
-
-def split_records() -> tuple[list[Kept], list[Kept]]:
-    """Return the records of experiments on the paper's shortcuts, and of those on amendments."""
-    amended = [each for each in records() if each.name.partition("-")[0] in AMENDMENTS]
-    return [each for each in records() if each not in amended], amended
 
 
 def why_tables(found: Sequence[Kept]) -> str:
@@ -83,8 +71,8 @@ def why_tables(found: Sequence[Kept]) -> str:
 def summary_table() -> str:
     """Return a row for every experiment: its significant differences, and the shortcut with the lowest loss."""
     rows = []
-    for _, title, record, _ in split_records()[0]:
-        found = to_reference(record)
+    for _, title, record, _ in records():
+        found = to_lora(record)
         of_shortcuts = [verdict for verdict in found if verdict["label"].startswith("reslora")]
         lowest = min(of_shortcuts, key=lambda verdict: verdict["relative"], default=None)
         ended = [arm for arm in record["arms"] if arm["status"] in ENDED_AS]
@@ -103,44 +91,27 @@ def summary_table() -> str:
 
 
 def counted() -> str:
-    """Return three sentences: how many shortcuts differ significantly from LoRA, and the minimum detectable effects."""
-    published, amended = map(compared_with_lora, split_records())
-    if not published:
+    """Return two sentences: how many shortcuts differ significantly from LoRA, and the minimum detectable effects."""
+    found = [
+        (unit, verdict)
+        for _, _, record, unit in records()
+        for verdict in to_lora(record)
+        if verdict["label"].startswith("reslora")
+    ]
+    if not found:
         return NOT_RUN
     effects = []
     for kind in ("images", "examples"):
-        sizes = [verdict["detectable"] for unit, verdict in published if unit == kind and verdict["detectable"]]
+        sizes = [verdict["detectable"] for unit, verdict in found if unit == kind and verdict["detectable"]]
         if sizes:
             name = "images" if kind == "images" else "text"
             effects.append(f"{min(sizes):.2f}% to {max(sizes):.2f}% for {name}")
-    below, above = times(published)
-    sentences = [
-        f"In {len(published)} comparisons of a shortcut with LoRA, the shortcut ended significantly below LoRA {below} "
-        f"times and significantly above LoRA {above} times.",
-        "Relative to LoRA's test loss, the minimum detectable effect (80% power) is " + " and ".join(effects) + ".",
-    ]
-    if amended:
-        below, above = times(amended)
-        sentences.append(
-            f"Of {len(amended)} averaged and fading shortcuts, {below} ended significantly below LoRA, and {above} "
-            "significantly above it."
-        )
-    return " ".join(sentences)
-
-
-def compared_with_lora(found: Sequence[Kept]) -> list[tuple[str, Verdict]]:
-    """Return the comparisons of shortcuts with LoRA, each with its unit of training data."""
-    return [
-        (unit, verdict)
-        for _, _, record, unit in found
-        for verdict in to_reference(record)
-        if verdict["label"].startswith("reslora") and verdict["reference"] == "lora"
-    ]
-
-
-def times(found: Sequence[tuple[str, Verdict]]) -> list[int]:
-    """Return how many comparisons are significantly better, and how many significantly worse."""
-    return [sum(verdict["conclusion"] == which for _, verdict in found) for which in ("better", "worse")]
+    below, above = (sum(verdict["conclusion"] == which for _, verdict in found) for which in ("better", "worse"))
+    return (
+        f"In {len(found)} comparisons of a shortcut with LoRA, the shortcut ended significantly below LoRA {below} "
+        f"times and significantly above LoRA {above} times. Relative to LoRA's test loss, the minimum detectable effect "
+        f"(80% power) is {' and '.join(effects)}."
+    )
 
 
 def again_table() -> str:
@@ -178,7 +149,7 @@ def exported_loss(table: Mapping[str, Mapping[str, float]]) -> float:
 def alpha_table() -> str:
     """Return a table of the learning rates chosen with LoRA's alpha, and with two and four times it."""
     labels, rows = ("lora", "lora_x2", "lora_x4"), []
-    for _, title, record, _ in split_records()[0]:
+    for _, title, record, _ in records():
         found = [record["chosen"][label]["learning_rate"] for label in labels if label in record["chosen"]]
         if len(found) > 1:
             cells = [f"{rate:g}" for rate in found] + [""] * (3 - len(found))
@@ -189,10 +160,10 @@ def alpha_table() -> str:
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows]) if rows else NOT_RUN
 
 
-def to_reference(record: Mapping) -> list[Verdict]:
-    """Compare every label of an experiment with its reference, corrected for the number of labels."""
-    tests, reference = tested(record["arms"], record["chosen"]), reference_of(record)
-    return compare(record, tests, {label: reference for label in tests if label != reference and reference in tests})
+def to_lora(record: Mapping) -> list[Verdict]:
+    """Compare every label of an experiment with LoRA, corrected for the number of labels."""
+    tests = tested(record["arms"], record["chosen"])
+    return compare(record, tests, {label: "lora" for label in tests if label != "lora" and "lora" in tests})
 
 
 def compare(record: Mapping, tests: Mapping[str, np.ndarray], references: Mapping[str, str]) -> list[Verdict]:
@@ -230,9 +201,8 @@ def section(title: str, record: dict, unit: str = "images") -> str:
 
 def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
     """Return a table: each label's chosen learning rate and checkpoint, its test loss and its difference."""
-    found = {verdict["label"]: verdict for verdict in to_reference(record)}
-    reference = "LoRA" if reference_of(record) == "lora" else reference_of(record)
-    head = f"difference to {reference} | {coverage(record)} CI | 95% PI | MDE"
+    found = {verdict["label"]: verdict for verdict in to_lora(record)}
+    head = f"difference to LoRA | {coverage(record)} CI | 95% PI | MDE"
     rows = [f"| | learning rate | step | seeds | test loss | 95% PI | {head} |"]
     rows.append("|---" * 10 + "|")
     for label, losses in sorted(tests.items(), key=lambda item: np.nanmean(item[1])):

@@ -29,7 +29,6 @@ _HOMES = {
     "load": "checkpoint",
     "merge": "model",
     "save": "checkpoint",
-    "set_shortcut_scale": "model",
 }
 _MODULES = ("calibration", "export")  # modules that are attributes of the package
 

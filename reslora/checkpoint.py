@@ -29,7 +29,6 @@ from .config import ResLoraConfig
 from .errors import first_line
 from .guards import (
     keeping_shortcuts,
-    refuse_distributed,
     refuse_inactive,
     refuse_inner,
     refuse_merged,
@@ -45,7 +44,6 @@ from .io import (
     write_tensors,
 )
 from .ranks import changes_base, rescale, rescaled
-from .shortcuts.gated import GATES, gates_in
 from .tracing import meta_copy
 from .wiring import attach_wires, connected, connection_of
 
@@ -53,14 +51,16 @@ CONFIG_NAME = "reslora_config.json"
 WEIGHTS_NAME = "reslora_model.safetensors"
 _NORMS = "reslora.norms"
 PEFT_PREFIX = "base_model.model."
+LAST_AMENDED = "8aaa5c1e"
+"""The last commit with gated shortcuts, averaged shortcuts, and a factor of the shortcut terms."""
 
 
 def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
     """Write the connected adapter of `model` to `directory`: `reslora_config.json` and `reslora_model.safetensors`.
 
-    The checkpoint includes `modules_to_save`, the recorded norms, and scales changed by `set_scale` or
-    `set_shortcut_scale`. `checksums.json` is written last; call `reslora.io.write_checksums` again after adding files.
-    With several processes, call this on rank 0 only.
+    The checkpoint includes `modules_to_save`, the recorded norms, and scales changed by `set_scale`. `checksums.json`
+    is written last; call `reslora.io.write_checksums` again after adding files. With several processes, call this on
+    rank 0 only.
 
     Raises `ValueError` if the model is not connected, or `directory` is a file.
     """
@@ -77,7 +77,6 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         "reslora": connection.config.to_dict(),
         "chains": connection.chains.to_dict(),
         "norms": {"names": norms.names, "pushed": norms.count},
-        "factor": connection.wires.factor,
         "scaling": rescaled(lora_layers(base, adapter_name), adapter_name),
         "peft_model": isinstance(unwrap(model), PeftModel),
     }
@@ -99,7 +98,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
 
     Raises `ValueError`, and leaves the model unchanged, in these cases:
 
-    - Files are missing or damaged.
+    - Files are missing or damaged, or have shortcuts of an earlier version (see `LAST_AMENDED`).
     - Layers, ranks, alphas or shapes differ, or an initialization that changes the frozen weights; the message names
       the first difference.
     - The model is already connected, with other chains or another configuration.
@@ -116,8 +115,6 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
             f"this model is connected already, as {connection.adapter_name!r} with {connection.config}: call "
             f"reslora.disconnect before loading {directory}"
         )
-    if connection is None:
-        refuse_distributed(model, saved.config)
     wirable = connection is None and saved.config.wired
     if wirable:
         refuse_unknown_peft()
@@ -155,7 +152,6 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         connection = attach_wires(loaded, saved.config, adapter_name, saved.plan)
     _fill(loaded, saved.tensors, adapter_name)
     rescale(lora_layers(base_model(loaded), adapter_name), saved.scaling, adapter_name)
-    connection.wires.factor = saved.factor
     norms = connection.wires.norms
     norms.clear()
     if saved.norms is not None and saved.names == norms.names:
@@ -175,8 +171,6 @@ class _Saved:
     plan: Chains
     scaling: dict[str, float]
     """Layer name -> scaling, for the layers whose scaling differs from that given by rank and alpha."""
-    factor: float
-    """The value of `set_shortcut_scale`."""
     wrapped: bool
     """Whether the saved model was a `PeftModel`."""
     names: list[str]
@@ -193,14 +187,19 @@ def _read(directory: Path) -> _Saved:
     tensors, _ = read_tensors(directory / WEIGHTS_NAME)
     norms = tensors.pop(_NORMS, None)
     try:
-        config = ResLoraConfig(**content["reslora"])
+        fields = dict(content["reslora"])
+        scale, factor = fields.pop("shortcut_scale", "sum"), float(content.get("factor", 1))
+        amended = fields.get("shortcut") == "gated" or scale != "sum" or factor != 1
+        config = None if amended else ResLoraConfig(**fields)
         lora = LoraConfig(**{key: value for key, value in content["lora"].items() if key != "peft_type"})
         plan = _read_plan(content["chains"])
         names, pushed = content["norms"]["names"], int(content["norms"]["pushed"])
-        scaling, factor = dict(content["scaling"]), float(content.get("factor", 1))  # 0.1.0 has none
-        return _Saved(config, lora, plan, scaling, factor, content["peft_model"], names, pushed, tensors, norms)
+        scaling, wrapped = dict(content["scaling"]), content["peft_model"]
     except Exception as error:  # a file of another format fails with any kind of exception
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
+    if config is None:
+        raise ValueError(f"{path} has gated, averaged or fading shortcuts: load it with commit {LAST_AMENDED}")
+    return _Saved(config, lora, plan, scaling, wrapped, names, pushed, tensors, norms)
 
 
 def _read_json(path: Path) -> dict:
@@ -276,9 +275,6 @@ def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, 
     """
     base, tensors = base_model(model), saved.tensors
     expected = {key: tuple(value.shape) for key, value in adapter_state(model, adapter_name).items()}
-    if wirable and saved.config.shortcut == "gated":
-        gates = ((block.name, gates_in(chain)) for chain in saved.plan for block in chain)
-        expected |= {f"{name}.{GATES}": (count,) for name, count in gates if count}
     for key in (*expected, *tensors):
         if key not in tensors:
             raise ValueError(f"{directory / WEIGHTS_NAME} has no {key}, which the model's adapter has")

@@ -6,9 +6,6 @@ from .checks import is_whole
 from .shortcuts import NAMES as SHORTCUTS
 from .shortcuts import PLAIN, shortcut_class
 
-SCALES = ("sum", "mean")
-"""Valid values of `ResLoraConfig.shortcut_scale`."""
-
 HEADS = ("repeat", "none")
 """Valid values of `ResLoraConfig.head`."""
 
@@ -21,15 +18,12 @@ class ResLoraConfig:
     """
 
     shortcut: str = "input"
-    """`input` (Eq. 2, ResLoRA_is), `block` (Eq. 3, ResLoRA_bs), `middle` (Eq. 4, ResLoRA_ms), `none` (Eq. 1, LoRA).
-
-    `gated`: RaSA along each chain, the blocks of which share ranks, weighted by trained gates; see `GatedShortcut`.
-    """
+    """`input` (Eq. 2, ResLoRA_is), `block` (Eq. 3, ResLoRA_bs), `middle` (Eq. 4, ResLoRA_ms), `none` (Eq. 1, LoRA)."""
 
     pre_num: int = 1
     """Number of earlier blocks whose terms a block adds (m of Eqs. 3-4); -1: all, 0: plain LoRA.
 
-    `input` always uses one, and `gated` the complete chain.
+    `input` uses one for any value but 0.
     """
 
     head: str = "repeat"
@@ -38,15 +32,9 @@ class ResLoraConfig:
     window: int = 100
     """Number of latest training forward passes over which the norms f_n of Eqs. 8-9 are averaged; 0 records none."""
 
-    shortcut_scale: str = "sum"
-    """`sum` as in Eqs. 2-4, or `mean`: divide the sum of a block's own and its m neighbors' terms by m + 1."""
-
     def __post_init__(self) -> None:
         _check_choice("shortcut", self.shortcut, SHORTCUTS)
         _check_choice("head", self.head, HEADS)
-        _check_choice("shortcut_scale", self.shortcut_scale, SCALES)
-        if self.shortcut == "gated" and self.shortcut_scale != "sum":
-            raise ValueError(f"shortcut_scale={self.shortcut_scale!r} has no effect with shortcut='gated': use 'sum'")
         _check_integer("pre_num", self.pre_num, least=-1, hint="-1 means all previous blocks, 0 none")
         _check_integer("window", self.window, least=0, hint="0 records no norms")
 

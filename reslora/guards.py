@@ -18,11 +18,9 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from . import ranks
 from .chains import base_model, live_connection, merges_itself, with_wrappers
-from .config import ResLoraConfig
 from .shortcuts.base import merge_refused
 
 _COMBINES = "combine the plain LoRA weights without the shortcuts"
@@ -129,15 +127,6 @@ def refuse_changed_base(config: LoraConfig) -> None:
             f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights. PEFT repeats the change when "
             "it loads the adapter, at the rank in the file, and merging shortcut='block' raises that rank: use "
             "shortcut='input' or 'middle', or init_lora_weights=True"
-        )
-
-
-def refuse_distributed(model: nn.Module, config: ResLoraConfig) -> None:
-    """Raise `ValueError` for new gates in a `DistributedDataParallel` model, which would not synchronize them."""
-    if config.wired and config.shortcut == "gated" and isinstance(model, DistributedDataParallel):
-        raise ValueError(
-            "shortcut='gated' adds parameters, and DistributedDataParallel synchronizes only those that it finds when "
-            "it wraps a model: connect (or load) the model before that"
         )
 
 

@@ -36,28 +36,17 @@ class Factors:
     parts: Sequence[torch.Tensor] = ()
     """Matrices (r x p) that multiply x_{n-1}, x_{n-2}, ...: A_n (`input`), or A_{n-1}, A_{n-2}, ... (`middle`)."""
     alpha_of_head: float = 0.0
-    """alpha* of the block if it is a head: g if a head repeats its input (x_{n-1} := x_n), else 0."""
-    factor: float = 1.0
-    """g, by which the shortcut terms are multiplied; see `reslora.set_shortcut_scale`."""
-    averaged: int = 0
-    """Number of shortcut terms (m) if own and shortcut terms are averaged; 0 if they are summed."""
-    gates: torch.Tensor | None = None
-    """d_n of `gated`; None without gates."""
+    """alpha* of the block if it is a head: 1 if a head repeats its input (x_{n-1} := x_n), else 0."""
     fold: Callable[[Factors, list[float]], Merged] | None = None
     """Function that returns a block as plain LoRA, given the alphas in `x_{n-k} ~ alpha_{n-k} x_n`."""
 
     def stand_in(self) -> torch.Tensor:
-        """Return S = g (sum of `parts`), r x p: S x are the shortcut terms if all blocks have the same input x."""
-        return self.factor * sum(part.to(self.a) for part in reversed(self.parts))  # type: ignore[return-value] # no head
-
-    @property
-    def share(self) -> float:
-        """Factor by which the sum of all terms is multiplied: 1, or `1 / (1 + g m)` if the terms are averaged."""
-        return share_of(self.averaged, self.factor)
+        """Return S, the sum of `parts` (r x p): S x are the shortcut terms if all blocks have the same input x."""
+        return sum(part.to(self.a) for part in reversed(self.parts))  # type: ignore[return-value] # not of a head
 
     def scaled(self, alpha: float, notes: tuple[str, ...] = ()) -> Merged:
-        """Return the block as plain LoRA: A_n and `share * B_n (1 + alpha*)` (Eq. 7)."""
-        return Merged(self.a, self.b * (self.share * (1 + alpha)), alpha, notes)
+        """Return the block as plain LoRA: A_n and `B_n (1 + alpha*)` (Eq. 7)."""
+        return Merged(self.a, self.b * (1 + alpha), alpha, notes)
 
 
 @dataclasses.dataclass
@@ -151,44 +140,20 @@ def _precise(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
-def share_of(averaged: int, factor: float) -> float:
-    """Return the factor that turns the sum of an own term and `averaged` shortcut terms into their weighted mean.
-
-    `factor` (g) is the weight of each shortcut term; the own term has the weight 1.
-    """
-    return 1 / (1 + factor * averaged)
-
-
-def shared_rank(rank: int) -> int:
-    """Return k, the number of ranks of each block that `gated` shares with its chain: an eighth, and at least one."""
-    return max(1, rank // 8)
-
-
-def pooled(own: torch.Tensor, chain: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """Return a block's own ranks without the shared ones, then the shared ranks of all blocks, along `dim`.
-
-    `own` and each of `chain` are A (r x p) with `dim=0`, or B (q x r) with `dim=1`.
-    """
-    shared = shared_rank(own.shape[dim])
-    kept = own.shape[dim] - shared
-    return torch.cat([own.narrow(dim, 0, kept), *(factor.narrow(dim, kept, shared) for factor in chain)], dim)
-
-
 # -- the merges ------------------------------------------------------------------------------------------------------
 
 
 def merge_none(chain: list[Factors]) -> list[Merged]:
-    """Return A_n and B_n without the shortcut terms (merge_no of Table 3); averaging multiplies B_n by `share`."""
+    """Return A_n and B_n without the shortcut terms (merge_no of Table 3)."""
     return [block.scaled(0.0) for block in chain]
 
 
 def merge_input(chain: list[Factors]) -> list[Merged]:
-    """Return A_n and `B_n (1 + alpha*)` of each block n, with `alpha* = g sum_{k=1..m} f_{n-k} / f_n` (merge_bi).
+    """Return A_n and `B_n (1 + alpha*)` of each block n, with `alpha* = sum_{k=1..m} f_{n-k} / f_n` (merge_bi).
 
     m is the number of earlier blocks in the sum of block n; for `input` it is 1. f_n is the mean norm of x_n for
-    `input` (Eqs. 6-9), and of A_n x_n for `middle` (Eq. 12). g is `factor`, which is 1 in the paper. A head has
-    `alpha_of_head` instead. A ratio with a norm of zero counts as 1, and alpha* is g if f_n is zero. If the terms are
-    averaged, B_n is also multiplied by `share`.
+    `input` (Eqs. 6-9), and of A_n x_n for `middle` (Eq. 12). A head has `alpha_of_head` instead. A ratio with a norm of
+    zero counts as 1, and alpha* is 1 if f_n is zero.
     """
     merged = []
     for block in chain:
@@ -196,10 +161,10 @@ def merge_input(chain: list[Factors]) -> list[Merged]:
         if not before:
             merged.append(block.scaled(block.alpha_of_head))
         elif block.norm == 0:
-            merged.append(block.scaled(block.factor, (_zero_norm(block),)))
+            merged.append(block.scaled(1.0, (_zero_norm(block),)))
         else:
             notes = tuple(_zero_norm(other) for other in before if other.norm == 0)
-            alpha = block.factor * float(sum(_ratio(other.norm, block.norm) for other in before))
+            alpha = float(sum(_ratio(other.norm, block.norm) for other in before))
             merged.append(block.scaled(alpha, notes))
     return merged
 
@@ -220,7 +185,7 @@ def merge_weights(chain: list[Factors]) -> list[Merged]:
     for block in chain:
         ratios = [_ratio(norms[k - 1], norms[block.before[0]]) if k > 0 else 1.0 for k in block.before]
         used = {k - 1 for k in block.before if k > 0} | {k for k in block.before[:1] if k > 0}
-        result = block.fold(block, [block.factor * ratio for ratio in ratios])
+        result = block.fold(block, ratios)
         result.notes += tuple(_zero_norm(chain[j]) for j in sorted(used) if norms[j] == 0)
         merged.append(result)
         weight = block.weight()
@@ -262,24 +227,11 @@ def merge_exact(chain: list[Factors]) -> list[Merged]:
     """Return `A* = [A_n; ...; A_{n-m}]` and `B* = [B_n, ..., B_{n-m}]`, of rank (m + 1) r (Eq. 5)."""
     merged = []
     for block in chain:
-        others = [chain[k] for k in block.before] if block.factor else []
+        others = [chain[k] for k in block.before]
         device = block.a.device
         a = torch.cat([block.a, *(other.a.to(device) for other in others)])
-        b = torch.cat([block.b, *(block.factor * other.b.to(device) for other in others)], dim=1)
-        merged.append(Merged(a, block.share * b))
-    return merged
-
-
-def merge_gated(chain: list[Factors]) -> list[Merged]:
-    """Return `A* = [A~_n; A_S]` and `B* = [B~_n, B_S] diag(d_n)`, of rank r - k + k L (RaSA; see `GatedShortcut`)."""
-    merged = []
-    for block in chain:
-        if block.gates is None:
-            merged.append(Merged(block.a, block.b))
-            continue
-        a = pooled(block.a, [other.a.to(block.a.device) for other in chain], dim=0)
-        b = pooled(block.b, [other.b.to(block.b.device) for other in chain], dim=1)
-        merged.append(Merged(a, b * block.gates.to(b.device)))
+        b = torch.cat([block.b, *(other.b.to(device) for other in others)], dim=1)
+        merged.append(Merged(a, b))
     return merged
 
 

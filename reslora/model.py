@@ -17,13 +17,12 @@ from torch import nn
 from . import guards, merges, ranks
 from .calibration import Calibrator
 from .chains import Chain, Chains, base_model, before_each, chains, lora_layers
-from .checks import is_number, is_whole
+from .checks import is_whole
 from .config import ResLoraConfig
 from .formatting import pluralize
 from .merges import Merge
 from .merging import Factors, Merged
 from .shortcuts import shortcut_class
-from .shortcuts.gated import GatedShortcut, gates_of
 from .wiring import Connection, attach_wires, connected, connection_of
 
 
@@ -34,7 +33,7 @@ class BlockReport:
     name: str
     role: str
     alpha: float | list[float] | None
-    """alpha*, or the list of alpha_{n-k} (k = 1..m), times the factor of `set_shortcut_scale`.
+    """alpha*, or the list of alpha_{n-k} (k = 1..m).
 
     None for exact merges. For `lstsq`: 1 or 0 for a head (see `ResLoraConfig.head`), 0 for a block that it merged by
     `none`, and None for other blocks.
@@ -102,7 +101,6 @@ def connect(
             "reslora.disconnect first"
         )
     guards.refuse_inner(base, adapter_name)
-    guards.refuse_distributed(model, config)
     if config.wired:
         guards.refuse_unknown_peft()
     layers = lora_layers(base, adapter_name)
@@ -121,23 +119,6 @@ def disconnect(model: nn.Module, adapter_name: str = "default") -> None:
     Raises `ValueError` if the model is not connected.
     """
     connected(base_model(model), adapter_name).clear(model)
-
-
-def set_shortcut_scale(model: nn.Module, value: float, adapter_name: str = "default") -> None:
-    """Multiply the shortcut terms of a connected model by `value` from the next forward pass on; 0 is plain LoRA.
-
-    The paper's equations (2-4) use 1. `save` stores the value, `load` restores it, and `merge` includes it in the
-    merged weights. Do not change it between a forward pass and its backward pass: gradient checkpointing would
-    recompute different activations.
-
-    Raises `ValueError` for a negative or non-finite value, a model that is not connected, or the shortcut `gated`.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_number(value, 0):
-        raise ValueError(f"value={value!r} must be a finite number of at least 0 (0 is plain LoRA)")
-    connection = connected(base_model(model), adapter_name)
-    if connection.shortcut is GatedShortcut:
-        raise ValueError(f"value={value!r} has no effect with shortcut='gated', whose gates are trained: leave it out")
-    connection.wires.factor = float(value)
 
 
 def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inputs: dict | None) -> Chains:
@@ -311,9 +292,6 @@ def _check_factors(layers: dict[str, LoraLayer], connection: Connection) -> None
     """
     written = {block.name for block in connection.chains.blocks if connection.shortcut}
     for name, layer in layers.items():
-        gates = gates_of(layer, connection.adapter_name)
-        if gates is not None and not bool(torch.isfinite(gates).all()):
-            raise ValueError(f"{name} has NaN or infinity in its gates: resume from an earlier checkpoint")
         for part in ("lora_A", "lora_B"):
             if connection.adapter_name not in getattr(layer, part):
                 continue
@@ -339,11 +317,8 @@ def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection)
             b=layers[block.name].lora_B[adapter].weight.detach(),
             scaling=layers[block.name].scaling[adapter],
             weight=functools.partial(base_weight, layers[block.name]),
-            factor=connection.wires.factor,
-            averaged=connection.terms_averaged(taken),
-            gates=gates_of(layers[block.name], adapter),
         )
-        for block, taken in zip(chain, before, strict=True)
+        for block in chain
     ]
     connection.shortcut.relate(found, before, connection.config.head)
     return found

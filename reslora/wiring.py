@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -12,7 +11,6 @@ from .chains import Chain, Chains, base_model, before_each, live_connection, lor
 from .config import ResLoraConfig
 from .shortcuts import shortcut_class
 from .shortcuts.base import CastOthers, Shortcut
-from .shortcuts.gated import GatedShortcut, add_gates, remove_gates
 from .shortcuts.shared import SharedProduct
 from .shortcuts.state import Wires
 
@@ -40,11 +38,6 @@ class Connection:
         """Class of the configured shortcut; None if the configuration is plain LoRA."""
         return shortcut_class(self.config.shortcut) if self.config.wired else None
 
-    def terms_averaged(self, before: Sequence[int]) -> int:
-        """Return the value of `Shortcut.averaged` for a block that adds the terms of the earlier blocks `before`."""
-        mean = self.shortcut is not None and self.config.shortcut_scale == "mean"
-        return self.shortcut.terms(before, self.config.head) if mean else 0
-
     def alive(self, base: nn.Module) -> bool:
         """Return whether the connected adapter is still on the model: not deleted, unloaded or replaced."""
         adapter, layers = self.adapter_name, [module for module in base.modules() if isinstance(module, LoraLayer)]
@@ -63,7 +56,6 @@ class Connection:
             for adapter, variant in list(module.lora_variant.items()):
                 if isinstance(variant, Shortcut):
                     del module.lora_variant[adapter]
-            remove_gates(module)
             for lora_a in module.lora_A.values():
                 vars(lora_a).pop(_MARK, None)
             if isinstance(module.cast_input_dtype_enabled, CastOthers):
@@ -159,10 +151,7 @@ def _wire(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) ->
     wired = [layers[name] for name in names]
     factors = [(layer.lora_A[adapter], layer.lora_B[adapter]) for layer in wired]
     before = before_each(len(chain), config.reach)
-    if connection.shortcut is GatedShortcut and len(chain) > 1:
-        add_gates(wired, adapter)
     variants = connection.shortcut.wire(connection.wires, names, factors, before, config.head)
-    for layer, variant, taken in zip(wired, variants, before, strict=True):
-        variant.averaged = connection.terms_averaged(taken)
+    for layer, variant in zip(wired, variants, strict=True):
         layer.lora_variant[adapter] = variant
         layer.cast_input_dtype_enabled = CastOthers(layer.cast_input_dtype_enabled, layer, adapter)

@@ -371,15 +371,12 @@ class Oracle:
     """A copy of a plain LoRA model whose LoRA layers compute Eqs. 1-4 as they are printed.
 
     `inputs[name]` collects what entered each layer (before dropout), one tensor per forward; `outputs[name]` the
-    LoRA path's contribution. `factor` multiplies the neighbors' terms; `scale="mean"` divides by the sum of weights.
+    LoRA path's contribution.
     """
 
-    def __init__(
-        self, model, chains, shortcut, pre_num=1, head="repeat", adapter="default", scale="sum", factor=1.0
-    ) -> None:
+    def __init__(self, model, chains, shortcut, pre_num=1, head="repeat", adapter="default") -> None:
         self.model = copy_of(model)
         self.shortcut, self.head, self.adapter = shortcut, head, adapter
-        self.scale, self.factor = scale, factor
         self.inputs: dict[str, list[torch.Tensor]] = {}
         self.outputs: dict[str, list[torch.Tensor]] = {}
         for chain in chains:
@@ -401,20 +398,17 @@ class Oracle:
             hidden = layers[n].base_layer(x, *args, **kwargs)
             x = x if torch.is_autocast_enabled("cpu") else x.to(down(n).dtype)
             x = entered[n] = layers[n].lora_dropout[self.adapter](x)
-            g, terms = self.factor, m
             if plain or self.shortcut == "none":
                 lora = x @ down(n).T @ up(n).T  # Eq. 1
             elif self.shortcut == "input" and n == 0:
-                terms = 1 if self.head == "repeat" else 0
-                lora = (x + g * x if terms else x) @ down(n).T @ up(n).T  # the text under Eq. 2, or App. C
+                # the text under Eq. 2, or App. C
+                lora = (x + x if self.head == "repeat" else x) @ down(n).T @ up(n).T
             elif self.shortcut == "input":
-                terms = 1
-                lora = (x + g * entered[n - 1]) @ down(n).T @ up(n).T  # Eq. 2
+                lora = (x + entered[n - 1]) @ down(n).T @ up(n).T  # Eq. 2
             elif self.shortcut == "block":
-                lora = sum((g if k else 1) * x @ down(n - k).T @ up(n - k).T for k in range(m + 1))  # Eq. 3
+                lora = sum(x @ down(n - k).T @ up(n - k).T for k in range(m + 1))  # Eq. 3
             else:
-                lora = sum((g if k else 1) * entered[n - k] @ down(n - k).T for k in range(m + 1)) @ up(n).T  # Eq. 4
-            lora = lora / (1 + g * terms) if self.scale == "mean" and not plain else lora
+                lora = sum(entered[n - k] @ down(n - k).T for k in range(m + 1)) @ up(n).T  # Eq. 4
             lora = layers[n].scaling[self.adapter] * lora
             self.outputs.setdefault(name, []).append(lora.detach())
             return (hidden + lora).to(hidden.dtype)

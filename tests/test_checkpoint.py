@@ -30,12 +30,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear, dispatch_default
 from safetensors.torch import load_file, save_file
 from suites import quick
-from wired import one_each, pair
 
 import reslora
 from reslora import ResLoraConfig
-from reslora.chains import base_model
-from reslora.wiring import connection_of
 
 CONFIG = "reslora_config.json"
 WEIGHTS = "reslora_model.safetensors"
@@ -181,31 +178,31 @@ def test_tied_weights_that_are_trained_come_back(tmp_path):
     assert state.lm_head.weight.data_ptr() == state.get_input_embeddings().weight.data_ptr()
 
 
-@one_each
-def test_scale_and_factor_come_back(llama, tmp_path, shortcut, pre_num, head):
-    """Loaded into a bare base, an adapter and a connected model; a merge after loading equals the one before."""
-    model, _ = pair(llama, shortcut, pre_num, head, scale="mean", factor=0.25)
-    reslora.save(model, tmp_path)
-    expected, other = run(model, llama.inputs()), llama.lora(seed=7)
-    reslora.connect(other, ResLoraConfig(shortcut, pre_num, head, 0, "mean"))
-    loaded = [reslora.load(target, tmp_path) for target in (base_of(llama), llama.lora(), other)]
-    assert all(torch.equal(run(each, llama.inputs()), expected) for each in loaded[:2])
-    assert [connection_of(base_model(each)).wires.factor for each in loaded] == 3 * [0.25]
-    for each in (model, loaded[0]):
-        reslora.merge(each, "weights")
-    assert torch.equal(run(loaded[0], llama.inputs()), run(model, llama.inputs()))
-
-
-def test_a_folder_of_an_earlier_version_has_the_sum_and_the_factor_one(llama, tmp_path):
+@pytest.mark.parametrize("version", [{}, {"shortcut_scale": "sum"}])
+def test_a_folder_of_an_earlier_version_loads(llama, tmp_path, version):
     model = saved(llama, tmp_path)
-    content = json.loads((tmp_path / CONFIG).read_text())
-    assert content.pop("factor") == 1 and content["reslora"].pop("shortcut_scale") == "sum"
-    (tmp_path / CONFIG).write_text(json.dumps(content))
-    (tmp_path / "checksums.json").unlink()
-    other = llama.lora()
-    reslora.connect(other, ResLoraConfig())
-    reslora.set_shortcut_scale(other, 0.5)
-    assert torch.equal(run(reslora.load(other, tmp_path), llama.inputs()), run(model, llama.inputs()))
+    edit(tmp_path, version, factor=1.0)
+    assert torch.equal(run(reslora.load(llama.lora(), tmp_path), llama.inputs()), run(model, llama.inputs()))
+
+
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [({"shortcut_scale": "mean"}, 1), ({}, 0.25), ({"shortcut": "gated", "shortcut_scale": "sum"}, 1)],
+)
+def test_shortcuts_that_were_removed_are_refused_with_the_commit_that_loads_them(llama, tmp_path, config, factor):
+    saved(llama, tmp_path)
+    edit(tmp_path, config, factor=factor)
+    with pytest.raises(ValueError) as error:
+        reslora.load(llama.lora(), tmp_path)
+    assert_one_line(error, str(tmp_path / CONFIG), "gated, averaged or fading", "8aaa5c1e")
+
+
+def edit(folder, config: dict, **more) -> None:
+    """Change the configuration of a saved adapter."""
+    content = json.loads((folder / CONFIG).read_text())
+    content["reslora"] |= config
+    (folder / CONFIG).write_text(json.dumps(content | more))
+    (folder / "checksums.json").unlink()
 
 
 @pytest.mark.exhaustive
@@ -276,9 +273,9 @@ def test_only_the_named_adapter_is_saved(llama, tmp_path):
 def test_float32_on_a_half_precision_base_is_not_rounded(tmp_path):
     arch = ARCHITECTURES["bert"]
     model = arch.lora(base=base_of(arch).bfloat16(), target_modules=["query", "word_embeddings"])
-    reslora.connect(model, ResLoraConfig("gated"))
+    reslora.connect(model, ResLoraConfig("block"))
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    for part in ("lora_A", "lora_embedding_B", "lora_gates", "modules_to_save"):
+    for part in ("lora_A", "lora_embedding_B", "modules_to_save"):
         assert any(part in name for name in trained)
     for name, value in trained.items():
         value.data = torch.randn(value.shape).to(torch.float32 if "lora_" in name else torch.bfloat16)

@@ -15,7 +15,6 @@ def test_defaults_are_the_documented_ones():
         "pre_num": 1,
         "head": "repeat",
         "window": 100,
-        "shortcut_scale": "sum",
     }
 
 

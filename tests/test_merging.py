@@ -32,7 +32,6 @@ from core_models import (
 from peft import LoraConfig, PeftModel
 from suites import quick
 from torch import nn
-from wired import AMENDED, one_each
 
 import reslora
 from reslora import ResLoraConfig, merging
@@ -61,25 +60,11 @@ architectures = pytest.mark.parametrize(
 class Case:
     """A connected model, the oracle of its unmerged forward pass, and the original weights of the blocks."""
 
-    def __init__(
-        self, arch, shortcut, pre_num=1, head="repeat", window=100, dropout=0.0, scale="sum", factor=1.0, **lora
-    ):
+    def __init__(self, arch, shortcut, pre_num=1, head="repeat", window=100, dropout=0.0, **lora):
         self.arch, self.shortcut, self.pre_num, self.head = arch, shortcut, pre_num, head
-        self.scale, self.factor = scale, factor
-        self.lora = {"lora_dropout": dropout, **lora}
-        self.config = ResLoraConfig(shortcut, pre_num, head, window, scale)
-        self.model = arch.lora(**self.lora)
-        self.oracle = Oracle(self.model, arch.blocks, shortcut, pre_num, head, scale=scale, factor=factor)
-        self.connect()
-
-    def connect(self) -> None:
-        reslora.connect(self.model, self.config)
-        reslora.set_shortcut_scale(self.model, self.factor)
-
-    def renew(self) -> None:
-        """Take another model with the same weights, which is not merged yet."""
-        self.model = self.arch.lora(**self.lora)
-        self.connect()
+        self.model = arch.lora(lora_dropout=dropout, **lora)
+        self.oracle = Oracle(self.model, arch.blocks, shortcut, pre_num, head)
+        reslora.connect(self.model, ResLoraConfig(shortcut, pre_num, head, window))
 
     def train(self, steps: int) -> "Case":
         for seed in range(steps):
@@ -115,11 +100,6 @@ class Case:
     def m(self, n: int) -> int:
         return n if self.pre_num == -1 else min(self.pre_num, n)
 
-    def share(self, n: int) -> float:
-        """Return the factor of an averaged sum: with g = 1, 1 / (m + 1)."""
-        terms = self.m(n) if self.shortcut != "input" else 1 if n or self.head == "repeat" else 0
-        return 1 / (1 + self.factor * terms) if self.scale == "mean" else 1.0
-
     def tokens(self, name: str) -> torch.Tensor:
         """Return every calibration token that entered a layer, (tokens, in)."""
         return torch.cat([x.flatten(0, -2) for x in self.oracle.inputs[name]])
@@ -150,16 +130,6 @@ class Case:
             assert block.error == pytest.approx(float((merged - unmerged).norm() / unmerged.norm()), rel=1e-3, abs=1e-6)
 
 
-def own_terms(case: Case):
-    """Return what `none` retains: each block's own term."""
-
-    def expected(chain):
-        blocks = zip(case.A(chain), case.B(chain), case.s(chain), strict=True)
-        return [case.share(n) * s * B @ A for n, (A, B, s) in enumerate(blocks)]
-
-    return expected
-
-
 def merged_by_input(case: Case, window: int):
     """Return the merge by Eqs. 7, 9 and 12."""
 
@@ -171,7 +141,7 @@ def merged_by_input(case: Case, window: int):
                 alpha = f[n - 1] / f[n] if n else case.head_alpha()
             else:
                 alpha = sum(f[n - k] / f[n] for k in range(1, case.m(n) + 1))
-            result.append(case.share(n) * s[n] * (1 + case.factor * alpha) * B[n] @ A[n])
+            result.append(s[n] * (1 + alpha) * B[n] @ A[n])
         return result
 
     return expected
@@ -185,11 +155,11 @@ def weights_alphas(case: Case, chain) -> tuple[list, list[torch.Tensor]]:
     for n in range(len(chain)):
         if case.shortcut == "input":
             alpha = case.head_alpha() if n == 0 else 1.0 if n == 1 else f[n - 2] / f[n - 1]
-            merged = case.share(n) * s[n] * (1 + case.factor * alpha) * B[n] @ A[n]
+            merged = s[n] * (1 + alpha) * B[n] @ A[n]
         else:
             alpha = [f[n - k - 1] / f[n - 1] if n - k - 1 >= 0 else 1.0 for k in range(1, case.m(n) + 1)]
             others = sum(a * A[n - k] for k, a in enumerate(alpha, start=1))
-            merged = case.share(n) * s[n] * B[n] @ (A[n] + case.factor * others)
+            merged = s[n] * B[n] @ (A[n] + others)
         f.append(float((W[n] + merged).norm()))
         alphas.append(alpha)
         result.append(merged)
@@ -212,7 +182,7 @@ def merged_by_lstsq(case: Case):
             else:
                 past = range(1, case.m(n) + 1)
                 C = ridge_regression(X[n], sum(X[n - k] @ A[n - k].T for k in past), sum(A[n - k] for k in past))
-            result.append(case.share(n) * s[n] * B[n] @ (A[n] + case.factor * C))
+            result.append(s[n] * B[n] @ (A[n] + C))
         return result
 
     return expected
@@ -224,70 +194,6 @@ def ridge_regression(x: torch.Tensor, target: torch.Tensor, prior: torch.Tensor)
     ridge = RIDGE * float(x.square().sum(0).mean()) / tokens
     root = math.sqrt(ridge * tokens) * torch.eye(width, dtype=x.dtype)
     return torch.linalg.lstsq(torch.cat([x, root]), torch.cat([target, root @ prior.T])).solution.T
-
-
-# --- amended sums -----------------------------------------------------------------------------------------------------
-
-
-EACH = [(name, *plan, *amendment) for name in ("llama", "unet") for plan in PLANS for amendment in AMENDED]
-QUICK = [("llama", *plan, "mean", 0.25) for plan in PLANS]  # both amendments at once
-QUICK += [("llama", *plan, *one) for plan in ONE_PLAN_EACH for one in (("mean", 1.0), ("sum", 0.25))]
-
-
-@pytest.mark.parametrize("name, shortcut, pre_num, head, scale, factor", quick(EACH, *QUICK))
-def test_amended_sums_merge_by_the_formulas(name, shortcut, pre_num, head, scale, factor):
-    case = Case(ARCHITECTURES[name], shortcut, pre_num, head, scale=scale, factor=factor)
-    calibration = case.calibrate(case.batches(1))
-    formulas = {
-        "none": own_terms(case),
-        "input": merged_by_input(case, window=100),
-        "weights": lambda chain: weights_alphas(case, chain)[1],
-        "lstsq": merged_by_lstsq(case),
-    }
-    for method, formula in formulas.items():
-        case.renew()
-        report = reslora.merge(case.model, method=method, calibration=calibration)
-        case.assert_merged_to(formula, tolerance=1e-5 if method == "lstsq" else 1e-9)
-        case.assert_errors(report)
-
-
-@pytest.mark.parametrize(
-    "pre_num, scale, factor",
-    quick([(pre_num, *one) for pre_num in (1, -1) for one in AMENDED], (1, "mean", 0.25), (-1, "sum", 0.25)),
-)
-def test_amended_sums_of_block_merge_exactly(llama, pre_num, scale, factor):
-    case = Case(llama, "block", pre_num, scale=scale, factor=factor)
-    calibration = case.calibrate(case.batches(1))
-    report = reslora.merge(case.model, method="auto", calibration=calibration)
-    case.assert_errors(report)
-    inputs = llama.inputs(seed=9)
-    merged = run(case.model, inputs)
-    case.renew()
-    case.assert_errors(reslora.merge(case.model, calibration=calibration, max_rank=3))
-    case.renew()
-    reslora.merge(case.model, method="none", calibration=calibration)
-    case.assert_merged_to(own_terms(case))
-    assert_equal(merged, run(case.oracle.model, inputs))
-
-
-@pytest.mark.parametrize(
-    "method, scale",
-    quick(
-        itertools.product(["none", "input", "weights", "lstsq", "auto"], ["sum", "mean"]),
-        *[(method, "mean") for method in ("none", "input", "weights", "lstsq", "auto")],
-        ("auto", "sum"),
-    ),
-)
-@one_each
-def test_with_a_factor_of_zero_every_merge_is_plain_lora_bit_for_bit(llama, shortcut, pre_num, head, method, scale):
-    model, plain = llama.lora(), llama.lora()
-    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head, shortcut_scale=scale))
-    reslora.set_shortcut_scale(model, 0)
-    reslora.merge(model, method=method, calibration=[llama.inputs(seed=5)])
-    after, before = model.state_dict(), plain.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert torch.equal(run(model, llama.inputs()), run(plain, llama.inputs()))
 
 
 # --- none -------------------------------------------------------------------------------------------------------------

@@ -32,9 +32,6 @@ PLAIN = [
 STATEFUL = [("input", 1, "repeat"), ("middle", 2, "repeat")]
 SOME = [*STATEFUL, ("input", 1, "none"), ("middle", -1, "none"), ("block", 2, "repeat")]
 ONE_EACH = [*STATEFUL, ("block", 2, "repeat")]
-AMENDED = [("mean", 1.0), ("sum", 0.25), ("mean", 0.25), ("sum", 0.0), ("mean", 0.0)]
-"""Scale and factor of the sum of shortcut terms."""
-amended = pytest.mark.parametrize("scale, factor", quick(AMENDED, *AMENDED[:3]))  # zero has quick tests of its own
 wired = pytest.mark.parametrize("shortcut, pre_num, head", WIRED)
 stateful = pytest.mark.parametrize("shortcut, pre_num, head", STATEFUL)
 some = pytest.mark.parametrize("shortcut, pre_num, head", SOME)
@@ -51,13 +48,11 @@ def connected(arch, shortcut, pre_num, head, window=0, **lora):
     return model
 
 
-def pair(arch, shortcut, pre_num, head, window=0, scale="sum", factor=1.0, **lora):
+def pair(arch, shortcut, pre_num, head, window=0, **lora):
     """Return a connected model, and the oracle with the same weights."""
     model = arch.lora(**lora)
-    oracle = Oracle(model, arch.blocks, shortcut, pre_num, head, scale=scale, factor=factor)
-    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head, window, scale))
-    if factor != 1:
-        reslora.set_shortcut_scale(model, factor)
+    oracle = Oracle(model, arch.blocks, shortcut, pre_num, head)
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head, window))
     return model, oracle.model
 
 

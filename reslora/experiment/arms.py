@@ -44,7 +44,7 @@ from .statistics import REFERENCE
 
 NEAR = 3  # number of learning rates around the best one at which further seeds are trained first
 # shortcuts for which --pre_num counts blocks
-SEVERAL_BLOCKS = tuple(name for name in NAMES if name not in (PLAIN, "input", "gated"))
+SEVERAL_BLOCKS = tuple(name for name in NAMES if name not in (PLAIN, "input"))
 MOST_EXTENSIONS = 3  # maximum number of extensions of the learning rates by --extend_rates
 LEAST_RATIO = 1.02  # minimum ratio of two learning rates to extend them
 PLACED = ("learning_rate", "seed", "shortcut", "pre_num", "rank")  # not written as `name=value` in labels
@@ -99,16 +99,13 @@ def labels_of(grid: Grid) -> list[Label]:
     An option that varies makes no further variants of a method that does not use it.
     """
     found, shared, varied = [], grid.base.adapter, grid.varied
-    # values that vary are in the name anyway
-    scale = "sum" if "shortcut_scale" in varied else shared.shortcut_scale
-    decay = None if "shortcut_decay" in varied else shared.shortcut_decay
     for method in grid.methods:
         row = METHODS[method]
         for shortcut in varied.get("shortcut", [None]) if row.reads_shortcut else [None]:
             kind = shortcut or (shared.shortcut if row.reads_shortcut else row.placebo)
             for pre_num in varied.get("pre_num", [None]) if kind in SEVERAL_BLOCKS else [None]:
                 named, blocks = (shortcut, shared.pre_num) if pre_num is None else (kind, pre_num)
-                told = shortcut_in_words(named, blocks, scale, decay)
+                told = shortcut_in_words(named, blocks)
                 folder = (f"{shortcut}/" if shortcut else "") + (f"pre_num-{pre_num}/" if pre_num is not None else "")
                 for rank in varied.get("rank", [None]):
                     name = " ".join(filter(None, [method, told, f"rank {rank}" if rank else ""]))
@@ -190,15 +187,12 @@ def references_of(grid: Grid, labels: Sequence[Label]) -> list[str]:
     return own or [label.name for label in labels if label.method == reference and not label.average]
 
 
-def shortcut_in_words(shortcut: str | None, pre_num: int, scale: str = "sum", decay: float | None = None) -> str:
-    """Return a shortcut in the paper's notation, with scale and decay unless they are the defaults.
+def shortcut_in_words(shortcut: str | None, pre_num: int) -> str:
+    """Return a shortcut in the paper's notation: `block(4)`, but `input`, which always uses one block.
 
-    Examples: `block(4)`, `middle(4) mean decay 0.75`; `input` always uses one block. Empty without a shortcut.
+    Empty without a shortcut.
     """
-    if not shortcut:
-        return ""
-    name = f"{shortcut}({pre_num})" if shortcut in SEVERAL_BLOCKS else shortcut
-    return " ".join([name, *[scale] * (scale != "sum"), *([f"decay {decay:g}"] if decay else [])])
+    return f"{shortcut}({pre_num})" if shortcut in SEVERAL_BLOCKS else shortcut or ""
 
 
 def options_of(grid: Grid[O], label: Label, rate: float, seed: int) -> O:

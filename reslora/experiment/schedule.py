@@ -425,6 +425,7 @@ class ArmSchedule:
         adapter, ended, folder = self.options_of(arm).adapter, self.ended(arm), self.folder_of(arm)
         label, rows = self.labels[arm.label], read_log(folder / "log.jsonl")
         method: str = label.method
+        shortcut = shortcut_in_words(adapter.shortcut, adapter.pre_num) if METHODS[method].reads_shortcut else None
         last: dict = rows[-1] if rows else {"step": 0, "seconds": 0.0}
         found: record.Arm = {
             "label": arm.label,
@@ -433,11 +434,7 @@ class ArmSchedule:
             "seed": arm.seed,
             "rank": adapter.rank,
             "values": {self.grid.base.option(name).name: value for name, value in label.values.items()},
-            "shortcut": shortcut_in_words(
-                adapter.shortcut, adapter.pre_num, adapter.shortcut_scale, adapter.shortcut_decay
-            )
-            if METHODS[method].reads_shortcut
-            else None,
+            "shortcut": shortcut,
             "folder": self.name_of(arm),
             "status": ended.get("status") or ("running" if arm in self.running else "waiting"),
             "reason": ended.get("reason", ""),

@@ -173,7 +173,7 @@ def check_optimizer(options: OptimizerOptions) -> None:
 
 
 def check_compile(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions) -> None:
-    """Raise `InvalidArgument` if --compile would drop the shortcuts or --shortcut_decay, or undo a memory saving."""
+    """Raise `InvalidArgument` if --compile would drop the shortcuts or undo a memory saving."""
     check_compiled("--compile", adapter, training.gradient_checkpointing)
     if not training.gradient_checkpointing and (model.blocks_to_swap or model.base_precision != "no"):
         saves = "--blocks_to_swap" if model.blocks_to_swap else f"--base_precision {model.base_precision}"

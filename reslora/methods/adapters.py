@@ -367,7 +367,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Load what `save_adapter` wrote into a model with a matching adapter, connected if the saved model was connected.
 
-    Raises `ValueError` if files are missing or damaged, or if names or shapes differ; the model is unchanged then.
+    Raises `ValueError` if files are missing or damaged, if names or shapes differ, or if the adapter is a control
+    method's of an earlier version, with averaged or fading terms; the model is unchanged then.
     """
     if connection_of(base_model(model)) is not None:
         checkpoint.load(model, directory)
@@ -381,8 +382,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     for name in (*state, *saved):
         if name not in saved or name not in state or saved[name].shape != state[name].shape:
             raise ValueError(f"{path} does not fit the model's adapter; the first difference is {name}")
-    if _CONTROL in metadata:
-        controls.put_on(model, json.loads(metadata[_CONTROL]))
+    control = json.loads(metadata.get(_CONTROL, "{}"))
+    if control.get("mean") or control.get("factor", 1) != 1:
+        raise ValueError(f"{path} has averaged or fading shortcut terms: load it with commit {checkpoint.LAST_AMENDED}")
+    if control:
+        controls.put_on(model, control)
     with torch.no_grad():
         for name, value in state.items():
             value.copy_(saved[name])

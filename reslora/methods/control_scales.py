@@ -38,7 +38,7 @@ def gauged(
         for chain in plan
         for block, before in zip(chain, before_each(len(chain), shortcuts.reach), strict=True)
     }
-    connected(base, DEFAULT).wires.observer = gauge = Gauge(row, base, shortcuts.shortcut_scale == "mean", neighbours)
+    connected(base, DEFAULT).wires.observer = gauge = Gauge(row, base, neighbours)
     try:
         with torch.no_grad(), evaluating(base):
             yield gauge
@@ -48,15 +48,10 @@ def gauged(
 
 @dataclass
 class Gauge:
-    """Sums of squares for each block: of h (the input of its B), of the shortcut terms in h, and of A_n x_n.
-
-    With `shortcut_scale="mean"`, h is divided like the shortcut's sum.
-    """
+    """Sums of squares for each block: of h (the input of its B), of the shortcut terms in h, and of A_n x_n."""
 
     method: Method
     base: nn.Module
-    mean: bool
-    """Whether a block's own and shortcut terms are averaged instead of summed."""
     neighbours: dict[str, int]
     """Block name -> number of earlier blocks whose terms it adds."""
     squares: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
@@ -72,7 +67,7 @@ class Gauge:
         else:
             h = rows(x) @ own.to(x).t()
             own, added = h.tensor_split([len(own) // (1 + len(variant.others()))], dim=1)
-        for place, value in enumerate((variant.share * h, added, own)):
+        for place, value in enumerate((h, added, own)):
             dtype = torch.promote_types(value.dtype, torch.float32)
             self.squares[variant.name][place] += torch.linalg.vector_norm(value, dtype=dtype).item() ** 2
 
@@ -80,15 +75,15 @@ class Gauge:
         """Return the matched alphas or the rotations, for `put_on`; rotations depend on `seed` and the block's name."""
         layers = lora_layers(self.base, DEFAULT)
         if self.method.matched:
-            plain = {name: layers[name].lora_alpha[DEFAULT] for name in self.squares}
-            alphas = {name: plain[name] * _ratio(h, own) for name, (h, _, own) in self.squares.items()}
-            return {"alphas": alphas, "plain": plain}
+            squares = self.squares.items()
+            alphas = {name: layers[name].lora_alpha[DEFAULT] * _ratio(h, own) for name, (h, _, own) in squares}
+            return {"alphas": alphas}
         rotations = {}
         for name, (_, added, own) in self.squares.items():
             if added:
                 count = self.neighbours[name]
                 rotations[name] = [count, _ratio(added, own) / math.sqrt(max(1, count))]
-        return {"seed": seed, "rotations": rotations} | ({"mean": True} if self.mean else {})
+        return {"seed": seed, "rotations": rotations}
 
 
 def _ratio(square: float, of: float) -> float:

@@ -25,13 +25,7 @@ scale can reproduce.
 Placebos: rotations of the block's own input replace the shortcut terms of its m earlier blocks. h is
 `A_n (x_n + c sum_{k=1..m} R_k x_n)`, with `c = |shortcut terms in h| / (sqrt(m) |A_n x_n|)`. The added terms are as
 large as the shortcut's, because a random A maps a rotated input to the same norm as the input. In the bundled U-Net the
-ratio in c varies from 0.4 to 4 within a chain, so it is measured. A head has the same h as with the shortcut. With
-`shortcut_scale="mean"`, h is divided by 1 + m, and by 2 in a head that repeats its input.
-
-For --shortcut_decay, `set_factor` multiplies the terms that replace the shortcut by a factor g, as
-`reslora.set_shortcut_scale` does for shortcuts. A placebo's c becomes g c, and the divisor of `mean` becomes 1 + g m.
-The alpha of `lora_matched` becomes `alpha + g (matched alpha - alpha)`, so its scale falls linearly with g from that of
-the shortcut to that of plain LoRA.
+ratio in c varies from 0.4 to 4 within a chain, so it is measured. A head has the same h as with the shortcut.
 """
 
 from __future__ import annotations
@@ -45,52 +39,31 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..chains import base_model, lora_layers
-from ..merging import share_of
 
 DEFAULT = "default"  # name of the adapter, PEFT's default
 ROTATED = ".parametrizations.weight.original"
 """Suffix of the name of a rotated A in a state dict."""
 
 Settings = dict[str, Any]
-"""`{"alphas": {layer: matched alpha}, "plain": {layer: alpha}}`, or `{"seed": seed, "rotations": {layer: [m, c]}}`.
+"""`{"alphas": {layer: matched alpha}}`, or `{"seed": seed, "rotations": {layer: [m, c]}}`.
 
-m and c are those of `Rotations`. Optional keys: "mean", true if h is averaged, and "factor", the g of `set_factor`.
+m and c are those of `Rotations`.
 """
 
 
 def put_on(model: nn.Module, settings: Settings) -> None:
     """Set alphas or rotations on a model with plain LoRA; they replace those of an earlier call."""
     base = base_model(model)
-    layers = lora_layers(base, DEFAULT)
+    layers, config = lora_layers(base, DEFAULT), base.peft_config[DEFAULT]
     _take_off(base, keep=False)
     for name, (count, scale) in settings.get("rotations", {}).items():
         lora_a = layers[name].lora_A[DEFAULT]
-        rotations = Rotations(
-            lora_a.weight, count, scale, f"{settings['seed']} {name}", mean=settings.get("mean", False)
-        )
+        rotations = Rotations(lora_a.weight, count, scale, f"{settings['seed']} {name}")
         parametrize.register_parametrization(lora_a, "weight", rotations)
-    base._control = settings
-    _apply_factor(base, settings)
-
-
-def set_factor(model: nn.Module, factor: float) -> None:
-    """Multiply the terms by which a control method replaces the shortcut by `factor`; do nothing for other methods."""
-    base = base_model(model)
-    if settings := settings_of(model):
-        base._control = settings | {"factor": factor}
-        _apply_factor(base, base._control)
-
-
-def _apply_factor(base: nn.Module, settings: Settings) -> None:
-    layers, config, factor = lora_layers(base, DEFAULT), base.peft_config[DEFAULT], settings.get("factor", 1.0)
     for name, alpha in settings.get("alphas", {}).items():
-        if factor != 1:
-            alpha = settings["plain"][name] + factor * (alpha - settings["plain"][name])
         layers[name].lora_alpha[DEFAULT], layers[name].scaling[DEFAULT] = alpha, alpha / layers[name].r[DEFAULT]
         config.alpha_pattern["^" + re.escape(name)] = alpha
-    for module in base.modules() if settings.get("rotations") else ():
-        if isinstance(module, Rotations):
-            module.factor = factor
+    base._control = settings
 
 
 def settings_of(model: nn.Module) -> Settings | None:
@@ -113,16 +86,15 @@ def _take_off(base: nn.Module, keep: bool) -> None:
 
 
 class Rotations(nn.Module):
-    """Parametrization of A (r x p) as `A (I + g c sum_{k=1..m} R_k)`, so that A multiplies `x + g c sum_k R_k x`.
+    """Parametrization of A (r x p) as `A (I + c sum_{k=1..m} R_k)`, so that A multiplies `x + c sum_k R_k x`.
 
-    g is set by `set_factor` and is 1 by default. With `mean` the result is divided by 1 + g m. Each R_k is a random
-    signed permutation: it is orthogonal, two vectors of p values store it, and R_k x is uncorrelated with x on average
-    over seeds. For m = 0, R is a single identity, and the divisor is 1 + g.
+    Each R_k is a random signed permutation: it is orthogonal, two vectors of p values store it, and R_k x is
+    uncorrelated with x on average over seeds. For m = 0, R is a single identity.
     """
 
-    def __init__(self, weight: torch.Tensor, count: int, scale: float, key: str, mean: bool = False) -> None:
+    def __init__(self, weight: torch.Tensor, count: int, scale: float, key: str) -> None:
         super().__init__()
-        self.scale, self.factor, self.mean = scale, 1.0, mean
+        self.scale = scale
         width, draws = weight.shape[1], torch.Generator().manual_seed(random.Random(key).getrandbits(63))
         places = [torch.randperm(width, generator=draws) for _ in range(count)] or [torch.arange(width)]
         signs = (
@@ -136,6 +108,5 @@ class Rotations(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return `A (I + g c sum_k R_k)` (r x p)."""
-        total = weight + self.factor * self.scale * (weight[:, self.places] * self.signs).sum(1)
-        return total * share_of(len(self.places) if self.mean else 0, self.factor)
+        """Return `A (I + c sum_k R_k)` (r x p)."""
+        return weight + self.scale * (weight[:, self.places] * self.signs).sum(1)

@@ -8,7 +8,6 @@ from torch import nn
 from ..chains import chains
 from ..config import ResLoraConfig
 from ..formatting import is_or_are, pluralize
-from ..shortcuts.gated import gates_in
 from .registry import DEFAULT_PRE_NUM, METHODS
 
 
@@ -32,12 +31,6 @@ def print_links(
     if plan.unlinked:
         name, reason = plan.unlinked[0]
         tell(f"--shortcut: {pluralize(len(plan.unlinked), 'layer')} left as plain LoRA, such as {name} ({reason})")
-    if shortcuts.shortcut == "gated":
-        gates = sum(len(chain) * gates_in(chain) for chain in plan)
-        tell(
-            f"--shortcut gated: trains {pluralize(gates, 'gate')} in addition to LoRA's parameters; each block uses "
-            "its complete chain, whatever --pre_num is"
-        )
     reach, longest = shortcuts.reach, max(map(len, plan), default=0)
     start = f"--pre_num {shortcuts.pre_num}:"
     if reach is not None and reach < shortcuts.pre_num:  # a shortcut that always uses one block

@@ -54,15 +54,6 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
     refuse_settings(options.method, options.lora_dropout, patterns)
     for name, texts in patterns.items():
         entries(name, texts)
-    if options.shortcut == "gated":
-        refuse_with_gates(options)
-    methods = [METHODS[name] for name in options.method if METHODS[name].reads_shortcut_flags]
-    if methods and not options.reslora_config.wired and not any(method.placebo for method in methods):
-        unwired = "--shortcut none" if options.shortcut == PLAIN else "--pre_num 0"
-        for name in ("shortcut_scale", "shortcut_decay"):
-            value = getattr(options, name)
-            if value not in ("sum", None):
-                raise InvalidArgument(f"--{name} {value}", f"it has no effect with {unwired}", "leave one of them out")
     if options.merge_calibration_samples:
         return
     reads = [f"--method {name}" for name in options.method if METHODS[name].measured]
@@ -72,18 +63,6 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
     for argument in reads:
         other = f"another {argument.split()[0]}"
         raise InvalidArgument(argument, "needs calibration samples", f"give --{calibration} 64, or {other}")
-
-
-def refuse_with_gates(options: SharedMethodOptions) -> None:
-    """Raise `InvalidArgument` for options that --shortcut gated does not support, because it trains its weights."""
-    for name, default in (("shortcut_scale", "sum"), ("shortcut_decay", None)):
-        if (value := getattr(options, name)) != default:
-            problem = "it has no meaning with --shortcut gated, which trains a gate for each rank"
-            raise InvalidArgument(f"--{name} {value}", problem, "leave one of them out")
-    for name in options.method:
-        if METHODS[name].matched:
-            problem = "--shortcut gated has no scale to match, because its gates are trained"
-            raise InvalidArgument(f"--method {name}", problem, "leave one of them out")
 
 
 def is_wired(options: SharedMethodOptions) -> bool:
@@ -97,13 +76,7 @@ def carries_activations(options: SharedMethodOptions) -> bool:
 
 
 def check_compiled(flag: str, options: SharedMethodOptions, checkpointing: bool) -> None:
-    """Raise `InvalidArgument` for compiling with --shortcut_decay: torch would compile each factor anew.
-
-    Raise it also if gradient checkpointing would lose the shortcuts of a compiled model.
-    """
-    if options.shortcut_decay and any(METHODS[name].reads_shortcut_flags for name in options.method):
-        problem = f"--shortcut_decay {options.shortcut_decay:g} changes the compiled graph in every step"
-        raise InvalidArgument(flag, problem, "leave one of them out")
+    """Raise `InvalidArgument` if gradient checkpointing would lose the shortcuts of a compiled model."""
     if checkpointing and carries_activations(options):
         problem = f"with --gradient_checkpointing cannot keep --shortcut {options.shortcut}"
         raise InvalidArgument(flag, problem, "leave one of them out, or use --shortcut block")

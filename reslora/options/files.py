@@ -15,6 +15,8 @@ from .parser import with_home
 from .values import listed
 
 FORMS = "give a TOML file or a run's config.json"
+REMOVED = {"shortcut_scale": "sum"}
+"""Defaults of removed options, except None and False, that the config.json of an earlier run has."""
 
 
 def read_file(path: Path, table: Mapping[str, Option], given: Collection[str], prog: str) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def read_file(path: Path, table: Mapping[str, Option], given: Collection[str], p
     found = {}
     for name, value in content.items():
         if name not in table:
-            if path.suffix == ".json" and value in (None, False):
+            if path.suffix == ".json" and value in (None, False, REMOVED.get(name)):
                 continue  # an option of an earlier version, which was not given
             problem = f"{name} is not a flag of {prog}{did_you_mean(name, table)}"
             raise InvalidArgument(where, problem, "rename or remove it")

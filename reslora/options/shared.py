@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import HEADS, SCALES, SHORTCUTS, ResLoraConfig
+from ..config import HEADS, SHORTCUTS, ResLoraConfig
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
 from ..methods.patterns import HELP as PATTERNS
@@ -63,26 +63,16 @@ class SharedMethodOptions:
     target_modules: list[str] = option(None, "layers that get an adapter, by the end of their name", metavar="NAME",
         variable=True)
     shortcut: str = option("input",
-        "ResLoRA and lora_matched: what a block adds from preceding blocks; gated, which also trains a gate for each "
-        "rank, is for ResLoRA only",
-        choices=SHORTCUTS, varies=True, essential="ResLoRA: input, block, middle, gated or none", implies="reslora",
-        read_by="reads_shortcut")
+        "ResLoRA and lora_matched: what a block adds from preceding blocks", choices=SHORTCUTS, varies=True,
+        essential="ResLoRA: input, block, middle or none", implies="reslora", read_by="reads_shortcut")
     pre_num: int = option(DEFAULT_PRE_NUM,
         "ResLoRA, lora_matched and ms_placebo: how many preceding blocks a block uses, -1 for all; with "
-        "--shortcut input any number except 0 means one, with gated the complete chain", whole(-1), varies=True,
+        "--shortcut input any number except 0 means one", whole(-1), varies=True,
         essential="ResLoRA: how many preceding blocks a block uses, -1 for all", implies="reslora",
         read_by="reads_shortcut_flags")
     head: str = option("repeat",
         "--shortcut input and is_placebo: what the first block of a chain adds to its input; repeat: the same input "
         "again; none: nothing", choices=HEADS, variable=True, implies="reslora", read_by="reads_shortcut_flags")
-    shortcut_scale: str = option("sum",
-        "ResLoRA, lora_matched and placebos: how a block's own term and those of the m preceding blocks (--pre_num) "
-        "are combined; sum: they are added; mean: their sum is divided by m + 1",
-        choices=SCALES, variable=True, implies="reslora", read_by="reads_shortcut_flags")
-    shortcut_decay: float | None = option(None,
-        "ResLoRA, lora_matched and placebos: multiply the neighbors' terms by a factor that falls linearly from 1 to 0 "
-        "over this fraction of the steps and stays 0, so that plain LoRA remains", PART, or_else="the factor stays 1",
-        variable=True, implies="reslora", read_by="reads_shortcut_flags")
     merge: str = option(AUTO, "ResLoRA: how the shortcuts are merged into plain LoRA weights", choices=MERGES,
         essential="ResLoRA: how shortcuts are merged into plain LoRA weights", resume="merged", implies="reslora",
         read_by="shortcuts")
@@ -93,7 +83,7 @@ class SharedMethodOptions:
     @property
     def reslora_config(self) -> ResLoraConfig:
         """Configuration of ResLoRA's shortcuts."""
-        return ResLoraConfig(self.shortcut, self.pre_num, self.head, shortcut_scale=self.shortcut_scale)
+        return ResLoraConfig(self.shortcut, self.pre_num, self.head)
 
 
 @group

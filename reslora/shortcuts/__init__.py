@@ -15,7 +15,6 @@ _CLASSES = {
     "input": "InputShortcut",
     "block": "BlockShortcut",
     "middle": "MiddleShortcut",
-    "gated": "GatedShortcut",
 }
 
 NAMES = (PLAIN, *_CLASSES)

@@ -4,14 +4,7 @@ PEFT computes the frozen layer and calls the layer's *variant*, which adds the l
 equations. Notation of the paper: block n has A_n (r x p), B_n (q x r) and the scaling s_n; x_n (batch x tokens x p) is
 its input.
 
-Each equation adds m shortcut terms, which come from neighboring blocks, to a block's own term. This implementation
-extends the equations by a factor g and by averaging:
-
-    own term + g (sum of the m shortcut terms)                              `shortcut_scale="sum"`
-    (own term + g (sum of the m shortcut terms)) / (1 + g m)                `shortcut_scale="mean"`
-
-g is set by `set_shortcut_scale` and is 1 by default, so that `mean` divides the sum by the number of its terms. With
-g = 0, both scales are plain LoRA. `Shortcut.terms` returns m.
+Each equation adds m shortcut terms, which come from neighboring blocks, to a block's own term.
 
 The product with B is scaled by s_n and added in place to the frozen layer's output, without a q-wide temporary tensor.
 """
@@ -28,7 +21,7 @@ from torch import nn
 
 from ..chains import Before
 from ..merges import AUTO, MERGES, Merge
-from ..merging import Factors, Merged, Moments, relative_error, share_of
+from ..merging import Factors, Merged, Moments, relative_error
 from .shared import SharedProduct, autocasts, sharded, version_of
 from .state import State, Wires
 
@@ -79,9 +72,6 @@ class Shortcut(LoraVariant):
     merges: ClassVar[Mapping[str, Merge]] = MERGES
     """The merge methods of this shortcut, by their names in the merge report."""
 
-    averaged = 0
-    """Number of shortcut terms (m) if own and shortcut terms are averaged; 0 if they are summed."""
-
     def __init__(self, wires: Wires, name: str) -> None:
         self.wires = wires
         self.name = name
@@ -97,11 +87,6 @@ class Shortcut(LoraVariant):
     def reach(cls, pre_num: int) -> int | None:
         """Return the maximum number of earlier blocks whose terms a block adds (m of Eqs. 3 and 4); None: all."""
         return None if pre_num == -1 else pre_num
-
-    @classmethod
-    def terms(cls, before: Sequence[int], head: str) -> int:
-        """Return m, the number of shortcut terms of a block with the earlier blocks `before`."""
-        return len(before)
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
@@ -203,11 +188,6 @@ class Shortcut(LoraVariant):
             raise RuntimeError(f"{self.name} runs in a checkpoint that drops its shortcut; {_CHECKPOINTING}")
         return state
 
-    @property
-    def share(self) -> float:
-        """Factor by which the sum of all terms is multiplied: 1, or `1 / (1 + g m)` if the terms are averaged."""
-        return share_of(self.averaged, self.wires.factor)
-
     def _products(
         self, state: State | None, module: LoraLayer, adapter: str, x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
@@ -275,7 +255,7 @@ class Shortcut(LoraVariant):
 
     def _observe(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
         if self.wires.observer is not None:
-            self.wires.observer(self, x, own, None if handed is None else self.wires.factor * handed)
+            self.wires.observer(self, x, own, handed)
 
 
 def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

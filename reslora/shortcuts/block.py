@@ -26,10 +26,6 @@ class BlockShortcut(Shortcut):
     Computed as two matrix products for any m: `[B_n, ..., B_{n-m}] [A_n; ...; A_{n-m}] x_n`. No `State` is required; if
     there is one, blocks that read the same tensor share the first product.
 
-    With the factor g of `set_shortcut_scale`, the terms with k >= 1 are multiplied by g. With the scale `mean`, all
-    terms are divided by 1 + g m. Both only multiply the B, so the merge stays exact, with
-    `B* = [B_n, g B_{n-1}, ..., g B_{n-m}] / (1 + g m)`. If g is 0, its rank is r.
-
     With many blocks and rows it is cheaper to sum the matrices B A (q x p) first and to multiply x once. If the sum of
     a block starts at the head, the block adds its own B A to the sum of the previous block.
     """
@@ -68,10 +64,10 @@ class BlockShortcut(Shortcut):
         `x` is its input (batch x tokens x p), and `result` the output of the frozen layer.
         """
         refuse_replica(module)
-        state, scaling = self._sharing(), self.share * module.scaling[active_adapter]
+        state, scaling = self._sharing(), module.scaling[active_adapter]
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         if self.wires.observer is not None:
-            self.wires.observer(self, x, *self._stacks(lora_a, lora_b, x))
+            self.wires.observer(self, x, self._stack(lora_a, self.others(), x), self._stacked_b(lora_b, x))
         if x.numel() // x.shape[-1] > self.most_rows:
             change = self._change(state, lora_a, lora_b, x)
             hidden = rows(module.lora_dropout[active_adapter](cast(x, lora_a.weight)))
@@ -79,33 +75,17 @@ class BlockShortcut(Shortcut):
                 hidden = hidden.to(result.dtype)
             return add_scaled(result, hidden, change.to(hidden.dtype), scaling, module)
         (hidden,) = self._products(state, module, active_adapter, x)
-        stacked = self._weighted(self._stacked_b(lora_b, x), lora_b.in_features)
-        return add_scaled(result, hidden, stacked, scaling, module)
-
-    def _stacks(self, lora_a: nn.Linear, lora_b: nn.Linear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `[A_n; ...; A_{n-m}]` and `[B_n, g B_{n-1}, ..., g B_{n-m}]`."""
-        return self._stack(lora_a, self.others(), x), self._weighted(self._stacked_b(lora_b, x), lora_b.in_features)
+        return add_scaled(result, hidden, self._stacked_b(lora_b, x), scaling, module)
 
     def _stacked_b(self, lora_b: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return self._stack(lora_b, [b for _, b in self.before], x, dim=1)
 
-    def _weighted(self, stacked: torch.Tensor, rank: int) -> torch.Tensor:
-        """Return `stacked`, the B of all blocks, with the B of the earlier blocks multiplied by g.
-
-        `rank`: number of columns of each B.
-        """
-        if self.wires.factor == 1 or not self.before:
-            return stacked
-        own, others = stacked.tensor_split([rank], dim=1)
-        return torch.cat([own, self.wires.factor * others], dim=1)
-
     def _change(self, state: State | None, lora_a: nn.Linear, lora_b: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        """Return `B_n A_n + g sum_{k=1..m} B_{n-k} A_{n-k}` (q x p).
+        """Return `sum_{k=0..m} B_{n-k} A_{n-k}` (q x p).
 
-        The dtype is at least float32, because the sum is rounded once for each block. The sum that is passed to the
-        next block does not include g, because each block multiplies by g itself.
+        The dtype is at least float32, because the sum is rounded once for each block.
         """
-        grad, factor, rank = torch.is_grad_enabled(), self.wires.factor, lora_a.out_features
+        grad = torch.is_grad_enabled()
         given, recorded = (None, None) if state is None else state.handed.pop((self.sum_from, SUM), (None, None))
         with torch.autocast(x.device.type, enabled=False) if autocasts(x.device) else nullcontext():
             if given is not None and recorded == grad and given.device == x.device:
@@ -114,13 +94,9 @@ class BlockShortcut(Shortcut):
             else:
                 a, b = self._stack(lora_a, self.others(), x), self._stacked_b(lora_b, x)
                 change = at_least_float32(b) @ at_least_float32(a)
-            weighted = change
-            if factor != 1:
-                own = at_least_float32(b[:, :rank]) @ at_least_float32(a[:rank])
-                weighted = own.lerp(change, factor)  # own + g (change - own)
         if state is not None and self.gives_sum:
             state.handed[self.name, SUM] = change, grad
-        return weighted
+        return change
 
     def _sharing(self) -> State | None:
         """Return the state that stores shared products; None to share nothing.
@@ -165,7 +141,7 @@ class BlockShortcut(Shortcut):
         """
         block.moments.add(x, x @ own[:1].to(x).t(), None, torch.linalg.vector_norm(x))
         if merged.a.shape != own.shape:
-            whole = block.share * (x @ own.to(x).t() @ handed.to(x).t())
+            whole = x @ own.to(x).t() @ handed.to(x).t()
             cut = x @ merged.a.to(x).t() @ merged.b.to(x).t()
             block.moments.measure(whole, cut - whole)
 

@@ -15,10 +15,6 @@ from .state import Wires
 class InputShortcut(Shortcut):
     """ResLoRA_is: `W_n x_n + s_n B_n A_n (x_n + x_{n-1})` (Eq. 2).
 
-    With the factor g of `set_shortcut_scale`: `s_n B_n A_n (x_n + g x_{n-1})`. With the scale `mean`, both terms are
-    divided by 1 + g. This includes a head that repeats its input, which is then plain LoRA. A head that repeats nothing
-    has only one term and is not divided.
-
     x_{n-1} is not stored: block n-1 computes `[A_{n-1}; A_n] x_{n-1}` in one product and passes on the r-wide second
     half.
     """
@@ -38,11 +34,6 @@ class InputShortcut(Shortcut):
     def reach(cls, pre_num: int) -> int:
         """Return 1: the input-shortcut uses one earlier block for any `pre_num`."""
         return 1
-
-    @classmethod
-    def terms(cls, before: Sequence[int], head: str) -> int:
-        """Return the number of shortcut terms: 0 for a head that repeats nothing, else 1."""
-        return 1 if before or head == "repeat" else 0
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
@@ -66,13 +57,12 @@ class InputShortcut(Shortcut):
         own, *handed_on = self._products(state, module, active_adapter, x)
         if handed_on:
             state.handed[self.name, OWN] = handed_on[0], x.shape[:-1]
-        hidden, scaling, factor = own, self.share * module.scaling[active_adapter], self.wires.factor
-        handed = None
+        hidden, handed, scaling = own, None, module.scaling[active_adapter]
         if self.source is not None:
             handed = self._take(state, self.source, x)
-            hidden = own.add(handed, alpha=factor)
+            hidden = own + handed
         elif self.repeats:
-            handed, scaling = own, (1 + factor) * scaling
+            handed, scaling = own, 2 * scaling
         self._observe(x, own, handed)
         return add_product(result, hidden, module, active_adapter, scaling)
 
@@ -84,14 +74,14 @@ class InputShortcut(Shortcut):
     def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
         """Set `parts` (A_n, which multiplies x_{n-1}) and `alpha_of_head` of every block.
 
-        A head that repeats its input is merged exactly with alpha* = g.
+        A head that repeats its input is merged exactly with alpha* = 1.
         """
         super().relate(chain, before, head)
         for block in chain:
             block.parts = [block.a for _ in block.before]
-            block.alpha_of_head = block.factor if head == "repeat" else 0.0
+            block.alpha_of_head = 1.0 if head == "repeat" else 0.0
 
     @classmethod
     def fold(cls, block: Factors, alphas: list[float]) -> Merged:
-        """Return A_n and `share * B_n (1 + alpha*)` (Eqs. 7, 10-11)."""
+        """Return A_n and `B_n (1 + alpha*)` (Eqs. 7, 10-11)."""
         return block.scaled(alphas[0] if alphas else block.alpha_of_head)

@@ -18,8 +18,7 @@ SUM = "sum of A x"
 class MiddleShortcut(Shortcut):
     """ResLoRA_ms: `W_n x_n + s_n B_n (sum_{k=0..m} A_{n-k} x_{n-k})` (Eq. 4); only r-wide vectors are added.
 
-    With the factor g of `set_shortcut_scale`, the terms with k >= 1 are multiplied by g. With the scale `mean`, all
-    terms are divided by 1 + g m. Block n of a chain has at most n earlier blocks, so m is 0 in the head.
+    Block n of a chain has at most n earlier blocks, so m is 0 in the head.
     """
 
     def __init__(self, wires: Wires, name: str, sources: list[str], takes_sum: bool, gives: Sequence[str]) -> None:
@@ -69,12 +68,10 @@ class MiddleShortcut(Shortcut):
             value = self._take(state, source, x, SUM if self.takes_sum else OWN)
             handed = value if handed is None else handed + value
         self._observe(x, own, handed)
-        factor = self.wires.factor
-        hidden = own if handed is None else own.add(handed, alpha=factor)
-        for what in self.gives:  # terms without the factor, which each block applies once
-            total = hidden if handed is None or factor == 1 else own + handed
-            state.handed[self.name, what] = (own if what == OWN else total), x.shape[:-1]
-        return add_product(result, hidden, module, active_adapter, self.share * module.scaling[active_adapter])
+        hidden = own if handed is None else own + handed
+        for what in self.gives:
+            state.handed[self.name, what] = (own if what == OWN else hidden), x.shape[:-1]
+        return add_product(result, hidden, module, active_adapter, module.scaling[active_adapter])
 
     def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return `A x` by calling the A module: a sharded weight is complete only while its module runs."""
@@ -89,11 +86,11 @@ class MiddleShortcut(Shortcut):
 
     @classmethod
     def fold(cls, block: Factors, alphas: list[float]) -> Merged:
-        """Return `A_n + sum_k alpha_{n-k} A_{n-k}` (Eq. 13) and `share * B_n`."""
+        """Return `A_n + sum_k alpha_{n-k} A_{n-k}` (Eq. 13) and B_n."""
         if not alphas:
-            return Merged(block.a, block.b, [])  # a head, whose sum has one term
+            return Merged(block.a, block.b, [])  # a head
         total = sum(alpha * part.to(block.a) for alpha, part in zip(alphas, block.parts, strict=True))
-        return Merged(block.a + total, block.share * block.b, alphas)
+        return Merged(block.a + total, block.b, alphas)
 
     def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """Return `A_n x_n` (tokens x r), whose norm is f_n (Eq. 12)."""

@@ -124,7 +124,6 @@ class Wires:
         self.threads = _Threads()
         self.norms = NormWindow(names, window)
         self.observer: Any = None  # called as observer(variant, x, own, handed) during calibration
-        self.factor = 1.0  # g: the shortcut terms are multiplied by it; see `reslora.set_shortcut_scale`
 
     def begin(self, module: nn.Module, args: tuple) -> None:
         """Create a state for a forward pass, which may be a nested one; a forward pre-hook of the base model."""

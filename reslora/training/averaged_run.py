@@ -13,7 +13,6 @@ from ..runtime.folder_lock import check_held, make_folder
 from ..runtime.log import of_split, read_log
 from ..runtime.processes import broadcast_from_main, on_all, stop_requested
 from .averaging import put_average
-from .loop import decay_shortcuts
 from .preparing import prepare
 from .reports import Reports
 from .state import Learner
@@ -57,7 +56,6 @@ def measure(average: Average, saved: list[Path], learner: Learner, study: Study,
     source = saved[0].parents[1]
     with refused_as(str(source), f"remove {source}, then the run is trained again", (ValueError,)):
         on_all(lambda: put_average(learner.trained, *zip(*used, strict=True)))
-    decay_shortcuts(learner, study)
     study.validate(learner, reports, ["loss"])
     if stop_requested(study.context.stop):
         raise stopped_at(learner)

@@ -13,7 +13,6 @@ from ..errors import Diverged, EndedElsewhere
 from ..formatting import pluralize
 from ..methods.control_scales import gauged
 from ..methods.controls import Settings, put_on
-from ..methods.decay import factor_at, set_factor
 from ..methods.registry import METHODS
 from ..runtime.checkpoint_folders import memory_reported
 from ..runtime.folder_lock import check_held, make_folder
@@ -109,7 +108,6 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
     """
     context, schedule = study.context, study.schedule
     accelerator = context.accelerator
-    decay_shortcuts(learner, study)
     if parts := broadcast_from_main(lambda: reports.overdue(schedule)):
         context.status.say(f"sampling at step {learner.step}", learner.name)
         study.validate(learner, reports, parts)
@@ -125,7 +123,6 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
         for _ in steps:
             with learner.timed():
                 value = take_step(learner, batches, study)
-                decay_shortcuts(learner, study)
                 known = reports.flush()  # reads the previous loss while the device computes
             reports.note("train", value)
             if known is not None:
@@ -142,17 +139,6 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
         patience = f"--early_stopping_patience {context.options.validation.early_stopping_patience}"
         trained = f"trained for {pluralize(learner.step, 'step')}"
         accelerator.print(f"{learner.name}: the validation loss no longer decreases, {trained}; {patience}")
-
-
-def decay_shortcuts(learner: Learner, study: Study) -> None:
-    """Set the factor of the shortcut terms for the next step, as --shortcut_decay specifies.
-
-    Validation, checkpoints and exports after a step use the factor of the next step; after the last step it is 0.
-    """
-    part = study.context.options.adapter.shortcut_decay
-    if part and METHODS[learner.method].reads_shortcut_flags:
-        for model in learner.trained.parts.values():
-            set_factor(model, factor_at(learner.step, study.schedule.steps, part))
 
 
 def after_step(learner: Learner, study: Study, reports: Reports, requests: Requests) -> bool:

@@ -91,20 +91,6 @@ def test_all_shortcuts_and_all_controls_are_one_experiment():
     assert [label.name for label in labels_of(matched)] == ["lora", "lora_matched input", "lora_matched block(4)"]
 
 
-def test_labels_carry_a_scale_and_a_decay_of_the_shortcuts():
-    """If they vary, they are among the values instead."""
-    flags = ("--method", "lora", "reslora", "--shortcut", "input", "middle", "--seed", "0", "1")
-    own = ("--shortcut_scale", "mean", "--shortcut_decay", "0.75")
-    assert [label.name for label in labels_of(parse_args([*flags, *own]))] == [
-        "lora", "reslora input mean decay 0.75", "reslora middle(4) mean decay 0.75"
-    ]  # fmt: skip
-    scales = ("--shortcut", "middle", *own[2:], "--vary", "shortcut_scale=sum,mean")
-    varied = labels_of(parse_args([*flags[:3], *flags[-3:], *scales]))
-    assert [label.name for label in varied] == ["lora", "reslora shortcut_scale=sum", "reslora shortcut_scale=mean"]
-    alone = parse_args([*flags[:3], *flags[-3:], "--shortcut", "block", *own[2:], "--pre_num", "1", "2"])
-    assert [label.name for label in labels_of(alone)][1:] == [f"reslora block({n}) decay 0.75" for n in (1, 2)]
-
-
 def test_several_numbers_of_blocks_are_arms_of_the_shortcuts_that_take_several():
     words = ["--method", "lora", "reslora", "--shortcut", "input", "middle", "--pre_num", "1", "4", "--seed", "0", "1"]
     flags = parse_args(words)

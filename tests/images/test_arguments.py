@@ -76,16 +76,6 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_fix(base_flags, capsy
     assert "not installed" in line and f"pip install {tracker}" in line
 
 
-def test_amendments_without_effect_are_refused(base_flags, capsys):
-    flags = [*base_flags, "--method", "reslora", "--shortcut_decay", "0.75"]
-    assert "--shortcut_decay 0.75: it has no effect with --pre_num 0" in refused(capsys, *flags, "--pre_num", "0")
-    assert "--compile: --shortcut_decay 0.75 changes the compiled graph" in refused(capsys, *flags, "--compile")
-    assert "--shortcut_decay 0.75: it has no meaning with --shortcut gated" in refused(
-        capsys, *flags, "--shortcut", "gated"
-    )
-    assert "--shortcut_decay 1: is not a finite number above 0 and below 1" in refused(capsys, *flags[:-1], "1")
-
-
 def test_model_without_data_is_refused(model, capsys):
     assert "--train_data_dir" in refused(capsys, "--pretrained_model_name_or_path", model)
 

@@ -15,7 +15,6 @@ from reslora.chains import base_model, lora_layers
 from reslora.methods.adapters import load_adapter, remove_adapters, save_adapter, trained_state
 from reslora.methods.control_scales import gauged
 from reslora.methods.controls import Rotations, merged, put_on, settings_of
-from reslora.methods.decay import set_factor
 
 BATCHES = [STACK_INPUTS["x"], 3 * STACK_INPUTS["x"].flip(1)]
 ALPHA, RANK = 5, 3
@@ -30,10 +29,9 @@ def at_start(**more) -> torch.nn.Module:
 
 
 def measured(
-    method: str, model, shortcut: str = "input", pre_num: int = 2, head: str = "repeat", seed: int = 0, scale="sum"
+    method: str, model, shortcut: str = "input", pre_num: int = 2, head: str = "repeat", seed: int = 0
 ) -> dict:
-    shortcuts = ResLoraConfig(shortcut, pre_num, head, shortcut_scale=scale)
-    with gauged(method, model, shortcuts, STACK_INPUTS) as gauge:
+    with gauged(method, model, ResLoraConfig(shortcut, pre_num, head), STACK_INPUTS) as gauge:
         for batch in BATCHES:
             base_model(model)(batch)
     return gauge.settings(seed)
@@ -186,66 +184,6 @@ def test_a_placebo_merges_exactly_into_plain_lora(method):
     assert torch.equal(run(plain, STACK_INPUTS), expected)
 
 
-# -- averaged sums, and factors ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("shortcut", "terms"), [("input", [1, 1, 1, 1]), ("middle", [0, 1, 2, 2]), ("block", [0, 1, 2, 2])]
-)
-def test_a_matched_alpha_is_divided_as_the_sum_is_and_falls_to_the_plain_one(shortcut, terms):
-    model = at_start()
-    a, x = by_hand(model)
-    put_on(model, measured("lora_matched", model, shortcut, scale="mean"))
-    whole, layers = hidden(shortcut, "repeat", a, x), lora_layers(base_model(model), "default")
-    for factor in (1, 0.5, 0, 0.25):
-        set_factor(model, factor)
-        for n, name in enumerate(stack_chain()):
-            matched = ALPHA * whole[n].norm().item() / (x[n] @ a[n].T).norm().item() / (1 + terms[n])
-            expected = (1 - factor) * ALPHA + factor * matched
-            assert layers[name].lora_alpha["default"] == pytest.approx(expected, rel=1e-12)
-            assert layers[name].scaling["default"] == layers[name].lora_alpha["default"] / RANK
-    set_factor(model, 0)
-    assert torch.equal(run(model, STACK_INPUTS), run(at_start(), STACK_INPUTS))
-
-
-@pytest.mark.parametrize("scale", ["sum", "mean"])
-@pytest.mark.parametrize("method", ["is_placebo", "ms_placebo"])
-def test_a_placebos_rotations_are_multiplied_by_the_factor_and_averaged(method, scale, tmp_path):
-    model = at_start()
-    put_on(model, measured(method, model, scale=scale))
-    randomize(model)
-    held = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    set_factor(model, 0.25)
-    assert {id(p) for p in held} == {id(p) for p in model.parameters() if p.requires_grad}
-    save_adapter(model, tmp_path)
-    loaded = lora_stack()
-    load_adapter(loaded, tmp_path)
-    assert torch.equal(run(loaded, STACK_INPUTS), run(model, STACK_INPUTS))
-    for name, (count, _) in settings_of(model)["rotations"].items():
-        matrices, size = rotations_of(model, name)
-        lora_a = base_model(model).get_submodule(name).lora_A["default"]
-        whole = torch.eye(6, dtype=torch.float64) + 0.25 * size * sum(matrices)
-        whole = whole / (1 + 0.25 * max(1, count)) if scale == "mean" else whole
-        assert_equal(lora_a.weight, lora_a.parametrizations.weight.original @ whole)
-    expected = run(model, STACK_INPUTS)
-    assert_equal(run(merged(model), STACK_INPUTS), expected)
-
-
-@pytest.mark.parametrize("method", ["lora_matched", "is_placebo", "ms_placebo"])
-def test_a_control_with_a_factor_of_zero_is_plain_lora(method):
-    model, plain = placebo(method), lora_stack()
-    load_state(plain, trained_state(model))
-    assert not torch.equal(run(model, STACK_INPUTS), run(plain, STACK_INPUTS))
-    set_factor(model, 0)
-    assert torch.equal(run(model, STACK_INPUTS), run(plain, STACK_INPUTS))
-
-
-def load_state(model, values) -> None:
-    with torch.no_grad():
-        for name, value in trained_state(model).items():
-            value.copy_(values[name])
-
-
 # -- trained, saved and loaded -----------------------------------------------------------------------------------------
 
 
@@ -283,6 +221,15 @@ def test_what_was_measured_is_saved_and_loaded_with_the_adapter(method, tmp_path
     assert not torch.equal(run(placebo(method, seed=1), STACK_INPUTS), run(model, STACK_INPUTS)) or (
         method == "lora_matched"
     )
+
+
+@pytest.mark.parametrize("earlier", [{"factor": 0.25}, {"mean": True}])
+def test_terms_that_fade_or_are_averaged_are_refused_with_the_commit_that_loads_them(tmp_path, earlier):
+    model = placebo("is_placebo")
+    base_model(model)._control = settings_of(model) | earlier
+    save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=r"adapter\.safetensors has averaged or fading shortcut terms: .* 8aaa5c1e$"):
+        load_adapter(lora_stack(), tmp_path)
 
 
 def test_what_does_not_fit_changes_nothing(tmp_path):

@@ -27,7 +27,7 @@ from reslora.training.study import Identity
 
 METHODS = [("reslora", "input"), ("reslora", "middle"), ("reslora", "block"), ("lora", "none"), ("adalora", "none")]
 METHODS += [("loha", "none"), ("lokr", "none"), ("lora_x2", "none"), ("dora", "none")]
-METHODS += [("pissa", "none"), ("reslora", "gated")]
+METHODS += [("pissa", "none")]
 STEPS = 6
 SCRIPT = Path(__file__).resolve().parents[2] / "train_llm.py"
 VALIDATED = ("--shortcut", "input", "--eval_strategy", "steps", "--eval_steps", "2", "--max_steps", "3")

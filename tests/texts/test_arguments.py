@@ -45,8 +45,6 @@ def test_a_merge_that_reads_examples_has_some():
         ("shortcut", "block", "reslora", "lora"),
         ("shortcut", "block", "lora_matched", "is_placebo"),
         ("head", "none", "is_placebo", "lora"),
-        ("shortcut_scale", "mean", "ms_placebo", "lora"),
-        ("shortcut_decay", 0.75, "lora_matched", "dora"),
         ("merge", "weights", "reslora", "ms_placebo"),
         ("lora_alpha", 4, "loha", "oft"),
     ],
@@ -146,33 +144,6 @@ def test_compiling_and_checkpointing_keep_no_activations_of_a_shortcut(kind, pro
         options(*both, *others)
     options("--torch_compile")
     options("--gradient_checkpointing", "True")
-
-
-@pytest.mark.parametrize(("kind", "prog"), SCRIPTS)
-def test_amendments_without_effect_are_refused(kind, prog, tmp_path):
-    def options(*words):
-        return read(kind, prog, ["--use_cpu", "--output_dir", str(tmp_path), *words])
-
-    for flag in ("--shortcut_scale mean", "--shortcut_decay 0.75"):
-        for unwired in ("--shortcut none", "--pre_num 0"):
-            with pytest.raises(
-                InvalidArgument, match=f"^{flag}: it has no effect with {unwired}; leave one of them out$"
-            ):
-                options(*flag.split(), *unwired.split())
-        for method in ("ms_placebo", "lora"):  # as an arm of an experiment, which has no shortcut, is LoRA
-            options(*flag.split(), "--shortcut", "none", "--method", method)
-        assert options(*flag.split()).adapter.method == ["reslora"]
-    for words, start in (
-        ("--shortcut_scale mean", "--shortcut_scale mean: it has no meaning with --shortcut gated"),
-        ("--shortcut_decay 0.75", "--shortcut_decay 0.75: it has no meaning with --shortcut gated"),
-        ("--method lora_matched", "--method lora_matched: --shortcut gated has no scale to match"),
-    ):
-        with pytest.raises(InvalidArgument, match=f"^{start}"):
-            options("--shortcut", "gated", *words.split())
-    with pytest.raises(InvalidArgument, match=r"^--torch_compile: --shortcut_decay 0\.75 changes the compiled graph"):
-        options("--torch_compile", "--shortcut_decay", "0.75")
-    options("--torch_compile", "--shortcut_scale", "mean")
-    options("--torch_compile", "--shortcut_decay", "0.75", "--method", "lora")
 
 
 def test_what_contradicts_the_lora_to_start_from_is_refused(tmp_path):

@@ -236,7 +236,7 @@ def test_exports_load_in_stock_peft_and_transformers_with_the_same_logits(tmp_pa
     report = export(model, tmp_path, adapter_of(merge_and_save=True), [token_inputs(batch=8, length=16)])
     expected = model(**token_inputs()).logits
     assert not torch.allclose(expected, base_logits(tmp_path / "base"), atol=1e-2)
-    if shortcut in ("block", "gated", "none"):
+    if shortcut in ("block", "none"):
         torch.testing.assert_close(expected, unmerged)
 
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "peft").eval()
@@ -252,7 +252,7 @@ def test_exports_load_in_stock_peft_and_transformers_with_the_same_logits(tmp_pa
     assert content == json.loads((tmp_path / "results.json").read_text())
     assert content["method"] == method and content["steps"] == STEPS and content["task"] == "none"
     assert (tmp_path / "merge.json").exists() == (method == "reslora")
-    assert content["merge"] == {"input": "lstsq", "middle": "lstsq", "block": "exact", "gated": "exact"}.get(shortcut)
+    assert content["merge"] == {"input": "lstsq", "middle": "lstsq", "block": "exact"}.get(shortcut)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

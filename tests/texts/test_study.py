@@ -16,7 +16,6 @@ from reslora.chains import base_model
 from reslora.errors import InvalidArgument, RunFailed, Stopped
 from reslora.experiment import study as experiment_study
 from reslora.methods.adapters import load_adapter, rank_allocator
-from reslora.methods.decay import factor_at
 from reslora.model import connection_of
 from reslora.options.texts import LlmOptions
 from reslora.runtime.checkpoint_folders import numbered, step_of
@@ -65,19 +64,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, method, shortcut):
         torch.testing.assert_close(norms[0].values, norms[1].values, rtol=0, atol=0, equal_nan=True)
     if method == "adalora":
         assert_same(*[rank_allocator(model.denoiser).state_dict() for model in (whole, resumed)])
-
-
-def test_decayed_shortcuts_resume_exactly_and_checkpoints_have_their_own_factor(tmp_path):
-    flags = EVALUATED | {"shortcut_decay": 0.75}
-    whole = trained_in(tmp_path / "whole", "reslora", "middle", **flags)
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed" / "checkpoint-6")
-    (tmp_path / "resumed" / "exports.json").unlink()
-    resumed = trained_in(tmp_path / "resumed", "reslora", "middle", resume="latest", **flags)
-    assert_same(weights(whole), weights(resumed))
-    assert connection_of(base_model(whole.denoiser)).wires.factor == 0
-    load_adapter(whole.denoiser, tmp_path / "whole" / "checkpoint-2")
-    assert connection_of(base_model(whole.denoiser)).wires.factor == factor_at(2, STEPS, 0.75) > 0
 
 
 @pytest.mark.parametrize("step", [1, 3])

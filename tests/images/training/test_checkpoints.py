@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from pipelines import image_folder
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from suites import quick
 
@@ -40,8 +39,7 @@ from images.runs import (
 )
 from reslora.errors import InvalidArgument, RunFailed
 from reslora.images.settings import parse_args
-from reslora.io import read_object, write_json
-from reslora.methods.decay import factor_at
+from reslora.io import write_json
 from reslora.runtime.checkpoint_folders import set_aside, step_of
 from reslora.runtime.log import read_log
 from reslora.training.best import best_of
@@ -67,7 +65,7 @@ def unfinished(run: Path, output: Path, *methods: str) -> Path:
     return output
 
 
-@pytest.mark.parametrize("method", quick(["lora", "reslora", "adalora", "pissa"], "reslora"))
+@pytest.mark.parametrize("method", quick(["lora", "reslora", "adalora", "pissa", "lora_matched"], "reslora"))
 def test_resumed_run_equals_an_uninterrupted_one(base_flags, tmp_path, method):
     flags = [*base_flags, "--method", method, "--lora_dropout", "0.2", "--lr_scheduler", "cosine"]
     flags += ["--lr_warmup_steps", "1", "--num_validation_images", "0"]
@@ -85,55 +83,6 @@ def test_resumed_run_equals_an_uninterrupted_one(base_flags, tmp_path, method):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("method", ["reslora", "lora_matched", "ms_placebo"])
-def test_decayed_shortcuts_resume_exactly_and_leave_plain_lora(base_flags, tmp_path, method):
-    flags = [*base_flags, "--method", method, "--shortcut", "middle", "--shortcut_scale", "mean"]
-    flags += ["--shortcut_decay", "0.75", "--num_validation_images", "0"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert main(*flags, "--output_dir", whole) == 0
-    killed_after(2, whole, parts, method)
-    assert factor_of(parts / method / "checkpoint-2") == factor_at(2, 4, 0.75) == pytest.approx(1 / 3)
-    assert main(*flags, "--output_dir", parts, *RESUME) == 0
-    assert digests(whole / method, "checkpoint-4/*.safetensors") == digests(
-        parts / method, "checkpoint-4/*.safetensors"
-    )
-    assert losses(whole, method) == losses(parts, method)
-    # After the last step the factor is 0: the exported LoRA has the trained A and B, and LoRA's scale.
-    assert factor_of(whole / method / "checkpoint-4") == 0
-    config = read_object(whole / method / "peft" / "adapter_config.json")
-    assert set(config["alpha_pattern"].values()) <= {config["lora_alpha"]} and not config["rank_pattern"]
-    exported = load_file(whole / method / "peft" / "adapter_model.safetensors")
-    trained = {
-        f"base_model.model.{name.replace('.default', '')}": value
-        for name, value in final_weights(whole, method, 4).items()
-        if name != "reslora.norms"
-    }
-    assert_same(exported, trained)
-
-
-def test_gates_resume_exactly_and_merge_to_plain_lora(base_flags, tmp_path):
-    flags = [*base_flags, "--method", "reslora", "--shortcut", "gated", "--num_validation_images", "0"]
-    flags += ["--rank_pattern", "attn2.to_q=3"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    lines = printed(*flags, "--output_dir", whole)
-    trained = final_weights(whole, "reslora", 4)
-    gates = {name: value for name, value in trained.items() if name.endswith("lora_gates")}
-    added = sum(value.numel() for value in gates.values())
-    assert "whatever --pre_num is" in only(lines, f"--shortcut gated: trains {added} gates in addition to LoRA's")
-    assert all((value != final_weights(whole, "reslora", 2)[name]).any() for name, value in gates.items())
-    killed_after(2, whole, parts, "reslora")
-    assert main(*flags, "--output_dir", parts, *RESUME) == 0
-    weights = "checkpoint-4/*.safetensors"
-    assert digests(whole / "reslora", weights) == digests(parts / "reslora", weights)
-    assert losses(whole, "reslora") == losses(parts, "reslora")
-    exported = load_file(whole / "reslora" / "peft" / "adapter_model.safetensors")
-    for name in (name for name in trained if name.endswith("lora_A.weight")):
-        rank = len(gates.get(name.replace("lora_A.weight", "lora_gates"), trained[name]))  # a single block has no gates
-        assert len(exported[f"base_model.model.{name}"]) == rank
-    assert not any("gates" in name for name in exported)
-
-
-@pytest.mark.exhaustive
 def test_pissa_leaves_the_base_model_to_the_next_method(base_flags, tmp_path):
     flags = [*base_flags, "--num_validation_images", "0"]
     assert main(*flags, "--method", "pissa", "lora", "--output_dir", tmp_path / "both") == 0
@@ -147,14 +96,6 @@ def test_pissa_leaves_the_base_model_to_the_next_method(base_flags, tmp_path):
     for name, value in trained.items():
         if "lora_A" in name:
             assert ranks[f"base_model.model.{name.replace('.default', '')}"] == 2 * len(value)
-
-
-def factor_of(checkpoint: Path) -> float:
-    """Return the factor of the shortcut terms that a checkpoint stores."""
-    if (checkpoint / "reslora_config.json").is_file():
-        return read_object(checkpoint / "reslora_config.json")["factor"]
-    with safe_open(checkpoint / "adapter.safetensors", "pt") as file:
-        return json.loads(file.metadata()["control"])["factor"]
 
 
 @pytest.mark.exhaustive
