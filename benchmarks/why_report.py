@@ -109,8 +109,8 @@ def counted() -> str:
     below, above = (sum(verdict["conclusion"] == which for _, verdict in found) for which in ("better", "worse"))
     return (
         f"In {len(found)} comparisons of a shortcut with LoRA, the shortcut ended significantly below LoRA {below} "
-        f"times and significantly above LoRA {above} times. Relative to LoRA's test loss, the minimum detectable effect "
-        f"(80% power) is {' and '.join(effects)}."
+        f"times and significantly above LoRA {above} times. Relative to LoRA's test loss, the minimum "
+        f"detectable effect (80% power) is {' and '.join(effects)}."
     )
 
 

@@ -136,11 +136,12 @@ def test_a_file_names_no_other_file(tmp_path):
 def test_an_earlier_version_s_option_that_was_not_given_is_passed_over_in_a_run_s_file(tmp_path):
     """The file has all options; one that had an effect is refused."""
     config = tmp_path / "config.json"
-    config.write_text('{"rank": 4, "merged_weights": false, "gone": null}')
+    config.write_text('{"rank": 4, "merged_weights": false, "gone": null, "shortcut_scale": "sum"}')
     assert parse_args(["--config", str(config)]).adapter.rank == 4
-    config.write_text('{"rank": 4, "merged_weights": true}')
-    with pytest.raises(InvalidArgument, match="merged_weights is not a flag"):
-        parse_args(["--config", str(config)])
+    for name, value in (("merged_weights", "true"), ("shortcut_scale", '"mean"')):
+        config.write_text(f'{{"rank": 4, "{name}": {value}}}')
+        with pytest.raises(InvalidArgument, match=f"{name} is not a flag"):
+            parse_args(["--config", str(config)])
 
 
 def test_a_misspelt_flag_is_refused_with_the_nearest_one(tmp_path):
