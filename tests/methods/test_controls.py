@@ -89,8 +89,8 @@ def test_each_layers_alpha_is_scaled_by_what_the_shortcut_does_to_what_enters_b(
 
 def test_nothing_that_is_wired_is_nothing_that_is_scaled():
     model = at_start()
-    assert measured("lora_matched", model, "none") == {"alphas": {}, "plain": {}}
-    assert measured("lora_matched", model, pre_num=0) == {"alphas": {}, "plain": {}}
+    assert measured("lora_matched", model, "none") == {"alphas": {}}
+    assert measured("lora_matched", model, pre_num=0) == {"alphas": {}}
     assert measured("ms_placebo", model, pre_num=0) == {"seed": 0, "rotations": {}}
 
 
