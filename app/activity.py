@@ -11,8 +11,18 @@ PROBLEM = re.compile(r"train_sd\.py: (?!(\S+ )?stopped )|[\w.]+(Error|Exception)
 asked to stop."""
 
 
-def activity(told: dict) -> str:
+def activity_of(run: Run) -> str:
+    """Return what the trainer of a run does now, with the time left of the complete run; empty without a trainer."""
+    told = run.activity
+    others = [method for method in run.methods if method != told.get("name")]
+    rest = sum(run.steps_of(method) - run.steps_done(method) for method in others)
+    return activity(told, rest if told.get("name") in run.methods else 0)
+
+
+def activity(told: dict, rest: int = 0) -> str:
     """Return the trainer's current work as a sentence; `told` is the content of the trainer's status file.
+
+    `rest`: steps that are left after those of the current method.
 
     Example: `LoRA, step 60 of 200 · 3.1 steps a second · about 45 s left`.
     """
@@ -28,9 +38,9 @@ def activity(told: dict) -> str:
         each = "an" if unit[:1] in "aeiou" else "a"
         facts.append(f"{rate:.1f} {unit}s a second" if rate >= 1 else f"{1 / rate:.1f} s {each} {unit}")
         if total is not None and total > done:
-            facts.append(f"about {duration((total - done) / rate)} left")
+            facts.append(f"about {duration((total - done + rest) / rate)} left")
     if (memory := number(told.get("memory_bytes")) or 0) > 0:
-        facts.append(f"{memory / 1e9:.1f} GB")
+        facts.append(f"{memory / 1e9:.1f} GB in use at most")
     return " · ".join(facts)
 
 

@@ -18,6 +18,8 @@ from .runs import Run, number
 SAME = ("resolution", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "base_precision")
 """Options on which the time of a step depends most, in addition to the model."""
 UNKNOWN = "known after the first steps"
+LEAST_STEPS = 30
+"""Number of steps below which a run says nothing about the time of a step: its first ones are slow."""
 PEAK = re.compile(r"^the most, (\S+) (\w+)(?: of (\S+) \w+ that .+ has free)?, while (.+?);", re.MULTILINE)
 
 
@@ -27,17 +29,23 @@ def training_time(library: Library, found: Options | Grid[Options]) -> str:
     minutes = base.experiment.experiment_minutes if isinstance(found, Grid) else None
     limit = f"at most {minutes:g} min" if minutes else ""
     steps = base.training.max_train_steps
-    like = next(filter(None, (seconds_a_step(run, base) for run in library.everything() if library.owns(run))), None)
-    if not steps or like is None:
+    known = ((run, seconds_a_step(run, base)) for run in library.everything() if library.owns(run))
+    # An experiment knows how long everything else takes, too.
+    wanted = sorted(
+        (one for one in known if one[1]), key=lambda one: isinstance(one[0], Experiment) != isinstance(found, Grid)
+    )
+    if not steps or not wanted:
         return limit or UNKNOWN
-    name, seconds = like
+    like, seconds = wanted[0]
     mean = sum(seconds.values()) / len(seconds)
     total = sum(steps * seconds.get(method, mean) for method in methods_of(found))
     if isinstance(found, Grid):
         total /= max(1, base.experiment.arms_at_once or 1)
     if minutes and total > 60 * minutes:
         return limit
-    return f"about {duration(total)}, like the run {name}"
+    if isinstance(found, Grid) and not isinstance(like, Experiment):
+        return f"more than {duration(total)}: its steps alone, like {like.name}"
+    return f"about {duration(total)}, like {like.name}"
 
 
 def number_of_runs(found: Options | Grid[Options]) -> int:
@@ -53,21 +61,22 @@ def methods_of(found: Options | Grid[Options]) -> list[str]:
     return [schedule.labels[arm.label].method for arm in schedule.trained_arms()]
 
 
-def seconds_a_step(run: Run, options: Options) -> tuple[str, dict[str, float]] | None:
-    """Return a run's name and its seconds per step by method, or None if it cannot be compared with the options."""
+def seconds_a_step(run: Run, options: Options) -> dict[str, float]:
+    """Return a run's seconds per step by method; empty if it cannot be compared with the options.
+
+    Those of an experiment include its measurements, tests and exports."""
     config, model = run.config, options.model.pretrained_model_name_or_path or ""
     named = run.word("pretrained_model_name_or_path") or ""
     if not config or (bundled(named) or named) != (bundled(model) or model):
-        return None
+        return {}
     if any(listed(config.get(name)) != listed(options[name]) for name in SAME):
-        return None
+        return {}
     if isinstance(run, Experiment):
-        each, steps = run.seconds_an_arm, number(config.get("max_train_steps"))
-        return (run.name, {"": each / steps}) if each and steps and steps > 0 else None
+        each, steps = run.seconds_in_all, number(config.get("max_train_steps"))
+        return {"": each / steps} if each and steps and steps >= LEAST_STEPS else {}
     last = {method: next(reversed(run.log(method)), {}) for method in run.methods}
     known = {method: (number(row.get("seconds")), row.get("step")) for method, row in last.items()}
-    seconds = {method: took / step for method, (took, step) in known.items() if took and step}
-    return (run.name, seconds) if seconds else None
+    return {method: took / step for method, (took, step) in known.items() if took and step >= LEAST_STEPS}
 
 
 def peak_memory(printed: str) -> str:

@@ -258,6 +258,10 @@ class Jobs:
         """Return the runs and experiments that are training or starting; usually one."""
         return (run for run in self.library.everything() if self.is_active(run))
 
+    def active(self) -> Run | None:
+        """Return the run or experiment that is training or starting, if any."""
+        return next(self.all_active(), None)
+
     def is_active(self, run: Run) -> bool:
         """Return whether the run is training or starting."""
         process = self.started.get(run.name)
@@ -529,7 +533,7 @@ class Jobs:
 
     def is_busy(self) -> bool:
         """Return whether a run or an experiment is training or starting."""
-        return any(True for _ in self.all_active())
+        return self.active() is not None
 
     def keep_going(self) -> None:
         """Start the thread that polls the queue until `closed` is set, and print how many entries wait."""

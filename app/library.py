@@ -73,6 +73,13 @@ class Experiment(Run):
         found = [seconds for seconds in map(max, known) if seconds > 0]
         return sum(found) / len(found) if found else None
 
+    @property
+    def seconds_in_all(self) -> float | None:
+        """Mean duration of the finished arms in seconds, with each arm's part of the tests and exports."""
+        count = sum(arm.get("status") == "finished" for arm in self.arms)
+        tests = number(self.read_json(EXPERIMENT).get("test_seconds")) or 0.0
+        return self.seconds_an_arm and self.seconds_an_arm + tests / count
+
     def report(self) -> str:
         """Return the report as an HTML document; empty until it exists."""
         return self.text(REPORT)

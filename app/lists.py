@@ -9,7 +9,7 @@ from reslora.formatting import pluralize
 from reslora.options.values import listed
 
 from . import form, launcher
-from .activity import activity, why_ended
+from .activity import activity_of, why_ended
 from .bases import DEFAULT, bundled
 from .folders import BUNDLED
 from .jobs import GONE, RUNNING, WAITING, Entry, Jobs
@@ -81,7 +81,7 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
     facts += [images or ""]
     if entry.state != RUNNING:
         return [*facts, entry.line]
-    return [*facts, activity(run.activity) if run.folder.is_dir() else GONE]
+    return [*facts, activity_of(run) if run.folder.is_dir() else GONE]
 
 
 def settings_of(entry: Entry, run: Run) -> dict[str, object]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import gradio as gr
 
 from . import views
-from .activity import activity
+from .activity import activity_of
 from .handlers import QUIET, Blocks
 from .jobs import Jobs
 from .library import Library
@@ -229,11 +229,12 @@ class Page:
         """Return the state that `watch` compares with the state at the last poll to find out what has changed.
 
         The entries are the states of the tabs, the run names and the run's fingerprint; then, from index `AT_REST`, the
-        run's status, and the trainer's activity and log.
+        run's status, the trainer's activity and log, and what the tabs show now.
         """
         seen = tuple(tab.seen(run) for tab in self.tabs)
         at_rest = seen, tuple(self.library.runs()), run.fingerprint()
-        return *at_rest, self.jobs.status(run), activity(run.activity), run.log_tail()
+        now = tuple(tab.live_state(run) for tab in self.tabs)
+        return *at_rest, self.jobs.status(run), activity_of(run), run.log_tail(), now
 
     def updates(self, run: Run, status: str) -> dict:
         """Return the values that may change at every poll: the summary, and the tabs' `live` components."""

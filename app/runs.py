@@ -265,9 +265,11 @@ class Run:
     @property
     def progress(self) -> tuple[int, int]:
         """Steps done and total steps, summed over the methods."""
-        steps = [self.steps_of(method) for method in self.methods]
-        reached = [max((row["step"] for row in self.log(method)), default=0) for method in self.methods]
-        return sum(map(min, steps, reached)), sum(steps)
+        return sum(map(self.steps_done, self.methods)), sum(map(self.steps_of, self.methods))
+
+    def steps_done(self, method: str) -> int:
+        """Return how many steps of a method are done."""
+        return min(self.steps_of(method), max((row["step"] for row in self.log(method)), default=0))
 
     def steps_of(self, method: str) -> int:
         """Return a method's total number of steps or, after early stopping, its number of completed steps."""

@@ -22,7 +22,7 @@ from reslora.images.data.images import data_uri
 from reslora.methods.registry import METHODS
 from reslora.options.prompts import clean
 
-from .activity import activity, why_ended
+from .activity import activity_of, why_ended
 from .generation_request import Drawn
 from .runs import BASE, NO_CONFIG, Run, cached_by_stamp, number
 
@@ -164,7 +164,7 @@ def status_line(run: Run, status: str, text: str, why: str) -> str:
     `text`: further facts, in HTML. `why`: the reason for an early end; may be empty.
     """
     done, total = run.progress
-    if now := activity(run.activity) or ("The trainer is starting" if status == "starting" else ""):
+    if now := activity_of(run) or ("The trainer is starting" if status == "starting" else ""):
         text = f'<span class="now">{escape(now)}</span><small>{text}</small>'
     share = 100 * done / total if total else 0
     bar = f'<div class="bar"><div style="width:{share:.1f}%"></div></div>' if status in ("running", "starting") else ""

@@ -91,6 +91,10 @@ class Tab:
         """Return the tab's part of the polled state: a value that changes if the tab must be updated."""
         return None
 
+    def live_state(self, run: Run) -> object:
+        """Return a value that changes if the components in `live` must be updated."""
+        return None
+
     def choice(self, run: Run, chosen: object, seen: object) -> object:
         """Return the new value of the component `self.chosen`.
 

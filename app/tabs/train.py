@@ -13,7 +13,8 @@ from reslora.options.option import Option
 from reslora.options.values import listed
 from reslora.training.stopping import SAMPLE, SAVE
 
-from .. import experiments, form, launcher, views
+from .. import compared, experiments, form, launcher, views
+from ..activity import activity_of
 from ..bases import DEFAULT, PIPELINES, word_of_model
 from ..estimates import number_of_runs, peak_memory, training_time
 from ..folders import BUNDLED
@@ -55,6 +56,7 @@ class TrainTab(ControlTab):
         super().__init__(parts)
         self.flags: dict[str, gr.components.Component] = {}
         self.defaults = form.defaults({})
+        self.watch_panel()
         with gr.Row():
             with gr.Column(scale=3, min_width=340):
                 self.settings_column()
@@ -64,7 +66,8 @@ class TrainTab(ControlTab):
             self.name, self.folder, self.model, *self.flags.values(), self.vary, self.controls,
             self.shown_defaults,
         ]  # fmt: skip
-        self.live, self.watched, self.on_arrival = [self.log], [self.start], [self.folder, self.begin]
+        self.live = [self.log, self.resume, self.panel, *self.panel_parts]
+        self.watched, self.on_arrival = [self.start], [self.folder, self.begin]
 
     @classmethod
     def all_names(cls) -> tuple[str, ...]:
@@ -75,6 +78,21 @@ class TrainTab(ControlTab):
     def parameters(cls) -> tuple[str, ...]:
         """Return the parameter names of the endpoints, in order."""
         return "name", "folder", "model", *cls.all_names(), form.VARY, "controls", "defaults"
+
+    def watch_panel(self) -> None:
+        """Make the panel that shows the run that is training; without one it is hidden."""
+        with gr.Column(visible=False, elem_id="watch") as self.panel:
+            self.training = gr.HTML(elem_id="training")
+            with gr.Row(elem_classes="quiet"):
+                self.stop = gr.Button("Stop and save", elem_id="stop", min_width=110)
+                self.sample_now = gr.Button("Sample now", elem_id="sample-now", min_width=100)
+                self.save_now = gr.Button("Save now", elem_id="save-now", min_width=90)
+            with gr.Row():
+                with gr.Column(scale=3, min_width=300):
+                    self.samples = gr.HTML(elem_id="newest-samples")
+                with gr.Column(scale=2, min_width=300):
+                    self.curve = gr.HTML(elem_id="newest-losses")
+        self.panel_parts = [self.training, self.sample_now, self.save_now, self.samples, self.curve]
 
     def settings_column(self) -> None:
         """Make the form: the common options, then all other options in collapsed groups."""
@@ -135,8 +153,7 @@ class TrainTab(ControlTab):
         with gr.Row(elem_classes="actions"):
             self.facts = gr.HTML(elem_id="facts")
             self.start = gr.Button(START, variant="primary", elem_id="start", min_width=130)
-            self.stop = gr.Button("Stop and save", elem_id="stop", min_width=110)
-            self.resume = gr.Button("Resume", elem_id="resume", min_width=80)
+            self.resume = gr.Button("Resume", elem_id="resume", min_width=80, interactive=False)
         self.answer = answer_line(elem_id="answer")
         self.command = gr.Textbox(
             label="Command", lines=2, max_lines=8, buttons=["copy"], interactive=False, elem_id="command",
@@ -144,9 +161,6 @@ class TrainTab(ControlTab):
         )  # fmt: skip
         with gr.Row(elem_classes="quiet"):
             self.memory = gr.Button("Estimate memory", elem_id="memory", size="sm", min_width=120)
-            self.sample_now = gr.Button("Sample now", elem_id="sample-now", size="sm", min_width=100)
-            self.save_now = gr.Button("Save now", elem_id="save-now", size="sm", min_width=90)
-        with gr.Row(elem_classes="quiet"):
             self.save_config = gr.Button("Save configuration", elem_id="save-config", size="sm", min_width=140)
             self.config = gr.DownloadButton("config", visible="hidden", elem_id="config-file")
             self.load_config = gr.UploadButton(
@@ -155,7 +169,7 @@ class TrainTab(ControlTab):
         self.log = gr.HTML(elem_id="log")
         gr.Markdown(
             "Training runs as a separate process: you can close this page. **Stop and save** writes a checkpoint, and "
-            "**Resume** continues from it. Samples and losses appear under **Compare**.",
+            "**Resume** continues from it. Afterwards, samples and losses are under **Compare**.",
             elem_classes="hint",
         )
 
@@ -340,7 +354,8 @@ class TrainTab(ControlTab):
         """Yield a notice, then the trainer's memory estimate (`--plan`), as HTML; nothing is trained."""
         yield views.notice("Estimating memory; this takes a few seconds.")
         planned = self.jobs.plan(self.words(*inputs))
-        yield views.notice(f"Peak memory: {peak_memory(planned)}.") + views.printed(planned)
+        peak = f"Weights, gradients and activations: {peak_memory(planned)}. Python and its libraries need more."
+        yield views.notice(peak) + views.printed(planned)
 
     def show_images(self, folder: str) -> str:
         """Return the number of images in the folder, with the first ones, as HTML."""
@@ -403,9 +418,37 @@ class TrainTab(ControlTab):
         """Return the label of the start button, which says whether a new run starts or is queued."""
         return "Add to queue" if self.jobs.would_wait() else START
 
+    def live_state(self, run: Run) -> object:
+        """Return the state of the run that is training."""
+        active = self.jobs.active()
+        return active and (active.name, self.jobs.status(active), activity_of(active), active.fingerprint())
+
     def updates(self, run: Run, status: str) -> dict:
-        """Return the run's log, by component."""
-        return {self.log: views.log(self.jobs.log(run), status)}
+        """Return the run's log, which buttons do something, and the panel of the run that is training."""
+        can_resume = status == "stopped" and run.folder.is_relative_to(self.library.folder)
+        found = {self.log: views.log(self.jobs.log(run), status), self.resume: gr.update(interactive=can_resume)}
+        active = self.jobs.active()
+        shown = self.watched_run(active, run) if active else {}
+        return found | {self.panel: gr.update(visible=active is not None)} | shown
+
+    def watched_run(self, run: Run, selected: Run) -> dict:
+        """Return the newest samples and the loss curve of a run, and which requests it can handle.
+
+        Its progress is only added if it is not the `selected` run, whose progress is at the top of the page."""
+        status = self.jobs.status(run)
+        buttons = {
+            button: gr.update(interactive=not self.jobs.why_not_asked(run, request))
+            for button, request in ((self.sample_now, SAMPLE), (self.save_now, SAVE))
+        }
+        if isinstance(run, Experiment):
+            shown = experiments.summary(run, status), views.notice("Its report is under Compare, Experiment."), ""
+        else:
+            step = max(run.steps(), default=0)
+            curve = compared.curves(run, "validation", step) or compared.curves(run, "train", step)
+            shown = views.summary(run, status), compared.images(run, step, status), curve
+        progress, samples, curve = shown
+        named = "" if run == selected else f"<h3>{views.escape(run.name)}</h3>{progress}"
+        return buttons | {self.training: named, self.samples: samples, self.curve: curve}
 
 
 def without_bundled(folder: object) -> object:

@@ -17,12 +17,18 @@ COUNTED = {"done": 60, "total": 200, "per_second": 3.11}
 @pytest.mark.parametrize(
     ("told", "sentence"),
     [
-        (TOLD | COUNTED, "LoRA, step 60 of 200 · 3.1 steps a second · about 45 s left · 1.2 GB"),
-        (TOLD | COUNTED | {"per_second": 0.25}, "LoRA, step 60 of 200 · 4.0 s a step · about 9 min left · 1.2 GB"),
-        (TOLD | COUNTED | {"done": 200}, "LoRA, step 200 of 200 · 3.1 steps a second · 1.2 GB"),
-        (TOLD | {"phase": "merging", "name": "reslora"}, "ResLoRA, merging · 1.2 GB"),
+        (TOLD | COUNTED, "LoRA, step 60 of 200 · 3.1 steps a second · about 45 s left · 1.2 GB in use at most"),
+        (
+            TOLD | COUNTED | {"per_second": 0.25},
+            "LoRA, step 60 of 200 · 4.0 s a step · about 9 min left · 1.2 GB in use at most",
+        ),
+        (TOLD | COUNTED | {"done": 200}, "LoRA, step 200 of 200 · 3.1 steps a second · 1.2 GB in use at most"),
+        (TOLD | {"phase": "merging", "name": "reslora"}, "ResLoRA, merging · 1.2 GB in use at most"),
         ({"phase": "preparing", "name": "", "memory_bytes": None}, "Preparing"),
-        (TOLD | {"phase": "merging", "name": "lora/lr-0.001/seed-0"}, "lora/lr-0.001/seed-0, merging · 1.2 GB"),
+        (
+            TOLD | {"phase": "merging", "name": "lora/lr-0.001/seed-0"},
+            "lora/lr-0.001/seed-0, merging · 1.2 GB in use at most",
+        ),
         (
             {"phase": "encoding image", "name": "", "done": 120, "total": 400, "per_second": 12},
             "Encoding image 120 of 400 · 12.0 images a second · about 23 s left",
@@ -50,3 +56,8 @@ def test_only_a_trainer_that_is_at_work_is_believed(tmp_path):
     for wrong in ("", "[1]", "{"):
         (run.folder / ".status.json").write_text(wrong)
         assert run.activity == {}
+
+
+def test_the_time_left_is_that_of_the_complete_run(tmp_path):
+    """Of two methods of 200 steps, LoRA has done 60 of 200: 340 steps are left."""
+    assert "about 20 s left" in activity(TOLD | COUNTED | {"per_second": 17.0}, 200)

@@ -1,5 +1,7 @@
 """Time and memory before a run starts: from a run of the same model and batch, and from `--plan`."""
 
+import json
+
 import pytest
 from app_runs import write_run
 
@@ -20,8 +22,15 @@ LIKE = {
 @pytest.fixture
 def jobs(tmp_path):
     """Jobs in a folder with a run of one second per step."""
-    write_run(tmp_path / "before", **LIKE)
+    write_long_run(tmp_path / "before")
     return Jobs(Library(tmp_path))
+
+
+def write_long_run(folder, step=40) -> None:
+    write_run(folder, **LIKE)
+    row = {"step": step, "split": "train", "loss": 1.0, "lr": 1e-3, "seconds": step}
+    for method in ("lora", "reslora"):
+        (folder / method / "log.jsonl").write_text(json.dumps(row) + "\n")
 
 
 def planned(jobs: Jobs, **settings) -> tuple:
@@ -31,10 +40,18 @@ def planned(jobs: Jobs, **settings) -> tuple:
 @pytest.mark.parametrize(
     ("settings", "runs", "time"),
     [
-        ({"max_train_steps": "30"}, 1, "about 30 s, like the run before"),
-        ({"max_train_steps": "30", "method": ["lora", "dora"]}, 1, "about 60 s, like the run before"),
-        ({"max_train_steps": "30", "seed": "0 1"}, 2, "about 60 s, like the run before"),
-        ({"max_train_steps": "30", "seed": "0 1", "arms_at_once": "2"}, 2, "about 30 s, like the run before"),
+        ({"max_train_steps": "30"}, 1, "about 30 s, like before"),
+        ({"max_train_steps": "30", "method": ["lora", "dora"]}, 1, "about 60 s, like before"),
+        (
+            {"max_train_steps": "30", "seed": "0 1"},
+            2,
+            "more than 60 s: its steps alone, like before",
+        ),
+        (
+            {"max_train_steps": "30", "seed": "0 1", "arms_at_once": "2"},
+            2,
+            "more than 30 s: its steps alone, like before",
+        ),
         ({"max_train_steps": "900", "seed": "0 1", "experiment_minutes": "5"}, 2, "at most 5 min"),
         ({"train_batch_size": "4"}, 1, UNKNOWN),
         ({"model": "assets/pipeline-flow"}, 1, None),
@@ -47,6 +64,24 @@ def test_the_time_is_that_of_a_run_of_the_same_model_and_batch(jobs, settings, r
         time = UNKNOWN
     _, found = planned(jobs, **settings)
     assert (estimates.number_of_runs(found), estimates.training_time(jobs.library, found)) == (runs, time)
+
+
+def test_a_run_of_ten_steps_says_nothing_about_the_time(tmp_path):
+    """Its first steps are slow."""
+    write_long_run(tmp_path / "short", step=10)
+    jobs = Jobs(Library(tmp_path))
+    assert estimates.training_time(jobs.library, planned(jobs, max_train_steps="30")[1]) == UNKNOWN
+
+
+def test_the_time_of_an_experiment_is_that_of_one_with_its_measurements_tests_and_exports(jobs):
+    folder = jobs.library.folder / "study"
+    folder.mkdir()
+    arms = [{"status": "finished", "seconds": 60, "wall_seconds": 90}, {"status": "finished", "seconds": 60}]
+    (folder / "experiment.json").write_text(json.dumps({"arms": arms, "test_seconds": 30}))
+    (folder / "config.json").write_text(json.dumps(LIKE | {"max_train_steps": 60, "seed": [0, 1]}))
+    _, found = planned(jobs, max_train_steps="60", seed="0 1")
+    assert estimates.training_time(jobs.library, found) == "about 3 min, like study"  # 2 x (75 + 15) s
+    assert estimates.training_time(jobs.library, planned(jobs, max_train_steps="60")[1]) == "about 60 s, like before"
 
 
 @pytest.mark.parametrize(

@@ -704,12 +704,18 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     wait_until(lambda: any(row["step"] >= 2 for row in run.log("lora")) or not run.process, "the second step")
     assert run.process
     page.locator(
-        "#summary .now", has_text=re.compile(r"LoRA, step \d+ of 50000 · \d.* · about .* left · .* GB")
+        "#summary .now", has_text=re.compile(r"LoRA, step \d+ of 50000 · \d.* · about .* left · .* GB in use at most")
     ).wait_for()
     assert contrast(page.locator("#summary .now")) >= 4.5
     page.get_by_role("tab", name="Train").click()
+    page.locator('#newest-samples img[alt="red disc: LoRA"]').first.wait_for()
+    page.locator("#newest-losses path.line").first.wait_for(state="attached")
+    page.locator("#sample-now").click()
+    page.locator("#answer").get_by_text("watched: samples are generated after this step").wait_for()
+    assert page.locator("#resume").is_disabled()
     page.locator("#stop").click()
     page.locator("#summary .stopped").wait_for()
+    page.locator("#stop").wait_for(state="hidden")
     assert run.process is None and len(run.checkpoints("lora")) == 1
     page.locator("#resume").click()
     page.locator("#summary .running").wait_for()
