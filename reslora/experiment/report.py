@@ -21,6 +21,8 @@ from .statistics import REFERENCE, coverage_in_words, is_chosen, level_of, mean_
 from .theme import SCRIPT, STYLE
 
 NOTHING = "&mdash;"
+OPEN = ("Verdicts", "Images")
+"""Titles of the sections that come first; all others are folded."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 READING = (
     "A difference is a method's loss minus its reference's, on {unit}s that were used neither to train nor to choose; "
@@ -77,7 +79,6 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
     sections = (
         ("Verdicts", verdict_table(experiment, unit)),
         ("What to use", what_to_use(experiment, about)),
-        (f"Notes as of {pluralize(as_of, 'run')}" if as_of else "Notes", in_lines(experiment["notes"])),
         ("What is missing", missing(experiment)),
         ("Chosen on the selection split", chosen_table(experiment)),
         ("Runs", arm_table(experiment, about)),
@@ -85,7 +86,13 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
         *about.sections(experiment, folder),
         ("Settings and versions", settings_of(experiment)),
     )
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
+    body = "".join(
+        f"<section><h2>{title}</h2>{content}</section>" if title in OPEN else folded(f"<h2>{title}</h2>", content)
+        for title, content in sorted(sections, key=lambda section: section[0] not in OPEN)
+        if content
+    )
+    notes = in_lines([*experiment["notes"], *of_two_seeds(experiment)])
+    notes = f"<p>As of {pluralize(as_of, 'run')}:</p>{notes}" if as_of and notes else notes
     split = experiment["split"]
     arms = pluralize(len(experiment["arms"]), "run")
     parts = f"{split['train']} {unit}s to train on, {split['select']} to select by, {split['test']} to test with"
@@ -94,7 +101,7 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body><main><header><p>Experiment: {arms}, {parts}"
-        f"</p><h1>{headline}</h1>{lead(experiment, unit)}</header>{body}</main>"
+        f"</p><h1>{headline}</h1>{notes}{lead(experiment, unit)}</header>{body}</main>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
 
@@ -114,26 +121,49 @@ def headline_of(experiment: Experiment, unit: str) -> str:
         none = "Nothing is compared yet" if finished and not experiment["chosen"] else "There is nothing to compare"
         if len(experiment["chosen"]) == 1 and len(labels_of(experiment)) == 1:
             ((label, choice),) = experiment["chosen"].items()
-            none = f"{label} does best at learning rate {rate(choice['learning_rate'])}, step {choice['step']}"
+            none = f"{titled(label)} does best at learning rate {rate(choice['learning_rate'])}, step {choice['step']}"
         return f"{so_far}nothing to compare yet" if so_far else none
-    if len(verdicts) == 1:
-        return so_far + verdicts[0]["sentence"]
     if ranking := experiment.get("ranking"):
-        return so_far + ranking["sentence"]
-    return so_far + summary_of(verdicts, unit)
+        return so_far + ranking_in_words(ranking["best"], [each["label"] for each in ranking["worse"]])
+    return so_far + summary_of(verdicts)
 
 
-def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
-    """Return a sentence about several verdicts without a ranking: with one seed, or in an older file."""
-    references = enumerated(dict.fromkeys(verdict["reference"] for verdict in verdicts))
-    if all(verdict["conclusion"] == "cannot tell" for verdict in verdicts):
-        return f"with one seed or one test {unit}, no method can be distinguished from {references}"
+def ranking_in_words(best: Sequence[str], worse: Sequence[str]) -> str:
+    """Return which methods are the best and which are worse; many of them are counted."""
+    if len(best) == 1:
+        return f"{titled(best[0])} is better than {few(worse)}"
+    rest = f"; {few(worse)} {'is' if len(worse) == 1 else 'are'} worse" if worse else ""
+    return f"{few(best)} could not be told apart{rest}"
+
+
+def few(labels: Sequence[str]) -> str:
+    """Return up to four names of methods, or how many there are."""
+    return enumerated(map(titled, labels)) if len(labels) <= 4 else pluralize(len(labels), "method")
+
+
+def titled(label: str) -> str:
+    """Return a label with the name of its method as it is written in texts, such as ResLoRA block(4)."""
+    method, space, variant = label.partition(" ")
+    return f"{METHODS[method].title}{space}{variant}" if method in METHODS else label
+
+
+def summary_of(verdicts: Sequence[Verdict]) -> str:
+    """Return a sentence about verdicts without a ranking: with one seed, or in an older file."""
+    references = few(list(dict.fromkeys(verdict["reference"] for verdict in verdicts)))
     better = [verdict["label"] for verdict in verdicts if verdict["conclusion"] == "better"]
-    return f"better than {references}: {', '.join(better) or 'no method'}"
+    if better:
+        return f"{few(better)} {'is' if len(better) == 1 else 'are'} better than {references}"
+    return f"{few([verdict['label'] for verdict in verdicts])} and {references} could not be told apart"
+
+
+def of_two_seeds(experiment: Experiment) -> list[str]:
+    """Return a note that two seeds show only large differences, if no verdict has more."""
+    most = max((verdict["seeds"] for verdict in experiment["verdicts"]), default=0)
+    return ["two seeds show only large differences: add one or more, now or by a later start"] if most == 2 else []
 
 
 def verdict_table(experiment: Experiment, unit: str) -> str:
-    """Return the verdicts as sentences, a forest plot and a table; HTML."""
+    """Return the verdicts as a forest plot and, folded, as sentences and a table; HTML."""
     verdicts = experiment["verdicts"]
     rows = []
     for verdict in verdicts:
@@ -162,8 +192,13 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
     )
     kinds = dict.fromkeys(arm["method"] for arm in experiment["arms"])
     methods = in_lines(f"{kind}: {METHODS[kind].help}" for kind in kinds if kind in METHODS)
-    explained = f"<details><summary>How to read this</summary>{methods}<p>{reading}</p></details>" if verdicts else ""
-    return sentences + verdict_plot(experiment) + explained + table("Verdicts", names, rows)
+    numbers = f"{sentences}{methods}<p>{reading}</p>{table('Verdicts', names, rows)}"
+    return verdict_plot(experiment) + (folded("All numbers, and how to read them", numbers) if verdicts else "")
+
+
+def folded(title: str, content: str) -> str:
+    """Return a part of the report that a click on its title opens; HTML."""
+    return f"<details><summary>{title}</summary>{content}</details>"
 
 
 def coverage_of(experiment: Experiment) -> str:
@@ -181,7 +216,7 @@ def verdict_plot(experiment: Experiment) -> str:
     for verdict in verdicts:
         value, *ends = with_signs(verdict["relative"], *verdict["interval"] or ())
         text = f"{value}%" + (f" ({' to '.join(ends)}%)" if ends else "")
-        name = verdict["label"] if len(references) == 1 else f"{verdict['label']} / {verdict['reference']}"
+        name = titled(verdict["label"]) + ("" if len(references) == 1 else f" / {titled(verdict['reference'])}")
         rows.append(Row(name, places.get(verdict["label"], 0), verdict["relative"], verdict["interval"], text))
     losses, base = tested(experiment["arms"], experiment["chosen"]), mean_of(experiment.get("base"))
     if rows and base is not None and references[0] in losses:
@@ -189,7 +224,7 @@ def verdict_plot(experiment: Experiment) -> str:
         more = 100 * (base / np.nanmean(theirs) - 1)
         name = f"{start_in_words(experiment['settings'])}, before training"
         rows.append(Row(name, len(places), more, None, f"{with_signs(more)[0]}%"))
-    title = f"Test loss compared with {enumerated(references)}, with {coverage_of(experiment)} intervals"
+    title = f"Test loss compared with {few(references)}, with {coverage_of(experiment)} intervals"
     return f'<div class="charts">{forest(title, rows, "percent; left of 0 is better")}</div>' if rows else ""
 
 
@@ -214,7 +249,7 @@ def lead(experiment: Experiment, unit: str) -> str:
     best = experiment.get("best")
     if not best:
         return ""
-    what = f"Use {best['label']} at learning rate {rate(best['learning_rate'])}, {best['step']} steps"
+    what = f"Use {titled(best['label'])} at learning rate {rate(best['learning_rate'])}, {best['step']} steps"
     said = certainty(experiment, best["label"], unit)
     if any(note.startswith(ONE_RATE) for note in experiment["notes"]):
         said += " All methods had this learning rate only: at their own best rates they may compare otherwise."
@@ -260,13 +295,13 @@ def certainty(experiment: Experiment, label: str, unit: str) -> str:
     if others and label in best:
         does = "do" if len(others) > 1 else "does"
         return (
-            f"It has the lowest loss on the selection split; as far as this experiment can tell, {enumerated(others)} "
+            f"It has the lowest loss on the selection split; as far as this experiment can tell, {few(others)} "
             f"{does} as well."
         )
     for verdict in experiment["verdicts"]:
         if verdict["label"] == label:
             said = UNCERTAIN.get(verdict["conclusion"], "")
-            return said.format(reference=verdict["reference"], unit=unit)
+            return said.format(reference=titled(verdict["reference"]), unit=unit)
     return "It is better than every other method." if best == [label] else ""
 
 

@@ -77,7 +77,8 @@ input[type=range] { width: min(100%, 512px); height: 28px; margin: 4px 0; accent
 .by-image { display: flex; flex-wrap: wrap; gap: 8px; margin: 8px 0; }
 .by-image figure { padding: 6px; } .by-image figcaption { font-size: .85rem; margin: 4px 0 0; }
 .by-image img { max-width: 128px; height: auto; display: block; border-radius: 4px; }
-summary { cursor: pointer; font-weight: 600; padding: 6px 0; }
+summary { cursor: pointer; font-weight: 600; padding: 6px 0; } summary h2 { display: inline; }
+main > details { border-top: 1px solid var(--edge); padding: 6px 0; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 """
 

@@ -30,8 +30,8 @@ headline_of = report.headline_of
 page = partial(report.page, about=IMAGES)
 write_report = partial(report.write_report, about=IMAGES)
 ORDER = (
-    "Verdicts", "What to use", "What is missing", "Chosen on the selection split", "Runs",
-    "Loss on the selection split", "Loss on the test images by timestep", "Loss by test image", "Images",
+    "Verdicts", "Images", "What to use", "What is missing", "Chosen on the selection split", "Runs",
+    "Loss on the selection split", "Loss on the test images by timestep", "Loss by test image",
     "Settings and versions",
 )  # fmt: skip
 
@@ -76,7 +76,8 @@ def test_all_of_it_in_order(text, experiment):
     low, high = better["rerun"]
     assert f"&minus;{-low:.1f}% to &minus;{-high:.1f}%" in text
     assert "loha: 1 run failed" in words and "torch 2.9" in words and "duplicates 3" in words
-    assert f"<h1>{experiment['ranking']['sentence']}</h1>" in text and better["label"] in experiment["ranking"]["best"]
+    assert "<h1>ResLoRA block(4) is better than LoRA, LoRA x2 and LoHa</h1>" in text
+    assert better["label"] in experiment["ranking"]["best"]
     bars = re.findall(r'class="bar" d="M([\d.]+) \d+H([\d.]+)"/><path class="dot" d="M([\d.]+) ', text)
     assert len(bars) == 3 and all(float(low) < float(mean) < float(high) for low, high, mean in bars)
     assert "base model, before training" in words and "percent; left of 0 is better" in words
@@ -263,11 +264,9 @@ def test_a_damaged_image_and_a_missing_one(experiment, tmp_path):
 @pytest.mark.parametrize(
     ("conclusions", "words"),
     [
-        (("better",), "a: sentence"),
-        (("cannot tell",), "a: sentence"),
-        (("cannot tell", "cannot tell"), "with one seed or one test image, no method can be distinguished from lora"),
-        (("better", "worse", "better"), "better than lora: a, c"),
-        (("worse", "not shown"), "better than lora: no method"),
+        (("better",), "a is better than LoRA"),
+        (("cannot tell",), "a and LoRA could not be told apart"),
+        (("better", "worse", "better"), "a and c are better than LoRA"),
         ((), "There is nothing to compare"),
     ],
 )
@@ -284,11 +283,11 @@ def test_the_headline_without_a_ranking(conclusions, words):
         assert headline_of(unfinished, "image").startswith(f"So far, with 2 of 3 runs: {words}")
 
 
-def test_the_headline_of_several_methods_is_the_ranking(experiment):
-    assert headline_of(experiment, "image") == experiment["ranking"]["sentence"]
-    assert re.match(
-        r"best: reslora block\(4\); lora.* is worse than reslora block\(4\) by", headline_of(experiment, "image")
-    )
+def test_the_headline_of_several_methods_is_the_ranking():
+    assert report.ranking_in_words(["reslora block(4)"], ["lora"]) == "ResLoRA block(4) is better than LoRA"
+    alike = report.ranking_in_words(["lora", "reslora"], ["loha"])
+    assert alike == "LoRA and ResLoRA could not be told apart; LoHa is worse"
+    assert report.ranking_in_words(["lora"], list("abcde")) == "LoRA is better than 5 methods"
 
 
 def test_the_headline_of_one_method_is_its_best_rate():
@@ -296,7 +295,7 @@ def test_the_headline_of_one_method_is_its_best_rate():
     arms = [{"status": "finished", "label": "lora"}] * 2
     chosen = {"lora": {"learning_rate": 2e-4, "step": 50}}
     found = {"verdicts": [], "arms": arms, "chosen": chosen}
-    assert headline_of(found, "image") == "lora does best at learning rate 0.0002, step 50"
+    assert headline_of(found, "image") == "LoRA does best at learning rate 0.0002, step 50"
     assert headline_of(found | {"arms": [*arms, {"status": "waiting", "label": "lora"}]}, "image").endswith("yet")
 
 
@@ -431,6 +430,7 @@ def test_a_button_copies_what_is_next_to_it(browser, text, folder):
         shown = context.new_page()
         shown.set_default_timeout(LIMIT * 1000)
         shown.goto((folder / "report.html").as_uri())
+        shown.get_by_text("What to use").click()
         button = shown.locator("button[data-copy]").first
         button.click()
         assert button.inner_text() == "Copied"
@@ -452,7 +452,7 @@ def test_what_to_use_says_how_sure_it_is_and_how_each_file_is_used(experiment, f
     own = {"settings": {"output_dir": str(folder / "{mine}")}}
     content = page(experiment | own, folder)
     words, place = words_of(content), folder / "{mine}"
-    assert "Use reslora block(4) at learning rate 0.0001, 200 steps. It is better than lora: chance makes" in words
+    assert "Use ResLoRA block(4) at learning rate 0.0001, 200 steps. It is better than LoRA: chance makes" in words
     line = "kohya.safetensors, pytorch_lora_weights.safetensors and peft/ are those of reslora/lr-0.0001/seed-1"
     assert f"{line} at step 200, which does best on the selection split:" in words
     assert "kohya.safetensors : ComfyUI: put it into models/loras" in words
@@ -467,9 +467,9 @@ def test_what_to_use_says_how_sure_it_is_and_how_each_file_is_used(experiment, f
     ("best", "conclusion", "words"),
     [
         (["a", "b", "c", "d"], "not shown", "It has the lowest loss on the selection split; as far as"),
-        (["b"], "worse", "It is worse than lora on the test images"),
-        (["a"], "not shown", "This experiment does not show whether it is better than lora"),
-        ([], "cannot tell", "It cannot be told from lora: that needs two or more seeds and test images."),
+        (["b"], "worse", "It is worse than LoRA on the test images"),
+        (["a"], "not shown", "This experiment does not show whether it is better than LoRA"),
+        ([], "cannot tell", "It cannot be told from LoRA: that needs two or more seeds and test images."),
         (["a"], "", "It is better than every other method."),
         ([], "", ""),
     ],

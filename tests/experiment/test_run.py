@@ -249,7 +249,7 @@ def test_what_was_concluded_stays_until_it_is_concluded_anew(tmp_path):
     """A seed is added; a stop in its first arm, or in the comparison, loses no earlier conclusion."""
     folder = tmp_path / "out"
     before, headline = go(folder)
-    assert len(before["verdicts"]) == 2 and headline.startswith("best: lora; lora_x2 is worse than lora by")
+    assert len(before["verdicts"]) == 2 and headline.startswith("LoRA is better than LoRA x2")
     (folder / "config.json").write_text('{"seed": [0, 1]}')
     for stopped, ended in (("train", 12), ("tested", 15)):
         kept, told = go(folder, "--seed", "0", "1", "2", stopped=stopped)
@@ -259,7 +259,7 @@ def test_what_was_concluded_stays_until_it_is_concluded_anew(tmp_path):
         assert told == f"As of 12 runs, with {ended} of 15 ended: {headline}"
         assert Experiment("out", folder).status == "stopped"
     after, headline = go(folder, "--seed", "0", "1", "2")
-    assert after["verdicts"][0]["seeds"] == 3 and "as_of" not in after and headline.startswith("best: lora; ")
+    assert after["verdicts"][0]["seeds"] == 3 and "as_of" not in after and headline.startswith("LoRA is better than ")
     assert Experiment("out", folder).status == "finished"
 
 
