@@ -1,12 +1,18 @@
 """Find the base model of a run. This module does not import Gradio."""
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+
 from reslora.bundled import ASSETS
 from reslora.content_hash import folder_mark
-from reslora.images.model.loading import Model
+from reslora.images.memory.components import outline
+from reslora.images.model.loading import Model, find_model
+from reslora.images.model_checks import check_pipeline
 from reslora.options.images import Options
 
 from .runs import NO_CONFIG, Run, RunError, cached_by, stamp_of
@@ -57,6 +63,22 @@ def base_of(run: Run | None) -> Options:
     is_file = others["pretrained_transformer_file"] or named.endswith(".safetensors")
     folder = str(run.folder) if is_file else ""
     return Options.of(pretrained_model_name_or_path=named, output_dir=folder, **others)
+
+
+def check_sizes(options: Options) -> None:
+    """Raise `InvalidArgument` for sizes of images that the model does not support; only for a model in a folder."""
+    folder = Path(options.model.pretrained_model_name_or_path or BUNDLED)
+    if folder.is_dir():
+        model, pipeline = outline_of(folder)
+        check_pipeline(options.data, options.validation, pipeline, model.family)
+
+
+@functools.lru_cache(4)
+def outline_of(folder: Path) -> tuple[Model, DiffusionPipeline]:
+    """Return a model with its pipeline without weights."""
+    base = Options.of(pretrained_model_name_or_path=str(folder), output_dir="")
+    model = find_model(base.model, base.output, PartialState())
+    return model, outline(model)
 
 
 def stamps_of(base: Options, model: Model) -> dict[Path, tuple[int, ...]]:

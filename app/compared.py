@@ -3,11 +3,15 @@
 Image columns and curves are named by method, or by run and method if several runs are compared.
 """
 
+import contextlib
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslora.formatting import pluralize
+from PIL import Image, ImageChops, ImageStat
+
+from reslora.formatting import enumerated, pluralize
 from reslora.plots import figures
 from reslora.plots.charts import Line, line_chart, swatch
 from reslora.runtime.log import of_split
@@ -21,13 +25,15 @@ LONGEST_NAME = 24
 """Maximum number of characters of a run's name in a column heading."""
 FEW_COLUMNS = 5
 """Maximum number of image columns that leave room for the loss curves to the right of the images."""
-TITLES = {"train": "Training loss (running mean)", "validation": "Loss on held-out images"}
+TITLES = {"train": "Training loss (running mean)", "validation": "Loss on images not trained on"}
 DASHES = ("", "7 4", "2 3", "10 3 2 3")
 """SVG dash patterns of the curves, one per run; the color of a curve shows the method."""
 LARGEST_LOSS = 1e30
+SWIPED = 512
+"""Size in pixels up to which small images are enlarged, by a whole number, to compare two."""
 TWO_LOSSES = (
-    "Do not compare the two losses with each other: the training loss is at random timesteps, with the weights of "
-    "--snr_gamma; the validation loss is without weights, at fixed timesteps, of held-out images."
+    "Do not compare the two losses with each other. The training loss is of one batch at random noise levels; the "
+    "validation loss is of images that are not trained on, always at the same noise levels."
 )
 Cell = tuple[int, int, str]
 """Prompt index, image index and prompt of a sample. The noise depends on the indices, so samples of the same
@@ -118,12 +124,16 @@ def images(run: Run, step: int, status: str = "") -> str:
     rows = rows_of(shown)
     if not rows:
         if run.config and not run.prompts:
-            return notice("This run generates no samples: it was started without --validation_prompt.")
+            return notice("This run generates no samples: it was started without sample prompts.")
         if run.unreadable:
             return notice(f"This run cannot be shown: {NO_CONFIG}.")
         if (status or run.status) == "failed":
             return notice("This run ended before its first samples; its log, under Train, says why.")
-        return notice("No samples yet: the first ones are generated before the first training step.")
+        methods = enumerated(NAMES[method] for method in run.methods) or "each method"
+        return notice(
+            f"No samples yet. Here appears an image of each prompt by the base model and by {methods}, first before "
+            "training and then every few steps; the losses are drawn next to them."
+        )
     header, body = "".join(map(heading, shown)), ""
     for row, cell in enumerate(rows[:MOST_ROWS]):
         prompt, tiles = cell[2], ""
@@ -145,6 +155,38 @@ def heading(column: Column) -> str:
     run = run if len(run) <= LONGEST_NAME else f"{run[: LONGEST_NAME - 1]}…"
     title = f"{escape(run)}:<br>{escape(name)}" if colon else escape(name)
     return f'<th title="{escape(column.title)}">{title}<small>{escape(column.subtitle)}</small></th>'
+
+
+def choices(run: Run, step: int) -> tuple[dict[str, Column], dict[str, Cell]]:
+    """Return the columns that have images at a step by title, and the rows of the grid by name."""
+    shown = [column for column in columns(run, step) if column.images]
+    rows = {f"{cell[2]} ({cell[1] + 1})" if cell[1] else cell[2]: cell for cell in rows_of(shown)}
+    return {column.title: column for column in shown}, rows
+
+
+def two_images(left: Column, right: Column, cell: Cell) -> tuple[Image.Image, Image.Image] | None:
+    """Return the images of two columns in the same row and size, at least doubled if small; None if one is missing."""
+    found = []
+    for path in (left.images.get(cell), right.images.get(cell)):
+        if path is None:
+            return None
+        with contextlib.suppress(OSError), Image.open(path) as image:
+            found.append(image.convert("RGB"))
+    if len(found) < 2:
+        return None
+    times = max(1, SWIPED // max(found[0].size))
+    size = tuple(times * side for side in found[0].size)
+    return tuple(image.resize(size, Image.Resampling.NEAREST) for image in found)
+
+
+def difference(left: Image.Image, right: Image.Image) -> tuple[Image.Image, str]:
+    """Return the absolute difference of two images, brightened so that its largest value is white, and a caption."""
+    found = ImageChops.difference(left, right)
+    largest = max(high for _, high in found.getextrema())
+    mean = statistics.fmean(ImageStat.Stat(found).mean)
+    times = 255 / largest if largest else 1
+    caption = f"Difference: {mean:.1f} of 255 on average, shown {times:.1f} times as bright"
+    return found.point(lambda value: round(value * times)), caption
 
 
 def save_grid(run: Run, step: int, path: Path) -> None:

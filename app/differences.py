@@ -78,6 +78,7 @@ def differences(run: Run) -> str:
     if not run.beside:
         return ""
     found = "; ".join(label + in_words(run, flags) for label, flags in differing(run, MATTERS).items())
+    found = found.replace("held-out images", "images not trained on")
     line = f"These runs differ in {found}." if found else "All settings that affect images and losses agree."
     return f'<p class="verdict"><b>{escape(line)}</b> {of_images(run)} {of_losses(run)}</p>'
 
@@ -105,7 +106,10 @@ def of_images(run: Run) -> str:
 def of_losses(run: Run) -> str:
     """Return a sentence on whether the compared runs' validation losses are comparable."""
     if not any(setting(one.config, "validation_split") for one in run.compared):
-        return "No images are held out, so their losses cannot be compared."
+        return "All images are trained on, so their losses cannot be compared."
     if differing(run, LOSSES):
-        return "Their losses are not comparable: held-out images, model or noise may differ."
-    return "Their losses are of the same held-out images; one seed is not enough to show a difference between runs."
+        return "Their losses are not comparable: the images not trained on, model or noise may differ."
+    return (
+        "Their losses are of the same images, which were not trained on; one seed is not enough to show a difference "
+        "between runs."
+    )

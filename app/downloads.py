@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from reslora.methods.registry import METHODS
 
 from .bases import DEFAULT, PIPELINES, bundled
 from .launcher import safe_name
@@ -41,7 +42,7 @@ def downloads_of(run: Run) -> list[Download]:
         files = files_below(run, method, "peft")
         if files and (root := run.inside(method, "peft")):
             place = root.as_posix()
-            found.append(Download(f"{method}: peft (PEFT)", root, files, place, peft_lines(run, place)))
+            found.append(Download(f"{METHODS[method].title}: peft (PEFT)", root, files, place, peft_lines(run, place)))
     return found
 
 

@@ -3,6 +3,7 @@
 This module does not import Gradio.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from reslora.errors import InvalidArgument
@@ -37,7 +38,7 @@ LABELS = {
 }
 """Labels of options whose name alone would be unclear."""
 HELP = {
-    "method": "Several are trained one after the other, on the same images and noise",
+    "method": "Several are trained one after the other, and see the same images in the same order",
     "learning_rate": "Several, separated by spaces, make an experiment",
     "seed": "Three or more seeds show whether a difference is chance",
     "rank": "A higher rank learns more detail and needs more memory",
@@ -51,8 +52,8 @@ HELP = {
 MODEL = "pretrained_model_name_or_path"
 VARY = "vary"
 """Name of the box for values of the options in `variable`, with a line `name=value,value` for each option."""
-CONTROLS = [name for name, method in METHODS.items() if method.measured or name in ("lora_x2", "lora_x4")]
-"""Names of the control methods, which only serve to explain why another method is better."""
+FIRST = ("lora", "reslora")
+"""Names of the methods that are always visible."""
 FOLLOWING = [name for name, option in Options.table().items() if option.bundled is not SAME and name != "method"]
 FOLLOWING += ["max_train_steps", "select_split", "test_split"]
 """Options whose default depends on other options."""
@@ -69,7 +70,7 @@ GROUP = "options-%d"
 """Name of the page's element of a group of options, by the number of the group."""
 EXPERIMENTS = Options.titles["experiment"]
 """Title of the group of options that has the box `VARY`."""
-VARY_LABEL, VARY_INFO = "Vary other options", "A line for each: its name, and the values to compare · --vary"
+VARY_LABEL, VARY_INFO = "Vary other options", "A line for each: its name, and the values to compare"
 LARGE = {"train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
 """Settings of large models, as in the commands of diffusers' examples; their other defaults follow from the family."""
 PRESETS: dict[str, dict[str, object]] = {
@@ -193,11 +194,17 @@ def label(option: Option) -> str:
 
 
 def info(option: Option) -> str:
-    """Return the help text below an option's label: its help and its name on the command line."""
+    """Return the help text below an option's label."""
     text = HELP.get(option.name, option.help)
     if option.name not in HELP and in_empty_box(option) == UNSET:
         text = f"{text}. Default: {option.otherwise.partition(';')[0]}"
-    return f"{text[:1].upper()}{text[1:]} · {option.flag}"
+    return without_flags(f"{text[:1].upper()}{text[1:]}")
+
+
+def without_flags(text: str) -> str:
+    """Return a text of the trainer with the labels of the form in place of its options."""
+    table = Options.table()
+    return re.sub(r"--(?:no-)?(\w+)", lambda found: label(table[found[1]]) if found[1] in table else found[0], text)
 
 
 def in_empty_box(option: Option) -> str:
@@ -234,15 +241,15 @@ def defaults(given: Mapping[str, object]) -> dict[str, object]:
     return {name: widget_value(option, found[name]) for name, option in known().items()}
 
 
-def methods(controls: bool) -> list[tuple[str, str]]:
-    """Return labels and names of the control methods (see `CONTROLS`) or, if not `controls`, of all other methods."""
-    found = [method for name, method in METHODS.items() if (name in CONTROLS) == controls]
+def methods(first: bool) -> list[tuple[str, str]]:
+    """Return labels and names of the methods in `FIRST` or, if not `first`, of all others."""
+    found = [method for name, method in METHODS.items() if (name in FIRST) == first]
     return [(f"{method.title}: {method.help}", method.name) for method in found]
 
 
-def without_controls(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split names of methods in two: those that are not control methods (see `CONTROLS`), and those that are."""
-    return [name for name in names if name not in CONTROLS], [name for name in names if name in CONTROLS]
+def in_two(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split names of methods in two: those in `FIRST`, and all others."""
+    return [name for name in names if name in FIRST], [name for name in names if name not in FIRST]
 
 
 def in_box(value: object, between: str = " ") -> str:

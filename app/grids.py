@@ -6,6 +6,7 @@ from pathlib import Path
 
 from reslora.formatting import pluralize
 from reslora.merges import MERGES
+from reslora.methods.registry import METHODS
 from reslora.plots import figures
 
 from . import views
@@ -179,10 +180,10 @@ def same_form(run: Run, start: Weights, method: str) -> Weights:
     no such weights."""
     of_method = {weights.label: weights for weights in run.weights() if weights.method == method}
     form = start.label.partition(": ")[2] if start.method else "merged weights"
-    if f"{method}: {form}" not in of_method:
+    if (label := f"{METHODS[method].title}: {form}") not in of_method:
         have = ", ".join(label.partition(": ")[2] for label in of_method) or "nothing yet"
         raise RunError(f"{method} has no {form} in this run; it has {have}.")
-    return of_method[f"{method}: {form}"]
+    return of_method[label]
 
 
 def heading(start: Weights, request: Request, axes: tuple[str, str]) -> str:

@@ -4,11 +4,10 @@ import contextlib
 import errno
 import functools
 import html
-import inspect
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gradio as gr
@@ -69,14 +68,6 @@ def server_function(handler: Callable[[dict], dict]) -> Callable[[dict], dict]:
             return {"error": str(translated(error).message)}
 
     return wrapped
-
-
-def named(handler: Callable, parameters: Sequence[str]) -> Callable:
-    """Return the handler with these parameter names in its signature, which Gradio shows to API clients."""
-    found = functools.update_wrapper(functools.partial(handler), handler)
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    found.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in parameters])
-    return found
 
 
 def translated(error: Exception) -> gr.Error:

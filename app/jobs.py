@@ -34,6 +34,7 @@ from reslora.options.images import Options
 from reslora.training.stopping import SAMPLE, SAVE
 
 from . import launcher
+from .bases import check_sizes
 from .folders import BUNDLED, Folders
 from .launcher import ALONE, REPOSITORY, SCRIPT
 from .library import REPORT, Experiment, LanguageRun, Library, kind_of, language_script, refuse_language
@@ -126,7 +127,6 @@ class Jobs:
         self.path = library.folder / FILE
         self.started: dict[str, subprocess.Popen] = {}
         self.asked: set[int] = set()  # processes that were asked to stop
-        self.stopping: list[tuple[Run, int]] = []  # runs that were asked to stop, with the process; the page waits
         self.began: set[str] = set()  # runs seen training, or stopped, since this process started them
         self.lock = threading.Lock()
         self.closed = threading.Event()
@@ -143,20 +143,24 @@ class Jobs:
         """Return the arguments after `accelerate launch` for a new run, or for more runs in an existing experiment.
 
         `images`: the folder to train on; None means the default. Raises `RunError` for invalid settings."""
-        words = launcher.words_for(self.folder_of(name, kind), settings, images, self.begun(name, kind))
-        if not isinstance(self.resolved(words), Grid) and kind is Experiment:
-            raise RunError(ALONE)
-        return words
+        return self.planned(name, settings, images, kind)[0]
 
-    def resolved(self, words: list[str]) -> Options | Grid[Options]:
-        """Return the options of a training command, with defaults, as the trainer resolves them.
+    def planned(
+        self, name: str, settings: dict, images: Path | None, kind: type[Run]
+    ) -> tuple[list[str], Options | Grid[Options]]:
+        """Return what `command` returns, and the options as the trainer resolves them, with defaults.
 
-        Raises `RunError` for invalid options. The images do not have to exist yet.
+        The images do not have to exist yet.
         """
+        words = launcher.words_for(self.folder_of(name, kind), settings, images, self.begun(name, kind))
         try:
-            return resolve(parsed_values(launcher.trainers_parser(), words[1:]))
+            found = resolve(parsed_values(launcher.trainers_parser(), words[1:]))
+            check_sizes(found.base if isinstance(found, Grid) else found)
         except InvalidArgument as error:
             raise RunError(self.without_folders(str(error))) from None
+        if kind is Experiment and not isinstance(found, Grid):
+            raise RunError(ALONE)
+        return words, found
 
     def begun(self, name: str, kind: type[Run]) -> Run | None:
         """Return the existing experiment with this name, to which runs are added; None for a new run or experiment."""
@@ -296,7 +300,6 @@ class Jobs:
             return f"{run.name} was already asked to stop; the trained steps are saved."
         if number is not None:
             self.asked.add(number)
-            self.stopping.append((run, number))
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(number, STOP)
             done, total = run.progress
@@ -410,34 +413,34 @@ class Jobs:
     # -- the queue: actions --------------------------------------------------------------------------------------------
 
     def add(self, entry: Entry) -> Entry:
-        """Add an entry to the queue, start the entries that can start now, and return the added entry.
+        """Start an entry if nothing trains or waits, else add it to the queue; return it with its state.
 
-        Raises `RunError` for invalid settings, and if the entry fails to start.
+        Raises `RunError` for invalid settings, and if the entry cannot be started.
         """
         if self.library.is_single and entry.resume:  # a single run's folder has no queue
             self.start(entry)
             entry.state = RUNNING
             return entry
-        self.check(entry)
         with self.changing() as entries:
-            self.check(entry)
+            self.refuse_unstorable(entry)
             live = [one.name for one in entries if not one.ends]
             if entry.name in live:
                 raise RunError(f"{entry.name} is already in the queue; choose another name, or remove that entry.")
             if len(live) >= MOST:
                 raise RunError(f"The queue is full ({MOST} entries): wait until a run ends, or remove an entry.")
-            is_new = not (entry.resume or self.begun(entry.name, entry.type))
-            if is_new:
+            if live or self.is_busy():
+                self.command_of(entry)  # refuses what could not start later
+                self.refuse_active(self.run_of(entry))
+            else:
+                self.start(entry)
+                entry.state = RUNNING
+            if not (entry.resume or self.begun(entry.name, entry.type)):
                 entry.folder = entry.folder or BUNDLED  # so that the queue shows which images are used
             entries[:] = [one for one in entries if one.name != entry.name] + [entry]
-        self.advance()
-        added = next((one for one in self.entries() if one.name == entry.name), entry)
-        if added.state == FAILED:
-            raise RunError(added.line)
-        return added
+        return entry
 
-    def check(self, entry: Entry) -> None:
-        """Raise `RunError` for an entry that could not start even if no other run trained."""
+    def refuse_unstorable(self, entry: Entry) -> None:
+        """Raise `RunError` for an entry that cannot be stored in the file."""
         try:
             written = json.dumps(asdict(entry), ensure_ascii=False).encode()
             ENTRY.validate_json(written)
@@ -445,8 +448,6 @@ class Jobs:
             raise RunError("The settings contain a value that cannot be stored.") from None
         if len(written) > LONGEST:
             raise RunError("These settings are too long for the queue.")
-        self.command_of(entry)
-        self.refuse_active(self.run_of(entry))
 
     def remove(self, name: str) -> None:
         """Remove a waiting or ended entry. Raises `RunError` for a running one."""

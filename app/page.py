@@ -34,9 +34,14 @@ RECALL = """() => {
 }"""
 # Toast messages are outside of the style sheet's scope: place them in a corner, where they cover no button.
 TOASTS = "<style>@media (min-width: 641px) { .toast-wrap { top: auto !important; bottom: 16px; } }</style>"
+# The name of an option on the command line is its tooltip.
+TOOLTIPS = """<script>document.addEventListener("mouseover", event => {
+    const part = event.target.closest?.("[id^=flag-]");
+    if (part) part.title ||= `--${part.id.slice(5)}`;
+});</script>"""
 EXPLANATION = (
     "ResLoRA trains LoRA blocks with residual shortcuts between neighboring layers, then merges them away; "
-    "what is left is a plain LoRA. All images in a row have the same caption and seed: only the method differs."
+    "what is left is a plain LoRA. All images in a row have the same prompt and seed: only the method differs."
 )
 TITLE = f"<h1>ResLoRA for Stable Diffusion</h1><details><summary>What is this?</summary><p>{EXPLANATION}</p></details>"
 
@@ -101,7 +106,7 @@ def look() -> dict:
         f"{name}{mode}": color for name, both in COLORS.items() for mode, color in zip(("", "_dark"), both, strict=True)
     }
     theme.set(**colors, **SIZES)  # in one call: each call resets some of the colors of the last one
-    scripts = TOASTS + "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in SCRIPTS)
+    scripts = TOASTS + TOOLTIPS + "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in SCRIPTS)
     return {"theme": theme, "css_paths": [STYLE], "head": scripts}
 
 

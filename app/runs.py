@@ -136,7 +136,7 @@ BASE = Weights("base model", "base")
 
 def merged_by(checkpoint: Weights, method: str) -> Weights:
     """Return the weights that result from merging a checkpoint by a merge method; their file may not exist yet."""
-    label = f"{checkpoint.method}: step {checkpoint.step} merged by {method}"
+    label = f"{METHODS[checkpoint.method].title}: step {checkpoint.step} merged by {method}"
     path = checkpoint.path.parent / f"merged-by-{method}-{checkpoint.step}" / DIFFUSERS_FILE
     return Weights(label, "file", checkpoint.method, path, checkpoint.step, made_of=(checkpoint, method))
 
@@ -383,7 +383,8 @@ class Run:
         if not parts or (encoders := self.encoders(method)) is None:
             return []
         paths = [path for part in parts if (path := self.sound(method, part))]
-        return [Weights(f"{method}: merged weights", "merged", method, path, encoders=encoders) for path in paths]
+        label = f"{METHODS[method].title}: merged weights"
+        return [Weights(label, "merged", method, path, encoders=encoders) for path in paths]
 
     def lora_files(self, method: str) -> list[Weights]:
         """Return a method's exported LoRA files, and the LoRA files of checkpoints merged by another merge method."""
@@ -391,10 +392,10 @@ class Run:
         for name in self.entries(method):
             merged = re.fullmatch(r"merged-by-([a-z]+)-(\d+)", name)
             if merged and (path := self.inside(method, name, DIFFUSERS_FILE)):
-                label = f"{method}: step {merged[2]} merged by {merged[1]}"
+                label = f"{METHODS[method].title}: step {merged[2]} merged by {merged[1]}"
                 found.append(Weights(label, "file", method, path, int(merged[2])))
             elif name in LORA_FILES and (path := self.inside(method, name)):
-                found.append(Weights(f"{method}: {name}", "file", method, path))
+                found.append(Weights(f"{METHODS[method].title}: {name}", "file", method, path))
         return found
 
     def checkpoints(self, method: str) -> list[Weights]:
@@ -407,8 +408,8 @@ class Run:
             complete = self.inside(method, name, "trainer.json") and self.inside(method, name, wanted)
             encoders = self.encoders(method, name) if path and complete else None
             if encoders is not None:
-                step = int(match[1])
-                found.append(Weights(f"{method}: unmerged, step {step}", "adapter", method, path, step, encoders))
+                step, title = int(match[1]), METHODS[method].title
+                found.append(Weights(f"{title}: unmerged, step {step}", "adapter", method, path, step, encoders))
         return sorted(found, key=lambda weights: -weights.step)
 
     def encoders(self, *parts: str) -> tuple[tuple[str, Path], ...] | None:
@@ -430,7 +431,7 @@ class Run:
     def best_weights(self) -> str:
         """Return the label of the default weights: merged ResLoRA, else other merged weights, else the last weights."""
         labels = [weights.label for weights in self.weights()]
-        wanted = ("reslora: merged weights", *(label for label in labels if label.endswith(": merged weights")))
+        wanted = ("ResLoRA: merged weights", *(label for label in labels if label.endswith(": merged weights")))
         return next((label for label in wanted if label in labels), labels[-1])
 
     def lora_norms(self, method: str) -> dict[str, float]:

@@ -8,11 +8,12 @@ from .views import NAMES, escape, notice
 
 ONE_SEED = "One seed cannot show a difference; an experiment can: under Train, give the seeds <code>0 1 2</code>."
 ALONE = "There is nothing to compare with: select LoRA and ResLoRA under Train to train both."
-LOSS = "loss on held-out images (lower is better)"
+LOSS = "loss on images that were not trained on (lower is better)"
 HIGH_ERROR = 0.2
 """Mean relative error of the merged blocks above which images of merged and unmerged weights are likely to differ."""
 NOTHING_HELD_OUT = (
-    "No images are held out, so the methods' losses cannot be compared; --validation_split 0.1 holds out a tenth."
+    "All images are trained on, so the methods' losses cannot be compared: give a validation split, such as 0.1, to "
+    "leave some out."
 )
 
 

@@ -6,12 +6,9 @@ what cannot be shown is left out.
 
 import base64
 import contextlib
-import functools
 import html
 import io
 import json
-import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,24 +30,8 @@ TILE, NARROW_TILE = 144, 72
 NAMES = {name: method.title for name, method in METHODS.items()}
 COLORS = {name: method.color for name, method in METHODS.items()}
 NOTHING = "&mdash;"
-LINKS = (
-    "An arrow is a shortcut from a layer to the next one of its kind. Scissors mark a missing shortcut; the reason is "
-    "below. A row without arrows has trained plain LoRA: to give it shortcuts, choose other layers with "
-    "--target_modules."
-)
-ERRORS = (
-    "Relative difference of each merged block from the trained one, on samples of the run; 0 is exact. Where much is "
-    "orange, compare images of several merge methods: the axis merge of the X/Y grid under Generate."
-)
-ALPHAS = (
-    "How much the merge adds to each block in place of its neighbors; 1 is as much as the block itself. Where values "
-    "are far above 1, compare the images with those of the merge by lstsq."
-)
-NORMS = (
-    "Orange blocks were changed more by ResLoRA than by LoRA, blue ones less. Where nearly all are orange, also train "
-    "lora_x2: larger steps alone have the same effect."
-)
-"""Explanation of the heat map of norms, with advice."""
+SETTINGS = ["weights", "seed", "steps", "guidance", "strength", "size", "prompt", "negative"]
+"""Columns of the table of generated images."""
 
 
 def escape(text: str) -> str:
@@ -84,19 +65,6 @@ def scaled(width: int) -> str:
     if not 0 < width <= TILE:
         return ""
     return f'class="small" style="--own:{width}px;--times:{TILE // width};--few:{max(1, NARROW_TILE // width)}"'
-
-
-def table_rows(names: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
-    """Return the rows of a table as HTML: a row with the names of the columns, then the rows of values.
-
-    On a narrow page, the style sheet shows each value below the last one, with the name of its column."""
-    titles = [escape(name) for name in names]
-    header = "".join(f"<th>{title}</th>" for title in titles)
-    lines = (
-        "".join(f'<td data-label="{title}">{escape(cell)}</td>' for title, cell in zip(titles, row, strict=True))
-        for row in rows
-    )
-    return "".join(f"<tr>{cells}</tr>" for cells in (header, *lines))
 
 
 def table(kind: str, name: str, rows: str, mark: str = "") -> str:
@@ -230,169 +198,15 @@ def notice(text: str) -> str:
     return f'<div class="notice">{escape(text)}</div>'
 
 
-def settings_table(images: list[Drawn]) -> str:
-    """Return the weights, seed and settings of each generated image as an HTML table."""
-    names, rows = ("weights", "seed", "steps", "guidance", "strength", "size", "prompt", "negative"), []
+def settings_rows(images: list[Drawn]) -> list[list[object]]:
+    """Return the rows of the table `SETTINGS` for generated images."""
+    rows = []
     for drawn in images:
-        request = drawn.request
-        cells = [drawn.source["weights"], request.seed, request.steps, f"{request.guidance:g}"]
-        cells.append("—" if cells[0] == BASE.label else f"{request.strength:g}")  # no effect on the base model
-        cells += [f"{request.width} x {request.height}", request.prompt[:100], request.negative_prompt[:100]]
-        rows.append(cells)
-    return table("made", "Settings of each image", table_rows(names, rows))
-
-
-# -- chains and merge --------------------------------------------------------------------------------------------------
-
-
-def place(name: str) -> str:
-    """Return a short name of a block's place in the network.
-
-    Examples: d0.1 for `down_blocks.0.attentions.1...`, s3 for `single_blocks.3...`."""
-    match = re.match(r"(down|up|mid)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)(?:\.transformer_blocks\.(\d+))?", name)
-    if match:
-        inner = f"/{match[4]}" if match[4] not in (None, "0") else ""
-        return f"{match[1][0]}{match[2] or ''}.{match[3]}{inner}"
-    match = re.match(r"(\w)\w*\.(\d+)\.", name)
-    return f"{match[1]}{match[2]}" if match else name
-
-
-def role_of(name: str) -> str:
-    """Return a block's name relative to the repeated module that contains it, such as `attn1.to_q`."""
-    return re.sub(r"^(.*transformer_blocks|\w+)\.\d+\.", "", name)
-
-
-def unless_damaged(view: Callable[[T], str]) -> Callable[[T], str]:
-    """Wrap a function that renders the content of a JSON file, so that it returns a notice for invalid content."""
-
-    @functools.wraps(view)
-    def guarded(content: T) -> str:
-        """Return the HTML of `view`, or a notice."""
-        try:
-            return view(content)
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
-            return notice("This cannot be shown, because the file in the run's folder is damaged.")
-
-    return guarded
-
-
-@unless_damaged
-def chain_plan(plan: dict | None) -> str:
-    """Return the chain plan, which links blocks by shortcuts, as an HTML table with a row per role (see `role_of`).
-
-    An arrow is a shortcut between two blocks. Scissors mark a missing shortcut, with the reason.
-    """
-    if not plan or not plan.get("chains"):
-        return notice("The linked layers are not known yet: ResLoRA writes them when it is merged after training.")
-    roles: dict[str, list[str]] = {}
-    reasons: dict[str, str] = {}
-    for chain in plan["chains"]:
-        parts = roles.setdefault(str(chain["role"]), [])
-        for position, block in enumerate(chain["blocks"]):
-            cut = str(block.get("cut") or "")
-            if position:
-                parts.append('<span class="link">→</span>')
-            elif parts:
-                mark = reasons.setdefault(cut, chr(ord("a") + len(reasons) % 26))
-                parts.append(f'<span class="cut" title="{escape(cut)}">✂<sup>{mark}</sup></span>')
-            shape = f"{block['in_features']}→{block['out_features']}, rank {block['rank']}, tokens {block['tokens']}"
-            title = escape(f"{block['name']}\n{shape}")
-            parts.append(f'<span class="member" title="{title}">{escape(place(block["name"]))}</span>')
-    rows = "".join(f"<tr><th>{escape(role)}</th><td>{''.join(parts)}</td></tr>" for role, parts in roles.items())
-    notes = "".join(f"<li>✂<sup>{mark}</sup> {escape(reason)}</li>" for reason, mark in reasons.items())
-    in_unet = any(block["name"].startswith("down_blocks.") for chain in plan["chains"] for block in chain["blocks"])
-    legend = " (d: down, m: middle, u: up)" if in_unet else ""
-    links = (
-        f"<p>{pluralize(int(plan.get('links', 0)), 'link')} in {pluralize(len(plan['chains']), 'chain')}{legend}</p>"
-    )
-    return f'{what(LINKS)}{links}{table("chains", "Chains", rows)}<ul class="reasons">{notes}</ul>'
-
-
-def what(sentence: str) -> str:
-    """Return the explanation of a table or heat map as HTML."""
-    return f'<p class="what">{escape(sentence)}</p>'
-
-
-def heat_map(title: str, sentence: str, values: dict[str, float | None], signed: bool = False) -> str:
-    """Return a heat map as an HTML table: roles as rows, places in the network as columns.
-
-    `sentence`: an explanation. `values`: by block name. `signed`: whether values may be negative, as in differences."""
-    known = [abs(value) for value in values.values() if value is not None]
-    if not known:
-        return ""
-    largest = max(known) or 1.0
-    places = sorted({place(name) for name in values}, key=in_order)
-    roles: dict[str, dict[str, str]] = {}
-    for name, value in values.items():
-        role = role_of(name)
-        text = figure(value, f"{'+' if signed else ''}.2f")
-        style = shade(value, largest, signed)
-        roles.setdefault(role, {})[place(name)] = f'<td title="{escape(name)}: {text}" style="{style}">{text}</td>'
-    header = "".join(f"<th>{escape(p)}</th>" for p in places)
-    rows = "".join(
-        f"<tr><th>{escape(role)}</th>{''.join(cells.get(p, '<td></td>') for p in places)}</tr>"
-        for role, cells in sorted(roles.items(), key=lambda item: order_of(item[0]))
-    )
-    return f"<h4>{escape(title)}</h4>{what(sentence)}{table('heat', title, f'<tr><th></th>{header}</tr>{rows}')}"
-
-
-def in_order(text: str) -> list[tuple[int, str]]:
-    """Return a sort key that orders numbers in texts by value, such as l2 before l10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"\d+|\D+", text)]
-
-
-def order_of(role: str) -> tuple:
-    """Return a sort key that orders roles by attention module, then as computed (q, k, v, out)."""
-    kind = role.rpartition("to_")[2]
-    return role.partition(".")[0], "qkvo".find(kind[:1]), role
-
-
-def shade(value: float | None, largest: float, signed: bool) -> str:
-    """Return the CSS of a heat map's cell: orange for positive, blue for negative, transparent for zero.
-
-    `largest`: the absolute value with full color. `signed`: as in `heat_map`."""
-    if value is None:
-        return "color:#aaa"
-    strength = min(1.0, abs(value) / largest)
-    red, green, blue = (25, 113, 194) if signed and value < 0 else (232, 89, 12)
-    return f"background:rgba({red},{green},{blue},{0.7 * strength:.2f})"
-
-
-@unless_damaged
-def merge_report(report: dict | None) -> str:
-    """Return a merge report as HTML: relative error on the calibration samples and alpha* of each block."""
-    if not report or not report.get("blocks"):
-        return notice("This run has no merge report yet: it is written when ResLoRA is merged after training.")
-    blocks = report["blocks"]
-    errors = {block["name"]: number(block["error"]) for block in blocks}
-    alphas = {block["name"]: total(block["alpha"]) for block in blocks}
-    known = [error for error in errors.values() if error is not None]
-    text = f"Merged by {escape(str(report.get('method')))}"
-    if known:
-        text += f"; relative error {sum(known) / len(known):.1%} on average, {max(known):.1%} at most"
-    maps = heat_map("Relative error of the merged block: |merged - unmerged| / |unmerged|", ERRORS, errors)
-    if None not in alphas.values():
-        maps += heat_map("alpha*: how much of a block its neighbors add", ALPHAS, alphas)
-    else:
-        maps += "<p>The least-squares merge fits a matrix instead of one alpha* for each block. "
-        maps += "Merge by <i>input</i> or <i>weights</i> to see the paper's alpha*.</p>"
-    notes = "".join(f"<li>{escape(str(note))}</li>" for note in report.get("notes") or [])
-    return f"<p><b>{text}.</b></p>{maps}<ul>{notes}</ul>"
-
-
-def total(alpha) -> float | None:
-    """Return a block's total alpha*: the sum, if `alpha` is a list with a value per neighbor."""
-    return number(sum(alpha) if isinstance(alpha, list) else alpha)
-
-
-def norm_difference(run: Run) -> str:
-    """Return a heat map of the Frobenius norm of ResLoRA's merged update minus that of LoRA's update, by block.
-
-    The paper shows the same in Figures 5 and 7.
-    """
-    ours, theirs = run.lora_norms("reslora"), run.lora_norms("lora")
-    difference = {name: ours[name] - theirs[name] for name in ours if name in theirs}
-    if not difference:
-        return notice("The comparison of norms needs a finished run with both methods: --method lora reslora.")
-    title = "Frobenius norm of ResLoRA's merged update minus LoRA's, block by block"
-    return heat_map(title, NORMS, difference, signed=True)
+        request, weights = drawn.request, drawn.source["weights"]
+        strength = "—" if weights == BASE.label else request.strength  # no effect on the base model
+        size = f"{request.width} x {request.height}"
+        rows.append([
+            weights, request.seed, request.steps, request.guidance, strength, size, request.prompt,
+            request.negative_prompt,
+        ])  # fmt: skip
+    return rows

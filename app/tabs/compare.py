@@ -9,9 +9,10 @@ from .. import compared, downloads, views
 from ..differences import differences
 from ..handlers import NO_PROGRESS, QUIET
 from ..launcher import safe_name
+from ..layers import ABOUT, COLUMNS, linked_layers
 from ..library import MOST_BESIDE
-from ..runs import Run, RunError
-from ..verdict import merge_warning, verdict
+from ..runs import Run
+from ..verdict import verdict
 from .base import Parts, Tab, TabHost, open_choice
 
 
@@ -38,8 +39,30 @@ class CompareTab(Tab):
                 self.train_curve = gr.HTML(elem_id="train-curve")
                 self.validation_curve = gr.HTML(elem_id="validation-curve")
         self.numbers = gr.HTML(elem_id="numbers")
+        with gr.Column(elem_id="swipe-part", visible=False) as self.swipe_part:
+            with gr.Row():
+                self.left, self.right, self.row = (
+                    gr.Dropdown(label=label, elem_id=name, min_width=140)
+                    for label, name in (("Swipe from", "left"), ("to", "right"), ("Prompt", "swipe-row"))
+                )
+            with gr.Row():
+                self.swipe = gr.ImageSlider(
+                    label="Swipe", show_label=False, format="png", max_height=512, min_width=320,
+                    elem_id="swipe",
+                    buttons=["fullscreen"], interactive=False,
+                )  # fmt: skip
+                self.difference = gr.Image(
+                    label="Difference", format="png", height=512, min_width=320, elem_id="difference",
+                    buttons=["fullscreen"],
+                    interactive=False,
+                )  # fmt: skip
         with gr.Accordion("Linked layers and merge", open=False, elem_id="layers-fold"):
-            self.layers = gr.HTML(elem_id="layers")
+            self.linked = gr.HTML(elem_id="layers")
+            gr.Markdown(ABOUT)
+            self.layers = gr.Dataframe(
+                headers=COLUMNS, datatype=["str"] * 3 + ["number"] * 3, interactive=False, wrap=True,
+                show_search="search", elem_id="layers-table",
+            )  # fmt: skip
         gr.Markdown("### Download")
         with gr.Row(elem_id="take-row"):
             self.file = open_choice("File", elem_id="file", scale=4)
@@ -51,7 +74,10 @@ class CompareTab(Tab):
         self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers, self.verdict]
         # Time of the last change, not the new step: the user may have moved the slider since the page's request.
         self.new = gr.Textbox(visible="hidden", elem_id="new")
-        self.watched, self.of_run = [self.step, self.beside, self.new], [self.file, self.place, self.use, self.layers]
+        self.watched, self.of_run = (
+            [self.step, self.beside, self.new],
+            [self.file, self.place, self.use, self.linked, self.layers],
+        )
         self.chosen = self.step
 
     def events(self, page: TabHost) -> None:
@@ -62,11 +88,14 @@ class CompareTab(Tab):
             [self.step.change, self.beside.input, self.new.change], self.look, looked_at,
             [*self.at_step, self.beside], trigger_mode="always_last", preprocess=False, **QUIET,
         )  # fmt: skip
-        # Those with several runs have endpoints of their own, so existing clients keep working.
+        two = [self.left, self.right, self.row]
+        gr.on(
+            [self.grid.change, *(part.input for part in two)], self.look_at_two, [*looked_at, *two],
+            [self.swipe_part, *two, self.swipe, self.difference], trigger_mode="always_last", preprocess=False, **QUIET,
+        )  # fmt: skip
         for handler, asked, outputs, name in (
-            (self.compare, looked_at[:2], self.at_step, "compare"),
-            (self.save_grid, looked_at[:2], self.grid_file, "download_grid"),
-            (self.compare_runs, looked_at, self.at_step, "compare_runs"),
+            (self.compare, looked_at, self.at_step, "compare"),
+            (self.save_grid, looked_at, self.grid_file, "download_grid"),
         ):
             gr.on([], handler, asked, outputs, api_name=name, preprocess=False)
         self.play.click(self.toggle, self.play, [self.play, self.playing], **QUIET)
@@ -102,12 +131,13 @@ class CompareTab(Tab):
     def filled_in(self, run: Run) -> dict:
         """Return the downloads, with the last method's first file selected, and the linked layers, by component."""
         labels = self.list_files(run)
-        mine = (label for label in labels if label.startswith(f"{run.methods[-1]}:"))
+        mine = (label for label in labels if label.startswith(f"{views.NAMES[run.methods[-1]]}:"))
         chosen = next(mine, None) or next(iter(labels), None)
         place, use = self.how_to_use(run.name, chosen)
         title = "File" if labels else "File (there are none yet: they are written when a method has been trained)"
         file = gr.update(choices=labels, value=chosen, label=title)
-        return {self.file: file, self.place: place, self.use: use, self.layers: layers(run)}
+        linked, rows = linked_layers(run)
+        return {self.file: file, self.place: place, self.use: use, self.linked: linked, self.layers: rows}
 
     def shown(self, run: Run, step: int) -> dict:
         """Return the new values of the components in `watched`, by component; `step`: the slider's new step."""
@@ -135,14 +165,27 @@ class CompareTab(Tab):
         found = [run.name for run in self.library.beside(self.library.find(name), beside).beside]
         return *self.compare(name, step, beside), gr.skip() if found == (beside or []) else found
 
-    def compare_runs(self, name: str, step: float, beside: list[str]) -> tuple:
-        """Return the results of `compare` for several runs. Raises `RunError` for unknown names or too many runs."""
-        names = beside if isinstance(beside, list) else [beside]
-        for other in names:
-            self.library.find(other)
-        if len(names) > MOST_BESIDE:
-            raise RunError(f"{len(names)} other runs are selected: select at most {MOST_BESIDE}.")
-        return self.compare(name, step, names)
+    def look_at_two(self, name: str, step: float, beside: object, *chosen: object) -> dict:
+        """Return two images of the grid to swipe between, with their difference, by component.
+
+        `chosen`: the titles of two columns, and a prompt. Those that do not exist become the first and the last column,
+        and the first prompt.
+        """
+        run = self.library.beside(self.library.find(name), beside)
+        columns, rows = compared.choices(run, run.nearest(step))
+        if len(columns) < 2:
+            return {self.swipe_part: gr.update(visible=False)}
+        wanted = zip(chosen, (columns, columns, rows), (0, -1, 0), strict=True)
+        left, right, row = (one if one in known else list(known)[place] for one, known, place in wanted)
+        images = compared.two_images(columns[left], columns[right], rows[row])
+        picture, caption = compared.difference(*images) if images else (None, "Difference")
+        return {
+            self.swipe_part: gr.update(visible=True), self.swipe: images,
+            self.left: gr.update(choices=list(columns), value=left),
+            self.right: gr.update(choices=list(columns), value=right),
+            self.row: gr.update(choices=list(rows), value=row),
+            self.difference: gr.update(value=picture, label=caption),
+        }  # fmt: skip
 
     def list_files(self, run: Run) -> list[str]:
         """Return the labels of a run's downloads."""
@@ -179,12 +222,3 @@ class CompareTab(Tab):
         path = self.files.new(f"{safe_name(run.name)}-step-{step}.png")
         compared.save_grid(run, step, path)
         return str(path)
-
-
-def layers(run: Run) -> str:
-    """Return a run's linked layers, its merge report, and the norms of ResLoRA's and LoRA's updates, as HTML."""
-    if "reslora" not in run.methods:
-        return views.notice("Only ResLoRA links layers, and this run does not train it.")
-    plan, report = run.read_json("reslora", "chains.json"), run.read_json("reslora", "merge.json")
-    merge = merge_warning(report) + views.merge_report(report)
-    return f"{views.chain_plan(plan)}<h3>Merge</h3>{merge}<h3>Norms of the updates</h3>{views.norm_difference(run)}"

@@ -1,21 +1,16 @@
 """Define the base class of Train and the experiment report: stop and resume runs or experiments."""
 
-import time
-from collections.abc import Iterator
-from functools import partial
 from typing import ClassVar
 
 import gradio as gr
 
 from .. import views
 from ..folders import BUNDLED
-from ..handlers import NO_PROGRESS, QUIET
-from ..jobs import RUNNING, Entry, Jobs
+from ..handlers import NO_PROGRESS
+from ..jobs import RUNNING, Entry
 from ..runs import Run
 from .base import STATUS, Tab
 
-EVERY, PATIENCE = 1.0, 300.0
-"""Seconds between two polls of a trainer that was asked to stop, and seconds after which they end."""
 ACTIVE = ("starting", "running", "stopping")
 
 
@@ -38,7 +33,7 @@ class ControlTab(Tab):
         # Queued, although it never has to wait: an unqueued event would not show its error.
         self.stop.click(
             self.do_stop, [which, seen], self.answer, api_name=f"{prefix}_stop", concurrency_limit=None, **NO_PROGRESS
-        ).success(partial(wait_for_end, self.jobs), None, self.answer, concurrency_limit=None, **QUIET)
+        )
         self.resume.click(self.do_resume, which, self.answer, api_name=f"{prefix}_resume", **NO_PROGRESS)
         gr.api(self.list_names, api_name=f"{self.what}s")
 
@@ -67,17 +62,3 @@ class ControlTab(Tab):
             begins = "resumes from its newest checkpoint" if entry.resume else "starts"
             return f"{entry.name} {begins}{images}."
         return f"{entry.name} waits in the queue and starts automatically{images}."
-
-
-def wait_for_end(jobs: Jobs) -> Iterator[str]:
-    """Wait until the trainers that were asked to stop have ended, and yield a notice that names them.
-
-    Trainers that still run after `PATIENCE` seconds are not named.
-    """
-    asked, jobs.stopping = jobs.stopping, []
-    latest = time.monotonic() + PATIENCE
-    # A run may have been resumed, by another process, before this looks.
-    while any(jobs.is_active(run) and run.process in (None, one) for run, one in asked) and time.monotonic() < latest:
-        time.sleep(EVERY)
-    if ended := [run.name for run, _ in asked if not jobs.is_active(run)]:
-        yield views.notice(" ".join(f"{name} has ended; Resume continues it." for name in ended))

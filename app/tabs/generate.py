@@ -32,20 +32,24 @@ class GenerateTab(Tab):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        with gr.Row():
+        with gr.Row(elem_id="generating"):
             with gr.Column(scale=2):
                 self.settings_column()
             with gr.Column(scale=3, min_width=360):
+                self.prompt = gr.Textbox(label="Prompt", elem_id="prompt")
                 with gr.Row(elem_classes="actions"):
                     self.go = gr.Button("Generate", variant="primary", elem_id="generate")
                     self.cancel = gr.Button("Cancel", elem_id="cancel")
                 self.status = answer_line(views.notice("The first image also loads the model."), elem_id="status")
                 self.now = gr.HTML(elem_id="now")
                 self.gallery = gr.Gallery(
-                    label="Images", height="auto", format="png", elem_id="gallery", interactive=False,
+                    label="Images", height="auto", format="png", elem_id="gallery", interactive=False, columns=2,
                     object_fit="contain", buttons=["download", "fullscreen"],
                 )  # fmt: skip
-                self.made = gr.HTML(elem_id="made")
+                self.made = gr.Dataframe(
+                    headers=views.SETTINGS, interactive=False, wrap=True, label="Settings", visible=False,
+                    elem_id="made",
+                )  # fmt: skip
         self.grid = GridPart(self)
         self.timer = gr.Timer(EVERY, active=False)
         self.watched = [self.weights, self.warning]
@@ -57,7 +61,6 @@ class GenerateTab(Tab):
         self.weights = open_choice("Weights", elem_id="weights")
         self.used_instead = gr.Textbox(label="Weights", interactive=False, visible=False, elem_id="used-instead")
         self.warning = gr.HTML(elem_id="merge-warning", visible=False)
-        self.prompt = gr.Textbox(label="Prompt", elem_id="prompt")
         self.negative = gr.Textbox(label="Negative prompt")
         with gr.Row():
             self.seed = gr.Number(0, label="Seed", precision=0, min_width=100, elem_id="seed")
@@ -69,7 +72,7 @@ class GenerateTab(Tab):
         with gr.Row():
             self.width = gr.Slider(32, 1024, 64, step=8, label="Width", min_width=140)
             self.height = gr.Slider(32, 1024, 64, step=8, label="Height", min_width=140)
-        self.strength = gr.Slider(0, 2, 1, step=0.05, label="Adapter strength")
+        self.strength = gr.Slider(0, 2, 1, step=0.05, label="LoRA strength")
         self.beside = gr.Checkbox(True, label="Also generate with the base model")
         with gr.Accordion("Reference image, for edit models", open=False):
             self.reference = gr.File(
@@ -192,18 +195,22 @@ class GenerateTab(Tab):
         request.check()
         request = request.clamped()
         done, files, wanted = [], [], request.images * len(choices)
-        yield [], "", request.seed, ""
+        yield [], "", request.seed, gr.update(visible=False)
         try:
             for drawn in self.studio.generate(run, choices, request, path_of(reference)):
                 done.append(drawn)
                 files.append((self.save(drawn), f"{drawn.source['weights']} · seed {drawn.request.seed}"))
-                yield {self.gallery: list(files), self.made: views.settings_table(done)}
+                yield {self.gallery: list(files), self.made: self.settings_of(done)}
         except Cancelled:
             yield {self.status: views.notice(f"Cancelled after {len(done)} of {pluralize(wanted, 'image')}.")}
             return
         # Yield all values again instead of `skip`: an API client gets the last ones.
         said = views.notice(f"{len(done)} of {pluralize(wanted, 'image')} done")
-        yield files, said, request.seed, views.settings_table(done)
+        yield files, said, request.seed, self.settings_of(done)
+
+    def settings_of(self, images: list[Drawn]) -> dict:
+        """Return the update of the table with the settings of generated images."""
+        return gr.update(value=views.settings_rows(images), visible=True)
 
     def save(self, drawn: Drawn) -> str:
         """Save a generated image, with its settings, as a PNG file; return the path of Gradio's copy.

@@ -1,6 +1,5 @@
 """Part of Runs: the queue of running, waiting and ended runs and experiments."""
 
-from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -8,7 +7,6 @@ import gradio as gr
 from .. import lists, views
 from ..handlers import QUIET
 from .base import Parts, Tab, TabHost, answer_line
-from .control import wait_for_end
 
 SCRIPT = Path(__file__).resolve().parents[1] / "rows.js"
 EVERY = 3.0
@@ -56,9 +54,7 @@ class QueueTab(ListTab):
         shown = [self.rows, self.last_look]
         page.frames[self].select(self.open, None, [*shown, self.timer], **QUIET)
         self.timer.tick(self.look, self.last_look, shown, queue=False, **QUIET)
-        self.rows.acted(self.act, None, [self.answer, *shown], **IN_TURN, **QUIET).success(
-            partial(wait_for_end, self.jobs), None, self.answer, concurrency_limit=None, **QUIET
-        )
+        self.rows.acted(self.act, None, [self.answer, *shown], **IN_TURN, **QUIET)
         for handler in (self.queue, self.remove_from_queue):
             gr.api(handler)
 

@@ -9,6 +9,8 @@ import gradio as gr
 
 from reslora.formatting import pluralize
 from reslora.images.config_file import OF_SHORTCUTS
+from reslora.options.grid import Grid
+from reslora.options.images import Options
 from reslora.options.option import Option
 from reslora.options.values import listed
 from reslora.training.stopping import SAMPLE, SAVE
@@ -18,7 +20,7 @@ from ..activity import activity_of
 from ..bases import DEFAULT, PIPELINES, word_of_model
 from ..estimates import number_of_runs, peak_memory, training_time
 from ..folders import BUNDLED
-from ..handlers import NO_PROGRESS, QUIET, named
+from ..handlers import NO_PROGRESS, QUIET
 from ..jobs import FEW, WAITING, Entry, NameTaken
 from ..library import Experiment
 from ..runs import Run, RunError
@@ -28,16 +30,6 @@ from .report import ReportTab
 
 SEARCH = Path(__file__).resolve().parents[1] / "search.js"
 START = "Start training"
-# The browser stores the form, so that a restart of the server does not clear it. The values are stored by name, because
-# the server may have other options after a restart.
-KEEP = """(...values) => {
-    const form = Object.fromEntries(%(names)s.map((name, place) => [name, values[place]]));
-    localStorage.setItem('reslora-train', JSON.stringify(form));
-}"""
-RECALL = """(...values) => {
-    const kept = JSON.parse(localStorage.getItem('reslora-train') || '{}');
-    return %(names)s.map((name, place) => name in kept ? kept[name] : values[place]);
-}"""
 
 
 class TrainTab(ControlTab):
@@ -63,7 +55,7 @@ class TrainTab(ControlTab):
             with gr.Column(scale=2, min_width=340, elem_id="launch"):
                 self.launch_column()
         self.form = [
-            self.name, self.folder, self.model, *self.flags.values(), self.vary, self.controls,
+            self.name, self.folder, self.model, *self.flags.values(), self.vary, self.more,
             self.shown_defaults,
         ]  # fmt: skip
         self.live = [self.log, self.resume, self.panel, *self.panel_parts]
@@ -76,8 +68,8 @@ class TrainTab(ControlTab):
 
     @classmethod
     def parameters(cls) -> tuple[str, ...]:
-        """Return the parameter names of the endpoints, in order."""
-        return "name", "folder", "model", *cls.all_names(), form.VARY, "controls", "defaults"
+        """Return the names of the form's components, in order."""
+        return "name", "folder", "model", *cls.all_names(), form.VARY, "more_methods", "defaults"
 
     def watch_panel(self) -> None:
         """Make the panel that shows the run that is training; without one it is hidden."""
@@ -102,7 +94,8 @@ class TrainTab(ControlTab):
                 "Start from the settings of", choices=list(form.PRESETS), value=next(iter(form.PRESETS)),
                 elem_id="begin", min_width=220,
             )  # fmt: skip
-        self.begun = gr.State(None)
+        # By name, because the server may have other options after a restart. A fixed secret, because the form has none.
+        self.kept = gr.BrowserState({}, storage_key="reslora-train", secret="reslora")
         with gr.Row():
             self.model = open_choice(
                 "Base model", choices=list(PIPELINES), value=DEFAULT, elem_id="model", min_width=220,
@@ -119,18 +112,20 @@ class TrainTab(ControlTab):
         self.preview = gr.HTML(elem_id="preview")
         known = form.known()
         self.flags["method"] = self.widget(known["method"])
-        with gr.Accordion("Controls for research", open=False):
-            self.controls = gr.CheckboxGroup(
-                form.methods(True), value=[], label="Controls", elem_id="controls",
-                info="They show whether an improvement of ResLoRA comes from its shortcuts",
+        with gr.Accordion("More methods", open=False):
+            self.more = gr.CheckboxGroup(
+                form.methods(False), value=[], label="More methods", show_label=False, elem_id="more-methods",
+                info="To compare with, or to find out why ResLoRA is better",
             )  # fmt: skip
         self.widgets([known[name] for name in self.names[1:]])
-        gr.HTML(views.search(form.index(self.names)), elem_id="search", js_on_load=SEARCH.read_text(encoding="utf-8"))
-        for number, (title, group) in enumerate(form.groups(self.names).items()):
-            with gr.Accordion(title[:1].upper() + title[1:], open=False, elem_id=form.GROUP % number):
-                self.widgets(group)
-                if title == form.EXPERIMENTS:
-                    self.vary_row()
+        with gr.Accordion("All options", open=False):
+            script = SEARCH.read_text(encoding="utf-8")
+            gr.HTML(views.search(form.index(self.names)), elem_id="search", js_on_load=script)
+            for number, (title, group) in enumerate(form.groups(self.names).items()):
+                with gr.Accordion(title[:1].upper() + title[1:], open=False, elem_id=form.GROUP % number):
+                    self.widgets(group)
+                    if title == form.EXPERIMENTS:
+                        self.vary_row()
         self.flags = {name: self.flags[name] for name in self.all_names()}  # independent of their order on the page
         self.shown_defaults = gr.JSON(self.defaults, visible="hidden")
 
@@ -189,7 +184,7 @@ class TrainTab(ControlTab):
             common["visible"] = form.wires(self.defaults["method"])
         value = self.defaults[name]
         if name == "method":
-            return gr.CheckboxGroup(form.methods(False), value=value, **common)
+            return gr.CheckboxGroup(form.methods(True), value=value, **common)
         if option.is_switch:
             return gr.Checkbox(value, **common)
         if found := form.choices(option):
@@ -211,37 +206,27 @@ class TrainTab(ControlTab):
         self.control(page.run, page.seen)
         inputs = self.form
         changes = [part.change for part in self.form[:-1]]
-        kept = {"names": list(self.parameters())}
-        page.blocks.load(None, self.form, self.form, js=RECALL % kept, **QUIET)
-        gr.on(changes, None, self.form, None, js=KEEP % kept, **QUIET)
+        page.blocks.load(self.recall, [self.kept, *self.form], self.form, preprocess=False, **QUIET)
         following = [self.flags[name] for name in form.FOLLOWING]
         wired = [self.flags[name] for name in OF_SHORTCUTS]
         gr.on(
             [page.frames[self].select, *changes, self.shown_defaults.change], self.look, inputs,
-            [self.plan, self.facts, self.command, self.shown_defaults, *following, *wired],
+            [self.kept, self.plan, self.facts, self.command, self.shown_defaults, *following, *wired],
             trigger_mode="always_last", queue=False, preprocess=False, **QUIET,
         )  # fmt: skip
         looked = self.folder.change(self.show_images, self.folder, self.preview, preprocess=False, **QUIET)
         looked.failure(lambda: "", None, self.preview, **QUIET)
 
         common = {"preprocess": False, **NO_PROGRESS}  # errors are shown once, as a message
-        show, start, plan, save = (
-            named(do, self.parameters()) for do in (self.do_show, self.do_start, self.do_plan, self.do_save)
-        )
-        started = [page.run, page.tab(ReportTab).which, self.command, self.start, self.answer]
-        gr.on([], show, inputs, self.command, api_name="train_command", **common)
-        self.start.click(start, inputs, started, api_name="train_start", **common)
-        self.memory.click(plan, inputs, self.answer, api_name="train_memory", **common)
-        self.save_config.click(save, inputs, self.config, api_name="save_config", **common).success(
+        started = [page.run, page.tab(ReportTab).which, self.start, self.answer]
+        self.start.click(self.do_start, inputs, started, api_name="train_start", **common)
+        self.memory.click(self.do_plan, inputs, self.answer, api_name="train_memory", **common)
+        self.save_config.click(self.do_save, inputs, self.config, api_name="save_config", **common).success(
             None, js="() => document.querySelector('#config-file').click()"
         )
-        # Not `input`: it is also triggered when the box loses the focus, and would overwrite the form. `select` is
-        # triggered by each selection with the mouse, also of the same item. After it, `change` is triggered if another
-        # item was selected, with the mouse or with keys.
-        filled = [self.shown_defaults, self.model, self.folder, *self.flags.values(), self.vary, self.controls]
-        in_turn = {"trigger_mode": "always_last", "concurrency_id": "begin", "concurrency_limit": 1, **QUIET}
-        self.begin.select(self.fill_by_mouse, self.begin, [self.begun, *filled], **in_turn)
-        self.begin.change(self.fill_once, [self.begin, self.begun], [self.begun, *filled], **in_turn)
+        # Not `input`: it is also triggered when the box loses the focus, and would overwrite the form.
+        filled = [self.shown_defaults, self.model, self.folder, *self.flags.values(), self.vary, self.more]
+        self.begin.change(self.fill, self.begin, filled, trigger_mode="always_last", **QUIET)
         self.varied.change(self.add_line, [self.varied, self.vary], [self.varied, self.vary], **QUIET)
         self.load_config.upload(self.do_load, self.load_config, [self.answer, *filled], **QUIET)
         for button, request in ((self.sample_now, SAMPLE), (self.save_now, SAVE)):
@@ -249,6 +234,12 @@ class TrainTab(ControlTab):
             button.click(
                 partial(self.ask, request), None, self.answer, api_name=api_name, concurrency_limit=None, **NO_PROGRESS
             )
+
+    def recall(self, kept: object, *values: object) -> list:
+        """Return the form's values that the browser has stored, and no update for those that are the same."""
+        stored = kept if isinstance(kept, dict) else {}
+        present = zip(self.parameters(), values, strict=True)
+        return [stored[name] if stored.get(name, value) != value else gr.skip() for name, value in present]
 
     def fill(self, name: str) -> list:
         """Return the form's values for the settings of a preset, run or experiment; a preset leaves the image folder.
@@ -262,25 +253,15 @@ class TrainTab(ControlTab):
         return [defaults, model or DEFAULT, folder, *values]
 
     def values_of(self, settings: dict) -> list:
-        """Return the form's values for these settings: all options, those that vary, the controls, and the defaults."""
+        """Return the form's values for these settings: all options, those that vary, more methods, and the defaults."""
         values = dict(zip(self.all_names(), form.values_of(settings, self.all_names()), strict=True))
-        values["method"], controls = form.without_controls(values["method"])
+        values["method"], more = form.in_two(values["method"])
         vary = "\n".join(form.without_varied(settings)[1].values())
-        return [*values.values(), vary, controls, form.defaults(settings)]
+        return [*values.values(), vary, more, form.defaults(settings)]
 
     def add_line(self, name: str | None, text: str) -> tuple:
         """Return an empty choice, and the lines of options that vary with one for the option `name` added."""
         return (None, form.with_line(name, text)) if name else (gr.skip(), gr.skip())
-
-    def fill_by_mouse(self, name: str) -> list:
-        """Return `name` (a preset, run or experiment selected by mouse), and the form's values for its settings."""
-        return [name, *self.fill(name)]
-
-    def fill_once(self, name: str, begun: str | None) -> list | dict:
-        """Return the form's values, unless `fill_by_mouse` has already set them for this name.
-
-        So values that the user has typed since are not overwritten. `begun`: the name for which it has set them."""
-        return {self.begun: None} if name == begun else [None, *self.fill(name)]
 
     def ask(self, request: str) -> str:
         """Ask all active runs for a checkpoint or samples after the current step, and return a notice."""
@@ -294,11 +275,11 @@ class TrainTab(ControlTab):
         Shortcut options are left out if no selected method uses them. For an existing experiment, options with default
         values are included, because they may differ from the experiment's settings.
         """
-        *flags, vary, controls, defaults = values
+        *flags, vary, more, defaults = values
         begun, model = self.jobs.begun(name, Experiment), str(model or "").strip()
         model = "" if model == DEFAULT and not begun else model
         settings = dict(zip(self.all_names(), flags, strict=True)) | {"model": model}
-        methods = [*listed(settings["method"]), *listed(controls)]
+        methods = [*listed(settings["method"]), *listed(more)]
         left_out = {} if form.wires(methods) else dict.fromkeys(OF_SHORTCUTS)
         if isinstance(defaults, dict) and not begun:
             left_out |= {flag: None for flag, value in settings.items() if value == defaults.get(flag, ())}
@@ -324,13 +305,14 @@ class TrainTab(ControlTab):
         """
         settings, shown = self.settings(name, model, values), values[-1] if isinstance(values[-1], dict) else {}
         wired = gr.update(visible=form.wires(settings["method"]))
-        updates = {self.flags[flag]: wired for flag in OF_SHORTCUTS}
+        kept = dict(zip(self.parameters(), (name, folder, model, *values), strict=True))
+        updates = {self.kept: kept} | {self.flags[flag]: wired for flag in OF_SHORTCUTS}
         try:
             told, words, found = experiments.plan(self.jobs, name, settings, without_bundled(folder))
-            now = form.defaults(launcher.parsed(settings))
+            now = form.defaults(given_in(found))
         except RunError as error:
             started = self.jobs.told_of_start(name) if isinstance(error, NameTaken) else ""
-            told = {self.plan: views.bad(str(error)), self.command: ""}
+            told = {self.plan: views.bad(form.without_flags(str(error))), self.command: ""}
             if started:  # the command on the page is that of the start
                 told = {self.plan: views.notice(started)}
             return updates | told | {self.facts: ""}
@@ -345,10 +327,6 @@ class TrainTab(ControlTab):
             self.plan: told, self.facts: views.facts(facts), self.command: launcher.in_words(words),
             self.shown_defaults: now,
         }  # fmt: skip
-
-    def do_show(self, *inputs) -> str:
-        """Return the form's training command as text."""
-        return launcher.in_words(self.words(*inputs))
 
     def do_plan(self, *inputs) -> Iterator[str]:
         """Yield a notice, then the trainer's memory estimate (`--plan`), as HTML; nothing is trained."""
@@ -366,10 +344,9 @@ class TrainTab(ControlTab):
     def do_start(self, *inputs) -> tuple:
         """Start or queue the form's run or experiment.
 
-        Return updates of the run and experiment dropdowns, the command, the start button's label, and a notice.
+        Return updates of the run and experiment dropdowns, the start button's label, and a notice.
         """
         name, folder, model, *values = inputs
-        words = launcher.in_words(self.words(*inputs))
         entry = self.entry(name, folder, model, values)
         added = self.jobs.add(entry)
         told = self.outcome_of(added) + launcher.warning(entry.settings)
@@ -379,7 +356,7 @@ class TrainTab(ControlTab):
             told += " Its report is under Compare, Experiment."
         elif added.state != WAITING:
             run = gr.update(choices=self.list_names(), value=name)
-        return run, experiment, words, self.start_label(), views.notice(told)
+        return run, experiment, self.start_label(), views.notice(told)
 
     def do_save(self, *inputs) -> str:
         """Return the path of a TOML file with the form's settings, for `train_sd.py --config`."""
@@ -449,6 +426,12 @@ class TrainTab(ControlTab):
         progress, samples, curve = shown
         named = "" if run == selected else f"<h3>{views.escape(run.name)}</h3>{progress}"
         return buttons | {self.training: named, self.samples: samples, self.curve: curve}
+
+
+def given_in(found: Options | Grid[Options]) -> dict[str, object]:
+    """Return the options on which defaults depend: the model, the optimizer, and those with several values."""
+    base, varied = (found.base, found.varied) if isinstance(found, Grid) else (found, {})
+    return {form.MODEL: base.model.pretrained_model_name_or_path, "optimizer": base["optimizer"]} | varied
 
 
 def without_bundled(folder: object) -> object:

@@ -35,7 +35,7 @@ def show(page: Page, tab: str) -> None:
         page.locator("#generate").click()
         page.locator("#status").get_by_text("images done").wait_for(timeout=120_000)
     if tab == "Train":
-        page.locator("#needs dd", has_text="iB").wait_for(timeout=120_000)
+        page.locator("#facts dd").first.wait_for(timeout=120_000)
     page.wait_for_timeout(4000)
 
 

@@ -201,15 +201,15 @@ METHODS = {
     for row in (
         Method("lora", "LoRA", "plain LoRA", "#8a8f98", lora),
         Method(
-            "lora_x2", "LoRA, doubled alpha", "LoRA with doubled alpha, a control", "#1971c2",
+            "lora_x2", "LoRA x2", "LoRA with doubled alpha, a control", "#1971c2",
             partial(lora, times=2),
         ),
-        Method("lora_x4", "LoRA, fourfold alpha", "LoRA with alpha times four", "#74a9d8", partial(lora, times=4)),
+        Method("lora_x4", "LoRA x4", "LoRA with alpha times four", "#74a9d8", partial(lora, times=4)),
         Method(
-            "lora_matched", "LoRA, matched alpha", "LoRA with each layer's alpha matched to the shortcut's scale",
+            "lora_matched", "LoRA matched", "LoRA with each layer's alpha matched to the shortcut's scale",
             "#1098ad", lora, matched=True,
         ),
-        Method("reslora", "ResLoRA", "LoRA with shortcuts", "#e8590c", lora, shortcuts=True),
+        Method("reslora", "ResLoRA", "LoRA with shortcuts between layers", "#e8590c", lora, shortcuts=True),
         Method(
             "is_placebo", "Input placebo", "input-shortcuts with rotated inputs instead of neighbors", "#f08c00", lora,
             placebo_as_lora, placebo="input",
@@ -219,32 +219,35 @@ METHODS = {
             lora, placebo_as_lora, placebo="middle",
         ),
         Method(
-            "adalora", "AdaLoRA", "LoRA that moves ranks between layers", "#2f9e44", adalora,
+            "adalora", "AdaLoRA", "LoRA that gives important layers a higher rank", "#2f9e44", adalora,
             adalora_as_lora, deepspeed=False, parts=False, of_layers=False, least_steps=3,
         ),
-        Method("rslora", "rsLoRA", "LoRA with the scale alpha / sqrt(rank)", "#5c940d", partial(lora, use_rslora=True)),
+        Method(
+            "rslora", "rsLoRA", "LoRA scaled for high ranks: alpha / sqrt(rank)", "#5c940d",
+            partial(lora, use_rslora=True),
+        ),
         Method(
             "orthogonal", "LoRA, orthogonal start", "LoRA whose A and B start orthogonal, for even ranks", "#3b5bdb",
             partial(lora, init_lora_weights="orthogonal"), quantised=False, packed=False,
         ),
         Method(
-            "pissa", "PiSSA", "LoRA that starts from the weights' principal singular vectors", "#846358",
+            "pissa", "PiSSA", "LoRA that starts from the largest parts of the weights", "#846358",
             partial(lora, init_lora_weights="pissa"), pissa_as_lora, quantised=False, packed=False,
         ),
         Method(
-            "dora", "DoRA", "LoRA of weight directions, with trained magnitudes", "#e64980",
+            "dora", "DoRA", "LoRA that trains direction and magnitude of weights apart", "#e64980",
             partial(lora, use_dora=True), None,
         ),
         Method(
-            "loha", "LoHa", "Hadamard product of two low-rank updates", "#9c36b5",
+            "loha", "LoHa", "two LoRAs, multiplied entry by entry", "#9c36b5",
             partial(lycoris, kind="LoHaConfig"), None, quantised=False, trains_b=False,
         ),
         Method(
-            "lokr", "LoKr", "Kronecker product of two factors", "#0c8599",
+            "lokr", "LoKr", "a small matrix, repeated with other factors (Kronecker product)", "#0c8599",
             partial(lycoris, kind="LoKrConfig"), None, quantised=False, trains_b=False,
         ),
         Method(
-            "oft", "OFT", "rotations of the input, in blocks of 4 x rank", "#862e9c", oft,
+            "oft", "OFT", "rotates the input of layers instead of adding to it", "#862e9c", oft,
             None, of_layers=False, dropout=False, alpha=False, trains_b=False,
         ),
     )

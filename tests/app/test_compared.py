@@ -44,13 +44,29 @@ def test_columns_and_grid_show_the_chosen_step(run):
     assert {(red, green, 0) for red in reds for green in (0, 100)} <= colours
 
 
+def test_two_images_of_the_grid_in_one_size_with_their_difference(run):
+    columns, rows = compared.choices(run, 4)
+    assert list(columns) == ["Base model", "LoRA", "ResLoRA"] and next(iter(rows)) == "red disc"
+    images = compared.two_images(columns["LoRA"], columns["ResLoRA"], rows["red disc"])
+    assert [image.size for image in images] == [(512, 512)] * 2
+    assert [image.getpixel((0, 0)) for image in images] == [(40, 0, 0), (80, 0, 0)]
+    shown, caption = compared.difference(*images)
+    assert (
+        shown.getpixel((0, 0)) == (255, 0, 0)
+        and caption == "Difference: 13.3 of 255 on average, shown 6.4 times as bright"
+    )
+    assert compared.difference(images[0], images[0])[1].startswith("Difference: 0.0 of 255")
+    next(iter(columns["LoRA"].images.values())).write_bytes(b"")
+    assert compared.two_images(columns["LoRA"], columns["ResLoRA"], rows["red disc"]) is None
+
+
 def test_a_run_without_prompts_shows_its_losses(tmp_path):
     folder = write_run(tmp_path / "runs" / "quiet", validation_prompt=[])
     for samples in folder.glob("*/samples"):
         shutil.rmtree(samples)
     run = Library(tmp_path / "runs").find("quiet")
     assert run.steps() == [0, 2, 4]
-    assert "--validation_prompt" in compared.images(run, 4)
+    assert "without sample prompts" in compared.images(run, 4)
     assert "0.4000" in compared.numbers(run, 4)  # the validation loss at step 4
 
 
@@ -116,7 +132,7 @@ def test_runs_are_side_by_side_and_images_that_do_not_compare_are_in_rows_of_the
         ({"pretrained_model_name_or_path": "<b>"}, "base model (first: none, other0: &quot;&lt;b&gt;", (False, False)),
         ({"validation_prompt": ["x", "y"]}, "differ in prompts", (True, True)),
         ({"num_inference_steps": 3}, "how samples are generated", (False, True)),
-        ({"validation_split": 0.2}, "held-out images (first: 0.1, other0: 0.2)", (True, False)),
+        ({"validation_split": 0.2}, "images not trained on (first: 0.1, other0: 0.2)", (True, False)),
     ],
 )  # fmt: skip
 def test_what_keeps_runs_from_being_compared_is_said(tmp_path, changes, told, compares):
@@ -126,5 +142,5 @@ def test_what_keeps_runs_from_being_compared_is_said(tmp_path, changes, told, co
     log.write_text(log.read_text().replace("0.4", "0.41"))
     said = differences(run)
     assert told in said and differences(replace(run, beside=())) == ""
-    assert ("can be compared" in said, "same held-out images; one seed" in said) == compares
+    assert ("can be compared" in said, "same images, which were not trained on; one seed" in said) == compares
     assert ("lowest" in compared.numbers(run, 4)) == compares[1]

@@ -28,11 +28,11 @@ def test_each_has_its_path_and_lines_of_python_that_compile(library):
     run = library.find("run")
     found = {one.label: one for one in downloads.downloads_of(run)}
     assert list(found) == [
-        "reslora: merged weights",
-        "reslora: comfyui.safetensors (ComfyUI)",
-        "reslora: kohya.safetensors (kohya, ComfyUI, A1111)",
-        "reslora: pytorch_lora_weights.safetensors (diffusers)",
-        "reslora: peft (PEFT)",
+        "ResLoRA: merged weights",
+        "ResLoRA: comfyui.safetensors (ComfyUI)",
+        "ResLoRA: kohya.safetensors (kohya, ComfyUI, A1111)",
+        "ResLoRA: pytorch_lora_weights.safetensors (diffusers)",
+        "ResLoRA: peft (PEFT)",
     ]
     for one in found.values():
         assert one.place.startswith(f"{run.folder}/reslora/")
@@ -40,22 +40,22 @@ def test_each_has_its_path_and_lines_of_python_that_compile(library):
         compile("\n".join(lines), "use", "exec")
         assert "from_pretrained('owner/model'" in one.use and ("models/loras" in one.use) == ("ComfyUI" in one.label)
     assert f"load_lora_weights('{run.folder}/reslora', weight_name='kohya" in found[list(found)[2]].use
-    assert f"PeftModel.from_pretrained(pipeline.unet, '{run.folder}/reslora/peft')" in found["reslora: peft (PEFT)"].use
+    assert f"PeftModel.from_pretrained(pipeline.unet, '{run.folder}/reslora/peft')" in found["ResLoRA: peft (PEFT)"].use
 
 
 def test_a_copy_is_handed_out_of_what_is_listed_and_of_nothing_else(library, monkeypatch):
     run, working = library.find("run"), WorkingFiles()
-    file = downloads.packed(run, downloads.find(run, "reslora: comfyui.safetensors (ComfyUI)"), working)
+    file = downloads.packed(run, downloads.find(run, "ResLoRA: comfyui.safetensors (ComfyUI)"), working)
     assert file.name == "run-reslora-comfyui.safetensors" and file.read_text() == "comfyui.safetensors"
     os.utime(run.folder / "reslora" / "peft" / "adapter_config.json", (0, 0))  # zip files have no times before 1980
-    archive = downloads.packed(run, downloads.find(run, "reslora: peft (PEFT)"), working)
+    archive = downloads.packed(run, downloads.find(run, "ResLoRA: peft (PEFT)"), working)
     with zipfile.ZipFile(archive) as content:
         assert set(content.namelist()) == {
             "adapter_config.json", "adapter_model.safetensors", "text_encoder/adapter_config.json",
         }  # fmt: skip
-    for label in [*HOSTILE, "reslora: trainer.pt", "../../etc/passwd"]:
+    for label in [*HOSTILE, "ResLoRA: trainer.pt", "../../etc/passwd"]:
         with pytest.raises(RunError):
             downloads.find(run, label)
     monkeypatch.setattr(downloads, "LARGEST", 3)
     with pytest.raises(RunError, match="larger"):
-        downloads.packed(run, downloads.find(run, "reslora: peft (PEFT)"), working)
+        downloads.packed(run, downloads.find(run, "ResLoRA: peft (PEFT)"), working)

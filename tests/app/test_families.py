@@ -77,8 +77,8 @@ def drawn_with(studio, run, weights):
 def test_checkpoints_and_what_is_merged_of_them_are_drawn(studio, run):
     base = drawn(studio, run, BASE.label)
     assert base.shape[:2] in ((32, 40), (32, 32)) and base.std() > 0  # some families draw multiples of 16
-    merge(studio, run, run.find_weights("reslora: unmerged, step 4"), "weights")
-    labels = ("lora: unmerged, step 4", "reslora: unmerged, step 4", "reslora: step 4 merged by weights")
+    merge(studio, run, run.find_weights("ResLoRA: unmerged, step 4"), "weights")
+    labels = ("LoRA: unmerged, step 4", "ResLoRA: unmerged, step 4", "ResLoRA: step 4 merged by weights")
     images = [drawn(studio, run, label) for label in labels]
     assert all(np.abs(image - other).max() > 2 for image in images for other in (base, *images) if image is not other)
     assert np.array_equal(drawn(studio, run, BASE.label), base)

@@ -14,7 +14,7 @@ from app.runs import BASE, RunError, Weights
 from app.studio import Studio
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32, guidance=3.0)
-START = "lora: merged weights"
+START = "LoRA: merged weights"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def grid_of(run, x, y, start=START):
         (("method", "lora reslora"), ("prompt", "red disc\n\nblue box "),
             lambda x, y: (f"{x}: merged weights", {"prompt": y})),
         (("checkpoint", "2 4"), ("method", "lora reslora"), lambda x, y: (f"{y}: unmerged, step {x}", {})),
-        (("merge", "input none"), ("checkpoint", "4 2"), lambda x, y: (f"reslora: step {y} merged by {x}", {})),
+        (("merge", "input none"), ("checkpoint", "4 2"), lambda x, y: (f"ResLoRA: step {y} merged by {x}", {})),
         (("method", "lora base"), ("none", ""), lambda x, y: (START if x == "lora" else "base model", {})),
     ],
     ids=["strength-seed", "guidance-steps", "method-prompt", "checkpoint-method", "merge-checkpoint", "one-axis"],
@@ -117,4 +117,4 @@ def test_the_page_has_a_place_for_each_cell_and_prompts_are_no_markup(run):
     assert shown.count("not yet") == 3 and shown.count("<img") == 1
     assert "<b>" not in shown and "${" not in shown and 'src="a&quot;b"' in shown
     assert 'data-row="1" data-column="0"' in shown and "seed 2 · &lt;b&gt;red" in shown
-    assert made.heading == "2 steps · guidance 3 · strength 1 · lora: merged weights"
+    assert made.heading == "2 steps · guidance 3 · strength 1 · LoRA: merged weights"

@@ -126,8 +126,8 @@ def test_the_form_starts_with_what_stands_in_it_and_warns_of_a_likely_mistake(li
         tab = TrainTab(Parts(lined.library, lined, Studio()))
     told = []
     for name, settings in (("a", {}), ("b", {"rank": 9999})):
-        *_, words, label, answer = tab.do_start(name, "", "", *tab.values_of(settings))
-        assert f"/{name} " in f"{words} " and label == "Add to queue"
+        *_, label, answer = tab.do_start(name, "", "", *tab.values_of(settings))
+        assert label == "Add to queue"
         told.append(answer)
     assert "a starts with the bundled images." in told[0] and "warning" not in told[0]
     shown = tab.look("a", "", "", *tab.values_of({}))
@@ -212,12 +212,12 @@ def test_a_configuration_is_saved_for_the_command_line_and_loaded_again(lined, t
     assert asked.varied["optimizer"] == ["adamw", "lion"]
     assert asked.varied["target_modules"] == [["to_q"], ["to_q", "to_v"]]
     said, defaults, model, folder, *loaded = tab.do_load(str(path))
-    found = dict(zip((*tab.all_names(), "vary", "controls"), loaded, strict=True))
+    found = dict(zip((*tab.all_names(), "vary", "more_methods"), loaded, strict=True))
     vary = "target_modules=to_q,to_q+to_v\noptimizer=adamw,lion"
     assert (model, folder) == ("assets/pipeline-flow", "cats") and "mine.toml is loaded." in said
     expected = {"seed": "0 1", "rank": "8", "random_flip": True, "learning_rate": "0.001", "method": ["lora"]}
     expected |= {"vary": vary, "optimizer": "adamw", "target_modules": ""}
-    assert {name: found[name] for name in expected} == expected and found["controls"] == ["lora_x2"]
+    assert {name: found[name] for name in expected} == expected and found["more_methods"] == ["lora_x2"]
     assert tab.settings("new", model, [*loaded, defaults]) == {
         "model": model, "method": ["lora", "lora_x2"], "seed": "0 1", "rank": "8", "random_flip": True, "vary": vary
     }  # fmt: skip

@@ -84,14 +84,14 @@ def with_other_alphas(tensors):
 
 @pytest.mark.exhaustive
 def test_each_layers_alpha_is_its_own(studio, run, foreign):
-    expected = image_of(studio, run, run.find_weights("lora: kohya.safetensors"))
+    expected = image_of(studio, run, run.find_weights("LoRA: kohya.safetensors"))
     file = foreign(with_other_alphas)
     assert np.abs(image_of(studio, run, file) - expected).max() <= 1
     assert np.abs(image_of(studio, run, BASE) - expected).max() > 8
 
 
 def test_what_the_converter_writes_is_drawn(studio, run, tmp_path):
-    expected = image_of(studio, run, run.find_weights("lora: kohya.safetensors"))
+    expected = image_of(studio, run, run.find_weights("LoRA: kohya.safetensors"))
     source, target = run.folder / "lora" / "kohya.safetensors", tmp_path / "comfyui.safetensors"
     base = run.word("pretrained_model_name_or_path")
     assert conversion.main([str(source), str(target), "--to", "comfyui", "--base", base]) == 0

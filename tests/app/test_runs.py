@@ -120,8 +120,8 @@ def test_weights_of_a_run(run):
     (folder / "calibration.safetensors").write_bytes(b"")
     assert [weights.label for weights in run.weights()] == [
         "base model",
-        "reslora: pytorch_lora_weights.safetensors",
-        "reslora: unmerged, step 2",
+        "ResLoRA: pytorch_lora_weights.safetensors",
+        "ResLoRA: unmerged, step 2",
     ]
     assert run.find_weights("base model") is BASE
     for label in HOSTILE:

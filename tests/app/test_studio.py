@@ -89,26 +89,26 @@ def test_base_is_untouched_by_what_was_used_in_between(studio, run):
 
 @pytest.mark.exhaustive
 def test_an_unmerged_checkpoint_is_drawn_with_its_shortcuts(studio, run):
-    lora = one(studio, run, "lora: unmerged, step 4")
-    assert np.abs(lora - one(studio, run, "lora: merged weights")).max() <= 2
-    steps = [one(studio, run, f"reslora: unmerged, step {step}") for step in (2, 4)]
+    lora = one(studio, run, "LoRA: unmerged, step 4")
+    assert np.abs(lora - one(studio, run, "LoRA: merged weights")).max() <= 2
+    steps = [one(studio, run, f"ResLoRA: unmerged, step {step}") for step in (2, 4)]
     assert np.abs(steps[0] - steps[1]).max() > 8
-    plain = np.abs(one(studio, run, "reslora: merged weights") - one(studio, run, BASE.label)).mean()
-    assert np.abs(steps[1] - one(studio, run, "reslora: merged weights")).mean() < plain
+    plain = np.abs(one(studio, run, "ResLoRA: merged weights") - one(studio, run, BASE.label)).mean()
+    assert np.abs(steps[1] - one(studio, run, "ResLoRA: merged weights")).mean() < plain
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["merged weights", "pytorch_lora_weights.safetensors", "unmerged, step 4"])
 def test_strength_goes_from_the_base_to_the_adapter(studio, run, name):
-    none, half, whole = (one(studio, run, f"lora: {name}", replace(REQUEST, strength=s)) for s in (0, 0.5, 1))
+    none, half, whole = (one(studio, run, f"LoRA: {name}", replace(REQUEST, strength=s)) for s in (0, 0.5, 1))
     assert np.abs(none - one(studio, run, BASE.label)).max() <= 1
     assert np.abs(half - none).max() > 2 and np.abs(half - whole).max() > 2
-    file = one(studio, run, "lora: pytorch_lora_weights.safetensors", replace(REQUEST, strength=0.5))
+    file = one(studio, run, "LoRA: pytorch_lora_weights.safetensors", replace(REQUEST, strength=0.5))
     assert np.abs(half - file).max() <= 2
 
 
 def test_an_image_does_not_depend_on_the_others(studio, run):
-    weights = run.find_weights("lora: merged weights")
+    weights = run.find_weights("LoRA: merged weights")
     many = draw(studio, run, BASE, weights, request=replace(REQUEST, images=2))
     assert np.array_equal(many[1], one(studio, run, weights.label))
     assert np.array_equal(many[2], one(studio, run, BASE.label, replace(REQUEST, seed=6)))
@@ -135,7 +135,7 @@ def test_cancel_stops_within_one_step(studio, run, monkeypatch):
 
 
 def test_a_failed_load_leaves_the_model_usable(studio, run, tmp_path):
-    before = one(studio, run, "lora: merged weights")
+    before = one(studio, run, "LoRA: merged weights")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes((run.folder / "lora" / "pytorch_lora_weights.safetensors").read_bytes()[:-100])
     other = tmp_path / "other.safetensors"
@@ -161,7 +161,7 @@ def test_a_failed_load_leaves_the_model_usable(studio, run, tmp_path):
     (tmp_path / "runs" / "bad" / "config.json").write_text(json.dumps({"pretrained_model_name_or_path": str(empty)}))
     with pytest.raises(RunError, match=r"cannot be loaded: .* empty: no readable model_index\.json"):
         draw(studio, Library(tmp_path / "runs").find("bad"), BASE)
-    assert np.array_equal(one(studio, run, "lora: merged weights"), before)
+    assert np.array_equal(one(studio, run, "LoRA: merged weights"), before)
     assert studio.loads == 1
 
 
@@ -190,7 +190,7 @@ def test_a_model_that_could_run_code_is_not_loaded(studio, tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", MERGE_CHOICES)
 def test_merging_a_checkpoint_by_another_method(studio, run, method):
-    report = merge(studio, run, run.find_weights("reslora: unmerged, step 4"), method)
+    report = merge(studio, run, run.find_weights("ResLoRA: unmerged, step 4"), method)
     assert report["method"] == method
     assert report["blocks"] and all(block["error"] is not None for block in report["blocks"])
     folder = run.folder / "reslora" / f"merged-by-{method}-4"
@@ -200,7 +200,7 @@ def test_merging_a_checkpoint_by_another_method(studio, run, method):
     if method == "lstsq":  # what the run itself did: the same samples, in the same batches
         ours, theirs = (load_file(f / "pytorch_lora_weights.safetensors") for f in (folder, run.folder / "reslora"))
         assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
-    drawn = one(studio, run, f"reslora: step 4 merged by {method}")
+    drawn = one(studio, run, f"ResLoRA: step 4 merged by {method}")
     assert np.abs(drawn - one(studio, run, BASE.label)).max() > 2
 
 
@@ -274,7 +274,7 @@ def peft_folder(run, tmp_path, change=lambda tensors: tensors, **config):
 @pytest.mark.exhaustive
 def test_what_peft_wrote_draws_what_diffusers_file_draws(studio, run, tmp_path):
     """As a folder, as its file, and as both files from two places; each layer's scale is in the configuration."""
-    expected = one(studio, run, "lora: pytorch_lora_weights.safetensors")
+    expected = one(studio, run, "LoRA: pytorch_lora_weights.safetensors")
     folder = peft_folder(run, tmp_path)
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     for paths in ([folder], [file], [config, file]):
@@ -386,11 +386,11 @@ def test_only_whole_safetensors_with_lora_weights_are_taken(run, tmp_path):
 
 def test_metadata_makes_the_image_again(studio, run, tmp_path):
     request = replace(REQUEST, prompt="red <b> disc - 猫", negative_prompt="box", strength=0.7, guidance=2.5, images=2)
-    weights = run.find_weights("reslora: merged weights")
+    weights = run.find_weights("ResLoRA: merged weights")
     drawn = list(studio.generate(run, [weights], request))
     path = generation_request.save_image(drawn[1], tmp_path / "image.png")
     read, source = generation_request.read_image(path)
-    assert source == {"run": "tiny", "weights": "reslora: merged weights"}
+    assert source == {"run": "tiny", "weights": "ResLoRA: merged weights"}
     again = one(studio, run, source["weights"], read)
     assert np.array_equal(again, np.asarray(PIL.Image.open(path)))
     assert "Seed: 6" in PIL.Image.open(path).info["parameters"]

@@ -73,7 +73,7 @@ def test_every_form_draws_with_the_encoders_that_belong_to_it(studio, run, metho
 def test_strength_is_of_the_encoders_too(studio, run):
     _, base = drawn(studio, run, BASE)
     halves = []
-    for label in ("lora: merged weights", "lora: pytorch_lora_weights.safetensors", "lora: unmerged, step 3"):
+    for label in ("LoRA: merged weights", "LoRA: pytorch_lora_weights.safetensors", "LoRA: unmerged, step 3"):
         weights = run.find_weights(label)
         (_, none), (_, half), (_, full) = (drawn(studio, run, weights, strength=s) for s in (0.0, 0.5, 1.0))
         torch.testing.assert_close(none, base, rtol=1e-5, atol=1e-5)

@@ -23,8 +23,8 @@ def run(tmp_path):
 
 def test_the_lowest_first_at_the_last_step_that_all_have(run):
     for step in (2, 3, 4):
-        told = "<b>ResLoRA 0.6567, LoRA 0.6667</b>: loss on held-out images (lower is better) after 2 steps"
-        assert told in verdict(run, step)
+        told = "<b>ResLoRA 0.6567, LoRA 0.6667</b>: loss on images that were not trained on (lower is better)"
+        assert f"{told} after 2 steps" in verdict(run, step)
     assert "One seed cannot show a difference" in verdict(run, 4) and "choose a later step" in verdict(run, 1)
 
 
@@ -32,7 +32,7 @@ def test_what_was_not_measured_is_said(run, tmp_path):
     (run.folder / "reslora" / "log.jsonl").write_text("")
     assert "there is no validation loss of ResLoRA" in verdict(run, 4)
     (run.folder / "lora" / "log.jsonl").write_text("")
-    assert "--validation_split" in verdict(run, 4)
+    assert "give a validation split" in verdict(run, 4)
     alone = Run("alone", write_run(tmp_path / "alone", methods=("lora",)))
     assert "nothing to compare with" in verdict(alone, 4) and "difference" not in verdict(alone, 4)
 
@@ -55,7 +55,7 @@ def test_a_merge_that_has_lost_much_is_warned_of(run):
     for content in with_one_wrong(report_of(0.5, 0.4)):
         assert merge_warning(content) == "" or merge_warning(content).startswith('<p class="warning"')
     (run.folder / "reslora" / "merge.json").write_text(json.dumps(report_of(0.1)))
-    own = Weights("reslora: kohya.safetensors", "file", "reslora", run.folder / "reslora" / "kohya.safetensors")
+    own = Weights("ResLoRA: kohya.safetensors", "file", "reslora", run.folder / "reslora" / "kohya.safetensors")
     again = merged_by(Weights("", "adapter", "reslora", run.folder / "reslora" / "checkpoint-4", 4), "input")
     again.path.parent.mkdir()
     (again.path.parent / "merge.json").write_text(json.dumps(report_of(0.4)))

@@ -1,11 +1,14 @@
 """app/views.py: the HTML of a run, whatever its files contain."""
 
+import json
+
 import numpy as np
 import pytest
 from app_runs import run_by_hand
 from safetensors.numpy import save_file
 
-from app import compared, views
+from app import compared, layers, views
+from app.layers import linked_layers
 
 
 @pytest.fixture
@@ -25,39 +28,57 @@ def test_damage_is_told(run):
 
 
 def test_nothing_of_a_run_becomes_markup(run):
-    plan = {"links": 0, "chains": [{"role": "<b>", "blocks": [block("<i>x"), block("<i>y")]}]}
-    merge = {"method": "<b>", "blocks": [{"name": "<i>z", "role": "", "alpha": 1.0, "rank": 2, "error": 0.1}]}
-    shown = compared.images(run, 2) + views.chain_plan(plan) + views.merge_report(merge | {"notes": ["<u>"]})
+    plan = {"links": 0, "chains": [{"role": "<b>", "blocks": [{"name": "<i>z", "cut": "<i>"}]}]}
+    merge = {"method": "<b>", "blocks": [{"name": "<i>z", "alpha": 1.0, "error": 0.1}], "notes": ["<u>"]}
+    shown = compared.images(run, 2) + linked_layers(with_files(run, plan, merge))[0]
     for forbidden in ("<script", "${1}", "{{2}}", "<b>:", "<i>", "<u>"):
         assert forbidden not in shown
     assert "&lt;script&gt;" in shown
 
 
-def block(name: str) -> dict:
-    return {"name": name, "in_features": 4, "out_features": 4, "rank": 2, "tokens": [1], "cut": "<i>"}
+def with_files(run, plan: object, merge: object):
+    """Write what the merge of a run writes, and return the run."""
+    (run.folder / "reslora" / "chains.json").write_text(json.dumps(plan))
+    (run.folder / "reslora" / "merge.json").write_text(json.dumps(merge))
+    return run
 
 
-def test_chain_plan_shows_links_and_cuts():
-    first, second, third = block("down_blocks.0.attentions.0.x"), block("mid_block.attentions.0.x"), block("other")
-    third["cut"] = "8->8 follows 4->4 features"
-    plan = {"links": 1, "chains": [{"role": "to_q", "blocks": [first, second]}, {"role": "to_q", "blocks": [third]}]}
-    shown = views.chain_plan(plan)
-    order = [shown.index(text) for text in (">d0.0<", ">→<", ">m.0<", "✂", ">other<")]
-    assert order == sorted(order)
-    assert "8-&gt;8 follows" in shown
-    assert "not known yet" in views.chain_plan(None)
+def test_linked_layers_by_hand(run):
+    """A row for each layer; an alpha for each neighbor is added up. Damaged files are told."""
+    names = [
+        f"{part}.attentions.0.transformer_blocks.0.attn1.to_q" for part in ("down_blocks.0", "mid_block", "up_blocks.1")
+    ]
+    blocks = [
+        {"name": name, "cut": why} for name, why in zip(names, ("first of its role", "", "8 follows 4"), strict=True)
+    ]
+    plan = {"links": 1, "chains": [{"blocks": blocks[:2]}, {"blocks": blocks[2:]}]}
+    merged = zip(names, ([0.5, 1.25], 2.0, None), (0.1, 0.3, None), strict=True)
+    merge = {
+        "method": "weights",
+        "blocks": [{"name": name, "alpha": alpha, "error": error} for name, alpha, error in merged],
+    }
+    told, rows = linked_layers(with_files(run, plan, merge))
+    assert rows == [
+        ["attn1.to_q", "down 0.0", "none: first of its role", 0.1, 1.75, None],
+        ["attn1.to_q", "mid 0", "down 0.0", 0.3, 2.0, None],
+        ["attn1.to_q", "up 1.0", "none: 8 follows 4", None, None, None],
+    ]
+    assert "1 shortcut between 3 layers; merged by weights, error 20.0% on average, 30.0% at most" in told
+    assert linked_layers(with_files(run, {}, {}))[1] == [] and "not known yet" in linked_layers(run)[0]
+    for wrong in ([5], {"blocks": 5}, {"blocks": [{"name": names[0], "alpha": [None]}]}):
+        assert "damaged" in linked_layers(with_files(run, plan, wrong))[0] or wrong == [5]
 
 
 @pytest.mark.parametrize(
     ("name", "place", "role"),
     [
-        ("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "d1.0", "attn1.to_q"),
-        ("mid_block.attentions.0.transformer_blocks.2.attn2.to_out.0", "m.0/2", "attn2.to_out.0"),
-        ("single_transformer_blocks.12.attn.to_q", "s12", "attn.to_q"),
+        ("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "down 1.0", "attn1.to_q"),
+        ("mid_block.attentions.0.transformer_blocks.2.attn2.to_out.0", "mid 0/2", "attn2.to_out.0"),
+        ("single_transformer_blocks.12.attn.to_q", "single 12", "attn.to_q"),
     ],
 )
 def test_places_and_roles_of_every_familys_blocks(name, place, role):
-    assert (views.place(name), views.role_of(name)) == (place, role)
+    assert (layers.place(name), layers.role_of(name)) == (place, role)
 
 
 def test_norms_of_an_exported_file_are_those_of_the_product(run):
@@ -68,19 +89,8 @@ def test_norms_of_an_exported_file_are_those_of_the_product(run):
         tensors = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": scale * up}
         save_file(tensors, run.folder / method / "pytorch_lora_weights.safetensors")
     assert run.lora_norms("lora")[name] == pytest.approx(np.linalg.norm(up @ down), rel=1e-5)
-    shown = views.norm_difference(run)
-    assert f"{2 * np.linalg.norm(up @ down):+.2f}" in shown and "background:rgba(232,89,12,0.70)" in shown  # orange
-
-
-def test_a_merge_report_by_hand():
-    """Errors on average and at most; for a block with an alpha for each neighbor, their sum."""
-    blocks = [
-        {"name": f"down_blocks.{number}.attentions.0.x", "alpha": alpha, "error": error}
-        for number, (alpha, error) in enumerate([([0.5, 1.25], 0.1), (2.0, 0.3), (0.0, None)])
-    ]
-    shown = views.merge_report({"method": "weights", "blocks": blocks})
-    assert "relative error 20.0% on average, 30.0% at most" in shown
-    assert all(f"attentions.0.x: {text}" in shown for text in ("1.75", "2.00", "0.00", "0.10", "0.30", "&mdash;"))
+    _, ((*_, ratio),) = linked_layers(with_files(run, {"chains": [{"blocks": [{"name": name}]}]}, {}))
+    assert ratio == 3
 
 
 def test_a_summary_by_hand(run):
@@ -95,7 +105,7 @@ def test_a_summary_by_hand(run):
 def test_an_export_that_cannot_be_read_has_no_norms(run):
     for content in (b"", b"no safetensors", (8).to_bytes(8, "little") + b"{}"):
         (run.folder / "reslora" / "pytorch_lora_weights.safetensors").write_bytes(content)
-        assert run.lora_norms("reslora") == {} and "with both methods" in views.norm_difference(run)
+        assert run.lora_norms("reslora") == {}
     pairs = {
         "unet.x.lora_A.weight": np.full((2, 3), np.nan, "float32"),
         "unet.x.lora_B.weight": np.ones((3, 2), "float32"),
