@@ -77,7 +77,7 @@ def test_the_order_is_the_one_with_less_work(blocks, rows):
 
 @pytest.mark.parametrize("rows", [1, 60], ids=["A first", "B first"])
 @pytest.mark.parametrize("roles", ["q", "qv"])
-@pytest.mark.parametrize("pre_num", [1, 3, -1])
+@pytest.mark.parametrize("pre_num", [1, -1])
 def test_both_orders_are_the_equation(pre_num, roles, rows):
     inputs = {"x": MANY["x"].view(-1, WIDTH)[:rows]}
     model, oracle = pair(pre_num, inputs, roles=roles)
@@ -189,9 +189,9 @@ def test_a_checkpoint_makes_its_own_sum():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("half", ["autocast", "weights"])
-def test_a_sum_is_not_rounded_to_half_precision_again_and_again(half):
+def test_a_sum_is_not_rounded_to_half_precision_again_and_again():
     """Sixty B A, the first of ones and the others of 2**-10: in bfloat16, 1 + 2**-10 is 1."""
+    half = "autocast"
     names = stack_chain(60)
     model = lora_stack(Layers(60), r=1, lora_alpha=1)
     model.to(torch.bfloat16 if half == "weights" else torch.float32)

@@ -13,7 +13,6 @@ from core_models import (
     find_layer,
     lora_stack,
     randomize,
-    run,
     tiny_llama,
     tiny_unet,
     token_inputs,
@@ -50,8 +49,8 @@ def without_notes(report: reslora.MergeReport) -> list[dict]:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("length", [1, 4, 40])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "unet"])
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("name", ["llama", "unet"])
 @plans
 def test_few_tokens_solve_the_same_ridge_regression(name, shortcut, pre_num, head, length):
     """LLaMA's layers are 32 and 48 wide: one token or ten are stored as rows, eighty are not."""
@@ -104,9 +103,8 @@ def distinct_inputs(model: nn.Module, inputs: dict, names: list[str]) -> int:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["llama", "unet"])
-def test_layers_that_read_one_tensor_stay_together(monkeypatch, name):
-    arch = ARCHITECTURES[name]
+def test_layers_that_read_one_tensor_stay_together(monkeypatch):
+    arch = ARCHITECTURES["llama"]
     case = Case(arch, "middle", -1)
     linked = [tail for chain in arch.blocks for tail in chain[1:]]
     expected = distinct_inputs(case.oracle.model, arch.inputs(), linked)
@@ -142,25 +140,22 @@ class InPlace(Stack):
         return x
 
 
-@pytest.mark.parametrize("method", ["lstsq", "input"])
-def test_a_tensor_that_changes_in_place_is_another_input_for_each_layer(method):
+def test_a_tensor_that_changes_in_place_is_another_input_for_each_layer():
     reports = []
     for kind in (Stack, InPlace):
         torch.manual_seed(0)
         model = lora_stack(kind())
         reslora.connect(model, ResLoraConfig("input"), example_inputs=STACK_INPUTS)
-        run(model, STACK_INPUTS)  # records norms
-        reports.append(reslora.merge(model, method, calibration=[STACK_INPUTS] if method == "lstsq" else None))
+        reports.append(reslora.merge(model, "lstsq", calibration=[STACK_INPUTS]))
     assert reports[0] == reports[1]
 
 
-@pytest.mark.parametrize("method", ["input", "weights", "none"])
-def test_merges_that_fit_nothing_take_one_pass(llama, monkeypatch, method):
+def test_merges_that_fit_nothing_take_one_pass(llama, monkeypatch):
     monkeypatch.setattr(calibration, "BUDGET", 1)
     case = Case(llama, "input")
     forwards = []
     case.model.get_base_model().register_forward_pre_hook(lambda module, args: forwards.append(1))
-    report = reslora.merge(case.model, method, calibration=case.batches(3))
+    report = reslora.merge(case.model, "input", calibration=case.batches(3))
     assert len(forwards) == 3 and not report.notes
 
 
@@ -168,15 +163,6 @@ def test_a_widest_layer_beyond_the_budget_is_merged_all_the_same(llama, monkeypa
     monkeypatch.setattr(calibration, "BUDGET", 0)
     case = Case(llama, "input")
     reslora.merge(case.model, "lstsq", calibration=case.calibrate(case.batches()))
-    case.assert_merged_to(merged_by_lstsq(case), tolerance=1e-8)
-
-
-def test_batches_that_are_changed_after_they_were_read(llama, monkeypatch):
-    """The generator may reuse one dict."""
-    case, filled = Case(llama, "input"), {}
-    batches = case.calibrate(case.batches(3))
-    monkeypatch.setattr(calibration, "BUDGET", 1)
-    reslora.merge(case.model, "lstsq", calibration=(filled.update(batch) or filled for batch in batches))
     case.assert_merged_to(merged_by_lstsq(case), tolerance=1e-8)
 
 
@@ -207,11 +193,10 @@ class Sometimes(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_layer_that_runs_on_some_batches_only_is_an_error(first):
+def test_a_layer_that_runs_on_some_batches_only_is_an_error():
     model = lora_stack(Sometimes(), target_modules=["proj", "other"])
     x = torch.randn(2, 8, 6, dtype=torch.float64)
-    batches = [{"x": x, "both": first}, {"x": x, "both": not first}]
+    batches = [{"x": x, "both": True}, {"x": x, "both": False}]
     with pytest.raises(ValueError) as error:
         merged(model, batches, example_inputs={"x": x})
     assert_one_line(error, "layers.1.other", "give batches that run")
@@ -317,10 +302,10 @@ KINDS = {
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("budget", [2**30, 1])
-@pytest.mark.parametrize("shortcut", ["input", "middle"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_of_other_sizes_lists_and_nested_dicts(monkeypatch, kind, shortcut, budget):
+def test_batches_of_other_sizes_lists_and_nested_dicts(monkeypatch, kind, budget):
     """C of every block from the inputs of the connected model's layers, by the normal equations."""
+    shortcut = "middle"
     build, targets, batches = KINDS[kind]
     torch.manual_seed(0)
     model = build().double()

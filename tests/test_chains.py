@@ -1,6 +1,5 @@
 """Which blocks are neighbors: roles, execution order and links, in tiny and in full-size models."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,16 +65,6 @@ def assert_chains(chains, expected: dict[str, list[list[str]]]) -> None:
 
 def test_roles_and_execution_order_match_the_hand_written_chains(arch):
     assert_chains(reslora.chains(arch.lora()), arch.chains)
-
-
-def test_links_counts_every_pair_of_neighbours(arch):
-    expected = sum(len(chain) - 1 for chain in arch.blocks)
-    assert reslora.chains(arch.lora()).links == expected
-
-
-def test_every_block_carries_the_role_of_its_chain(unet):
-    for chain in reslora.chains(unet.lora()):
-        assert {block.role for block in chain} == {chain.role}
 
 
 def test_a_chain_is_a_sequence(llama):
@@ -153,14 +142,6 @@ def test_full_size_unets_have_the_expected_blocks_and_links(stable_diffusion):
     chains = reslora.chains(model)
     assert counts(chains) == expected
     assert chains.links == sum(links for _, links in expected.values())
-
-
-@pytest.mark.exhaustive
-def test_full_size_unets_connect_on_the_meta_device(stable_diffusion):
-    model, expected = stable_diffusion
-    connected = reslora.connect(model, ResLoraConfig("input"))
-    reslora.disconnect(model)
-    assert counts(connected) == expected
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -402,29 +383,11 @@ def test_the_table_shows_roles_and_blocks(unet):
     assert str(chains.links) in table
 
 
-@pytest.mark.exhaustive
-def test_the_table_has_one_row_a_block_and_straight_columns(unet):
-    plan = reslora.chains(unet.lora())
-    rows = str(plan).splitlines()[1:]
-    assert len(rows) == len(plan.blocks)
-    assert len({row.index(block.shape) for row, block in zip(rows, plan.blocks, strict=True)}) == 1
-    for row, block in zip(rows, plan.blocks, strict=True):
-        assert block.name in row
-        assert row.partition(block.shape)[2].strip() == block.cut
-
-
-@pytest.mark.parametrize("target, name", [("conv_in", "conv_in"), ("resnets.0.conv1", "down_blocks.0.resnets.0.conv1")])
-def test_convolutions_are_listed_as_unlinked(unet, target, name):
-    chains = reslora.chains(unet.lora(target_modules=["to_q", target]))
+def test_convolutions_are_listed_as_unlinked(unet):
+    chains = reslora.chains(unet.lora(target_modules=["to_q", "conv_in"]))
     assert "unlinked" in str(chains).lower()
-    assert name in str(chains)
-    assert all(name not in block.name for chain in chains for block in chain)
-
-
-def test_embeddings_are_listed_as_unlinked(llama):
-    chains = reslora.chains(llama.lora(target_modules=["q_proj", "embed_tokens"]))
-    assert "embed_tokens" in str(chains)
-    assert set(counts(chains)) == {"self_attn.q_proj"}
+    assert "conv_in" in str(chains)
+    assert all("conv_in" not in block.name for chain in chains for block in chain)
 
 
 @dataclass(frozen=True)
@@ -464,7 +427,7 @@ STREAMS = {
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("lengths", [(12, 12), (12, 7), (10, 10)])
+@pytest.mark.parametrize("lengths", [(12, 12), (12, 7)])
 @pytest.mark.parametrize("name", STREAMS)
 def test_encoders_and_decoders_and_two_towers_are_two_streams(name, lengths):
     """Three layers each: two links per role in each stream, none between the streams, whatever their lengths."""
@@ -490,7 +453,7 @@ def test_cross_attention_reads_the_encoder_in_every_layer_and_stays_linked():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("image, caption", [((8, 4), 32), ((4, 8), 20), ((8, 8), 32), ((5, 5), 70)])
+@pytest.mark.parametrize("image, caption", [((8, 4), 32), ((5, 5), 70)])
 def test_z_images_refiners_are_linked_neither_to_each_other_nor_to_the_layers(image, caption):
     """Lengths are padded to multiples of 32, so image and caption often have as many tokens."""
     model = get_peft_model(tiny_models.z_image(), LoraConfig(r=2, target_modules="all-linear"))
@@ -501,13 +464,12 @@ def test_z_images_refiners_are_linked_neither_to_each_other_nor_to_the_layers(im
     assert counts(chains)["adaLN_modulation.0"] == (2 + 4, 1 + 3)
 
 
-@pytest.mark.parametrize("lengths", [(16, 5), (16, 16)])
 @pytest.mark.parametrize("name", ["flux", "flux2", "chroma"])
-def test_image_and_caption_of_joint_attention_have_roles_of_their_own(name, lengths):
+def test_image_and_caption_of_joint_attention_have_roles_of_their_own(name):
     build = getattr(tiny_models, name)
     kinds = {"flux": {}, "flux2": {"pooled": None, "axes": 4}, "chroma": {"pooled": None}}
     model = get_peft_model(build(), LoraConfig(r=2, target_modules=["to_q", "add_q_proj", "to_add_out"]))
-    chains = reslora.chains(model, example_inputs=tiny_models.flux_inputs(*lengths, **kinds[name]))
+    chains = reslora.chains(model, example_inputs=tiny_models.flux_inputs(*(16, 16), **kinds[name]))
     both = [f"transformer_blocks.{n}.attn." for n in range(3)]
     expected = {
         "attn.to_q": [[name + "to_q" for name in both]],
@@ -585,11 +547,6 @@ def test_an_unknown_adapter_is_named(llama):
     assert_one_line(error, "missing", "default")
 
 
-def test_a_copy_has_the_same_plan(llama):
-    model = llama.lora()
-    assert shape_of(reslora.chains(copy.deepcopy(model))) == shape_of(reslora.chains(model))
-
-
 def test_separate_self_and_cross_attention():
     """Two attentions in one block are two roles, whichever runs first."""
 
@@ -608,11 +565,6 @@ def test_separate_self_and_cross_attention():
     assert counts(chains) == {"cross.proj": (3, 2), "own.proj": (3, 2)}
 
 
-def test_the_wrapped_model_has_the_same_plan_as_the_model_inside(llama):
-    model = llama.lora()
-    assert counts(reslora.chains(model)) == counts(reslora.chains(torch.compile(model, backend="eager")))
-
-
 def test_architectures_are_what_they_claim():
     """The chains written by hand contain every LoRA layer of each tiny model exactly once."""
     for arch in ARCHITECTURES.values():
@@ -623,17 +575,12 @@ def test_architectures_are_what_they_claim():
         assert all(any(n == name or n.endswith("." + name) for n in found) for name in names)
 
 
-def test_get_peft_model_on_a_unet_has_the_chains_of_add_adapter(unet):
-    config = LoraConfig(r=3, target_modules=unet.targets)
-    assert_chains(reslora.chains(get_peft_model(tiny_unet(), config)), unet.chains)
-
-
 # --- what cannot be wired ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
-@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-def test_hooks_on_the_factors_are_refused_and_those_on_layers_are_called(part, kind):
+@pytest.mark.parametrize("kind", ["forward_pre", "full_backward_pre"])
+def test_hooks_on_the_factors_are_refused_and_those_on_layers_are_called(kind):
+    part = "lora_A"
     model, calls = lora_stack(), []
     layer = model.get_base_model().layers[1].proj
     hook = getattr(getattr(layer, part)["default"], f"register_{kind}_hook")(lambda *args: None)
@@ -648,11 +595,10 @@ def test_hooks_on_the_factors_are_refused_and_those_on_layers_are_called(part, k
     assert calls == [kind]
 
 
-@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
-def test_pruned_factors_are_refused(shortcut):
+def test_pruned_factors_are_refused():
     """The second backward pass would end with torch's own error, because the pruned weight is not computed again."""
     model = lora_stack()
     prune.l1_unstructured(model.get_base_model().layers[2].proj.lora_B["default"], "weight", amount=0.5)
     with pytest.raises(ValueError) as error:
-        reslora.connect(model, ResLoraConfig(shortcut), example_inputs=STACK_INPUTS)
+        reslora.connect(model, ResLoraConfig("block"), example_inputs=STACK_INPUTS)
     assert_one_line(error, "layers.2.proj", "lora_B", "prun")

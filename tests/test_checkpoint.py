@@ -27,7 +27,6 @@ from core_models import (
     token_inputs,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import Linear, dispatch_default
 from safetensors.torch import load_file, save_file
 from suites import quick
 
@@ -69,10 +68,9 @@ def assert_same(model, before) -> None:
 
 
 @pytest.mark.parametrize("into", ["bare", "adapter", "rescaled"])
-@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
-def test_scales_that_alpha_does_not_say_come_back(shortcut, into, tmp_path):
+def test_scales_that_alpha_does_not_say_come_back(into, tmp_path):
     model = lora_stack().eval()
-    reslora.connect(model, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
+    reslora.connect(model, ResLoraConfig("block", 2), example_inputs=STACK_INPUTS)
     find_layer(model, "layers.1.proj").set_scale("default", 0.5)
     reslora.save(model, tmp_path)
     target = lora_stack().unload() if into == "bare" else lora_stack()
@@ -108,25 +106,12 @@ def test_into_a_bare_base_and_into_a_matching_adapter(name, tmp_path, shortcut, 
         assert_equal(found, expected)
 
 
-def test_the_matching_adapter_is_loaded_in_place(llama, tmp_path):
-    saved(llama, tmp_path)
-    target = llama.lora(seed=3)
-    assert reslora.load(target, tmp_path) is target
-
-
 def test_a_bare_language_model_comes_back_as_a_peft_model(llama, tmp_path):
     saved(llama, tmp_path)
     loaded = reslora.load(base_of(llama), tmp_path)
     assert isinstance(loaded, PeftModel)
     with loaded.disable_adapter():
         assert_equal(run(loaded, llama.inputs()), run(base_of(llama), llama.inputs()))
-
-
-@pytest.mark.exhaustive
-def test_a_bare_unet_comes_back_itself(unet, tmp_path):
-    saved(unet, tmp_path)
-    base = base_of(unet)
-    assert reslora.load(base, tmp_path) is base
 
 
 @pytest.mark.exhaustive
@@ -206,10 +191,9 @@ def edit(folder, config: dict, **more) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("shortcut", ["input", "middle"])
 @pytest.mark.parametrize("window, steps", [(2, 3), (100, 3)])
-def test_norm_windows_come_back(llama, tmp_path, shortcut, window, steps):
-    model = saved(llama, tmp_path, shortcut, window=window, steps=steps)
+def test_norm_windows_come_back(llama, tmp_path, window, steps):
+    model = saved(llama, tmp_path, "middle", window=window, steps=steps)
     loaded = reslora.load(base_of(llama), tmp_path)
     for candidate in (model, loaded):
         assert reslora.merge(candidate).method == "input"
@@ -218,9 +202,8 @@ def test_norm_windows_come_back(llama, tmp_path, shortcut, window, steps):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("shortcut", ["input", "middle"])
-def test_recording_goes_on_where_it_stopped(llama, tmp_path, shortcut):
-    model = saved(llama, tmp_path, shortcut, window=3, steps=4)
+def test_recording_goes_on_where_it_stopped(llama, tmp_path):
+    model = saved(llama, tmp_path, "middle", window=3, steps=4)
     loaded = reslora.load(base_of(llama), tmp_path).train()
     for candidate in (model, loaded):
         for seed in (8, 9):
@@ -236,23 +219,6 @@ def test_another_adapter_name(llama, tmp_path):
     reslora.save(model, tmp_path, adapter_name="style")
     loaded = reslora.load(base_of(llama), tmp_path, adapter_name="style")
     assert torch.equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
-
-
-@pytest.mark.exhaustive
-def test_an_adapter_may_be_loaded_under_another_name(unet, tmp_path):
-    model = saved(unet, tmp_path, "middle", 2)
-    loaded = reslora.load(base_of(unet), tmp_path, adapter_name="style")
-    assert torch.equal(run(loaded, unet.inputs()), run(model, unet.inputs()))
-
-
-def test_beside_another_adapter(llama, tmp_path):
-    model = saved(llama, tmp_path, "middle", 2)
-    target = llama.lora()
-    assert reslora.load(target, tmp_path, adapter_name="style") is target and set(target.peft_config) == {
-        "default",
-        "style",
-    }
-    assert torch.equal(run(target, llama.inputs()), run(model, llama.inputs()))
 
 
 def test_missing_weights_are_named(llama, tmp_path):
@@ -309,13 +275,6 @@ def test_the_directory_holds_two_files_and_their_checksums(llama, tmp_path, shor
     assert {path.name for path in (tmp_path / "new" / "adapter").iterdir()} == {CONFIG, WEIGHTS, "checksums.json"}
 
 
-def test_other_files_of_the_folder_may_change(llama, tmp_path):
-    (tmp_path / "log.jsonl").write_text("one\n")
-    model = saved(llama, tmp_path)
-    (tmp_path / "log.jsonl").write_text("two\n")
-    assert torch.equal(run(reslora.load(base_of(llama), tmp_path), llama.inputs()), run(model, llama.inputs()))
-
-
 def test_a_folder_without_checksums_still_loads(llama, tmp_path):
     model = saved(llama, tmp_path)
     (tmp_path / "checksums.json").unlink()
@@ -323,8 +282,8 @@ def test_a_folder_without_checksums_still_loads(llama, tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("path", [WEIGHTS, f"{WEIGHTS}/x", "nowhere"])
-def test_a_path_that_is_no_folder_is_named(llama, tmp_path, path):
+def test_a_path_that_is_no_folder_is_named(llama, tmp_path):
+    path = "nowhere"
     saved(llama, tmp_path)
     with pytest.raises(ValueError) as error:
         reslora.load(base_of(llama), tmp_path / path)
@@ -356,13 +315,6 @@ def test_nothing_of_the_base_is_saved(llama, tmp_path):
     assert not any("base_layer" in key or "embed" in key for key in tensors)
 
 
-def test_saving_twice_replaces(llama, tmp_path):
-    saved(llama, tmp_path, "input", steps=2)
-    model = saved(llama, tmp_path, "block", 2, seed=3)
-    loaded = reslora.load(base_of(llama, seed=3), tmp_path)
-    assert torch.equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
-
-
 def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
@@ -389,10 +341,9 @@ def test_a_save_over_another_that_ends_while_it_writes_leaves_that_one(llama, tm
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS, "checksums.json"}
 
 
-@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
-def test_saving_leaves_the_model_connected(llama, tmp_path, shortcut):
+def test_saving_leaves_the_model_connected(llama, tmp_path):
     model = llama.lora()
-    reslora.connect(model, ResLoraConfig(shortcut, 2))
+    reslora.connect(model, ResLoraConfig("block", 2))
     expected = run(model, llama.inputs())
     reslora.save(model, tmp_path)
     assert torch.equal(run(model, llama.inputs()), expected)
@@ -442,31 +393,16 @@ def without_a_key(tensors):
     return tensors
 
 
-def with_a_key_too_many(tensors):
-    key = a_key(tensors)
-    return {**tensors, key.replace("layers.2", "layers.22"): tensors[key].clone()}
-
-
 def with_another_shape(tensors):
     key = a_key(tensors)
     return {**tensors, key: torch.cat([tensors[key]] * 2)}
-
-
-def with_another_rank(tensors):
-    key = a_key(tensors)
-    return {**tensors, key: torch.cat([tensors[key]] * 2, dim=1)}
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("into", ["bare", "adapter"])
 @pytest.mark.parametrize(
     "edit, named",
-    [
-        (without_a_key, "layers.2.self_attn.q_proj"),
-        (with_a_key_too_many, "layers.22.self_attn.q_proj"),
-        (with_another_shape, "layers.2.self_attn.q_proj"),
-        (with_another_rank, "layers.2.self_attn.q_proj"),
-    ],
+    [(without_a_key, "layers.2.self_attn.q_proj"), (with_another_shape, "layers.2.self_attn.q_proj")],
 )
 def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(llama, tmp_path, edit, named, into):
     saved(llama, tmp_path, steps=1)
@@ -487,13 +423,8 @@ def assert_nothing_loaded(target, folder, named: str) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "lora, named",
-    [
-        ({"r": RANK + 1}, "self_attn.q_proj"),
-        ({"rank_pattern": {"layers.3.mlp.down_proj": 2}}, "layers.3.mlp.down_proj"),
-        ({"target_modules": ["q_proj", "v_proj"]}, "layers.0.mlp.down_proj"),
-        ({"target_modules": ["q_proj", "v_proj", "down_proj", "up_proj"]}, "layers.0.mlp.up_proj"),
-    ],
-    ids=["rank", "rank_of_one_layer", "layers_missing", "layers_too_many"],
+    [({"r": RANK + 1}, "self_attn.q_proj"), ({"target_modules": ["q_proj", "v_proj"]}, "layers.0.mlp.down_proj")],
+    ids=["rank", "layers_missing"],
 )
 def test_an_adapter_that_does_not_match_is_refused(llama, tmp_path, lora, named):
     saved(llama, tmp_path, steps=1)
@@ -504,13 +435,8 @@ def test_an_adapter_that_does_not_match_is_refused(llama, tmp_path, lora, named)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "build, named",
-    [
-        (lambda: tiny_llama(width=48), "layers.0.self_attn.q_proj"),
-        (lambda: tiny_llama(layers=3), "layers.3."),
-        (lambda: tiny_llama(layers=7), "layers.5."),
-        (tiny_unet, "q_proj"),
-    ],
-    ids=["wider", "shallower", "deeper", "another_model"],
+    [(lambda: tiny_llama(width=48), "layers.0.self_attn.q_proj"), (tiny_unet, "q_proj")],
+    ids=["wider", "another_model"],
 )
 def test_a_base_that_does_not_match_is_refused_and_stays_bare(llama, tmp_path, build, named):
     saved(llama, tmp_path, steps=1)
@@ -521,17 +447,6 @@ def test_a_base_that_does_not_match_is_refused_and_stays_bare(llama, tmp_path, b
     assert_one_line(error, named)
     assert_same(target, before)
     assert not adapter_layers(target)
-
-
-@pytest.mark.exhaustive
-def test_a_refused_base_takes_the_right_adapter_afterwards(llama, tmp_path):
-    saved(llama, tmp_path / "bad", steps=1)
-    rewrite(tmp_path / "bad", without_a_key)
-    model = saved(llama, tmp_path / "good", "block", 2)
-    base = base_of(llama)
-    with pytest.raises((ValueError, RuntimeError)):
-        reslora.load(base, tmp_path / "bad")
-    assert torch.equal(run(reslora.load(base, tmp_path / "good"), llama.inputs()), run(model, llama.inputs()))
 
 
 def test_a_connected_model_keeps_its_plan_or_refuses(llama, tmp_path):
@@ -546,9 +461,8 @@ def test_a_connected_model_keeps_its_plan_or_refuses(llama, tmp_path):
     assert torch.equal(run(target, llama.inputs()), expected)
 
 
-@pytest.mark.parametrize("shortcut, pre_num", [("input", 1), ("block", -1), ("middle", 2)])
-def test_a_model_connected_along_other_chains_is_refused_until_it_is_disconnected(tmp_path, shortcut, pre_num):
-    config, inputs = ResLoraConfig(shortcut, pre_num), {"x": STACK_INPUTS["x"][:, :1]}
+def test_a_model_connected_along_other_chains_is_refused_until_it_is_disconnected(tmp_path):
+    config, inputs = ResLoraConfig("middle", 2), {"x": STACK_INPUTS["x"][:, :1]}
     model = lora_stack(Stack(pool_at=2))
     target = copy.deepcopy(model)
     assert reslora.connect(model, config, example_inputs=inputs).links == 3  # one token cannot be pooled
@@ -583,12 +497,11 @@ def bomb_torch(path, target) -> None:
     torch.save({"lora_A": Bomb(target)}, path)
 
 
-@pytest.mark.parametrize("into", ["bare", "adapter"])
 @pytest.mark.parametrize("plant", [bomb_pickle, bomb_torch])
-def test_a_pickle_is_refused_and_never_opened(llama, tmp_path, plant, into):
+def test_a_pickle_is_refused_and_never_opened(llama, tmp_path, plant):
     saved(llama, tmp_path)
     plant(tmp_path / WEIGHTS, tmp_path / "exploded")
-    target = base_of(llama) if into == "bare" else llama.lora(seed=6)
+    target = base_of(llama)
     before = snapshot(target)
     with pytest.raises((ValueError, RuntimeError)) as error:
         reslora.load(target, tmp_path)
@@ -597,18 +510,17 @@ def test_a_pickle_is_refused_and_never_opened(llama, tmp_path, plant, into):
     assert_same(target, before)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "reslora_model.bin"])
-def test_a_pickle_beside_the_missing_weights_is_never_opened(llama, tmp_path, name):
+def test_a_pickle_beside_the_missing_weights_is_never_opened(llama, tmp_path):
     saved(llama, tmp_path)
     (tmp_path / WEIGHTS).unlink()
-    bomb_torch(tmp_path / name, tmp_path / "exploded")
+    bomb_torch(tmp_path / "adapter_model.bin", tmp_path / "exploded")
     with pytest.raises((ValueError, RuntimeError, OSError)):
         reslora.load(base_of(llama), tmp_path)
     assert not (tmp_path / "exploded").exists()
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("keep", [0, 4, 100, -8])
+@pytest.mark.parametrize("keep", [0, -8])
 def test_a_truncated_file_is_refused(llama, tmp_path, keep):
     saved(llama, tmp_path)
     path = tmp_path / WEIGHTS
@@ -622,9 +534,8 @@ def test_a_truncated_file_is_refused(llama, tmp_path, keep):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("into", ["bare", "adapter"])
 @pytest.mark.parametrize("name, old, new", [(WEIGHTS, None, None), (CONFIG, b'"window": 100', b'"window": 101')])
-def test_a_flipped_bit_is_refused(llama, tmp_path, name, old, new, into):
+def test_a_flipped_bit_is_refused(llama, tmp_path, name, old, new):
     saved(llama, tmp_path, steps=1)
     content = bytearray((tmp_path / name).read_bytes())
     if old is None:
@@ -632,7 +543,7 @@ def test_a_flipped_bit_is_refused(llama, tmp_path, name, old, new, into):
     else:
         content = content.replace(old, new)
     (tmp_path / name).write_bytes(content)
-    target = base_of(llama) if into == "bare" else llama.lora(seed=6)
+    target = base_of(llama)
     before = snapshot(target)
     with pytest.raises(ValueError) as error:
         reslora.load(target, tmp_path)
@@ -640,16 +551,15 @@ def test_a_flipped_bit_is_refused(llama, tmp_path, name, old, new, into):
     assert_same(target, before)
 
 
-NOT_A_CONFIG = ["", "not json", "[]", "{}", "5", '"reslora"', "null", '{"reslora": 1}', "[" * 100_000, "NaN", "\udcff"]
+NOT_A_CONFIG = ["", "not json", "[]", '{"reslora": 1}', "[" * 100_000, "\udcff"]
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("into", ["bare", "adapter"])
 @pytest.mark.parametrize("content", NOT_A_CONFIG, ids=range(len(NOT_A_CONFIG)))
-def test_a_config_file_that_is_not_one_is_refused(llama, tmp_path, content, into):
+def test_a_config_file_that_is_not_one_is_refused(llama, tmp_path, content):
     saved(llama, tmp_path)
     (tmp_path / CONFIG).write_bytes(content.encode("utf-8", "surrogateescape"))
-    assert_load_refused(llama, tmp_path, into)
+    assert_load_refused(llama, tmp_path, "bare")
 
 
 def assert_load_refused(arch, directory, into, *words: str) -> None:
@@ -664,14 +574,13 @@ def assert_load_refused(arch, directory, into, *words: str) -> None:
 
 
 NO_LORA = [
-    *({"unknown": 1}, {"r": "four"}, {"r": []}, {"r": -1}, {"lora_alpha": None}, {"lora_dropout": "much"}),
-    *({"target_modules": 5}, {"target_modules": [[]]}, {"rank_pattern": [1]}, {"alpha_pattern": 7}),
+    *({"unknown": 1}, {"r": "four"}, {"lora_alpha": None}, {"target_modules": 5}, {"rank_pattern": [1]}),
 ]
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("into, wrong", [*(("bare", wrong) for wrong in NO_LORA), *itertools.product(
-    ["bare", "adapter"], [None, 5, "text", [], NO_LORA[0], NO_LORA[4]]
+    ["bare", "adapter"], [None, []]
 )])  # fmt: skip
 def test_a_wrong_lora_configuration_is_refused(llama, tmp_path, wrong, into):
     saved(llama, tmp_path)
@@ -702,38 +611,12 @@ def test_an_adapter_that_peft_has_merged_is_refused(llama, tmp_path):
     reslora.load(model, tmp_path)
 
 
-def test_a_layer_that_ignores_variants_is_refused(llama, tmp_path):
-    saved(llama, tmp_path)
-    model = llama.lora()
-    layer = find_layer(model, "model.layers.1.self_attn.q_proj")
-
-    class Ignoring(type(layer)):
-        def forward(self, x, *args, **kwargs):
-            return self.base_layer(x)
-
-    layer.__class__ = Ignoring
-    with pytest.raises(ValueError) as error:
-        reslora.load(model, tmp_path)
-    assert_one_line(error, "model.layers.1.self_attn.q_proj", "does not call LoRA variants")
-
-
-def test_a_peft_that_does_not_call_variants_is_refused(llama, tmp_path, monkeypatch):
-    saved(llama, tmp_path)
-    base = base_of(llama)
-    monkeypatch.setattr(Linear, "forward", lambda layer, x, *args, **kwargs: layer.base_layer(x))
-    with pytest.raises(RuntimeError) as error:
-        reslora.load(base, tmp_path)
-    assert_one_line(error, "do not call their variants")
-    assert not adapter_layers(base)
-
-
-@pytest.mark.parametrize("into", ["bare", "adapter"])
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}])
-def test_without_wires_layers_that_cannot_be_wired_come_back(lora, into, tmp_path):
+def test_without_wires_layers_that_cannot_be_wired_come_back(lora, tmp_path):
     """`connect` and `save` accept them, too."""
     arch = ARCHITECTURES["gpt2"]
     model = saved(arch, tmp_path, "none", **lora).eval()
-    target = base_of(arch) if into == "bare" else randomize(arch.lora(**lora), seed=9)
+    target = base_of(arch)
     loaded = reslora.load(target, tmp_path).eval()
     assert_equal(run(loaded, arch.inputs()), run(model, arch.inputs()))
 
@@ -747,29 +630,6 @@ def test_norms_of_another_training_are_forgotten(llama, tmp_path):
     with pytest.raises(ValueError) as error:
         reslora.merge(model, "input")
     assert_one_line(error, "norms")
-
-
-def test_weights_whose_attributes_peft_reads_take_an_adapter(llama, tmp_path, monkeypatch):
-    """Such as bitsandbytes' 4-bit weights."""
-    read = []
-
-    def dispatch(target, adapter_name, config, **kwargs):
-        if hasattr(target.weight, "quant_type"):  # not of the model on which `connect` tests PEFT
-            read.append((target.weight.compress_statistics, target.weight.quant_type, target.weight.device.type))
-        return dispatch_default(target, adapter_name, config, **kwargs)
-
-    monkeypatch.setattr("peft.tuners.lora.model.dispatch_default", dispatch)
-    bases = [base_of(llama), base_of(llama)]
-    for base in bases:
-        for weight in base.parameters():
-            weight.compress_statistics, weight.quant_type = True, "nf4"
-    model = llama.lora(base=bases[0])
-    reslora.connect(model, ResLoraConfig())
-    reslora.save(model, tmp_path)
-    read.clear()
-    loaded = reslora.load(bases[1], tmp_path)
-    assert set(read) == {(True, "nf4", "meta"), (True, "nf4", "cpu")}
-    assert_equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

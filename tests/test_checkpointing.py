@@ -165,16 +165,6 @@ def test_checkpointing_without_our_context_is_refused_with_the_call_that_fixes_i
 
 
 @pytest.mark.exhaustive
-@stateful
-def test_the_stock_switch_of_diffusers_is_refused(unet, shortcut, pre_num, head):
-    model = connected(unet, shortcut, pre_num, head)
-    model.enable_gradient_checkpointing()
-    with pytest.raises((ValueError, RuntimeError)) as error:
-        run(model, unet.inputs())
-    assert_one_line(error, "reslora.enable_gradient_checkpointing")
-
-
-@pytest.mark.exhaustive
 @language
 def test_block_takes_any_kind_of_checkpointing(name):
     arch = ARCHITECTURES[name]
@@ -207,21 +197,6 @@ def test_checkpointing_inside_a_custom_forward_is_never_silently_wrong(use_reent
 
 
 @pytest.mark.exhaustive
-@with_checkpointing
-@one_each
-def test_batch_and_size_may_change_between_forwards(name, checkpointing, shortcut, pre_num, head):
-    arch = ARCHITECTURES[name]
-    model, oracle = pair(arch, shortcut, pre_num, head)
-    if checkpointing:
-        reslora.enable_gradient_checkpointing(model)
-    shapes = [{"batch": 2}, {"batch": 1, "length": 9}, {"batch": 3, "length": 2}]
-    shapes += [{"size": 16}, {"batch": 1, "size": 4}] if name == "unet" else []
-    for n, shape in enumerate(shapes):
-        inputs = arch.inputs(seed=n, **shape)
-        assert_equal(gradients_of(model, inputs), gradients_of(oracle, inputs))
-
-
-@pytest.mark.exhaustive
 @one_each
 def test_evaluation_between_training_steps_changes_nothing(llama, shortcut, pre_num, head):
     model, oracle = pair(llama, shortcut, pre_num, head, window=2)
@@ -236,15 +211,12 @@ def test_evaluation_between_training_steps_changes_nothing(llama, shortcut, pre_
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("where", ["model.layers.2.self_attn.q_proj", "model.layers.3.mlp", "lm_head"])
 @one_each
-def test_a_clean_forward_after_an_exception_is_that_of_a_fresh_model(
-    llama, where, checkpointing, shortcut, pre_num, head
-):
+def test_a_clean_forward_after_an_exception_is_that_of_a_fresh_model(llama, checkpointing, shortcut, pre_num, head):
     model, oracle = pair(llama, shortcut, pre_num, head)
     if checkpointing:
         reslora.enable_gradient_checkpointing(model)
-    handle = interrupt(find_layer(model, where))
+    handle = interrupt(find_layer(model, "model.layers.2.self_attn.q_proj"))
     with pytest.raises(Interrupted):
         run(model, llama.inputs(seed=5, batch=3))
     handle.remove()
@@ -306,7 +278,7 @@ class Moody(Stack):
         return x
 
 
-@pytest.mark.parametrize("mood", ["reversed", "skipping", "pooling", "folding"])
+@pytest.mark.parametrize("mood", ["reversed", "skipping"])
 @stateful
 def test_a_forward_that_differs_from_the_trace_is_an_error(mood, shortcut, pre_num, head):
     model = lora_stack(Moody())
@@ -320,7 +292,7 @@ def test_a_forward_that_differs_from_the_trace_is_an_error(mood, shortcut, pre_n
     assert_equal(gradients_of(model, STACK_INPUTS), gradients_of(oracle, STACK_INPUTS))
 
 
-@pytest.mark.parametrize("mood", ["reversed", "skipping", "pooling", "folding"])
+@pytest.mark.parametrize("mood", ["reversed", "skipping"])
 def test_block_does_not_depend_on_what_ran_before(mood):
     model = lora_stack(Moody())
     oracle = Oracle(model, [stack_chain()], "block", 2).model

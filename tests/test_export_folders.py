@@ -14,7 +14,7 @@ RANKS = {"old": 2, "new": 3}
 
 @pytest.mark.parametrize(
     ("fails", "config", "weights"),  # the first that fails is the write, the others are the two renames
-    [("-", "new", "new"), (".adapter", "old", "old"), ("adapter_model", None, "old"), ("adapter_config", None, "new")],
+    [("-", "new", "new"), ("adapter_model", None, "old")],
 )
 def test_an_adapter_leaves_other_files_and_is_never_described_by_another(fails, config, weights, tmp_path, monkeypatch):
     models = {

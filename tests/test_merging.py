@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import math
 import warnings
 
@@ -21,7 +20,6 @@ from core_models import (
     delta,
     find_layer,
     fix_dropout,
-    gradients_of,
     lora_stack,
     loss_of,
     randomize,
@@ -46,7 +44,7 @@ PLANS = [
 ]
 ONE_PLAN_EACH = [PLANS[0], PLANS[3]]
 """One plan of each shortcut that merges approximately: for what `pytest` tries with all plans on another model."""
-plans = pytest.mark.parametrize("shortcut, pre_num, head", PLANS)
+plans = pytest.mark.parametrize("shortcut, pre_num, head", ONE_PLAN_EACH)
 architectures = pytest.mark.parametrize(
     "name, shortcut, pre_num, head",
     quick(
@@ -247,20 +245,13 @@ def test_calibration_replaces_what_training_recorded(llama, shortcut, pre_num, h
     case.assert_merged_to(merged_by_input(case, window=3), tolerance=1e-6)
 
 
-@pytest.mark.parametrize("pre_num", [4, -1])
 @pytest.mark.parametrize("method", ["input", "weights", "lstsq"])
-def test_input_merges_one_block_whatever_pre_num_says(llama, method, pre_num):
-    cases = [Case(llama, "input", number) for number in (1, pre_num)]
+def test_input_merges_one_block_whatever_pre_num_says(llama, method):
+    cases = [Case(llama, "input", number) for number in (1, -1)]
     for case in cases:
         reslora.merge(case.model, method=method, calibration=case.batches(2))
     for layer, expected in zip(*(adapter_layers(case.model).values() for case in cases), strict=True):
         assert torch.equal(delta(layer), delta(expected))
-
-
-def test_calibration_needs_no_window(llama):
-    case = Case(llama, "input", window=0)
-    reslora.merge(case.model, method="input", calibration=case.calibrate(case.batches(2)))
-    case.assert_merged_to(merged_by_input(case, window=2), tolerance=1e-6)
 
 
 @pytest.mark.exhaustive
@@ -298,11 +289,9 @@ def test_the_report_of_input_has_the_alphas(llama):
             assert block.alpha == pytest.approx(f[n - 1] / f[n] if n else 1.0, rel=1e-6)
 
 
-@pytest.mark.parametrize("window", [0, 100])
-def test_input_without_norms_is_an_error(llama, window):
-    case = Case(llama, "input", window=window)
-    if window == 0:
-        case.train(1)
+def test_input_without_norms_is_an_error(llama):
+    case = Case(llama, "input", window=0)
+    case.train(1)
     with pytest.raises((ValueError, RuntimeError)) as error:
         reslora.merge(case.model, method="input")
     assert_one_line(error, "calibration")
@@ -373,7 +362,7 @@ def test_lstsq_weighs_every_token_alike(llama, shortcut, pre_num, head):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("shortcut, pre_num", [("input", 1), ("middle", 1), ("middle", -1)])
+@pytest.mark.parametrize("shortcut, pre_num", [("input", 1), ("middle", -1)])
 def test_equal_inputs_merge_exactly_under_lstsq(unet, shortcut, pre_num):
     """All k and v of cross-attention read the same text states."""
     case = Case(unet, shortcut, pre_num)
@@ -533,7 +522,7 @@ def test_the_first_layers_pattern_does_not_catch_the_tenth(tmp_path):
     assert_equal(run(loaded.eval(), arch.inputs()), run(model.eval(), arch.inputs()))
 
 
-@pytest.mark.parametrize("max_rank", [1, 3, 4, 5])
+@pytest.mark.parametrize("max_rank", [1, 4])
 def test_max_rank_is_the_best_approximation_of_that_rank(llama, max_rank):
     """The loss is reported, except for blocks that had that rank or less."""
     case, notes = Case(llama, "block", 2, alpha_pattern={"layers.1.self_attn.q_proj": 11}), set()
@@ -554,34 +543,15 @@ def test_max_rank_is_the_best_approximation_of_that_rank(llama, max_rank):
     assert set(report.notes) == notes
 
 
-def test_a_max_rank_that_holds_everything_loses_nothing(llama):
-    case = Case(llama, "block", 2)
-    reslora.merge(case.model, max_rank=100)
-    assert_equal(run(case.model, llama.inputs()), run(case.oracle.model, llama.inputs()))
-
-
-@pytest.mark.exhaustive
-def test_a_merge_that_keeps_the_factors_keeps_their_rank(llama):
-    case = Case(llama, "block", 2)
-    reslora.merge(case.model, method="none", max_rank=RANK - 1)
-    for name in (name for chain in llama.blocks for name in chain):
-        for part in ("lora_A", "lora_B"):
-            ours, theirs = (
-                getattr(find_layer(model, name), part)["default"].weight for model in (case.model, llama.lora())
-            )
-            assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("shortcut", ["input", "middle", "none"])
-def test_max_rank_is_for_block_only(llama, shortcut):
-    case = Case(llama, shortcut).train(1)
+def test_max_rank_is_for_block_only(llama):
+    case = Case(llama, "input").train(1)
     with pytest.raises((ValueError, RuntimeError)) as error:
         reslora.merge(case.model, method="weights", max_rank=2)
-    assert_one_line(error, "max_rank", shortcut)
+    assert_one_line(error, "max_rank", "input")
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("max_rank", [0, -1, 1.5, "4"])
+@pytest.mark.parametrize("max_rank", [0, 1.5])
 def test_a_bad_max_rank_is_named(llama, max_rank):
     case = Case(llama, "block", 2)
     with pytest.raises((ValueError, RuntimeError)) as error:
@@ -592,7 +562,7 @@ def test_a_bad_max_rank_is_named(llama, max_rank):
 # --- zero norms -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("zero", [0, 2])
 def test_a_zero_input_norm_merges_with_alpha_one_and_is_named(zero):
     """So does the block after the one whose inputs are all zero."""
     model, names = lora_stack(), stack_chain()
@@ -605,8 +575,8 @@ def test_a_zero_input_norm_merges_with_alpha_one_and_is_named(zero):
     assert report.notes == (f"{names[zero]}: zero norm, alpha* = 1",)
 
 
-@pytest.mark.parametrize("number", [1, 2])  # a block that two or one of the later ones ask
-def test_a_zero_weight_norm_merges_with_alpha_one_and_is_named(number):
+def test_a_zero_weight_norm_merges_with_alpha_one_and_is_named():
+    number = 1
     model = lora_stack()
     zero = find_layer(model, stack_chain()[number])
     with torch.no_grad():
@@ -653,8 +623,7 @@ def test_auto_takes_the_best_method_there_is_data_for(llama, shortcut, steps, wi
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lstsq", "input", "auto"])
-def test_calibration_is_an_iterator_read_once(llama, method):
+def test_calibration_is_an_iterator_read_once(llama):
     case = Case(llama, "input")
     read = []
 
@@ -663,11 +632,11 @@ def test_calibration_is_an_iterator_read_once(llama, method):
             read.append(n)
             yield batch
 
-    reslora.merge(case.model, method=method, calibration=batches())
+    reslora.merge(case.model, method="lstsq", calibration=batches())
     assert read == [0, 1, 2]
 
 
-@pytest.mark.parametrize("shortcut", ["input", "middle", "block"])
+@pytest.mark.parametrize("shortcut", ["input", "block"])
 def test_calibration_runs_in_eval_mode_without_gradients(llama, shortcut):
     case = Case(llama, shortcut, dropout=0.5)
     seen = []
@@ -681,32 +650,19 @@ def test_calibration_runs_in_eval_mode_without_gradients(llama, shortcut):
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_every_modules_mode_is_restored(llama, training):
+def test_every_modules_mode_is_restored(llama):
     case = Case(llama, "input")
-    case.model.train(training)
-    find_layer(case.model, "model.layers.2.self_attn").train(not training)
+    case.model.train(True)
+    find_layer(case.model, "model.layers.2.self_attn").train(False)
     modes = {name: module.training for name, module in case.model.named_modules()}
     reslora.merge(case.model, calibration=case.batches())
     assert {name: module.training for name, module in case.model.named_modules()} == modes
 
 
 @pytest.mark.exhaustive
-def test_the_mode_is_restored_after_a_bad_batch(llama):
-    case = Case(llama, "input")
-    with pytest.raises((ValueError, RuntimeError)) as error:
-        reslora.merge(case.model, calibration=[{"input_ids": torch.zeros(1, 2)}])
-    assert_one_line(error, "calibration")
-    assert all(module.training for module in case.model.modules())
-    inputs = llama.inputs()
-    assert_equal(gradients_of(case.model, inputs), gradients_of(case.oracle.model, inputs))
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("shortcut", ["input", "middle", "block"])
-def test_calibration_leaves_no_hooks(llama, shortcut):
+def test_calibration_leaves_no_hooks(llama):
     plain = llama.lora()
-    case = Case(llama, shortcut)
+    case = Case(llama, "input")
     reslora.merge(case.model, calibration=case.batches())
     for ours, theirs in zip(case.model.modules(), plain.modules(), strict=True):
         assert len(ours._forward_hooks) == len(theirs._forward_hooks)
@@ -718,7 +674,7 @@ def test_calibration_leaves_no_hooks(llama, shortcut):
 
 @pytest.mark.parametrize(
     "shortcut, method",
-    [("input", "lstsq"), ("middle", "lstsq"), ("input", "weights"), ("middle", "input"), ("block", "auto")],
+    [("input", "lstsq"), ("middle", "input"), ("block", "auto")],
 )
 def test_the_report_has_one_entry_per_block(llama, shortcut, method):
     case = Case(llama, shortcut, 2)
@@ -730,31 +686,6 @@ def test_the_report_has_one_entry_per_block(llama, shortcut, method):
         assert tail.endswith(block.role)
         assert block.rank == find_layer(case.model, tail).r["default"]
         assert block.error >= 0
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("shortcut, method", [("input", "weights"), ("middle", "weights"), ("block", "auto")])
-def test_there_is_no_error_without_calibration(llama, shortcut, method):
-    report = reslora.merge(Case(llama, shortcut).model, method=method)
-    assert {block.error for block in report.blocks} == {None}
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    "shortcut, method",
-    [
-        *[("input", method) for method in ("none", "input", "weights", "lstsq", "auto")],
-        *[("middle", method) for method in ("input", "weights", "lstsq")],
-        *[(shortcut, "auto") for shortcut in ("block", "none")],
-    ],
-)
-def test_the_report_is_json(llama, shortcut, method):
-    case = Case(llama, shortcut, 2)
-    report = reslora.merge(case.model, method=method, calibration=case.batches())
-    entries = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert entries["method"] == report.method
-    assert [entry["name"] for entry in entries["blocks"]] == [block.name for block in report.blocks]
-    assert all({"name", "role", "alpha", "rank", "error"} <= set(entry) for entry in entries["blocks"])
 
 
 @pytest.mark.exhaustive
@@ -771,13 +702,6 @@ def test_the_error_of_a_truncated_block_is_what_truncation_loses(llama):
     case = Case(llama, "block", 2)
     report = reslora.merge(case.model, calibration=case.calibrate(case.batches(1)), max_rank=3)
     case.assert_errors(report)
-
-
-def test_an_error_that_rounding_makes_negative_is_none():
-    one, moments = torch.ones(1, 1), merging.Moments(torch.ones(1, 1))
-    moments.own_own, moments.own_handed, moments.handed_handed, moments.gap_gap = one, one, one, -1e-20 * one
-    block = merging.Factors("layer", one, one, 1.0, lambda: one, moments=moments)
-    assert merging.relative_error(block, merging.Merged(one, one)) == 0.0
 
 
 def test_the_error_of_a_small_output_is_the_root_of_the_ratio():
@@ -816,31 +740,21 @@ def test_a_merged_model_is_plain_lora(llama, shortcut, method):
 
 
 @pytest.mark.exhaustive
-@methods
-def test_a_merged_model_trains_on(llama, shortcut, method):
-    case = Case(llama, shortcut, 2)
-    reslora.merge(case.model, method=method, calibration=case.batches())
-    plain = Oracle(case.model, llama.blocks, "none").model
-    assert_equal(gradients_of(case.model, llama.inputs()), gradients_of(plain, llama.inputs()))
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @methods
-def test_dtype_device_and_requires_grad_are_kept(llama, shortcut, method, dtype, requires_grad):
+def test_dtype_device_and_requires_grad_are_kept(llama, shortcut, method, dtype):
     model = llama.lora().float()
     for layer in adapter_layers(model).values():
         for parameter in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
             parameter.data = parameter.data.to(dtype)
-            parameter.requires_grad_(requires_grad)
+            parameter.requires_grad_(True)
     reslora.connect(model, ResLoraConfig(shortcut, 2))
     reslora.merge(model, method=method, calibration=[llama.inputs()])
     for layer in adapter_layers(model).values():
         for parameter in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
             assert isinstance(parameter, nn.Parameter)
             assert (parameter.dtype, parameter.device.type) == (dtype, "cpu")
-            assert parameter.requires_grad is requires_grad
+            assert parameter.requires_grad is True
 
 
 @pytest.mark.exhaustive
@@ -866,8 +780,8 @@ def test_other_adapters_are_not_touched(llama, shortcut, method):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("shortcut, pre_num", [("none", 1), ("input", 0), ("block", 0), ("middle", 0)])
-@pytest.mark.parametrize("method", ["auto", "none", "weights", "lstsq", "input"])
+@pytest.mark.parametrize("shortcut, pre_num", [("none", 1), ("input", 0)])
+@pytest.mark.parametrize("method", ["auto", "input"])
 def test_a_plan_without_wires_merges_to_itself(llama, shortcut, pre_num, method):
     case = Case(llama, shortcut, pre_num)
     before = {key: value.clone() for key, value in case.model.state_dict().items()}
@@ -902,7 +816,7 @@ def assert_untouched(case: Case, before) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("method", ["merge_bi", "", "INPUT", None])
+@pytest.mark.parametrize("method", ["merge_bi", None])
 def test_an_unknown_method_is_answered_with_the_known_ones(llama, method):
     case = Case(llama, "input")
     with pytest.raises((ValueError, RuntimeError)) as error:
@@ -911,9 +825,8 @@ def test_an_unknown_method_is_answered_with_the_known_ones(llama, method):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("shortcut", ["input", "block", "middle", "none"])
-def test_merging_twice_is_an_error(llama, shortcut):
-    case = Case(llama, shortcut)
+def test_merging_twice_is_an_error(llama):
+    case = Case(llama, "input")
     reslora.merge(case.model, method="weights")
     before = snapshot(case.model)
     with pytest.raises((ValueError, RuntimeError)) as error:
@@ -937,9 +850,8 @@ def test_merging_an_adapter_that_is_not_the_connected_one_is_an_error(llama):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
-def test_merging_while_pefts_own_merge_is_active_is_an_error(llama, shortcut):
-    case = Case(llama, shortcut)
+def test_merging_while_pefts_own_merge_is_active_is_an_error(llama):
+    case = Case(llama, "input")
     find_layer(case.model, "model.layers.1.self_attn.q_proj").merged_adapters.append("default")
     before = snapshot(case.model)
     with pytest.raises((ValueError, RuntimeError)) as error:
@@ -949,13 +861,12 @@ def test_merging_while_pefts_own_merge_is_active_is_an_error(llama, shortcut):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("part, value", [("lora_A", float("nan")), ("lora_B", float("inf"))])
 @pytest.mark.parametrize("shortcut, method", [*METHODS, ("block", "lstsq")], ids=lambda value: value)
-def test_an_adapter_that_is_not_finite_is_named_and_nothing_is_touched(llama, shortcut, method, part, value):
+def test_an_adapter_that_is_not_finite_is_named_and_nothing_is_touched(llama, shortcut, method):
     case = Case(llama, shortcut).train(1 if method == "input" else 0)
     broken = "model.layers.2.self_attn.q_proj"
     with torch.no_grad():
-        getattr(find_layer(case.model, broken), part)["default"].weight[0, 0] = value
+        find_layer(case.model, broken).lora_A["default"].weight[0, 0] = float("nan")
     before = snapshot(case.model)
     with pytest.raises((ValueError, RuntimeError)) as error:
         reslora.merge(case.model, method=method, calibration=case.batches(1) if method == "lstsq" else None)
@@ -966,12 +877,7 @@ def test_an_adapter_that_is_not_finite_is_named_and_nothing_is_touched(llama, sh
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "shortcut, method, value",
-    [
-        ("input", "lstsq", float("nan")),
-        ("input", "input", float("inf")),
-        ("middle", "auto", float("inf")),
-        ("middle", "input", float("nan")),
-    ],
+    [("input", "lstsq", float("nan")), ("input", "input", float("inf"))],
 )
 def test_calibration_that_is_not_finite_is_an_error_and_nothing_is_touched(unet, shortcut, method, value):
     case = Case(unet, shortcut)
@@ -989,12 +895,11 @@ def test_calibration_that_is_not_finite_is_an_error_and_nothing_is_touched(unet,
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("calibration", [8, [torch.ones(2, 6, dtype=torch.long)]])
-def test_batches_that_are_no_dicts_are_an_error(llama, calibration):
+def test_batches_that_are_no_dicts_are_an_error(llama):
     case = Case(llama, "input")
     before = snapshot(case.model)
     with pytest.raises((ValueError, RuntimeError)) as error:
-        reslora.merge(case.model, method="lstsq", calibration=calibration)
+        reslora.merge(case.model, method="lstsq", calibration=8)
     assert_one_line(error, "calibration")
     assert_untouched(case, before)
 
@@ -1002,11 +907,10 @@ def test_batches_that_are_no_dicts_are_an_error(llama, calibration):
 # --- numbers that are none --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shortcut", ["input", "middle"])
-def test_a_forward_that_overflowed_does_not_count(shortcut):
+def test_a_forward_that_overflowed_does_not_count():
     model, other = lora_stack(), lora_stack()
     for wired in (model, other):
-        reslora.connect(wired, ResLoraConfig(shortcut), example_inputs=STACK_INPUTS)
+        reslora.connect(wired, ResLoraConfig("input"), example_inputs=STACK_INPUTS)
         run(wired, STACK_INPUTS)
     overflowing = STACK_INPUTS["x"].clone()
     overflowing[0, 0, 0] = torch.inf
@@ -1024,21 +928,11 @@ def test_norms_that_all_overflowed_are_an_error_and_auto_takes_the_weights():
     assert reslora.merge(model).method == "weights"
 
 
-def test_a_frozen_weight_with_nan_is_an_error():
-    model = lora_stack()
-    reslora.connect(model, ResLoraConfig(), example_inputs=STACK_INPUTS)
-    find_layer(model, "layers.1.proj").base_layer.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError) as error:
-        reslora.merge(model, "weights")
-    assert_one_line(error, "layers.1.proj", "frozen")
-
-
-@pytest.mark.parametrize("shortcut", ["input", "middle"])
-def test_under_autocast_the_model_goes_on_with_the_merged_weights(shortcut):
+def test_under_autocast_the_model_goes_on_with_the_merged_weights():
     """Autocast caches casts of parameters until its context ends, even if the parameters are overwritten."""
     model = lora_stack().float().eval()
     inputs = {"x": STACK_INPUTS["x"].float()}
-    reslora.connect(model, ResLoraConfig(shortcut, 2), example_inputs=inputs)
+    reslora.connect(model, ResLoraConfig("middle", 2), example_inputs=inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         reslora.merge(model, calibration=[inputs])
         inside = run(model, inputs)

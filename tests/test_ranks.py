@@ -54,7 +54,7 @@ def merges_within(model: nn.Module, tensors: int, **options: object) -> bool:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("shortcut, max_rank", [("block", None), ("block", 4), ("middle", None)])
+@pytest.mark.parametrize("shortcut, max_rank", [("block", None), ("middle", None)])
 def test_a_merge_that_runs_out_of_memory_changes_nothing(shortcut, max_rank):
     model, other = lora_stack().eval(), lora_stack().eval()
     for wired in (model, other):
@@ -68,14 +68,13 @@ def test_a_merge_that_runs_out_of_memory_changes_nothing(shortcut, max_rank):
     assert_equal(run(model, STACK_INPUTS), run(other, STACK_INPUTS), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("shortcut, max_rank", [("block", None), ("block", 4), ("middle", None)])
-def test_a_model_merged_in_inference_mode_trains_on(shortcut, max_rank):
+def test_a_model_merged_in_inference_mode_trains_on():
     model, other = lora_stack(), lora_stack()
     for wired in (model, other):
-        reslora.connect(wired, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
+        reslora.connect(wired, ResLoraConfig("block", 2), example_inputs=STACK_INPUTS)
     with torch.inference_mode():
-        reslora.merge(model, max_rank=max_rank)
-    reslora.merge(other, max_rank=max_rank)
+        reslora.merge(model, max_rank=None)
+    reslora.merge(other, max_rank=None)
     assert_equal(gradients_of(model, STACK_INPUTS), gradients_of(other, STACK_INPUTS), rtol=0, atol=0)
 
 
@@ -106,9 +105,8 @@ def test_a_weight_that_is_made_when_it_is_read_is_refused_until_it_is_fixed(shor
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("alpha", [5, 7.3, 1e-3])
-def test_the_scaling_is_the_same_to_the_last_bit(rslora, alpha):
-    model = lora_stack(lora_alpha=alpha, use_rslora=rslora)
+def test_the_scaling_is_the_same_to_the_last_bit(rslora):
+    model = lora_stack(lora_alpha=7.3, use_rslora=rslora)
     layers = [find_layer(model, f"layers.{n}.proj") for n in range(4)]
     before = [layer.scaling["default"] for layer in layers]
     reslora.connect(model, ResLoraConfig("block", 2), example_inputs=STACK_INPUTS)
@@ -127,14 +125,6 @@ def test_whole_alphas_stay_whole_numbers():
     reslora.merge(model)
     alphas = [find_layer(model, f"layers.{n}.proj").lora_alpha["default"] for n in range(4)]
     assert alphas == [5, 10, 10, 10] and all(type(alpha) is int for alpha in alphas)
-
-
-def test_a_merge_that_keeps_the_rank_keeps_the_patterns():
-    model = lora_stack(rank_pattern={"proj": RANK}, alpha_pattern={"layers.1.proj": 9})
-    reslora.connect(model, ResLoraConfig("middle"), example_inputs=STACK_INPUTS)
-    reslora.merge(model, "weights")
-    config = model.peft_config["default"]
-    assert (config.rank_pattern, config.alpha_pattern) == ({"proj": RANK}, {"layers.1.proj": 9})
 
 
 def test_a_merge_leaves_the_configuration_of_the_user_alone():
@@ -158,7 +148,7 @@ def test_stock_peft_loads_an_odd_rank_of_an_orthogonal_start(tmp_path):
 
 @pytest.mark.parametrize(
     "init, changes",
-    [(True, False), ("gaussian", False), ("eva", False), ("pissa", True), ("pissa_niter_4", True), ("OLoRA", True)],
+    [(True, False), ("pissa", True)],
 )
 def test_initialisations_that_change_the_frozen_weights(init, changes):
     assert ranks.changes_base(LoraConfig(init_lora_weights=init)) == changes

@@ -48,7 +48,7 @@ def fitted(
 # --- the Gram matrix --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("size", [1, 4, 11])
 def test_gram_matrix_in_panels_is_the_whole_one(size):
     x, right, d = random(20, size), random(size, 3, seed=1), random(2, size, seed=2)
     second, eye = x.T @ x, torch.eye(size, dtype=torch.float64)
@@ -150,7 +150,7 @@ def test_rows_are_copies():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("rows", [[30], [190], [19] * 10, [90] * 10, [21] * 10])
+@pytest.mark.parametrize("rows", [[30], [90] * 10])
 def test_no_more_memory_than_one_second_moment_in_float32(rows, monkeypatch):
     """The memory alive at a time; an eighth more for panels in progress and tensors of the size of the gaps."""
     monkeypatch.setattr(regression, "PANEL", 16)

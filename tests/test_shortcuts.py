@@ -70,7 +70,7 @@ def test_evaluation_without_gradients_follows_the_equation(llama, shortcut, pre_
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("window", [0, 1, 100])
+@pytest.mark.parametrize("window", [0, 100])
 @one_each
 def test_recording_norms_changes_nothing(llama, shortcut, pre_num, head, window):
     model, oracle = pair(llama, shortcut, pre_num, head, window=window)
@@ -90,12 +90,6 @@ def test_no_wires_is_plain_lora_bit_for_bit(arch, shortcut, pre_num, head):
         results.append({"output": run(candidate, inputs).detach(), **gradients_of(candidate, inputs)})
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
-
-
-@pytest.mark.parametrize("shortcut, pre_num, head", PLAIN)
-def test_no_wires_needs_no_links(llama, shortcut, pre_num, head):
-    model = llama.lora(target_modules=["q_proj"], layers_to_transform=[1])
-    assert reslora.connect(model, ResLoraConfig(shortcut, pre_num, head)).links == 0
 
 
 @pytest.mark.parametrize("name", quick(["llama", "gpt2"], "llama"))
@@ -119,26 +113,10 @@ def test_stock_dropout_is_drawn_in_training_and_not_in_evaluation(llama, shortcu
     assert_equal(run(model.eval(), inputs), run(oracle.eval(), inputs))
 
 
-@pytest.mark.exhaustive
-@one_each
-def test_recorded_norms_leave_the_dropout_masks_alone(llama, shortcut, pre_num, head):
-    outputs = []
-    for window in (0, 5):
-        model = connected(llama, shortcut, pre_num, head, window=window, lora_dropout=0.5)
-        torch.manual_seed(0)
-        outputs.append(run(model, llama.inputs()))
-    assert torch.equal(*outputs)
-
-
 @pytest.mark.parametrize(
     "lora",
-    [
-        {"use_rslora": True},
-        {"alpha_pattern": {"layers.1.self_attn.q_proj": 11, "layers.3.mlp.down_proj": 1}},
-        {"use_rslora": True, "alpha_pattern": {"layers.2.self_attn.v_proj": 9}},
-        {"r": 1},
-    ],
-    ids=["rslora", "alpha_pattern", "both", "rank_one"],
+    [{"use_rslora": True}, {"alpha_pattern": {"layers.1.self_attn.q_proj": 11, "layers.3.mlp.down_proj": 1}}],
+    ids=["rslora", "alpha_pattern"],
 )
 @one_each
 def test_every_block_keeps_its_own_scale(llama, shortcut, pre_num, head, lora):
@@ -159,17 +137,6 @@ def test_a_rank_pattern_cuts_the_chain_and_the_equation(llama, shortcut, pre_num
 
 @pytest.mark.exhaustive
 @one_each
-def test_a_scale_changed_after_connect_counts(llama, shortcut, pre_num, head):
-    model = llama.lora()
-    oracle = Oracle(model, llama.blocks, shortcut, pre_num, head)
-    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head))
-    for candidate in (model, oracle.model):
-        find_layer(candidate, "model.layers.1.self_attn.q_proj").set_scale("default", 0.5)
-    assert_equal(run(model, llama.inputs()), run(oracle.model, llama.inputs()))
-
-
-@pytest.mark.exhaustive
-@one_each
 def test_weights_updated_by_an_optimizer_count(llama, shortcut, pre_num, head):
     model, oracle = pair(llama, shortcut, pre_num, head)
     for candidate in (model, oracle):
@@ -179,15 +146,6 @@ def test_weights_updated_by_an_optimizer_count(llama, shortcut, pre_num, head):
             loss_of(candidate, llama.inputs(seed=seed)).backward()
             optimizer.step()
     assert_equal(run(model, llama.inputs()), run(oracle, llama.inputs()), rtol=1e-7)
-
-
-@one_each
-def test_gradients_accumulate_over_forwards(llama, shortcut, pre_num, head):
-    model, oracle = pair(llama, shortcut, pre_num, head)
-    for candidate in (model, oracle):
-        for seed in range(3):
-            loss_of(candidate, llama.inputs(seed=seed)).backward()
-    assert_equal(gradients(model), gradients(oracle))
 
 
 @pytest.mark.exhaustive
@@ -225,10 +183,9 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @language
 @one_each
-def test_autocast_with_fp32_adapters_is_as_precise_as_the_equation_under_autocast(name, dtype, shortcut, pre_num, head):
+def test_autocast_with_fp32_adapters_is_as_precise_as_the_equation_under_autocast(name, shortcut, pre_num, head):
     arch = ARCHITECTURES[name]
     model, oracle = (candidate.float() for candidate in pair(arch, shortcut, pre_num, head, window=2))
     for candidate in (model, oracle):
@@ -237,7 +194,7 @@ def test_autocast_with_fp32_adapters_is_as_precise_as_the_equation_under_autocas
 
     def step(candidate, enabled):
         candidate.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype, enabled=enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             result = run(candidate, inputs)
         result.float().square().mean().backward()
         return result, flat_gradients(candidate)
@@ -283,13 +240,12 @@ class Casting(Stack):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("place", [slice(2), slice(2, 4)])
 @pytest.mark.parametrize("tokens", [1, 4])
 @one_each
-def test_a_chain_whose_adapters_have_two_dtypes(shortcut, pre_num, head, tokens, place):
+def test_a_chain_whose_adapters_have_two_dtypes(shortcut, pre_num, head, tokens):
     model = lora_stack(Casting()).float()
     inputs = {"x": STACK_INPUTS["x"][:, :tokens].float()}
-    for layer in model.get_base_model().layers[place]:
+    for layer in model.get_base_model().layers[slice(2)]:
         layer.bfloat16()
     oracle = Oracle(copy.deepcopy(model).float(), [stack_chain()], shortcut, pre_num, head).model
     reslora.connect(model, ResLoraConfig(shortcut, pre_num, head), example_inputs=inputs)
@@ -376,19 +332,6 @@ def test_pefts_own_merge_is_refused(llama, shortcut, pre_num, head):
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.exhaustive
-@one_each
-def test_fuse_lora_is_refused(unet, shortcut, pre_num, head):
-    model, oracle = pair(unet, shortcut, pre_num, head)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    for safe_fusing in (False, True):
-        with pytest.raises((ValueError, RuntimeError)) as error:
-            model.fuse_lora(safe_fusing=safe_fusing)
-        assert_one_line(error, "reslora.merge")
-        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert_equal(run(model, unet.inputs()), run(oracle, unet.inputs()))
-
-
 # --- sharded weights --------------------------------------------------------------------------------------------------
 
 
@@ -424,26 +367,3 @@ def test_peft_calls_the_variant_of_the_active_adapter_after_the_base_layer():
     adapter, entered, base, kwargs = calls.pop()
     assert adapter == "default" and torch.equal(entered, x) and torch.equal(base, layer.base_layer(x))
     assert all(value is None for value in kwargs.values())
-
-
-def test_peft_merges_through_the_variant():
-    calls = []
-
-    class Probe:
-        def merge_safe(self, module, active_adapter, weight):
-            calls.append("merge_safe")
-            return weight
-
-        def merge_unsafe(self, module, active_adapter, weight):
-            calls.append("merge_unsafe")
-
-        def unmerge(self, module, active_adapter, weight):
-            calls.append("unmerge")
-            return weight
-
-    layer = next(iter(adapter_layers(lora_stack()).values()))
-    layer.lora_variant["default"] = Probe()
-    layer.merge(safe_merge=True)
-    layer.unmerge()
-    layer.merge()
-    assert calls == ["merge_safe", "unmerge", "merge_unsafe"]

@@ -1,6 +1,5 @@
 """The state of one forward pass: threads, nested calls, separate parts, and recomputations during other passes."""
 
-import copy
 import threading
 from functools import partial
 
@@ -150,13 +149,12 @@ def test_a_nested_forward_that_fails_leaves_the_outer_one_right(llama, shortcut,
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("shortcut", ["input", "middle"])
-def test_a_nested_forward_is_recorded_apart(llama, shortcut):
+def test_a_nested_forward_is_recorded_apart(llama):
     """Each forward pass writes its own column, the inner one first."""
-    model = connected(llama, ResLoraConfig(shortcut, window=2))
+    model = connected(llama, ResLoraConfig("input", window=2))
     at(model, MIDDLE["llama"], lambda: loss_of(model, llama.inputs(seed=7)))
     loss_of(model, llama.inputs())
-    plain = connected(llama, ResLoraConfig(shortcut, window=2))
+    plain = connected(llama, ResLoraConfig("input", window=2))
     for seed in (7, 0):
         loss_of(plain, llama.inputs(seed=seed))
     found, expected = (connection_of(m.get_base_model()).wires.norms for m in (model, plain))
@@ -184,23 +182,6 @@ def test_nothing_is_left_of_a_forward_that_ctrl_c_ended(llama, shortcut, pre_num
     with pytest.raises(RuntimeError) as error:
         find_layer(model, "model.layers.1.self_attn.q_proj")(torch.zeros(1, 2, 32, dtype=torch.float64))
     assert_one_line(error, "outside a forward")
-
-
-@pytest.mark.exhaustive
-@stateful
-def test_a_part_that_runs_after_ctrl_c_starts_afresh(llama, shortcut, pre_num, head):
-    model, _ = pair(llama, shortcut, pre_num, head)
-    inner = model.get_base_model().model
-    expected = inner(**llama.inputs()).last_hidden_state
-
-    def interrupt():
-        raise KeyboardInterrupt
-
-    at(model, MIDDLE["llama"], interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(model, llama.inputs(seed=5, batch=3))
-    assert torch.equal(inner(**llama.inputs()).last_hidden_state, expected)
-    assert connection_of(model.get_base_model()).wires.threads.slot.state is None
 
 
 # --- recomputation ----------------------------------------------------------------------------------------------------
@@ -381,10 +362,9 @@ def test_gradients_of_an_encoder_alone_and_of_the_whole(name, shortcut, pre_num,
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
-@pytest.mark.parametrize("shortcut", ["input", "middle"])
-def test_a_part_inside_a_forward_is_recorded_with_the_whole(name, shortcut):
+def test_a_part_inside_a_forward_is_recorded_with_the_whole(name):
     """One column per forward pass, with the norms of encoder and decoder; a separate part leaves the others out."""
-    model, _, example = encoder_decoder(name, shortcut, 1, "repeat")
+    model, _, example = encoder_decoder(name, "middle", 1, "repeat")
     norms = connection_of(model.get_base_model()).wires.norms
     model(**example)
     assert norms.count == 1 and bool(norms.values[:, 0].isfinite().all())
@@ -405,17 +385,6 @@ def test_a_part_that_cuts_a_chain_in_two_does_not_run_alone(llama, shortcut, pre
 
 
 @pytest.mark.exhaustive
-@stateful
-def test_a_part_that_holds_one_chain_and_cuts_another_does_not_run_alone(unet, shortcut, pre_num, head):
-    model = unet.lora(target_modules=["attn1.to_q", "attn2.to_k"])  # the text's keys are linked through all stages
-    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head))
-    hidden, text = torch.zeros(1, 8, 8, 8, dtype=torch.float64), torch.zeros(1, 5, 12, dtype=torch.float64)
-    with pytest.raises(RuntimeError) as error:
-        model.mid_block.attentions[0](hidden, encoder_hidden_states=text)
-    assert_one_line(error, "mid_block.attentions.0", "outside a forward")
-
-
-@pytest.mark.exhaustive
 def test_block_needs_no_state(llama):
     model = llama.lora()
     oracle = Oracle(model, llama.blocks, "block", 2).model
@@ -423,13 +392,3 @@ def test_block_needs_no_state(llama):
     x = torch.randn(1, 2, 32, dtype=torch.float64)
     alone, expected = (find_layer(candidate, "model.layers.3.self_attn.q_proj")(x) for candidate in (model, oracle))
     assert_equal(alone, expected)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("finish", [reslora.disconnect, lambda model: reslora.merge(model, "none")])
-def test_disconnected_parts_have_no_hooks_left(llama, finish):
-    model = connected(llama, ResLoraConfig("middle"))
-    twin = copy.deepcopy(model)
-    finish(model)
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-    assert any(module._forward_pre_hooks for module in twin.modules())

@@ -1,6 +1,5 @@
 """The trace: which holder reads the output of which, inputs made from a configuration, and no side effects."""
 
-import collections
 import itertools
 
 import pytest
@@ -11,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import reslora
-from reslora.tracing import Trace, meta_copy, to_device, trace
+from reslora.tracing import Trace, meta_copy, trace
 
 X = {"x": torch.ones(2, 4, 6, dtype=torch.float64), "y": torch.ones(2, 4, 6, dtype=torch.float64)}
 
@@ -142,21 +141,6 @@ class Nested(Layer):
         return {"kept": y, "changed": [super().forward(x)]}
 
 
-class Several(Layer):
-    """As joint attention does: the other stream is returned first."""
-
-    def forward(self, x, context):
-        return context + x.mean(), super().forward(x)
-
-
-Output = collections.namedtuple("Output", ["length", "hidden"])
-
-
-class Named(Layer):
-    def forward(self, x):
-        return Output(4, super().forward(x))
-
-
 def route_by_keyword(model, x, y):
     for layer in (*model.first, *model.second):
         x = layer("name", x > 0, hidden_states=x)
@@ -169,21 +153,9 @@ def route_nested(model, x, y):
     return x
 
 
-def route_several(model, x, y):
-    for layer in (*model.first, *model.second):
-        y, x = layer(x=x, context=y)
-    return x
-
-
-def route_named(model, x, y):
-    for layer in (*model.first, *model.second):
-        x = layer(x).hidden
-    return x
-
-
 @pytest.mark.parametrize(
     "layer, route",
-    [(OneName, route_by_keyword), (Nested, route_nested), (Several, route_several), (Named, route_named)],
+    [(OneName, route_by_keyword), (Nested, route_nested)],
 )
 def test_hidden_states_are_found_however_they_are_passed(layer, route):
     assert links(route, layer) == {*WITHIN, ACROSS}
@@ -221,16 +193,6 @@ def test_layers_in_between_that_have_other_roles_do_not_break_a_stream():
     assert found == {("first.0.proj", "second.1.proj"), ("first.1.other", "second.0.other")}
 
 
-def test_layers_in_between_that_have_other_roles_hide_no_other_stream():
-    """The first layer of a decoder reads the encoder, but only the second has the encoder's role."""
-
-    def route(model, x, y):
-        model.second[0].chosen = "other"
-        return run_through(model.second, y, context=run_through(model.first, x))
-
-    assert links(route, Either, ("proj", "other")) == {("first.0.proj", "first.1.proj")}
-
-
 class Outer(nn.Module):
     """A module of a list that holds its own list and a layer after it, as a U-Net's `attentions` do."""
 
@@ -250,76 +212,11 @@ def test_a_stream_passes_through_lists_inside_lists():
     assert found == {*itertools.pairwise(order), *itertools.pairwise(outer)}
 
 
-def test_lists_inside_lists_that_read_something_else_are_cut():
-    found = links(CUT["inputs_of_its_own"], Outer, ("proj", "out"))
-    assert ("first.1.blocks.1.proj", "second.0.blocks.0.proj") not in found
-    assert ("first.1.out", "second.0.out") not in found
-    assert len(found) == 6 + 2
-
-
-def test_a_layer_after_a_list_in_its_own_module_goes_on_with_it():
-    """MobileBERT's blocks have a list of feed-forward layers and, after it, one more of the same shape."""
-
-    class Mobile(Layer):
-        def __init__(self):
-            super().__init__()
-            self.more = nn.ModuleList(Layer() for _ in range(2))
-
-        def forward(self, x):
-            return super().forward(run_through(self.more, x))
-
-    found = links(lambda model, x, y: run_through(model.first, x), Mobile)
-    order = [f"first.{n}.{name}" for n in (0, 1) for name in ("more.0.proj", "more.1.proj", "proj")]
-    assert found == set(itertools.pairwise(order))
-
-
-class Container(nn.ModuleDict):
-    """A module that is never called: a loop over its list calls the items."""
-
-    def __init__(self) -> None:
-        super().__init__({"attention": Layer(), "forward_": Layer()})
-
-
-def through_containers(layers, x):
-    for layer in layers:
-        x = x + layer["attention"](x)
-        x = x + layer["forward_"](x)
-    return x
-
-
-def through_both_at_once(layers, x):
-    for layer in layers:
-        x = x + layer["attention"](x) + layer["forward_"](x)
-    return x
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("run", [through_containers, through_both_at_once])
-def test_a_holder_that_is_a_mere_container_counts_by_what_is_called_in_it(run):
-    joined = links(lambda model, x, y: run((*model.first, *model.second), x), Container)
-    assert len(joined) == 6
-    within = {pair for pair in joined if pair[0][:5] == pair[1][:5]}
-    assert len(within) == 4
-    assert links(lambda model, x, y: run(model.first, x) + run(model.second, y), Container) == within
-    meeting = links(lambda model, x, y: run(model.third, run(model.first, x) + run(model.second, y)), Container)
-    assert {pair for pair in meeting if pair[1][:5] == "third"} == {
-        (f"third.0.{part}.proj", f"third.1.{part}.proj") for part in ("attention", "forward_")
-    }
-
-
 def test_layers_that_are_items_themselves_are_linked_in_series_only():
     plain = lambda: nn.Linear(6, 6)  # noqa: E731
     series = links(lambda model, x, y: run_through(model.first, x), plain, ("0", "1"))
     assert series == {("first.0", "first.1")}
     assert links(lambda model, x, y: model.first[0](x) + model.first[1](x), plain, ("0", "1")) == set()
-
-
-def test_a_layer_that_no_list_holds_is_not_linked_to_one_whose_role_is_its_name():
-    model = Streams(lambda model, x, y: model.proj(run_through(model.first, x)))
-    model.proj = nn.Linear(6, 6)
-    chains = reslora.chains(get_peft_model(model.double(), LoraConfig(r=2, target_modules=["proj"])), example_inputs=X)
-    assert [[block.name for block in chain] for chain in chains] == [["first.0.proj", "first.1.proj"], ["proj"]]
-    assert chains[1][0].cut == "one of the two is in no list of modules of one class"
 
 
 def test_where_two_streams_meet_a_new_one_begins():
@@ -379,29 +276,13 @@ TRANSFORMERS = {
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", TRANSFORMERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_transformers_are_traced_without_example_inputs(name, dtype):
+def test_transformers_are_traced_without_example_inputs(name):
     """Image, caption, and both together have three different lengths."""
     build, overrides, lengths = TRANSFORMERS[name]
-    model = build(**overrides).to(dtype)
+    model = build(**overrides).to(torch.bfloat16)
     model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
     found = {block.tokens for block in reslora.chains(model).blocks}
     assert {(length,) for length in lengths if length} <= found
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_the_inputs_of_transformers_run_for_real(name, monkeypatch):
-    build, overrides, _ = TRANSFORMERS[name]
-    model = build(**overrides)
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    assert run_for_real(model, monkeypatch) == reslora.chains(model)
-
-
-@pytest.mark.exhaustive
-def test_the_copy_without_adapters_and_norms_runs_as_the_model_does(arch, monkeypatch):
-    model = arch.lora()
-    assert run_for_real(model, monkeypatch) == reslora.chains(model)
 
 
 class Normed(nn.Module):
@@ -422,35 +303,12 @@ def test_a_norm_makes_another_tensor_of_what_it_reads():
     assert seen.readers == [["layers.0"], ["layers.1", "layers.2"]]
 
 
-def run_for_real(model, monkeypatch) -> reslora.Chains:
-    with monkeypatch.context() as patched:
-        patched.setattr("reslora.tracing.meta_copy", lambda base, adapters: base)
-        patched.setattr("reslora.tracing.to_device", lambda inputs, device: to_device(inputs, "cpu"))
-        return reslora.chains(model)
-
-
 def test_another_adapter_may_be_connected():
     model = ARCHITECTURES["llama"].lora()
     plan = reslora.connect(model, reslora.ResLoraConfig(shortcut="middle"))
     model.add_adapter("other", model.peft_config["default"])
     model.base_model.set_adapter(["default", "other"])
     assert reslora.chains(model, "other") == plan
-
-
-def test_patches_of_another_size_are_traced_too():
-    model = tiny_models.z_image(all_patch_size=(4,), all_f_patch_size=(2,))
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    assert reslora.chains(model).links == 5
-
-
-@pytest.mark.exhaustive
-def test_weights_stored_in_eight_bits_are_traced_on_the_meta_device():
-    model = tiny_models.flux().to(torch.bfloat16)
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    links = reslora.chains(model).links
-    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
-    model.forward = None  # not to be called for real
-    assert reslora.chains(model).links == links == 5
 
 
 @pytest.mark.exhaustive
@@ -470,7 +328,7 @@ def test_a_unet_of_few_pixels_has_the_links_of_a_large_one():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["bart", "mbart", "t5", "pegasus"])
+@pytest.mark.parametrize("name", ["bart", "t5"])
 def test_encoder_decoders_are_traced_without_example_inputs(name):
     model = getattr(tiny_models, name)()
     targets = ["q_proj"] if name != "t5" else ["q"]
@@ -483,10 +341,9 @@ def test_a_custom_module_without_example_inputs_is_told_to_give_them():
     assert_one_line(error, "example_inputs")
 
 
-@pytest.mark.parametrize("inputs", [[1], torch.ones(2, 4, 6)])
-def test_example_inputs_that_are_no_dict_are_refused(inputs):
+def test_example_inputs_that_are_no_dict_are_refused():
     with pytest.raises(ValueError) as error:
-        reslora.chains(lora_stack(), example_inputs=inputs)
+        reslora.chains(lora_stack(), example_inputs=[1])
     assert_one_line(error, "example_inputs", "dict")
 
 
@@ -530,11 +387,10 @@ def test_the_trace_leaves_the_random_state_alone(name):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("training", [True, False])
-def test_the_trace_leaves_mode_gradients_and_weights_alone(name, training):
+def test_the_trace_leaves_mode_gradients_and_weights_alone(name):
     model, inputs = traced(name)
-    model.train(training)
-    next(iter(adapter_layers(model).values())).train(not training)
+    model.train(True)
+    next(iter(adapter_layers(model).values())).train(False)
     for n, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, n) if parameter.requires_grad else None
     modes = [module.training for module in model.modules()]
@@ -565,10 +421,9 @@ def test_the_trace_leaves_no_hooks(name):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["llama", "real"])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_the_trace_runs_with_gradients_on_or_off_and_leaves_them_so(name, context):
-    model, inputs = traced(name)
+def test_the_trace_runs_with_gradients_on_or_off_and_leaves_them_so(context):
+    model, inputs = traced("real")
     expected = reslora.chains(model, example_inputs=inputs)
     with context():
         before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -618,14 +473,3 @@ def test_a_copy_without_storage_shares_nothing_with_its_original():
     assert not any(parameter.requires_grad for parameter in twin.parameters())
     assert {id(module) for module in twin.modules()}.isdisjoint({id(module) for module in model.modules()})
     assert model.training and not twin.training
-
-
-def test_a_copy_without_storage_has_no_hooks():
-    model = lora_stack()
-    layer = next(iter(adapter_layers(model).values()))
-    layer.register_forward_hook(pytest.fail)
-    layer.register_forward_pre_hook(pytest.fail)
-    twin = meta_copy(model)
-    twin(torch.empty(2, 4, 6, dtype=torch.float64, device="meta"))
-    next(twin.modules()).register_forward_hook(pytest.fail)
-    assert sum(hook_counts(twin)) == 1 and sum(hook_counts(model)) == 2

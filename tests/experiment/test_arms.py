@@ -132,14 +132,6 @@ def test_what_does_not_go_together_is_refused_at_once(capsys, flags):
     assert flags[0] in refused(capsys, *flags)
 
 
-def test_processes_that_are_launched_train_each_arm_together(capsys, monkeypatch):
-    line = refused(capsys, "--arms_at_once", "900", *SEVERAL)
-    assert "--arms_at_once 900: the experiment has only 4 runs; give 4 at most" in line
-    monkeypatch.setenv("RANK", "0")
-    line = refused(capsys, "--arms_at_once", "2", *SEVERAL)
-    assert "--arms_at_once 2: each run is trained by all processes that the launcher starts; start the script" in line
-
-
 # -- in which order ----------------------------------------------------------------------------------------------------
 
 
@@ -190,27 +182,15 @@ def test_rates_grow_for_all_until_every_optimum_is_inside():
     assert grown(grids, seeds, losses_at(grids, best, seeds)) == grids
 
 
-def test_a_row_goes_on_by_the_ratio_at_that_end():
-    assert with_next([1e-4, 2e-4, 1e-3], 1e-3) == [1e-4, 2e-4, 1e-3, 5e-3]
-    assert with_next([1e-4, 5e-4, 1e-3], 1e-4) == [2e-5, 1e-4, 5e-4, 1e-3]
-
-
-def test_a_label_that_a_kill_left_behind_catches_up():
-    grids, best = {"lora": RATES, "reslora": [*RATES, 32e-4]}, {"lora": 2e-4, "reslora": 17e-4}
-    found = grown(grids, [0], losses_at(grids, best, [0]))
-    assert found == {"lora": [5e-5, *RATES], "reslora": grids["reslora"]}
-
-
 def test_the_rates_that_were_added_are_found_again():
     assert continued([1e-4, 2e-4], [1e-4, 2e-4]) == [1e-4, 2e-4]
     assert continued([1e-4, 2e-4], [4e-4, 2e-4, 1e-4, 5e-5, 7e-4]) == [5e-5, 1e-4, 2e-4, 4e-4]
     assert continued([1e-4], [2e-4]) == [1e-4]
 
 
-@pytest.mark.parametrize("low", [1e-4, 1.007e-4, 1.01e-4, 1.0149e-4])
 @pytest.mark.parametrize("up", [True, False])
-def test_rates_that_are_as_near_as_they_may_be_can_be_extended(low, up):
-    rates = [low, LEAST_RATIO * low]
+def test_rates_that_are_as_near_as_they_may_be_can_be_extended(up):
+    rates = [1e-4, LEAST_RATIO * 1e-4]
     for _ in range(MOST_EXTENSIONS):
         rates = with_next(rates, rates[-1 if up else 0])
     assert rates == sorted(set(rates))

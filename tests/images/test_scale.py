@@ -2,24 +2,19 @@
 
 import json
 import shutil
-import tracemalloc
 from collections.abc import Callable
 
 import pytest
 from pipelines import image_folder, random_image, stable_diffusion
 
 import train_sd
-from images.runs import FAMILY, read_by
 from reslora.errors import RunFailed
 from reslora.images.data.batch import Batch
 from reslora.images.data.dataset import ImageDataset
 from reslora.images.data.plan import Draw
-from reslora.images.data.samples import TrainingData, TrainingSamples, training_loader
-from reslora.images.data.size import Size
-from reslora.images.data.sources import Source
+from reslora.images.data.samples import TrainingSamples
 from reslora.images.model.families.stable_diffusion import StableDiffusion
 from reslora.images.model.loading import Model
-from reslora.options.images import Options
 from reslora.runtime.log import read_log
 
 pytestmark = pytest.mark.exhaustive
@@ -80,15 +75,6 @@ def test_another_run_on_the_same_data_encodes_nothing(train, folder, tmp_path, m
     assert train("second", "--pretrained_model_name_or_path", model, "--train_data_dir", images) == losses
 
 
-def test_other_captions_leave_the_encoded_images(train, folder, tmp_path, monkeypatch):
-    train("first")
-    encoders_are_not_loaded(monkeypatch, captions=True)
-    shutil.copytree(folder / "images", tmp_path / "images")
-    metadata = tmp_path / "images" / "metadata.jsonl"
-    metadata.write_text(metadata.read_text().replace("box", "disc"))
-    assert len(train("second", "--train_data_dir", str(tmp_path / "images"))) == 2
-
-
 def test_one_more_image_and_an_edited_caption_are_encoded_alone(train, folder, tmp_path, monkeypatch):
     encoded, encode_images, encode_captions = [], StableDiffusion.encode_images, StableDiffusion.encode_captions
     images = shutil.copytree(folder / "images", tmp_path / "images")
@@ -108,12 +94,6 @@ def test_one_more_image_and_an_edited_caption_are_encoded_alone(train, folder, t
     (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     train("second", "--train_data_dir", str(images))
     assert encoded == [8, "disc"]
-
-
-def test_another_seed_leaves_encoded_images_that_are_square(train, monkeypatch):
-    train("first", "--center_crop")
-    encoders_are_not_loaded(monkeypatch)
-    assert len(train("second", "--center_crop", "--seed", "1")) == 2
 
 
 def test_an_interrupted_run_encodes_no_image_twice(train, tmp_path, monkeypatch):
@@ -148,17 +128,3 @@ def test_without_cached_latents_an_image_is_opened_once_before_training_and_when
     train("out", "--no-cache_latents")
     assert opened == [*range(IMAGES), *drawn] and len(drawn) == 4
     assert not list((tmp_path / "cache" / "encoded").glob("latents*"))
-
-
-def test_positions_of_a_long_run_are_not_held(folder):
-    flags = Options.of(
-        train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0, noise_offset=0.0, seed=0
-    )
-    source = Source(None, None, tuple(range(IMAGES)), (), (Size(8, 8),) * IMAGES)
-    training_data = TrainingData((source,), None, None, {}, FAMILY, **read_by(flags))
-    tracemalloc.start()
-    loader = training_loader(training_data, range(1, 200_000), processes=3, rank=1, pin=False)
-    positions = [draw.position for draw in next(iter(loader.batch_sampler))]
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert positions == [8, 9] and peak < 2**20

@@ -1,13 +1,11 @@
 """The methods: configured, attached to models of transformers and diffusers, saved, loaded, converted to plain LoRA."""
 
-import copy
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from core_models import Stack, assert_one_line, tiny_bert, tiny_gpt2, tiny_llama, tiny_unet, token_inputs, unet_inputs
-from diffusers import UNet2DConditionModel
+from core_models import Stack, assert_one_line, tiny_bert, tiny_llama, tiny_unet, token_inputs, unet_inputs
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -86,11 +84,7 @@ def test_adalora_moves_ranks_between_a_tenth_and_a_half_of_the_steps():
     assert (config.tinit, config.tfinal, config.total_step, config.deltaT, config.lora_alpha) == (100, 500, 1000, 10, 8)
 
 
-def test_ofts_blocks_are_of_four_times_the_rank():
-    assert adapter_config("oft", AdapterSettings(**FLAGS, targets=["q_proj"])).oft_block_size == 16
-
-
-@pytest.mark.parametrize("total_steps", [1, 2, 3, 10, 1000])
+@pytest.mark.parametrize("total_steps", [1, 10])
 def test_adalora_has_a_schedule_for_any_number_of_steps(total_steps):
     config = adapter_config("adalora", AdapterSettings(**{**FLAGS, "targets": ["q_proj"], "total_steps": total_steps}))
     assert (config.init_r, config.target_r) == (6, 4)
@@ -109,12 +103,6 @@ def test_an_orthogonal_start_changes_nothing_and_trains_both_factors():
     outputs_of.square().mean().backward()
     factors = [value for value in model.parameters() if value.requires_grad]
     assert factors and all(value.abs().min() > 0 and value.grad.abs().max() > 0 for value in factors)
-
-
-@pytest.mark.parametrize("method", ["loha", "lokr"])
-def test_kronecker_and_hadamard_methods_drop_ranks(method):
-    config = adapter_config(method, AdapterSettings(**{**FLAGS, "dropout": 0.1}, targets=["q_proj"]))
-    assert (config.r, config.alpha, config.rank_dropout) == (4, 8, 0.1)
 
 
 def test_known_targets_are_query_and_value():
@@ -143,16 +131,11 @@ def test_every_method_starts_as_the_base_model_and_trains_its_targets(method, ki
     assert (rank_allocator(model) is not None) == (method == "adalora")
 
 
-def test_attaching_draws_weights_from_the_random_state():
-    first, second = ({k: v for k, v in trained_state(build("lora", "unet")).items()} for _ in range(2))
-    assert_same(first, second)
-
-
 def test_other_models_are_wrapped():
     assert isinstance(attach(Stack(), adapter_config("lora", AdapterSettings(**FLAGS, targets=["proj"]))), PeftModel)
 
 
-@pytest.mark.parametrize("method", ["lora", "lora_x2", "reslora", "adalora", "loha"])
+@pytest.mark.parametrize("method", ["lora", "adalora"])
 def test_a_rank_larger_than_a_layer_is_refused_before_anything_is_made(method):
     base = tiny_llama()
     config = adapter_config(method, AdapterSettings(**{**FLAGS, "r": 100_000}, targets=["q_proj", "v_proj"]))
@@ -164,15 +147,7 @@ def test_a_rank_larger_than_a_layer_is_refused_before_anything_is_made(method):
 
 @pytest.mark.parametrize(
     ("build_base", "targets", "most"),
-    [
-        (tiny_llama, ["q_proj"], 32),
-        (tiny_llama, "all-linear", 16),
-        (tiny_llama, r".*\.mlp\.(up|down)_proj", 32),
-        (tiny_gpt2, ["c_attn"], 32),
-        (tiny_unet, ["conv_in"], 8),  # 4 channels of 3 x 3 in, 8 out
-        (tiny_unet, ["conv_out"], 4),
-        (tiny_bert, ["word_embeddings"], 32),
-    ],
+    [(tiny_llama, ["q_proj"], 32), (tiny_llama, "all-linear", 16), (tiny_llama, r".*\.mlp\.(up|down)_proj", 32)],
 )
 def test_the_largest_rank_is_the_smaller_side_of_the_narrowest_layer(build_base, targets, most):
     base = build_base()
@@ -196,10 +171,9 @@ def test_adalora_is_measured_by_the_rank_that_was_asked_for_and_lokr_by_none():
     attach(tiny_llama(), adapter_config("lokr", AdapterSettings(**{**FLAGS, "r": 100_000}, targets=["v_proj"])))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adalora_trains_only_what_peft_saves(dtype):
+def test_adalora_trains_only_what_peft_saves():
     settings = AdapterSettings(**FLAGS, targets=TARGETS["llama"])
-    model = attach(tiny_llama().to(dtype), adapter_config("adalora", settings))
+    model = attach(tiny_llama().to(torch.bfloat16), adapter_config("adalora", settings))
     trained = {name.split(".")[-2] for name, value in model.named_parameters() if value.requires_grad}
     assert trained == {"lora_A", "lora_B", "lora_E"}
 
@@ -208,12 +182,6 @@ def test_adalora_refuses_convolutions():
     with pytest.raises(ValueError) as error:
         attach(tiny_unet(), adapter_config("adalora", AdapterSettings(**FLAGS, targets=["to_q", "conv_in"])))
     assert_one_line(error, "conv_in is a convolution", "AdaLoRA", "another method")
-
-
-def test_a_shortcut_without_a_link_is_refused():
-    with pytest.raises(ValueError, match="finds no link"):
-        config = adapter_config("reslora", AdapterSettings(**FLAGS, targets=["layers.0.self_attn.q_proj"]))
-        attach(tiny_llama(), config, reslora.ResLoraConfig())
 
 
 # -- AdaLoRA -----------------------------------------------------------------------------------------------------------
@@ -262,14 +230,6 @@ def test_a_gradient_added_is_that_of_the_penalty_in_the_loss():
         torch.testing.assert_close(factor.grad, gradient + 2 * single)
 
 
-def test_the_penalty_is_what_peft_adds_to_a_wrapped_models_loss():
-    model = build("adalora", task_type="CAUSAL_LM").eval()
-    inputs = token_inputs()
-    inputs["labels"] = inputs["input_ids"]
-    added = model(**inputs).loss - base_model(model)(**inputs).loss
-    assert added.item() == pytest.approx(rank_allocator(model).penalty().item(), rel=1e-4)
-
-
 def train(model, kind: str, steps: range, optimizer) -> None:
     _, inputs, name = MODELS[kind]
     allocator = rank_allocator(model)
@@ -282,9 +242,10 @@ def train(model, kind: str, steps: range, optimizer) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("stopped", [3, 7])  # while ranks move, and after they are settled
 @pytest.mark.parametrize("kind", MODELS)
-def test_ranks_are_moved_and_a_restored_allocator_goes_on_alike(tmp_path, kind, stopped):
+def test_ranks_are_moved_and_a_restored_allocator_goes_on_alike(tmp_path, kind):
+    stopped = 3
+
     def fresh(seed=0):
         model = build("adalora", kind, seed=seed).train()
         return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
@@ -315,23 +276,13 @@ def test_an_allocators_state_of_another_model_is_refused(steps, first):
     assert_same(before, rank_allocator(model).state_dict())
 
 
-def test_an_in_place_allocator_is_no_part_of_the_model_and_is_copied_with_it():
-    model = build("adalora", "unet")
-    assert len([module for module in model.modules() if isinstance(module, UNet2DConditionModel)]) == 1
-    assert not any(name.startswith(("_rank_allocator", "model.")) for name in model.state_dict())
-    twin = copy.deepcopy(model)
-    factors = {id(value) for value in twin.parameters()}
-    assert all(id(factor) in factors for factor in rank_allocator(twin).factors())
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_plain_lora_computes_what_adalora_did(training):
+def test_plain_lora_computes_what_adalora_did():
     model = build("adalora", "unet").train()
     train(model, "unet", range(1, 11), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05))
     expected = outputs(model, "unet")
     frozen = {name: module.weight for name, module in model.named_modules() if name.endswith("base_layer")}
-    plain = as_plain_lora(model.train(training))
-    assert plain is model and {module.training for module in plain.modules()} == {training}
+    plain = as_plain_lora(model.train(False))
+    assert plain is model and {module.training for module in plain.modules()} == {False}
     torch.testing.assert_close(outputs(plain, "unet"), expected, rtol=1e-12, atol=1e-12)
     assert not layers_of(plain) and rank_allocator(plain) is None
     for name, weight in frozen.items():  # the same tensors: no base was loaded again
@@ -383,21 +334,18 @@ def test_a_saved_adapter_loads_to_the_last_bit(tmp_path, method, kind):
     assert torch.equal(outputs(model, kind), outputs(other, kind))
 
 
-@pytest.mark.parametrize("method", ["lora", "reslora", "loha"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, method, value):
-    model = build(method)
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    model = build("lora")
     name, weight = list(trained_state(model).items())[-1]
-    weight.view(-1)[0] = value  # storage is shared
+    weight.view(-1)[0] = math.nan  # storage is shared
     with pytest.raises(RunFailed, match="is not finite; lower --learning_rate") as error:
         save_adapter(model, tmp_path / "checkpoint")
     assert_one_line(error, name)
     assert not (tmp_path / "checkpoint").exists()
 
 
-@pytest.mark.parametrize("method", ["lora", "reslora"])
-def test_one_flipped_bit_is_refused(tmp_path, method):
-    model = build(method)
+def test_one_flipped_bit_is_refused(tmp_path):
+    model = build("lora")
     save_adapter(model, tmp_path)
     path = next(tmp_path.glob("*.safetensors"))
     content = bytearray(path.read_bytes())
@@ -414,15 +362,11 @@ def shorter(state: dict) -> None:
     state.popitem()
 
 
-def longer(state: dict) -> None:
-    state["more"] = torch.zeros(1)
-
-
 def reshaped(state: dict) -> None:
     state[next(iter(state))] = torch.zeros(3, 5)
 
 
-@pytest.mark.parametrize("change", [shorter, longer, reshaped])
+@pytest.mark.parametrize("change", [shorter, reshaped])
 def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path, change):
     model = build("lokr")
     save_adapter(build("lokr", seed=8), tmp_path)
@@ -437,7 +381,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path, change):
     assert_same(before, values(model))
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\0" * 20])
+@pytest.mark.parametrize("content", [None, b"\0" * 20])
 def test_a_missing_or_broken_file_is_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "adapter.safetensors").write_bytes(content)

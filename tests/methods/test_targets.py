@@ -45,10 +45,6 @@ def test_a_block_is_refused_by_the_first_of_its_layers():
     assert line.count("transformer_blocks.0.attn") == 8
 
 
-def test_what_has_no_layer_inside_is_to_be_left_out():
-    assert refused(tiny_unet(), ["to_q", "norm1"], "--target_modules norm1", "(LayerNorm)").endswith("; leave it out")
-
-
 def test_an_expression_is_to_fit_layers_alone():
     assert refused(tiny_unet(), ".*attn1.*", "attn1 cannot be adapted (Attention)").endswith("attn1.to_q")
     assert refused(tiny_unet(), ".*dropout", "(Dropout)").endswith("; match only layers")

@@ -66,7 +66,7 @@ def test_an_image_is_enlarged_without_steps_and_nothing_else_is_done_to_it(tmp_p
     assert np.array_equal(pixels[top : top + height, x : x + width], expected)
 
 
-@pytest.mark.parametrize(("size", "shown"), [((32, 16), (128, 64)), ((512, 512), (192, 192)), ((300, 400), (144, 192))])
+@pytest.mark.parametrize(("size", "shown"), [((32, 16), (128, 64)), ((512, 512), (192, 192))])
 def test_images_keep_their_shape(tmp_path, size, shown):
     assert box(drawn(tmp_path, ["a"], [("p", [("m", [plain(RED, size)])])]), RED)[2:] == shown
 

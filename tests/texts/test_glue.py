@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from core_models import assert_equal
-from launching import forked
 from peft import PeftModel
 from safetensors.torch import load_file
 from suites import quick
@@ -25,14 +24,12 @@ from transformers import (
 )
 
 import train_glue
-from reslora.errors import InvalidArgument
 from reslora.runtime.folder_lock import locked
 from reslora.runtime.script import run_script
 from reslora.texts import glue
-from reslora.texts.glue_tasks import TASKS, check_rows, scores
+from reslora.texts.glue_tasks import TASKS, scores
 from texts.helpers import parsed_glue, run_glue
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["good", "bad", "fine", "poor", "the", "a", "film", "book", "song", "is", "was", "not", "very", "plot"]
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 SMALL_BART = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4}
@@ -107,11 +104,6 @@ def roberta(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bert(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("bert"), "bert")
-
-
-@pytest.fixture(scope="session")
 def rte(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("rte"), "rte")
 
@@ -155,12 +147,6 @@ def test_metrics_by_hand():
     assert skewed["spearmanr"] == pytest.approx(1.0) and skewed["pearson"] == pytest.approx(8 / (38 * 2) ** 0.5)
 
 
-def test_undefined_correlations_count_as_zero():
-    assert scored("stsb", [2.0, 2.0], [1.0, 3.0]) == {"pearson": 0.0, "spearmanr": 0.0}
-    assert scored("stsb", [2.0], [1.0]) == {"pearson": 0.0, "spearmanr": 0.0}
-    assert scored("cola", [1, 1], [1, 0]) == {"matthews": 0.0}
-
-
 def test_the_first_metric_is_the_papers():
     first = {name: task.metrics[0] for name, task in TASKS.items()}
     assert len(first) == 9
@@ -194,8 +180,8 @@ def texts_of(task: str, logits: list) -> glue.GlueTexts:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("task", list(TASKS))
-def test_every_task_trains_and_is_scored(task, roberta, tmp_path):
+@pytest.mark.parametrize("task", ["cola", "mnli", "stsb"])
+def test_a_task_is_trained_and_scored(task, roberta, tmp_path):
     data, output = write_data(tmp_path / "data", task), tmp_path / "run"
     run_glue(flags(roberta, data, output, task, "--max_steps", "1", "--method", "lora"))
     expected = ["loss", *TASKS[task].metrics]
@@ -208,11 +194,8 @@ def test_every_task_trains_and_is_scored(task, roberta, tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "shortcut", "merges"),  # the chains of both are those of tests/test_chains.py
     [
-        ("roberta", "input", ["unmerged", "none", "input", "weights", "lstsq"]),
         ("roberta", "middle", ["unmerged", "none", "input", "weights", "lstsq"]),
         ("roberta", "block", ["unmerged", "none", "exact"]),
-        ("roberta", "none", ["unmerged"]),
-        ("bert", "middle", ["unmerged", "none", "input", "weights", "lstsq"]),
     ],
 )
 def test_every_merge_is_measured(shortcut, merges, architecture, request, rte, tmp_path):
@@ -249,15 +232,6 @@ def reached(model: Path, data: Path, output: Path) -> tuple:
     return right / 10, pytest.approx(np.mean(losses), rel=1e-4)
 
 
-@pytest.mark.exhaustive
-def test_a_model_that_gives_hidden_states_too_is_scored_by_its_logits(rte, tmp_path):
-    model = write_model(tmp_path / "bart", "bart")
-    run_glue(flags(model, rte, tmp_path / "run", "rte", "--max_steps", "1", "--eval_steps", "1"))
-    row = results_of(tmp_path / "run")["table"]["unmerged"]
-    logged = [line for line in log_of(tmp_path / "run") if line["split"] == "validation"]
-    assert [(line["accuracy"], line["loss"]) for line in logged] == [(row["accuracy"], pytest.approx(row["loss"]))]
-
-
 @pytest.mark.parametrize(
     "method", quick(["lora", "lora_x2", "reslora", "adalora", "loha", "lokr", "lora_matched"], "reslora")
 )
@@ -285,27 +259,6 @@ def test_the_exported_adapter_gives_the_reported_metrics(roberta, rte, tmp_path)
     row = results["table"]["weights"]
     assert results["merge"] == "weights"
     assert (row["accuracy"], row["loss"]) == reached(roberta, rte, tmp_path)
-
-
-@pytest.mark.exhaustive
-def test_regression_is_trained_by_squared_error(roberta, tmp_path):
-    data = write_data(tmp_path / "data", "stsb")
-    run_glue(flags(roberta, data, tmp_path / "run", "stsb", "--merge_and_save"))
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "merged")
-    assert merged.config.problem_type == "regression" and merged.config.num_labels == 1
-
-
-@pytest.mark.exhaustive
-def test_it_learns(tmp_path):
-    """Whether a sentence has a word can be learned on top of random weights, if they are not too small."""
-    model = write_model(tmp_path / "model", initializer_range=0.2)
-    rows = [row | {"label": int("good" in row["sentence"].split())} for row in make_rows("sst2", 80)]
-    write_rows(tmp_path / "data" / "train.jsonl", rows)
-    write_rows(tmp_path / "data" / "validation.jsonl", rows)
-    more = ("--max_steps", "60", "--per_device_train_batch_size", "16", "--save_strategy", "no", "--shortcut", "block")
-    run_glue(flags(model, tmp_path / "data", tmp_path / "run", "sst2", *more))
-    share = np.mean([row["label"] for row in rows])
-    assert results_of(tmp_path / "run")["table"]["exact"]["accuracy"] > max(share, 1 - share) + 0.1
 
 
 @pytest.mark.exhaustive
@@ -357,25 +310,6 @@ def test_predictions_are_in_the_order_of_the_examples_numbered_from_zero(roberta
     assert texts.files(options) == [f"predict_results_{task}.txt"]
 
 
-def test_predictions_are_wanted_but_there_is_no_test_split(capfd, roberta, rte, tmp_path):
-    assert_refused(
-        capfd, flags(roberta, rte, tmp_path, "rte", "--do_predict"), "no split test; add test.jsonl, or leave"
-    )
-    mnli = write_data(tmp_path / "mnli", "mnli")
-    write_rows(mnli / "test_matched.jsonl", make_rows("mnli", 2))
-    words = "test_mismatched.jsonl: no split", "add test_matched.jsonl and test_mismatched.jsonl, or leave"
-    assert_refused(capfd, flags(roberta, mnli, tmp_path / "run", "mnli", "--do_predict"), *words)
-
-
-def test_texts_may_hold_line_separators(roberta, tmp_path):
-    rows = [row | {"sentence1": "good\u2028film\x85"} for row in make_rows("rte", 4)]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
-    for name in ("train", "validation"):
-        (tmp_path / f"{name}.jsonl").write_text(text + "\n", encoding="utf-8")
-    splits = glue.read_splits(parsed_glue(flags(roberta, tmp_path, tmp_path / "run")))
-    assert [row[0] for row in splits["train"]] == ["good\u2028film\x85"] * 4
-
-
 @pytest.mark.exhaustive
 def test_a_labelled_test_split_is_scored(roberta, tmp_path):
     data = write_data(tmp_path / "data", "mrpc")
@@ -401,17 +335,6 @@ def test_samples_and_lengths_are_cut(roberta, tmp_path):
         assert batch["input_ids"].shape == (1, length) and batch["attention_mask"].all()
 
 
-@pytest.mark.exhaustive
-def test_a_data_set_folder_is_read_like_the_hubs(roberta, tmp_path):
-    """`--dataset_name` with a folder uses `datasets.load_dataset`, like a name on the Hub."""
-    write_data(tmp_path / "data", "rte")
-    more = ("--dataset_name", str(tmp_path / "data"), "--dataset_config_name", "default", "--max_steps", "1")
-    argv = [word for word in flags(roberta, tmp_path, tmp_path / "run", "rte", *more)]
-    at = argv.index("--data_dir")
-    run_glue(argv[:at] + argv[at + 2 :])
-    assert results_of(tmp_path / "run")["train_examples"] == 24
-
-
 # -- log, resume, processes --------------------------------------------------------------------------------------------
 
 
@@ -429,9 +352,8 @@ def test_log_and_configuration(roberta, rte, tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("method", ["reslora", "adalora"])
-def test_a_resumed_run_equals_an_uninterrupted_one(method, roberta, rte, tmp_path):
-    more = ("--save_strategy", "steps", "--save_steps", "2", "--method", method, "--lora_dropout", "0.1")
+def test_a_resumed_run_equals_an_uninterrupted_one(roberta, rte, tmp_path):
+    more = ("--save_strategy", "steps", "--save_steps", "2", "--method", "reslora", "--lora_dropout", "0.1")
     run_glue(flags(roberta, rte, tmp_path / "whole", "rte", *more))
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     for name in ("results.json", "exports.json", "checkpoint-4/trainer.json"):
@@ -443,35 +365,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(method, roberta, rte, tmp_pat
     assert results_of(whole) | {"train_seconds": 0} == results_of(broken) | {"train_seconds": 0}
     without_time = [[row | {"seconds": 0} for row in log_of(folder)] for folder in (whole, broken)]
     assert without_time[0] == without_time[1]
-
-
-@pytest.mark.exhaustive
-def test_accumulated_batches_equal_one(roberta, rte, tmp_path):
-    for name, size, accumulated in (("one", "8", "1"), ("two", "4", "2")):
-        batch = ("--per_device_train_batch_size", size, "--gradient_accumulation_steps", accumulated)
-        run_glue(flags(roberta, rte, tmp_path / name, "rte", *batch, "--shortcut", "middle"))
-    one, two = ([row["loss"] for row in log_of(tmp_path / name)] for name in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-4)
-
-
-@pytest.mark.exhaustive
-def test_two_processes_agree_with_one(roberta, rte, tmp_path):
-    """DDP over gloo: the same samples per step give the same losses, and the merge is the same in all processes.
-
-    In the last batch, filled up with earlier examples, each validation example counts once.
-    """
-    two = flags(roberta, rte, tmp_path / "two", "rte", "--per_device_train_batch_size", "2", "--shortcut", "middle")
-    forked(ROOT / "train_glue.py", *two, "--per_device_eval_batch_size", "3", folder=tmp_path)
-    run_glue(flags(roberta, rte, tmp_path / "one", "rte", "--shortcut", "middle"))
-    one, both = results_of(tmp_path / "one"), results_of(tmp_path / "two")
-    assert list(both["table"]) == list(one["table"])
-    for name in ("unmerged", "none", "weights", "lstsq"):  # the norms for `input` are those of rank 0's half
-        assert both["table"][name]["loss"] == pytest.approx(one["table"][name]["loss"], rel=1e-4)
-    for split in ("train", "validation"):
-        rows = [[row for row in log_of(tmp_path / name) if row["split"] == split] for name in ("one", "two")]
-        losses = [[row["loss"] for row in part] for part in rows]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0]
-    assert (tmp_path / "two" / "peft" / "adapter_model.safetensors").is_file()
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -531,15 +424,6 @@ def test_bad_data(capfd, roberta, rte, tmp_path):
     assert not out.exists()
 
 
-def test_a_row_without_a_label_among_others_is_named():
-    first, *others = make_rows("rte", 3)
-    del first["label"]
-    with pytest.raises(InvalidArgument, match=r"^test\.jsonl, row 1: label None"):
-        check_rows(TASKS["rte"], "test.jsonl", [first, *others], labelled=False)
-    (row,) = check_rows(TASKS["rte"], "test.jsonl", [first], labelled=False)
-    assert row[-1] is None
-
-
 def test_a_score_outside_its_range(capfd, roberta, tmp_path):
     """Its ends are valid: the third row is the first that is refused."""
     rows = [row | {"label": label} for row, label in zip(make_rows("stsb", 3), (0, 5.0, 5.5), strict=True)]
@@ -560,12 +444,6 @@ def test_remote_code_is_refused(capfd, roberta, tmp_path, monkeypatch):
     assert_refused(
         capfd, argv[:at] + argv[at + 2 :], "nyu-mll/glue", "code from the hub", "--data_dir", "train.jsonl", "sentence"
     )
-
-
-def test_a_data_set_that_is_not_there(capfd, roberta, tmp_path):
-    argv = flags(roberta, tmp_path, tmp_path / "run", "cola", "--dataset_name", str(tmp_path / "none"))
-    at = argv.index("--data_dir")
-    assert_refused(capfd, argv[:at] + argv[at + 2 :], "--dataset_name", "cannot be loaded", "--data_dir")
 
 
 @pytest.mark.exhaustive

@@ -9,10 +9,10 @@ from reslora.options.texts import LlmOptions
 from reslora.texts import llm
 from reslora.texts.adapter import attach
 from reslora.texts.llm_tasks import Example
-from reslora.texts.llm_tokens import Encoder, calibration_batches, count_right, example_losses, generate
+from reslora.texts.llm_tokens import Encoder, calibration_batches, count_right, generate
 from texts.helpers import adapter_of
 
-from .helpers import bytes_tokenizer, token_loss
+from .helpers import bytes_tokenizer
 
 
 def test_the_loss_is_on_the_answer_and_the_end_which_is_learnt_though_it_pads():
@@ -57,9 +57,7 @@ def test_calibration_batches_have_no_padding():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("method", "shortcut"), [("reslora", "input"), ("reslora", "middle"), ("reslora", "block"), ("lora", "none")]
-)
+@pytest.mark.parametrize(("method", "shortcut"), [("reslora", "middle"), ("lora", "none")])
 def test_generation_with_cache_equals_the_arg_max_of_whole_forwards(method, shortcut):
     torch.manual_seed(0)
     base = tiny_llama(layers=4, vocab_size=257, max_position_embeddings=128, pad_token_id=None, bos_token_id=None)
@@ -100,8 +98,7 @@ def test_right_answers_are_counted_by_hand():
     assert count_right(said, [Example("", "", gold) for gold in ("3", "3", "3", "5", "")]) == 0
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_losses_of_an_experiment_are_in_the_order_of_its_examples(monkeypatch, size):
+def test_losses_of_an_experiment_are_in_the_order_of_its_examples(monkeypatch):
     """They are computed in the order of length."""
     asked = []
     monkeypatch.setattr(llm, "generate", answers)
@@ -113,18 +110,7 @@ def test_losses_of_an_experiment_are_in_the_order_of_its_examples(monkeypatch, s
         return [torch.full((2,), 1.0 + (len(row["input_ids"]) - shortest) / 4) for row in rows]
 
     monkeypatch.setattr(llm, "example_losses", losses_of)
-    options = LlmOptions.of(max_new_tokens=8, eval_batch_size=size)
+    options = LlmOptions.of(max_new_tokens=8, eval_batch_size=2)
     losses, figures = texts.measured(options, None, lambda: asked.append(1))
-    assert losses == [5, 4, 3, 2, 1] and figures == {"accuracy": 3 / 5} and len(asked) == -(-5 // size)
+    assert losses == [5, 4, 3, 2, 1] and figures == {"accuracy": 3 / 5} and len(asked) == -(-5 // 2)
     assert texts.figures(options, None, lambda: None) == {"loss": 3, "accuracy": 3 / 5}
-
-
-def test_the_loss_of_an_example_is_the_mean_over_its_answer_whatever_is_beside_it():
-    torch.manual_seed(0)
-    model = tiny_llama(layers=2, vocab_size=257, max_position_embeddings=128).float().eval()
-    encoder = Encoder(bytes_tokenizer())
-    examples = [Example("a", "", "1"), Example("abcdef", "because of that", "22"), Example("xyz", "", "3")]
-    expected = [token_loss(model, [encoder(example)]) for example in examples]
-    losses = example_losses(model, encoder, [*map(encoder, examples)])
-    assert [own.mean().item() for own in losses] == pytest.approx(expected, rel=1e-4)
-    assert max(expected) - min(expected) > 1e-2

@@ -28,8 +28,7 @@ def stock(folder: Path) -> Path:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("processes", [2])
-def test_losses_and_weights_are_those_of_stock_transformers(tiny, tmp_path, processes):
+def test_losses_and_weights_are_those_of_stock_transformers(tiny, tmp_path):
     """With texts of different lengths, in float32, with accumulation, clipping, warmup and an incomplete last step."""
     rows = [
         row(n) | {"Body": "Tom has pens. " * (1 + n % 5), "Equation": "1 + " * (n % 7) + "1"} for n in range(EXAMPLES)
@@ -39,11 +38,11 @@ def test_losses_and_weights_are_those_of_stock_transformers(tiny, tmp_path, proc
     (tmp_path / "stock").mkdir()
     forked(
         stock(tmp_path), str(tiny), str(data), str(tmp_path / "stock"), *LENGTHS,
-        folder=tmp_path, environment=told, processes=processes,
+        folder=tmp_path, environment=told, processes=2,
     )  # fmt: skip
     words = ["--model_name_or_path", str(tiny), "--data_dir", str(data), "--output_dir", str(tmp_path / "ours")]
     words += ["--method", "lora", "--save_steps", str(STEPS), "--report_to", "none", "--max_new_tokens", "2", *LENGTHS]
-    forked(SCRIPT, *words, folder=tmp_path, environment=told, processes=processes)
+    forked(SCRIPT, *words, folder=tmp_path, environment=told, processes=2)
     expected = json.loads((tmp_path / "stock" / "losses.json").read_text())
     found = [line["loss"] for line in read_log(tmp_path / "ours") if line["split"] == "train"]
     assert len(expected) == STEPS and expected[0] - expected[-1] > 0.1

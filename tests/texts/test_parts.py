@@ -52,29 +52,6 @@ def test_what_has_no_file_is_cut_out_by_content():
     assert "of the training examples" in str(tested)
 
 
-def test_one_of_several_near_duplicates_chooses_or_compares():
-    """Also in the task's own files, and in any order the same one. All of them are trained on."""
-    several = [f"{word}, {number}" for word in WORDS for number in (1, 2, 30)]
-    shares = ExperimentOptions(select_split=0.3, test_split=0.3)
-    found, turned = parts(shares, train=several), parts(shares, train=several[::-1])
-    assert (found.select, found.test) == (turned.select[::-1], turned.test[::-1])
-    for part in (found.select, found.test):
-        assert part and len(set(map(normalised, part))) == len(part)
-    assert len(found.train) == 3 * (len(WORDS) - len(found.select) - len(found.test))
-    own = parts(train=WORDS, select=["f 1", "f 2", "g"], test=several[:6])
-    assert len(own.select) == 2 and len(own.test) == 2
-
-
-def test_a_limit_takes_the_same_ones_however_the_examples_are_ordered():
-    shares = ExperimentOptions(select_split=0.3, test_split=0.3)
-    whole, turned = parts(shares, train=WORDS), parts(shares, train=WORDS[::-1])
-    assert whole.limited(None, None) == whole.limited(100, 100) == whole
-    found, again = whole.limited(2, 3), turned.limited(2, 3)
-    assert (len(found.select), len(found.test), found.train) == (2, 3, whole.train)
-    assert [word for word in whole.select if word in found.select] == found.select == again.select[::-1]
-    assert [word for word in whole.test if word in found.test] == found.test == again.test[::-1]
-
-
 @pytest.mark.parametrize(
     ("files", "shares", "words"),
     [

@@ -12,14 +12,13 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification, Ll
 import reslora
 from reslora.chains import base_model
 from reslora.errors import RunFailed
-from reslora.io import this_process
 from reslora.methods.adapters import save_adapter
 from reslora.model import connection_of
 from reslora.texts.adapter import attach
 from reslora.texts.results import export, merge_table, table_text, write_results
 from texts.helpers import adapter_of
 
-from .helpers import METHODS, STEPS, assert_same, build, rows, trained, trained_in, trained_parameters
+from .helpers import METHODS, STEPS, assert_same, build, trained, trained_in, trained_parameters
 
 
 def random_model(method: str = "reslora", shortcut: str = "input", base=None, **flags):
@@ -46,9 +45,8 @@ def figures():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("shortcut", ["input", "middle"])
-def test_the_merge_table_has_every_method_and_leaves_the_model_as_it_was(shortcut):
-    model, _ = random_model(shortcut=shortcut)
+def test_the_merge_table_has_every_method_and_leaves_the_model_as_it_was():
+    model, _ = random_model(shortcut="middle")
     model.train()
     for seed in range(3):
         model(**token_inputs(seed=seed))
@@ -66,7 +64,7 @@ def test_the_merge_table_has_every_method_and_leaves_the_model_as_it_was(shortcu
     after = connection_of(base_model(model)).wires.norms.values
     torch.testing.assert_close(norms, after, rtol=0, atol=0, equal_nan=True)
     for method, logits in zip(list(table)[1:], calls[1:], strict=False):
-        expected, _ = random_model(shortcut=shortcut)
+        expected, _ = random_model(shortcut="middle")
         load_from(expected, model)
         report = reslora.merge(expected, method, None if method == "input" else calibration)
         assert torch.equal(logits, expected(**token_inputs(seed=5)).logits), method
@@ -120,23 +118,11 @@ def test_without_calibration_or_norms_fewer_merges_apply():
         assert list(merge_table(plain, lambda model: {"loss": 1.0})) == ["unmerged"]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("method", ["lora", "reslora"])
-def test_figures_that_are_not_finite_end_the_run(method, value):
+def test_figures_that_are_not_finite_end_the_run():
+    value = float("nan")
     with pytest.raises(RunFailed) as error:
-        merge_table(random_model(method)[0], lambda model: {"accuracy": 0.5, "loss": value})
+        merge_table(random_model("reslora")[0], lambda model: {"accuracy": 0.5, "loss": value})
     assert_one_line(error, f"loss is {value}", "diverged", "--learning_rate")
-
-
-def test_weights_that_cannot_be_merged_end_the_run():
-    model, _ = random_model()
-    with torch.no_grad():
-        next(iter(trained_parameters(model))).fill_(torch.inf)
-    with pytest.raises(RunFailed) as error:
-        merge_table(model, lambda model: {"loss": 1.0}, methods=["none"])
-    assert_one_line(error, "diverged", "lora_A")
-    with pytest.raises(ValueError, match="needs calibration"):  # a mistake in the call is none of the training
-        merge_table(random_model()[0], lambda model: {"loss": 1.0}, methods=["lstsq"])
 
 
 def test_a_merge_table_shares_the_frozen_weights_and_copies_only_trained_ones():
@@ -151,48 +137,6 @@ def test_a_merge_table_shares_the_frozen_weights_and_copies_only_trained_ones():
     own, copied = tables
     assert own.keys() == copied.keys()
     assert {name for name in own if own[name] != copied[name]} == {name for name in own if "lora_" in name}
-
-
-def test_a_failing_evaluation_leaves_the_model_as_it_was():
-    model, _ = random_model()
-    evaluate, calls = figures()
-
-    def fail(merged):
-        if connection_of(base_model(merged)) is None:
-            raise ZeroDivisionError
-        return evaluate(merged)
-
-    with pytest.raises(ZeroDivisionError):
-        merge_table(model.eval(), fail)
-    evaluate(model)
-    assert torch.equal(calls[0], calls[1])
-
-
-@pytest.mark.exhaustive
-def test_training_goes_on_after_a_merge_table_with_gradient_checkpointing(tmp_path):
-    runs = []
-    for interrupted in (False, True):
-        options = {"max_steps": 2, "gradient_checkpointing": True}
-        model = trained_in(tmp_path / str(interrupted), shortcut="input", **options).denoiser
-        if interrupted:
-            evaluate, _ = figures()
-            merge_table(model.eval(), evaluate, [token_inputs()])
-        optimizer = torch.optim.SGD(list(trained_parameters(model)), lr=0.1)
-        model.train()
-        model(**rows_batch()).loss.backward()
-        optimizer.step()
-        runs.append(trained(model))
-    assert_same(*runs)
-
-
-def test_what_a_killed_export_has_left_goes(tmp_path):
-    """They would be uploaded with the rest of the folder."""
-    process, _, started = this_process().rpartition("-")
-    left = tmp_path / "peft" / f".adapter_model.safetensors.{process}-{int(started) + 1}-00000000.tmp"
-    left.parent.mkdir()
-    left.write_bytes(b"half")
-    export(build("lora", "none")[0], tmp_path, adapter_of("lora"))
-    assert sorted(path.name for path in left.parent.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_a_merged_model_of_an_earlier_export_goes(tmp_path):
@@ -213,10 +157,6 @@ def test_adalora_is_exported_with_the_ranks_of_its_weights(tmp_path):
     export(model, tmp_path, adapter_of("adalora"))
     stock = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
     torch.testing.assert_close(stock(**token_inputs()).logits, expected)
-
-
-def rows_batch() -> dict[str, torch.Tensor]:
-    return {name: torch.stack([row[name] for row in rows(4)]) for name in ("input_ids", "labels")}
 
 
 @pytest.mark.exhaustive

@@ -1,6 +1,5 @@
 """The size at which an image is trained: how much of it remains, and that nothing is enlarged."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from reslora.images.output.calibration_file import read_calibration
 SHAPES = [2 ** (-1 + 2 * number / 500) for number in range(501)]  # from 1:2 to 2:1
 
 
-@pytest.mark.parametrize("multiple", [8, 16, 32])
-@pytest.mark.parametrize("resolution", [512, 576, 640, 768, 1024, 1280, 1536])
+@pytest.mark.parametrize("multiple", [8, 32])
+@pytest.mark.parametrize("resolution", [512, 1024])
 def test_every_shape_from_1_to_2_to_2_to_1_keeps_most_of_its_area(resolution, multiple):
     buckets = ladder(resolution, multiple)
     assert (
@@ -57,7 +56,7 @@ def test_an_image_gets_the_bucket_that_keeps_most_of_it(image, expected):
     assert own_bucket(image, 512, 8) == expected
 
 
-@pytest.mark.parametrize("width", [8, 20, 31, *range(33, 1500, 61)])
+@pytest.mark.parametrize("width", [8, 31, 400, 1400])
 def test_nothing_is_scaled_up_or_larger_than_the_square(width):
     for height in (8, 20, 31, *range(33, 1500, 47)):
         size = own_bucket((width, height), 512, 8)
@@ -65,14 +64,13 @@ def test_nothing_is_scaled_up_or_larger_than_the_square(width):
         assert size.width <= width and size.height <= height
 
 
-@pytest.mark.parametrize("resolution", [512, 1024])
-def test_an_image_with_as_many_pixels_as_the_square_keeps_most_of_its_area(resolution):
+def test_an_image_with_as_many_pixels_as_the_square_keeps_most_of_its_area():
     """Without enlarging it, not all buckets fit into an image with few more pixels."""
     for more in (1.0, 1.02, 1.05, 1.2):
         for shape in SHAPES[::5]:
-            side = resolution * more
+            side = 512 * more
             image = (round(side * shape**0.5 + 0.5), round(side / shape**0.5 + 0.5))
-            assert kept(image, own_bucket(image, resolution, 8)) >= 0.93
+            assert kept(image, own_bucket(image, 512, 8)) >= 0.93
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -98,17 +96,7 @@ def flags_for(model: Path, shapes: Path, output: Path, *more: object) -> list[ob
 
 SIDES = ("--resolution", 48, 32)
 """With the three shapes, six buckets."""
-GO_ON = ("sdxl", "z_image")
-
-
-# Krea 2's latents are Qwen-Image's.
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("krea2", *GO_ON)])
-def test_every_family_trains_in_buckets(family, shapes, tmp_path):
-    """Each forward has one size."""
-    assert only(
-        printed(*flags_for(FAMILIES[family](tmp_path / "model"), shapes, tmp_path / "out", *SIDES)), "6 buckets"
-    )
+GO_ON = ("sdxl", "qwen_image")
 
 
 @pytest.mark.exhaustive
@@ -135,16 +123,6 @@ def test_sdxl_is_told_the_size_of_each_bucket(shapes, tmp_path):
             factor = ids[4] / batch["sample"].shape[2]
             assert ids[5] == factor * batch["sample"].shape[3]
     assert told == {(48, 64): (40, 56), (64, 48): (56, 40), (48, 48): (48, 48)}
-
-
-@pytest.mark.exhaustive
-def test_buckets_can_be_named(model, shapes, tmp_path):
-    named = ("--aspect_ratio_buckets", " 32,32; 32,48;", "--method", "lora", "--max_train_steps", 1)
-    only(printed(*flags_for(model, shapes, tmp_path / "out", *named)), "2 buckets")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["aspect_ratio_buckets"] == "32,32;32,48"
-    again = ("--config", tmp_path / "out" / "config.json", "--output_dir", tmp_path / "again")
-    assert main(*again) == 0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pipelines import flux, image_folder
 
-from images.runs import FAMILY, load_images, losses, only, options_of, printed, read_by, refused, with_options
+from images.runs import FAMILY, load_images, losses, only, printed, read_by, refused
 from reslora.images.context import ImageContext
 from reslora.images.data import training_data as making
 from reslora.images.data.captions import VERBATIM, CaptionTransform, build_caption_transform
@@ -16,7 +16,6 @@ from reslora.images.data.samples import CalibrationSamples, TrainingData, Valida
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
 from reslora.images.data.training_data import captions_of, source_of
-from reslora.images.experiment.run import data_of_variant
 from reslora.images.generators import generator
 from reslora.images.settings import parse_args
 from reslora.options.images import Options
@@ -144,14 +143,6 @@ def test_processes_accumulation_and_a_resumed_run_see_the_same_variants():
     assert told(material_with(EVERYTHING, seed=4), range(12)) != whole
 
 
-def test_options_change_nothing_but_captions_and_not_those_of_class_images():
-    with_options, without = (material_with(transform) for transform in (EVERYTHING, VERBATIM))
-    loaders = [training_loader(made, range(12), 1, 0, pin=False) for made in (with_options, without)]
-    for batch, plain in zip(*loaders, strict=True):
-        assert batch.noise.equal(plain.noise) and batch.sizes.equal(plain.sizes)
-        assert [text == "a {dog}" for text in batch.caption] == [text == "a {dog}" for text in plain.caption]
-
-
 def test_what_is_measured_and_merged_with_has_whole_captions():
     training_data = material_with(EVERYTHING)
     whole = [EVERYTHING.plain(text) for text in CAPTIONS[6]]
@@ -161,31 +152,9 @@ def test_what_is_measured_and_merged_with_has_whole_captions():
     assert found <= {EVERYTHING.plain(text) for options in CAPTIONS for text in options} | {"a {dog}"}
 
 
-def test_processes_measure_and_merge_with_what_one_would_read():
-    """With buckets, too; a batch has one bucket."""
-
-    def read(batch: int, processes: int) -> list[tuple]:
-        training_data, wide = material_with(EVERYTHING, batch=batch), Size(16, 32)
-        learnt, of_class = training_data.sources
-        size = learnt.sizes[0]
-        learnt = dataclasses.replace(learnt, sizes=(size, wide, size, wide, wide, wide, size))
-        shapes = training_data.shapes | {wide: (1, 2, 4)}
-        training_data = dataclasses.replace(training_data, sources=(learnt, of_class), shapes=shapes)
-        found = CalibrationSamples(training_data).batches(14, processes)
-        return [
-            (text, *noise.flatten().tolist())
-            for batch in found
-            for text, noise in zip(batch.caption, batch.noise, strict=True)
-        ]
-
-    whole = read(4, 1)
-    assert len(whole) == 14 and len(set(map(len, whole))) == 2
-    assert read(2, 2) == read(1, 4) == whole
-
-
-@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 3)])
-def test_every_caption_of_a_run_is_known_beforehand(processes, accumulation, monkeypatch):
-    training_data = material_with(EVERYTHING, accumulation=accumulation)
+def test_every_caption_of_a_run_is_known_beforehand(monkeypatch):
+    processes = 2
+    training_data = material_with(EVERYTHING, accumulation=3)
     read, known = set(told(training_data, range(12), processes)), captions_of(training_data, processes)
     for samples in (ValidationSamples(training_data).batches(), CalibrationSamples(training_data).batches(16)):
         read |= {text for batch in samples for text in batch.caption}
@@ -198,30 +167,13 @@ def test_every_caption_of_a_run_is_known_beforehand(processes, accumulation, mon
     assert len(captions_of(material_with(CaptionTransform(prefix="sks", dropout=0.5)), processes)) == 15
 
 
-def test_each_seed_of_an_experiment_has_variants_of_its_own(monkeypatch):
-    training_data = material_with(EVERYTHING)
-    sources = tuple(dataclasses.replace(source, latents=None) for source in training_data.sources)
-    training_data = dataclasses.replace(training_data, sources=sources)
-    training_data = with_options(training_data, cache_text_embeddings=True, validation_prompt=["a"])
-    family = SimpleNamespace(name="tiny", text_parts=("text_encoder",))
-    model = SimpleNamespace(family=family, fingerprint=lambda *parts: "")
-    accelerator = SimpleNamespace(num_processes=1, mixed_precision="no")
-    monkeypatch.setattr(making, "encode_texts", lambda wanted, *rest: wanted)
-    context = ImageContext(options_of(training_data), model, accelerator, None)
-    for seed in (3, 4):
-        found = data_of_variant(training_data, context.options.replace(seed=seed), None, context)
-        assert set(found.texts) == {"", "a", *captions_of(found, 1)}
-        assert set(told(material_with(EVERYTHING, seed=seed), range(12))) <= set(found.texts)
-
-
-@pytest.mark.parametrize("of_class", [True, False])
-def test_class_images_keep_their_prompt(of_class, tmp_path, monkeypatch):
+def test_class_images_keep_their_prompt(tmp_path, monkeypatch):
     monkeypatch.setattr(making, "latents_of", lambda *_: (None, {}))
     words = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", image_folder(tmp_path / "images")]
     flags = parse_args([*map(str, words), "--caption_prefix", "sks", "--caption_suffix", "end"])
-    images = dataclasses.replace(load_images(flags), of_class=of_class)
+    images = dataclasses.replace(load_images(flags), of_class=True)
     source = source_of(images, [Size(16, 16)] * len(images), None, ImageContext(flags, None, None, None))
-    assert source.transform == (VERBATIM if of_class else CaptionTransform(prefix="sks", suffix="end"))
+    assert source.transform == VERBATIM
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------
@@ -238,12 +190,12 @@ def tagged(tmp_path_factory):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("trained", [(), ("--train_text_encoder",)])
-def test_variants_that_are_encoded_in_the_steps_train_what_kept_ones_do(trained, tagged, monkeypatch, tmp_path):
+def test_variants_that_are_encoded_in_the_steps_train_what_kept_ones_do(tagged, monkeypatch, tmp_path):
     """Flux has a trained and a frozen text encoder; each is run where it should be."""
     flags = ["--pretrained_model_name_or_path", flux(tmp_path / "model"), "--train_data_dir", tagged, *OPTIONS]
     flags += ["--resolution", 32, "--max_train_steps", 3, "--train_batch_size", 2, "--rank", 2, "--method", "lora"]
-    flags += ["--validation_split", 0.3, "--num_validation_images", 0, "--num_inference_steps", 1, *trained]
+    flags += ["--validation_split", 0.3, "--num_validation_images", 0, "--num_inference_steps", 1]
+    flags += ["--train_text_encoder"]
     flags += ["--merge_calibration_samples", 0, "--report_to", "none", "--learning_rate", "1e-2"]
     assert not [line for line in printed(*flags, "--output_dir", tmp_path / "kept") if "too many variants" in line]
     monkeypatch.setattr(making, "FEW_VARIANTS", 0)

@@ -68,13 +68,3 @@ def test_one_line_tells_how_many_captions_are_cut_and_which_is_the_longest(brief
         line = only(printed(*flags, "--output_dir", tmp_path / output), *TELLING)
         assert line.startswith("2 of 4 captions") and "the 8 tokens that text_encoder reads" in line
         assert "1.png: 32 tokens" in line and "max_sequence_length" not in line
-
-
-@pytest.mark.exhaustive
-def test_prefix_and_suffix_count_and_prompts_do_too(brief_flags, tmp_path):
-    data = image_folder(tmp_path / "data", 3, lambda _: "red disc")
-    flags = [*brief_flags, "--train_data_dir", data]
-    assert not [line for line in printed(*flags, "--output_dir", tmp_path / "one") if "longer than" in line]
-    flags += ["--caption_suffix", "on blue blue blue red", "--validation_prompt", "red " * 9]
-    line = only(printed(*flags, "--output_dir", tmp_path / "two"), *TELLING)
-    assert line.startswith("2 of 2 captions and prompts") and "--validation_prompt: 11 tokens" in line

@@ -72,6 +72,7 @@ def test_processes_end_when_the_rest_is_not_wanted():
     no_process_is_left()
 
 
+@pytest.mark.exhaustive
 def test_an_image_that_is_damaged_while_training_ends_the_run_in_one_line(brief_flags, data, capsys, tmp_path):
     """Without cached latents, images are read in every step."""
     folder = shutil.copytree(data, tmp_path / "images")

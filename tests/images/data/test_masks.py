@@ -50,17 +50,9 @@ def test_a_mask_counts_before_the_alpha_channel_which_is_transparency_then():
     assert opened(png("RGB", (1, 2, 3)), png("RGB", "white")) == ((1, 2, 3), 255)
 
 
-def test_what_is_transparent_of_a_mask_counts_nothing():
-    """As editors export a selection: white on a transparent ground."""
-    assert opened(png("RGB", (1, 2, 3)), png("RGBA", (255, 255, 255, 100))) == ((1, 2, 3), 100)
-    assert opened(png("RGB", (1, 2, 3)), png("LA", (255, 0))) == ((1, 2, 3), 0)
-    assert opened(png("RGB", (1, 2, 3)), png("L", 255, transparency=255)) == ((1, 2, 3), 0)
-    assert opened(png("RGB", (1, 2, 3)), png("RGBA", "white")) == ((1, 2, 3), 255)
-
-
-@pytest.mark.parametrize("side", [4, 8, 16, 32])
-def test_what_is_black_counts_nothing_up_to_its_edge_whatever_the_scale(side):
+def test_what_is_black_counts_nothing_up_to_its_edge_whatever_the_scale():
     """Lanczos resampling would overshoot at the edge."""
+    side = 8
     mask = PIL.Image.fromarray(np.repeat([[0] * 8 + [255] * 8], 16, 0).astype(np.uint8))
     found = crop_mask(mask, (0.5, 0.5), False, Size(side, side))
     assert found.shape == (1, side, side)
@@ -160,9 +152,8 @@ def test_a_mask_of_another_size_or_none_at_all_is_left_out_or_refused(folder, ca
     assert "its mask: no such file" in refused(capsys, *MODEL, "--train_data_dir", folder, "--strict")
 
 
-@pytest.mark.parametrize("name", ["../mask.png", 5])
-def test_a_mask_that_is_not_in_the_folder_is_refused(name, folder, capsys):
-    rows = [{"file_name": "0.png", "text": "a", "mask": name}]
+def test_a_mask_that_is_not_in_the_folder_is_refused(folder, capsys):
+    rows = [{"file_name": "0.png", "text": "a", "mask": "../mask.png"}]
     (folder / "metadata.jsonl").write_text(json.dumps(rows[0]))
     line = refused(capsys, *MODEL, "--train_data_dir", folder)
     assert "metadata.jsonl line 1" in line and ("mask" in line or "outside" in line)
@@ -191,10 +182,9 @@ def test_masks_are_cropped_scaled_and_mirrored_as_their_images(tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("kept", ["--cache_latents", "--no-cache_latents"])
-def test_an_image_of_which_nothing_counts_is_left_out_or_refused(kept, brief_flags, folder, capsys, tmp_path):
+def test_an_image_of_which_nothing_counts_is_left_out_or_refused(brief_flags, folder, capsys, tmp_path):
     PIL.Image.new("L", random_image(0).size).save(folder / "mask-0.png")
-    flags = [*brief_flags, "--train_data_dir", folder, "--masked_loss", "--num_validation_images", 0, kept]
+    flags = [*brief_flags, "--train_data_dir", folder, "--masked_loss", "--num_validation_images", 0, "--cache_latents"]
     lines = printed(*flags, "--output_dir", tmp_path / "out")
     only(lines, "left out", "0.png: its mask is black or transparent everywhere")
     only(lines, f"{folder}: 2 images, each once an epoch, weight 1; 1 of 2 is masked")

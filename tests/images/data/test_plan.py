@@ -26,7 +26,7 @@ def images(draws: list[Draw]) -> list[int]:
     return [draw.image for draw in draws]
 
 
-@pytest.mark.parametrize("per_forward", [1, 2, 4, 5, 16])
+@pytest.mark.parametrize("per_forward", [2, 5])
 def test_one_bucket_is_round_after_round(per_forward):
     """Sample p is at position p of the concatenated rounds: images that fill up a batch are not used twice."""
     plan, count = Plan([source(*[0] * 5)], per_forward, seed=3), 5
@@ -44,7 +44,7 @@ def test_each_bucket_has_an_order_of_its_own_and_so_have_forwards():
     assert [draw.size for draw in uses_per_epoch] == [SIZES[place // 8] for place in shuffled(16, 3, "order", -1, 0)]
 
 
-@pytest.mark.parametrize("per_forward", [1, 2, 4, 8])
+@pytest.mark.parametrize("per_forward", [1, 4])
 def test_no_forward_mixes_sizes_and_every_epoch_meets_every_image(per_forward):
     plan = Plan([MIXED], per_forward, seed=1)
     epoch = plan.forwards_per_epoch
@@ -60,8 +60,8 @@ def test_no_forward_mixes_sizes_and_every_epoch_meets_every_image(per_forward):
     assert len(set(map(tuple, orders))) > 1 or epoch == 3
 
 
-@pytest.mark.parametrize("per_forward", [1, 2, 3])
-def test_several_folders_and_resolutions_are_met_as_often_as_they_repeat_and_never_mixed(per_forward):
+def test_several_folders_and_resolutions_are_met_as_often_as_they_repeat_and_never_mixed():
+    per_forward = 2
     plan = Plan(FOLDERS, per_forward, seed=4)
     forwards = [plan.forward(number) for number in range(plan.forwards_per_epoch)]
     assert all(len({draw.size for draw in forward}) == 1 for forward in forwards)

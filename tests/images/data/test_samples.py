@@ -13,7 +13,6 @@ from images.runs import FAMILY, assert_same, digests, losses, main, read_by
 from reslora.images.data.batch import Batch
 from reslora.images.data.plan import Draw, Plan
 from reslora.images.data.samples import (
-    SHOWN,
     VALIDATION_DRAWS,
     CalibrationSamples,
     TrainingData,
@@ -22,7 +21,6 @@ from reslora.images.data.samples import (
 )
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source, split
-from reslora.images.output import summary as showing
 from reslora.options.images import Options
 
 
@@ -111,14 +109,6 @@ def test_noise_offset_shifts_each_channel_of_each_sample(with_and_without_offset
 
 
 @pytest.mark.exhaustive
-def test_validation_loss_is_without_the_noise_offset(with_and_without_offset):
-    """Otherwise losses of runs with and without it could not be compared."""
-    before, after = (by_step(with_and_without_offset[offset]) for offset in (0.0, 0.5))
-    assert after[0, "validation"] == before[0, "validation"]
-    assert after[1, "train"] != before[1, "train"]
-
-
-@pytest.mark.exhaustive
 def test_the_loss_is_weighted_in_training_alone(pure_noise, with_and_without_offset, tmp_path):
     """A millionth of the image remains: for v, the min-SNR weight snr / (snr + 1) is a millionth too."""
     assert main(*pure_noise, "--snr_gamma", 5, "--output_dir", tmp_path / "out") == 0
@@ -169,39 +159,6 @@ def test_an_image_is_measured_with_the_same_noises_whichever_others_are():
             assert getattr(sample, name).equal(getattr(every[key], name))
 
 
-@pytest.mark.exhaustive
-def test_loss_png_says_on_how_many_images_the_loss_was_measured(brief_flags, tmp_path, monkeypatch):
-    """The other held-out images are not trained on either: the first step is the same."""
-    said, drawn = [], []
-    monkeypatch.setattr(showing, "loss_curves", lambda path, logs, held_out: said.append(held_out))
-    for limit in (1, 2, 64):
-        output = tmp_path / str(limit)
-        flags = ("--validation_split", "0.5", "--max_validation_images", limit, "--output_dir", output)
-        assert main(*brief_flags, *flags) == 0
-        drawn.append(by_step(output, "lora"))
-    assert said == [1, 2, 3]
-    assert len({found[0, "validation"] for found in drawn}) == 3 and len({found[1, "train"] for found in drawn}) == 1
-
-
-def test_images_to_be_looked_at_are_those_trained_on_from_all_over_the_data():
-    """Image n has size n; number 40 cannot be read, and class images are left out."""
-
-    def opened(number: int) -> PIL.Image.Image:
-        if number == 40:
-            raise OSError("cannot be read just now")
-        return PIL.Image.new("RGB", (number + 1, 600 if number == 80 else 1))
-
-    def source(train: range, of_class: bool = False) -> Source:
-        return Source(SimpleNamespace(open=opened, of_class=of_class), None, tuple(train), (1,), ())
-
-    sources = source(range(300, 310), of_class=True), source(range(0, 60, 10)), source(range(60, 120, 10))
-    training_data = TrainingData(sources, {}, None, {}, FAMILY, **read_by(Options.of()))
-    sizes = [image.size for image in training_data.training_images(6)]
-    assert sizes == [(1, 1), (21, 1), (61, 1), (round(81 * SHOWN / 600), SHOWN), (101, 1)]
-    assert len(training_data.training_images(5)) == 4 and len(training_data.training_images(99)) == 11
-    assert TrainingData((), {}, None, {}, FAMILY, **read_by(Options.of())).training_images(6) == []
-
-
 # -- crops and mirror images -------------------------------------------------------------------------------------------
 
 
@@ -215,12 +172,6 @@ def one_image(latents: SimpleNamespace | None, images: SimpleNamespace) -> list[
     source = Source(images, latents, (0,), (), (size,))
     samples = TrainingSamples(TrainingData((source,), {}, objective, {size: (1, 2, 2)}, FAMILY, **read_by(flags)))
     return [samples[Draw(0, 0, size, position)] for position in range(200)]
-
-
-def test_every_variant_that_is_kept_is_trained():
-    latents = SimpleNamespace(variants=4, of=lambda index, variant: {"sizes": torch.tensor(variant)})
-    uses_per_epoch = [int(sample.sizes) for sample in one_image(latents, SimpleNamespace(captions=[["box"]]))]
-    assert all(30 < uses_per_epoch.count(variant) < 70 for variant in range(4))
 
 
 def test_without_kept_latents_every_sample_has_a_crop_of_its_own_and_half_are_mirrored():

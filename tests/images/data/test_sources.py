@@ -1,6 +1,5 @@
 """Several folders, repeats, weights, kohya's folders and several resolutions: what is trained, and how often."""
 
-import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -15,7 +14,6 @@ from images.runs import (
     RESUME,
     assert_same,
     final_weights,
-    load_images,
     losses,
     main,
     only,
@@ -58,19 +56,6 @@ def test_each_folder_has_its_repeats_and_weight_or_all_have_one(folders):
     assert [images.label for images in found] == list(map(str, folders))
 
 
-def test_one_folder_is_what_it_was_and_what_counts_is_part_of_what_a_run_goes_on_from(folders):
-    flags = parse_args(["--train_data_dir", str(folders[0])])
-    assert flags.data.train_data_dir == [str(folders[0])]
-    (alone,) = load_folders(flags.model, flags.data, flags.training, flags.output)
-    assert alone.fingerprint == load_images(flags).fingerprint and not alone.notes and not alone.label
-    assert alone.fingerprint.startswith("4 images, content ") and alone.fingerprint.count(",") == 1
-    others = [("--train_data_repeats", 2), ("--train_data_weight", 2)]
-    assert (
-        len({alone.fingerprint, *(gather("--train_data_dir", folders[0], *more)[0].fingerprint for more in others)})
-        == 3
-    )
-
-
 def test_as_many_as_max_train_samples_are_taken_of_all_folders(folders):
     for wanted in (1, 3, 5, 6, 7):
         found = gather("--train_data_dir", *folders, "--max_train_samples", wanted)
@@ -106,35 +91,11 @@ def test_kohyas_folders_say_repeats_and_captions(tmp_path):
     assert letters.label == f"{tmp_path}/p/2_a_b (1 of 1 image with its name as caption: a_b)"
 
 
-def test_one_of_kohyas_folders_without_a_name_says_repeats_alone(tmp_path):
-    """Images without a caption have none then."""
-    folder = image_folder(tmp_path / "p" / "10_", 2, layout="txt")
-    (folder / "0.txt").unlink()
-    (found,) = gather("--train_data_dir", tmp_path / "p")
-    assert (found.repeats, found.captions, found.label) == (10, [["blue box"]], str(folder))
-    assert "0.png: no caption" in only(found.left_out, "0.png")
-
-
-@pytest.mark.parametrize("beside", [False, True])
-def test_a_number_alone_says_no_repeats_and_that_is_told(tmp_path, beside):
+def test_a_number_alone_says_no_repeats_and_that_is_told(tmp_path):
     image_folder(tmp_path / "p" / "10", 2, layout="txt")
-    if beside:
-        image_folder(tmp_path / "p" / "2_cat", 1, layout="txt")
     (found,) = gather("--train_data_dir", tmp_path / "p")
-    assert (len(found), found.repeats) == ((1, 2) if beside else (2, 1))
+    assert (len(found), found.repeats) == (2, 1)
     only(found.notes, f"{tmp_path / 'p'}: the name 10 sets no repeats; name it 10_ to use each image 10 times an epoch")
-
-
-def test_captions_in_capitals_are_read_and_missing_ones_counted(tmp_path):
-    """As cameras and Windows write suffixes."""
-    folder = image_folder(tmp_path / "p" / "4_sks dog", 3, layout="none")
-    for number in range(3):
-        (folder / f"{number}.png").rename(folder / f"{number}.PNG")
-    (folder / "0.TXT").write_text("red disc")
-    (folder / "1.CAPTION").write_text("blue box")
-    (found,) = gather("--train_data_dir", tmp_path / "p")
-    assert found.captions == [["red disc"], ["blue box"], ["sks dog"]]
-    assert found.label == f"{folder} (1 of 3 images with its name as caption: sks dog)"
 
 
 def test_metadata_says_more_than_kohyas_names(tmp_path):
@@ -143,11 +104,6 @@ def test_metadata_says_more_than_kohyas_names(tmp_path):
     (found,) = gather("--train_data_dir", folder)
     assert (found.captions, found.repeats) == ([["red disc"]], 1)
     only(found.notes, f"whose repeats are not used: to use them, give {folder} as")
-
-
-def test_a_year_is_no_number_of_repeats(tmp_path, brief_flags, capsys):
-    image_folder(tmp_path / "p" / "2024_summer", 1, layout="txt")
-    assert "2024 times" in refused(capsys, *brief_flags, "--train_data_dir", tmp_path / "p")
 
 
 @pytest.mark.parametrize(
@@ -171,25 +127,9 @@ def test_what_does_not_fit_is_refused(folders, brief_flags, capsys, tmp_path, wo
     assert expected in refused(capsys, *flags, quiet=False)
 
 
-def test_a_folder_inside_another_is_warned_of(folders, capsys):
-    outer, inner = Path(folders[0]).parent, folders[0]
-    parse_args(["--train_data_dir", str(outer), str(inner)])
-    assert (
-        f"warning: --train_data_dir {outer} {inner}: the second folder is inside the first" in capsys.readouterr().out
-    )
-
-
 def test_a_folder_that_is_not_there_is_named(folders, brief_flags, capsys, tmp_path):
     line = refused(capsys, *brief_flags, "--train_data_dir", *folders, tmp_path / "none")
     assert f"--train_data_dir {tmp_path / 'none'}: no such folder" in line
-
-
-def test_a_configuration_gives_lists_back(folders, tmp_path):
-    lists = {"train_data_dir": list(map(str, folders)), "train_data_repeats": [1, 2], "resolution": [32, 48]}
-    (tmp_path / "config.json").write_text(json.dumps(lists | {"train_data_weight": [0.5]}))
-    flags = parse_args(["--config", str(tmp_path / "config.json")])
-    assert {name: flags[name] for name in lists} == lists and flags.data.train_data_weight == [0.5]
-    assert parse_args(["--config", str(tmp_path / "config.json"), "--resolution", "64", "64"]).data.resolution == [64]
 
 
 # -- what becomes of them ----------------------------------------------------------------------------------------------
@@ -241,9 +181,7 @@ def test_a_small_image_is_trained_once_at_its_own_size(image, resolutions, expec
     assert [size.height * size.width > 0.8 * side**2 for size, side in zip(upscaled, resolutions, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("count", "share", "held_out"), [(19, 0.1, 2), (14, 0.1, 1), (3, 0.9, 2), (4, 0.01, 1), (1, 0.5, 0), (9, 0.0, 0)]
-)
+@pytest.mark.parametrize(("count", "share", "held_out"), [(19, 0.1, 2), (3, 0.9, 2), (1, 0.5, 0)])
 def test_the_share_that_is_held_out_is_rounded_and_leaves_one_to_train_on(count, share, held_out):
     train, others = split(count, share, seed=5)
     assert len(others) == held_out and sorted((*train, *others)) == list(range(count))
@@ -256,14 +194,6 @@ def test_each_folder_holds_out_its_share_and_class_images_nothing():
     assert held == [2, 0, 0]
     assert len(made([(64, 64)] * 2, "--validation_split", 0.1)[0].held_out) == 1
     assert not made([(64, 64)] * 20, "--validation_split", 0.1, of_class=True)[0].held_out
-
-
-def test_repeats_and_weights_are_those_of_the_folder_at_every_resolution():
-    """Class images have the class weight as well."""
-    words = ("--resolution", 64, 96, "--prior_loss_weight", 0.5, "--class_data_dir", ".", "--class_prompt", "disc")
-    for of_class, weight in ((False, 3.0), (True, 1.5)):
-        sources = made([(64, 64)] * 3, *words, repeats=2, weight=3, of_class=of_class)
-        assert [(source.repeats, source.weight) for source in sources] == [(2, weight)] * 2
 
 
 def told(sources: list[Source], *words: object) -> list[str]:
@@ -288,13 +218,6 @@ def test_what_is_told_of_folders_is_what_an_epoch_meets_and_counts():
     assert not told(made([(64, 64)] * 8, *words), *words)
 
 
-def test_of_a_folder_that_an_experiment_holds_out_whole_no_image_is_used():
-    words = ("--resolution", 64, "--use_aspect_ratio_buckets", "--validation_split", 0)
-    small = [dataclasses.replace(source, train=()) for source in made([(64, 64)], *words, label="small")]
-    both = [*made([(64, 64), (128, 64)], *words, label="mine"), *small]
-    assert told(both, *words)[-1] == "small: 0 images, each never an epoch, weight 1"
-
-
 def test_copies_of_held_out_images_are_not_trained_whichever_folder_they_are_in():
     words = ("--resolution", 64, 96, "--validation_split", 0.2)
     first, *others = made([(600, 400)] * 5, *words, marks=list("abcde"))
@@ -304,27 +227,6 @@ def test_copies_of_held_out_images_are_not_trained_whichever_folder_they_are_in(
     found, removed = without_copies([first, *others, *copied, *only_copies])
     assert removed == 1 and [source.train for source in found[-2:]] == [(0, 2), (0,)]
     assert found[0] == first and [source.train for source in found[1:-2]] == [source.train for source in others]
-
-
-def test_what_is_told_of_small_buckets_is_what_an_epoch_meets():
-    """Nine square images at batch size 16 give 16 samples, and so does a single wide image."""
-    words = ("--resolution", 64, "--use_aspect_ratio_buckets", "--train_batch_size", 16, "--validation_split", 0)
-    sizes = [(64, 64)] * 9 + [(128, 64)]
-    uneven, line = told(made(sizes, *words, label="mine"), *words)
-    assert "images of 40x96 16 times, and images of 64x64 1.78 times" in uneven
-    assert "--train_batch_size" in uneven and line == "mine: 10 images, each 1.8 to 16 times an epoch, weight 1"
-    assert told(made(sizes, *words, label="mine", repeats=3), *words, "--train_batch_size", 1) == [
-        "mine: 10 images, each 3 times an epoch, weight 1"
-    ]
-
-
-def test_what_is_told_of_masks_is_what_is_left_of_them():
-    sources = made([(64, 64)] * 4, "--resolution", 64, 96, "--masked_loss", label="a", masked=[True, True, False, True])
-    lines = told(sources, "--masked_loss")
-    assert [line.split(":")[0] for line in lines] == ["a at 64", "a at 96"]
-    assert lines[0].endswith("3 of 4 are masked")
-    some = [made([(64, 64)] * 4, label="a", masked=[True, True, False, True])[0].images.select([2, 3])]
-    assert [images.masked for images in some] == [[False, True]]
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

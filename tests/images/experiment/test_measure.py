@@ -13,7 +13,7 @@ from reslora.experiment.statistics import arrays_of
 from reslora.experiment.study import numbers
 from reslora.images.data.samples import NOISES, TIMESTEPS, FixedSamples, losses_of, measured, measured_at
 from reslora.images.model.loss import masked
-from reslora.images.output.reports import SharedLosses, Validation
+from reslora.images.output.reports import Validation
 from reslora.runtime.signals import StopRequest
 
 
@@ -82,16 +82,15 @@ def test_losses_are_means_over_noises_by_hand(setting):
         torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("noises", [2, NOISES])
-def test_a_validation_that_steers_is_by_the_same_losses(setting, noises):
+def test_a_validation_that_steers_is_by_the_same_losses(setting):
     """The means by timestep are logged with it."""
     training_data, loss, denoiser = setting
-    training_data = with_options(training_data, validation_noises=noises)
+    training_data = with_options(training_data, validation_noises=2)
     validation = Validation(loss, training_data, None, Accelerator(cpu=True), StopRequest())
     found = validation.losses(denoiser.train())
     assert denoiser.training
     expected = losses_of(
-        lambda batch: loss(denoiser.eval(), batch, weighted=False), training_data, training_data.held_out, noises
+        lambda batch: loss(denoiser.eval(), batch, weighted=False), training_data, training_data.held_out, 2
     )
     assert found.equal(expected)
     by_timestep = validation.by_timestep(found)
@@ -136,19 +135,6 @@ def test_small_batches_have_several_images_of_one_size_and_losses_are_the_same(s
     together = losses_of(losses, mixed, images, 1, most=20)
     assert lengths == [16, 8, 16]
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=0)
-
-
-def test_the_losses_before_the_first_step_are_measured_once_for_all_arms(setting):
-    training_data, loss, denoiser = setting
-    shared, told = SharedLosses(), []
-    validation = Validation(
-        loss, with_options(training_data, validation_noises=2), None, Accelerator(cpu=True), None, shared
-    )
-    validation.losses = lambda denoiser: told.append(denoiser) or torch.full((3, 8), float(len(told)))
-    for step, expected in ((0, 1.0), (0, 1.0), (5, 2.0), (0, 1.0), (5, 3.0)):
-        found = validation._losses_of(SimpleNamespace(step=step, denoiser=denoiser))
-        assert found.unique().tolist() == [expected]
-    assert shared.samples == 3 * 3 * 8 * 2 and shared.seconds >= 0
 
 
 def test_which_images_are_measured_their_content_says(setting):

@@ -89,30 +89,6 @@ def test_where_one_flag_is_not_enough_several_are_named(prepared, monkeypatch):
     assert both in said(half(images, context, 1.5 * 2**30), images, context)
 
 
-def test_quantized_weights_are_not_advised_to_a_method_that_refuses_them(prepared):
-    _, context = prepared
-    for method, advised in (("lora", True), ("pissa", False), ("orthogonal", False)):
-        changes = planning.changes(with_flags(context, method=[method]))
-        assert any("base_precision" in change for change in changes) == advised
-
-
-@pytest.mark.exhaustive
-def test_arms_at_once_share_what_is_free(prepared, monkeypatch):
-    images, context = prepared
-    context = with_flags(context, arms_at_once=3)
-    total = plan_of(images, context, None).peak.total
-    give(monkeypatch, 2.9 * total)
-    with pytest.raises(
-        InvalidArgument, match=r"^--arms_at_once 3: .*each of 3 runs on a cpu has .* give a smaller number$"
-    ):
-        check_memory(images, context)
-    give(monkeypatch, 3.1 * total)
-    check_memory(images, context)
-    give(monkeypatch, 0.9 * total)
-    with pytest.raises(InvalidArgument, match=r"^--train_batch_size 16"):
-        check_memory(images, context)
-
-
 def said(plan, images, context) -> str:
     with pytest.raises(InvalidArgument) as refusal:
         planning.refuse(plan, images, context)
@@ -127,20 +103,6 @@ def test_nothing_is_gone_through_where_it_surely_fits_or_is_not_wanted(prepared,
     give(monkeypatch, 1000)
     check_memory(images, with_flags(context, plan=False))
     assert "planned" not in capsys.readouterr().out
-
-
-def test_a_model_that_is_not_gone_through_is_trained_all_the_same(prepared, capsys, monkeypatch):
-    images, context = prepared
-
-    def fail(*_) -> None:
-        raise NotImplementedError("no kernel.\nfor shapes alone")
-
-    monkeypatch.setattr(planning, "Rehearsal", fail)
-    give(monkeypatch, 1000)
-    check_memory(images, context)
-    assert capsys.readouterr().out.splitlines()[-1].endswith("without weights (no kernel)")
-    with pytest.raises(InvalidArgument, match=r"--plan: .*no kernel"):
-        check_memory(images, with_flags(context, plan=True))
 
 
 def with_flags(context, **changes):

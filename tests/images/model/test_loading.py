@@ -1,6 +1,5 @@
 """The model: refusals before anything is encoded, and single files that become a folder."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -8,14 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKLQwenImage, StableDiffusionPipeline, UNet2DConditionModel
 from pipelines import qwen_image, sdxl, tiny_qwen_vae
 from safetensors.torch import save_file
 
 from images.runs import failed, losses, main, refused
 from reslora.bundled import ASSETS
-from reslora.errors import InvalidArgument
-from reslora.images.model.kinds import refuse_parts
 from reslora.images.model.loading import find_model
 from reslora.options.images import Options
 
@@ -38,19 +35,14 @@ def damage_cut_off(unet: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
 
-def damage_other_shape(unet: Path) -> None:
-    config = json.loads((unet / "config.json").read_text())
-    (unet / "config.json").write_text(json.dumps(config | {"block_out_channels": [8, 24]}))
-
-
-@pytest.mark.parametrize("damage", [damage_missing, damage_cut_off, damage_other_shape])
+@pytest.mark.parametrize("damage", [damage_missing, damage_cut_off])
 def test_damaged_unet_is_refused_before_anything_is_encoded(base_flags, model, capsys, tmp_path, damage):
     broken = shutil.copytree(model, tmp_path / "model")
     damage(broken / "unet")
     assert "unet" in refused_model(capsys, base_flags, broken)
 
 
-@pytest.mark.parametrize("index, vae", [("[]", None), (None, "[]"), ("{", None)])
+@pytest.mark.parametrize("index, vae", [("[]", None), (None, "[]")])
 def test_damaged_model_configs_are_refused(base_flags, model, capsys, tmp_path, index, vae):
     broken = shutil.copytree(model, tmp_path / "model")
     if index:
@@ -108,9 +100,8 @@ def test_another_autoencoder_is_blamed_itself(brief_flags, model, capsys, tmp_pa
     assert str(model) not in line.replace(str(vae), "")
 
 
-@pytest.mark.parametrize("part", [UNet2DConditionModel, AutoencoderKL])
-def test_memory_that_runs_out_is_no_fault_of_the_models_folder(brief_flags, capsys, tmp_path, monkeypatch, part):
-    monkeypatch.setattr(part, "from_pretrained", lambda *args, **kwargs: torch.empty(2**60))
+def test_memory_that_runs_out_is_no_fault_of_the_models_folder(brief_flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *args, **kwargs: torch.empty(2**60))
     line = failed(capsys, *brief_flags, "--output_dir", tmp_path / "out")
     assert "memory ran out (" in line and "repair" not in line
 
@@ -175,31 +166,6 @@ def test_a_lora_or_a_part_of_a_model_is_refused_by_what_it_is(data, model, capsy
         assert f"error: {flag[0]} {path}: {where} is {what}" in line
 
 
-KOHYA = ["lora_unet_down_blocks_0_attentions_0_proj_in.alpha"]
-WHOLE = ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"]
-
-
-@pytest.mark.parametrize(
-    ("names", "what"),
-    [
-        (KOHYA, "a LoRA"),
-        (["diffusion_model.layers.0.attention.qkv.lora_A.weight"], "a LoRA"),
-        (["unet.down_blocks.0.resnets.0.conv1.hada_w1_a"], "a LoRA"),
-        (["input_blocks.0.0.weight", "out.0.weight"], "a U-Net"),
-        (["double_blocks.0.img_attn.qkv.weight"], "a transformer"),
-        (["first_stage_model.encoder.conv_in.weight"], "an autoencoder"),
-        (WHOLE, None),
-        (["weight"], None),
-    ],
-)
-def test_what_a_file_is_shows_in_the_names_of_its_tensors(tmp_path, names, what):
-    path = tmp_path / "some.safetensors"
-    save_file({name: torch.zeros(1) for name in names}, path)
-    refusal = pytest.raises(InvalidArgument, match=rf"^--model: it is {what}") if what else contextlib.nullcontext()
-    with refusal:
-        refuse_parts(path, "--model")
-
-
 REFINER = {"projection_class_embeddings_input_dim": 16 + 5 * 8, "cross_attention_dim": 24}
 
 
@@ -217,14 +183,6 @@ def test_a_refiners_unet_among_sdxls_parts_is_refused(data, capsys, tmp_path, un
     flags = ["--train_data_dir", str(data), "--resolution", "32", "--rank", "2", "--report_to", "none"]
     line = refused_model(capsys, flags, folder)
     assert words in line and "give a base model's folder" in line
-
-
-def test_a_single_file_that_cannot_be_loaded_is_refused_with_what_makes_a_folder_of_it(base_flags, capsys, tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_file({"weight": torch.zeros(3)}, path)
-    line = refused_model(capsys, base_flags, path)
-    assert "no such folder" not in line
-    assert "from_single_file" in line and "save_pretrained" in line
 
 
 def test_hub_that_cannot_be_reached_is_said_at_once(capsys, data, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ from diffusers import ModelMixin
 from live_tensors import reads_at_a_time
 from peft import LoraConfig
 from pipelines import FAMILIES
-from safetensors.torch import load_file, save_file
 
 import reslora
 from reslora.images.model import stored
@@ -87,33 +86,6 @@ def test_shortcuts_are_traced_without_reading_and_merged_alike(base, both, monke
         reslora.merge(denoiser, method, calibration=[inputs_of(family, denoiser)] if method == "lstsq" else None)
         found.append({name: value for name, value in denoiser.state_dict().items() if "lora_" in name})
     torch.testing.assert_close(found[0], found[1])
-
-
-def test_files_are_found_as_from_pretrained_finds_them(tmp_path):
-    values = {"a.weight": torch.ones(2, 2, dtype=torch.bfloat16), "b": torch.arange(3)}
-    assert stored_weights(tmp_path) == {}
-    save_file(values, tmp_path / "diffusion_pytorch_model.safetensors")
-    save_file({"c": values["b"]}, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
-    found = stored_weights(tmp_path)
-    assert found.keys() == values.keys() and stored_weights(tmp_path, "fp16").keys() == {"c"}
-    assert found["a.weight"].read().dtype == torch.float32 and found["b"].read().dtype == torch.int64
-    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"d": "other"}}')
-    assert stored_weights(tmp_path) == {"d": Stored(tmp_path / "other", "d")}
-    (tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text('{"weight_map": {"e": "more"}}')
-    assert stored_weights(tmp_path, "fp16") == {"e": Stored(tmp_path / "more", "e")}
-
-
-def test_small_models_and_files_with_other_names_are_loaded_whole(base, tmp_path, monkeypatch):
-    kind, folder = base[0].denoiser_class, base[1]
-    in_files = [isinstance(module, StoredLinear) for module in load_exact(kind, folder, HERE).modules()]
-    assert not any(in_files)
-    monkeypatch.setattr(stored, "IN_MEMORY", 0)
-    weights = {name: where.read() for name, where in stored_weights(folder).items()}
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    save_file(weights | {"more": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
-    other = load_exact(kind, tmp_path, HERE)
-    assert not any(isinstance(module, StoredLinear) for module in other.modules())
-    assert load_file(tmp_path / "diffusion_pytorch_model.safetensors").keys() - {"more"} == other.state_dict().keys()
 
 
 def test_a_gpu_gives_half_of_what_it_has_free(base, monkeypatch):

@@ -37,15 +37,8 @@ def same(one: object, other: object) -> bool:
     return one == other and type(one) is type(other)
 
 
-@pytest.mark.parametrize(
-    "batches",
-    [
-        [batch(2, [5, 3])],
-        [batch(2, [5, 3]), batch(2, [1, 9]), batch(1, [4])],
-        [batch(2, [5, 3]), batch(2, [5, 3], side=6), batch(3, [2, 2, 2], side=4)],
-    ],
-)
-def test_batches_come_back_as_they_were(tmp_path, batches):
+def test_batches_come_back_as_they_were(tmp_path):
+    batches = [batch(2, [5, 3]), batch(2, [5, 3], side=6), batch(3, [2, 2, 2], side=4)]
     write_calibration(tmp_path / "calibration.safetensors", batches)
     found = read_calibration(tmp_path / "calibration.safetensors")
     assert same(found, batches)
@@ -78,13 +71,10 @@ TENSOR = {"tensor": "sample", "rows": [0, 2]}
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        None, 3, "", [], {"tensor": "other", "rows": [0, 2]}, TENSOR | {"rows": 2}, TENSOR | {"rows": [0]},
-        TENSOR | {"rows": ["a", "b"]}, {"tensor": ["sample"]},
-    ],
+    [None, [], TENSOR | {"rows": [0]}],
     ids=repr,
 )  # fmt: skip
-@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("depth", [0, 2])
 def test_damaged_batches_are_an_error_in_one_line(tmp_path, wrong, depth):
     path = tmp_path / "calibration.safetensors"
     trees = [[[]], [wrong], [{"sample": TENSOR}, wrong]][depth] if depth or wrong == [] else wrong
@@ -96,8 +86,8 @@ def test_damaged_batches_are_an_error_in_one_line(tmp_path, wrong, depth):
 
 @pytest.mark.parametrize(
     "metadata",
-    [None, {"format": "pt"}, {"batches": "{"}, {"batches": "[" * 100_000}],
-    ids=["none", "other", "cut off", "deep"],
+    [None, {"batches": "{"}],
+    ids=["none", "cut off"],
 )
 def test_file_of_another_kind_is_an_error_in_one_line(tmp_path, metadata):
     path = tmp_path / "calibration.safetensors"
@@ -107,7 +97,7 @@ def test_file_of_another_kind_is_an_error_in_one_line(tmp_path, metadata):
     assert_one_line(error, "calibration.safetensors", "train again")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no tensors"])
+@pytest.mark.parametrize("content", [None, b"no tensors"])
 def test_file_that_is_no_safetensors_is_an_error_in_one_line(tmp_path, content):
     path = tmp_path / "calibration.safetensors"
     if content is not None:

@@ -10,7 +10,7 @@ from live_tensors import reads_at_a_time
 from peft import LoraConfig, OFTConfig, PeftConfig
 
 from reslora.export import export_merged
-from reslora.images.model.stored import Stored, StoredLinear, stored_weights
+from reslora.images.model.stored import StoredLinear, stored_weights
 from reslora.images.output import merged_weights
 from reslora.images.output.merged_weights import write_merged
 
@@ -92,9 +92,3 @@ def test_one_weight_of_the_base_is_in_memory_at_a_time(unet, model, tmp_path, mo
     most = reads_at_a_time(monkeypatch)
     write_merged(unet, tmp_path / "files", stored_weights(model / "unet"))
     assert len(most) > 12 and max(most) <= 2  # the one before goes when the next is there
-
-
-def test_a_base_with_other_names_is_written_from_memory(unet, tmp_path):
-    export_merged(unet, tmp_path / "memory")
-    write_merged(unet, tmp_path / "files", {"other": Stored(tmp_path / "none", "other")})
-    assert content(tmp_path / "files") == content(tmp_path / "memory")

@@ -2,15 +2,12 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from pipelines import random_image, tiny_clip_of_images, tiny_dino
 from torch.nn.functional import cosine_similarity
 from transformers import CLIPImageProcessor, CLIPModel, Dinov2Model
 
-from images.runs import refused
-from reslora.errors import InvalidArgument
-from reslora.images.output.metric import Metric, load_metric
+from reslora.images.output.metric import Metric
 
 IMAGES = [random_image(number) for number in range(3)]
 
@@ -47,16 +44,3 @@ def test_dino_embeds_images_alone_each_content_once(tmp_path):
     again = [metric.of([source], [(0, 2), (0, 0)]) for _ in range(2)]
     assert opened == [2, 0] and again[0].equal(again[1])
     torch.testing.assert_close(again[0], found[[2, 0]], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.exhaustive
-def test_what_is_no_such_model_is_refused(tmp_path, model, data, capsys):
-    with pytest.raises(InvalidArgument, match="--metric_model"):
-        load_metric(str(model), "cpu")
-    folder = tiny_dino(tmp_path / "dino")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(InvalidArgument, match="--metric_model"):
-        load_metric(str(folder), "cpu")
-    words = ["--pretrained_model_name_or_path", model, "--train_data_dir", data, "--output_dir", tmp_path / "out"]
-    words += ["--validation_prompt", "red disc"]
-    assert "--metric_model" in refused(capsys, *words, "--metric_model", tmp_path / "nothing", quiet=False)

@@ -70,10 +70,9 @@ def test_a_loss_is_read_in_the_next_step_or_before_it_is_saved(brief_flags, tmp_
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("saving", [2, 3])
-def test_a_loss_that_is_not_finite_is_named_and_not_saved(brief_flags, tmp_path, capsys, steps, saving):
+def test_a_loss_that_is_not_finite_is_named_and_not_saved(brief_flags, tmp_path, capsys, steps):
     steps(lambda step, loss: loss * float("nan") if step == 2 else loss)
-    flags = [*brief_flags, "--max_train_steps", "5", "--checkpointing_steps", str(saving)]
+    flags = [*brief_flags, "--max_train_steps", "5", "--checkpointing_steps", str(2)]
     line = failed(capsys, *flags, "--output_dir", tmp_path / "out")
     assert "loss nan at step 2; start in another --output_dir with a lower --learning_rate" in line
     assert "intact" not in line
@@ -87,17 +86,6 @@ def test_checkpoints_before_a_loss_that_is_not_finite_are_said_to_be_intact(brie
     line = failed(capsys, *flags, "--output_dir", tmp_path / "out")
     assert "loss nan at step 2" in line and "checkpoints before it are intact" in line
     assert [path.name for path in (tmp_path / "out" / "lora").glob("checkpoint-*")] == ["checkpoint-1"]
-
-
-def test_a_run_that_fails_keeps_the_rows_of_all_its_steps(brief_flags, tmp_path, capsys, steps):
-    def fail_at_the_third(step: int, loss: object) -> object:
-        if step == 3:
-            raise RunFailed("no more images")
-        return loss
-
-    steps(fail_at_the_third)
-    assert "no more images" in failed(capsys, *brief_flags, "--max_train_steps", "5", "--output_dir", tmp_path / "out")
-    assert trained(tmp_path / "out") == [1, 2]
 
 
 @pytest.mark.exhaustive
@@ -140,8 +128,8 @@ def test_validation_loss_is_the_unweighted_mean_over_all_noises_of_all_held_out_
     assert denoiser.training and modes == [False] * 3
 
 
-@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
-def test_a_row_that_is_not_finite_is_an_error_and_not_written(tmp_path, loss):
+def test_a_row_that_is_not_finite_is_an_error_and_not_written(tmp_path):
+    loss = float("nan")
     learner = SimpleNamespace(name="lora", before=0, step=0, seconds=1.0, learning_rate=1e-3, used_rate=None)
     accelerator = SimpleNamespace(trackers=[], is_main_process=True)
     reports = ImageReports(tmp_path, learner, Schedule(4, 4, 0, False), accelerator)
@@ -156,9 +144,8 @@ def test_a_row_that_is_not_finite_is_an_error_and_not_written(tmp_path, loss):
     assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [1]
 
 
-@pytest.mark.parametrize("exported", [False, True])
 @pytest.mark.parametrize(("step", "kept"), [(0, set()), (2, {"step-000000", "step-000002", "step-best"})])
-def test_samples_of_what_the_log_forgets_go_as_well(tmp_path, step, kept, exported):
+def test_samples_of_what_the_log_forgets_go_as_well(tmp_path, step, kept):
     """Samples of another training that was killed before its first checkpoint, or of steps after the resumed one.
 
     Samples of the merged model stay if the method is exported.
@@ -166,14 +153,13 @@ def test_samples_of_what_the_log_forgets_go_as_well(tmp_path, step, kept, export
     for name in ("step-000000", "step-000002", "step-000003", "step-best"):
         save_images(tmp_path / "samples" / name, [Image.new("RGB", (8, 8))], ["red disc"])
     save_images(tmp_path / "merged", [Image.new("RGB", (8, 8))], ["red disc"])
-    if exported:
-        (tmp_path / "exports.json").write_text("{}")
+    (tmp_path / "exports.json").write_text("{}")
     learner = SimpleNamespace(name="lora", before=0, step=step)
     ImageReports(
         tmp_path, learner, Schedule(4, 2, 0, False), SimpleNamespace(trackers=[], is_main_process=True)
     ).close()
     assert {path.name for path in (tmp_path / "samples").iterdir()} == kept | {"step-best"}
-    assert (tmp_path / "merged").exists() == exported
+    assert (tmp_path / "merged").exists()
 
 
 def test_similarities_by_hand(monkeypatch):

@@ -42,15 +42,6 @@ def test_where_loss_png_is_the_weights_are_in_their_place(tmp_path, monkeypatch)
     assert (tmp_path / "loss.png").is_file() and (tmp_path / weights.name).read_bytes() == b"weights"
 
 
-def test_a_copy_of_an_earlier_run_of_one_method_is_removed_with_a_message(tmp_path, capsys):
-    """A user who loads the run's folder would get weights that its method had before it was trained further."""
-    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"earlier")
-    options = flags_of(tmp_path).replace(method=["lora", "reslora"])
-    summary.write_figures(*parts(options, "adapter", "validation", "output"), 0)
-    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
-    assert capsys.readouterr().out.startswith(f"removed {tmp_path / 'pytorch_lora_weights.safetensors'}, ")
-
-
 def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(tmp_path, monkeypatch):
     samples, drawn, above_it = tmp_path / "lora" / "samples", [], []
     draw(samples / "step-000000", ["green star", "blue box"])
@@ -77,22 +68,11 @@ def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(t
     assert above_it == [learnt] and (tmp_path / "comparison.png").is_file()
 
 
-@pytest.mark.parametrize("prompts", [["a poodle"], []])
-def test_a_comparison_stays_where_nothing_was_drawn_of_todays_prompts(tmp_path, prompts):
+def test_a_comparison_stays_where_nothing_was_drawn_of_todays_prompts(tmp_path):
     draw(tmp_path / "lora" / "merged", PROMPTS)
     (tmp_path / "comparison.png").write_text("of others")
     summary.write_comparison(
-        *parts(flags_of(tmp_path, prompts), "adapter", "validation", "output"),
+        *parts(flags_of(tmp_path, ["a poodle"]), "adapter", "validation", "output"),
         tmp_path / "comparison.png",
     )
     assert (tmp_path / "comparison.png").read_text() == "of others"
-
-
-def test_images_to_learn_from_are_shown_where_samples_are(tmp_path, monkeypatch):
-    found, flags = [], flags_of(tmp_path, PROMPTS)
-    draw(tmp_path / "lora" / "samples" / "step-000000", PROMPTS)
-    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
-    monkeypatch.setattr(summary, "write_comparison", lambda *parts: found.append(parts[-1]))
-    for more in (flags, flags.replace(num_validation_images=0)):
-        summary.write_figures(more.adapter, more.validation, more.output, 0, lambda most: [most])
-    assert found == [[summary.COLUMNS + 3]]

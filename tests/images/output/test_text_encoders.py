@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 from pipelines import FAMILIES
@@ -133,9 +132,8 @@ def test_what_is_written_of_each_part(runs, family):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("family", ["sd3", "sdxl"])
-def test_an_encoders_merge_is_repeated_from_the_captions_that_were_kept(runs, family):
-    folder = runs(family)
+def test_an_encoders_merge_is_repeated_from_the_captions_that_were_kept(runs):
+    folder = runs("sd3")
     out, name = folder / "out" / "reslora", "text_encoder_2"
     model = getattr(pipeline_of(folder), name)
     assert reslora.load(model, out / "checkpoint-3" / name) is model
@@ -144,13 +142,4 @@ def test_an_encoders_merge_is_repeated_from_the_captions_that_were_kept(runs, fa
     report = reslora.merge(model, calibration=batches).to_dict()
     expected = json.loads((out / "merge.json").read_text())[name]
     assert_same_merge(report, expected)
-    assert report["method"] == ("exact" if family == "sdxl" else "lstsq")
-
-
-@pytest.mark.exhaustive
-def test_the_merged_encoder_is_transformers_own(runs):
-    folder = runs("stable_diffusion")
-    made, info = transformers.CLIPTextModel.from_pretrained(
-        folder / "out" / "reslora" / "text_encoder", output_loading_info=True
-    )
-    assert not info["missing_keys"] and not info["unexpected_keys"] and made.config.num_hidden_layers == 3
+    assert report["method"] == "lstsq"

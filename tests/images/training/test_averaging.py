@@ -1,26 +1,22 @@
 """Averages of checkpoints: the mean by hand, which one is exported, resumed runs, two processes, and refusals."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from launching import forked
 from safetensors.torch import load_file
 
-from images.runs import RESUME, SCRIPT, assert_same, digests, final_weights, main, only, printed, refused
+from images.runs import RESUME, digests, final_weights, main, only, printed, refused
 from reslora import ResLoraConfig
 from reslora.images.output.reports import Validation
 from reslora.io import read_object
 from reslora.methods.adapters import attach, save_adapter, trained_state
 from reslora.methods.controls import Settings, put_on
 from reslora.methods.registry import AdapterSettings, adapter_config
-from reslora.options.images import OutputOptions
 from reslora.training.averaging import put_average
 from reslora.training.best import averages_at, best_of, keep_adapter, keep_if_best, to_export
-from reslora.training.checkpoints import beyond_limit, to_average
 from reslora.training.stopping import Requests
 from reslora.training.trained import Trained
 
@@ -59,20 +55,6 @@ def test_factors_are_averaged(model, tmp_path, method):
     for name, value in found.items():
         by_hand = sum(weight * each[name] for weight, each in zip(WEIGHTS, saved, strict=True))
         torch.testing.assert_close(value, by_hand, rtol=1e-14, atol=1e-15)
-
-
-def test_only_regular_checkpoints_are_averaged_and_they_are_retained():
-    """Those of steps 5, 10, ... and of the last step, 17; not that of step 12, where the run was stopped."""
-
-    def paths(*steps: int) -> list[Path]:
-        return [Path(f"checkpoint-{step}") for step in steps]
-
-    output = OutputOptions(checkpointing_steps=5, checkpoints_total_limit=2)
-    assert to_average(paths(17, 15, 12, 10), output) == paths(17, 15)
-    assert to_average(paths(15, 12, 10), output) == paths(15, 10)
-    assert beyond_limit(paths(15, 12, 10, 5), output, averaged=True) == paths(5)
-    assert beyond_limit(paths(15, 12, 10, 5), output, averaged=False) == paths(10, 5)
-    assert to_average(paths(15, 12, 10, 5), OutputOptions(checkpointing_steps=5)) == paths(15, 10, 5)
 
 
 def test_the_lowest_loss_is_exported(tmp_path, monkeypatch):
@@ -169,38 +151,6 @@ def test_a_resumed_run_averages_the_same(flags, whole, tmp_path, monkeypatch):
     lines = printed(*words, *RESUME, "--merge", "weights")
     assert not [line for line in lines if ": validation loss" in line]
     only(lines, f"exporting {to_export(whole[0] / 'reslora', 5)}")
-
-
-@pytest.mark.exhaustive
-def test_a_run_that_goes_on_forgets_its_averages(flags, whole, tmp_path):
-    """Extended to step 7, it averages the same checkpoints as a run of 7 steps, not the one of step 5."""
-    direct, longer = tmp_path / "direct", ("--max_train_steps", "7")
-    assert main(*flags, *longer, "--method", "lora", "--output_dir", direct) == 0
-    output = tmp_path / "out"
-    assert main(*flags, "--method", "lora", "--output_dir", output) == 0
-    assert main(*flags, *longer, *RESUME, "--method", "lora", "--output_dir", output) == 0
-    found = [json.loads(path.read_text()) for path in sorted((output / "lora" / "best").glob("*-*/loss.json"))]
-    assert [one["checkpoints"] for one in found if "average" in one] == [[2, 4, 6, 7], [6, 7]]
-    names = {path.parent.name for path in (direct / "lora" / "best").glob("[el]*/loss.json")}
-    assert names == {"ema-0.5", "last-2"}
-    for name in names:
-        assert digests(output / "lora", f"best/{name}/*") == digests(direct / "lora", f"best/{name}/*")
-
-
-@pytest.mark.exhaustive
-def test_two_processes_average_together(flags, tmp_path):
-    output = tmp_path / "out"
-    text = forked(SCRIPT, *flags, "--method", "lora", "--output_dir", str(output), folder=tmp_path)
-    assert text.count(" with last:2 of the checkpoints of steps 4, 5") == 1
-    found = {best.average: best for best in averages_at(output / "lora", 5)}
-    steps = [final_weights(output, "lora", step) for step in (4, 5)]
-    mean = {name: ((steps[0][name].double() + steps[1][name].double()) / 2).float() for name in steps[0]}
-    assert_same(load_file(found["last:2"].path / "adapter.safetensors"), mean)
-    exported = to_export(output / "lora", 5)
-    assert read_object(output / "lora" / "exports.json")["best"]["loss"] == exported.loss
-    kept = load_file(exported.path / "adapter.safetensors")
-    peft = load_file(output / "lora" / "peft" / "adapter_model.safetensors")
-    assert_same(peft, {f"base_model.model.{name.replace('.default', '')}": value for name, value in kept.items()})
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

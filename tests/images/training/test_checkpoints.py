@@ -1,8 +1,5 @@
 """Resuming: bit for bit without changes, a warning for a damaged checkpoint, or an error of one line."""
 
-import contextlib
-import errno
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +13,13 @@ from pipelines import image_folder
 from safetensors.torch import load_file, save_file
 from suites import quick
 
-from app.runs import Weights, merged_by
 from images import exact_steps
 from images.conftest import STEPS
 from images.runs import (
     RESUME,
-    Watcher,
     assert_same,
     cut,
     digests,
-    failed,
     final_weights,
     flip_a_bit,
     killed_after,
@@ -40,9 +34,7 @@ from images.runs import (
 from reslora.errors import InvalidArgument, RunFailed
 from reslora.images.settings import parse_args
 from reslora.io import write_json
-from reslora.runtime.checkpoint_folders import set_aside, step_of
-from reslora.runtime.log import read_log
-from reslora.training.best import best_of
+from reslora.runtime.checkpoint_folders import step_of
 from reslora.training.checkpoints import (
     Identity,
     check_past,
@@ -53,7 +45,6 @@ from reslora.training.checkpoints import (
     refuse_other_content,
     restore,
     save_checkpoint,
-    settings_of,
 )
 
 
@@ -112,12 +103,11 @@ def test_missing_named_checkpoint_is_an_error(base_flags, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("words", [("--max_train_steps", "6"), ("--num_train_epochs", "5"), ("--max_train_steps", "4")])
-@pytest.mark.parametrize("resume", [(), RESUME])
-def test_a_finished_method_without_its_checkpoints_is_not_trained_over(tmp_path, words, resume):
+def test_a_finished_method_without_its_checkpoints_is_not_trained_over(tmp_path, words):
     """They were removed to save disk space. With the same steps, an exported file is missing too."""
     record = {"step": 4, "num_train_epochs": 100, "by_epochs": False, "difference_of_255": {"unet": 0}}
     write_json(tmp_path / "lora" / "exports.json", record)
-    flags = parse_args(["--output_dir", str(tmp_path), "--method", "lora", *words, *resume])
+    flags = parse_args(["--output_dir", str(tmp_path), "--method", "lora", *words])
     with pytest.raises(
         InvalidArgument, match=r"lora has been trained, but the checkpoint .* is missing; .* remove .*lora to"
     ):
@@ -128,28 +118,6 @@ def test_a_finished_method_without_its_checkpoints_is_not_trained_over(tmp_path,
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.exhaustive
-def test_latest_skips_a_damaged_checkpoint_and_stray_folders(run, base_flags, tmp_path):
-    output = unfinished(run, tmp_path / "out", "reslora")
-    (output / "reslora" / "checkpoint-best").mkdir()
-    (output / "reslora" / "checkpoint-9").mkdir()  # unfinished
-    weights = output / "reslora" / "checkpoint-4" / "reslora_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    lines = printed(*base_flags, "--method", "reslora", "--output_dir", output, *RESUME)
-    only(lines, "warning", "checkpoint-4 is damaged")
-    assert_same(final_weights(output), final_weights(run))
-
-
-@pytest.mark.exhaustive
-def test_one_flipped_bit_is_damage(run, base_flags, tmp_path):
-    output = unfinished(run, tmp_path / "out", "lora")
-    flip_a_bit(output / "lora" / "checkpoint-4" / "adapter.safetensors")
-    lines = printed(*base_flags, "--method", "lora", "--output_dir", output, *RESUME)
-    only(lines, "warning", "checkpoint-4 is damaged")
-    only(lines, "resuming from", "checkpoint-2")
-    assert_same(final_weights(output, "lora"), final_weights(run, "lora"))
 
 
 @pytest.mark.exhaustive
@@ -166,14 +134,6 @@ def test_one_flipped_bit_is_damage_in_every_file(runs, whole, tmp_path):
         only(lines, "warning", f"checkpoint-{step} is damaged")
     only(lines, "resuming from", "checkpoint-2")
     assert_same(final_weights(output, step=STEPS), final_weights(whole, step=STEPS))
-
-
-def test_a_named_checkpoint_with_a_flipped_bit_is_refused(run, base_flags, capsys, tmp_path):
-    output = unfinished(run, tmp_path / "out", "lora")
-    flip_a_bit(output / "lora" / "checkpoint-4" / "trainer.pt")
-    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", "checkpoint-4"]
-    line = refused(capsys, *flags, quiet=False)
-    assert "checkpoint-4" in line and "damaged" in line
 
 
 DAMAGES = {
@@ -199,7 +159,7 @@ def test_latest_goes_back_to_the_newest_that_is_whole(runs, whole, tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", ["trainer.pt cut short", "configuration cut short"])
 def test_named_checkpoint_that_is_damaged_is_refused(runs, whole, tmp_path, damage):
     shutil.copytree(whole / "reslora" / "checkpoint-2", tmp_path / "reslora" / "checkpoint-2")
     DAMAGES[damage](tmp_path / "reslora" / "checkpoint-2")
@@ -228,41 +188,6 @@ def out_of_memory(*_: object, **__: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def unreadable(*_: object, **__: object) -> None:
-    raise OSError(errno.EIO, "Input/output error", "adapter.safetensors")
-
-
-def of_another_version(*_: object, **__: object) -> None:
-    raise ValueError("loaded state dict contains a parameter group that doesn't match")
-
-
-FAILURES = {
-    "no memory for the optimizer": ("torch.optim.Optimizer.load_state_dict", out_of_memory),
-    "no memory for the state": ("torch.load", out_of_memory),
-    "another version's optimizer": ("torch.optim.Optimizer.load_state_dict", of_another_version),
-    "another version's adapter": ("reslora.training.checkpoints.load_adapter", of_another_version),
-    "a disk that does not answer": ("reslora.io._sha256", unreadable),
-}
-
-
-@pytest.mark.exhaustive
-def test_a_resume_that_fails_keeps_everything_and_succeeds_later(run, base_flags, capsys, tmp_path, monkeypatch):
-    """The cause may be another process's memory: nothing is skipped, restarted, overwritten or removed."""
-    output = unfinished(run, tmp_path / "out", "lora")
-    before = digests(output, "**/checkpoint-*/*")
-    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--checkpoints_total_limit", "1", *RESUME]
-    flags += ["--max_train_steps", "5"]
-    for name, (where, failure) in FAILURES.items():
-        with monkeypatch.context() as patch:
-            patch.setattr(where, failure)
-            line = failed(capsys, *flags)
-        assert "checkpoint-4" in line or "adapter.safetensors" in line, name
-        assert digests(output, "**/checkpoint-*/*") == before, name
-    assert main(*flags) == 0
-    assert "damaged" not in capsys.readouterr().out
-    assert [path.name for path in checkpoints_of(output / "lora")] == ["checkpoint-5"]
-
-
 # -- checkpoints of another line ---------------------------------------------------------------------------------------
 
 
@@ -283,82 +208,10 @@ def test_going_back_keeps_what_was_trained_from_there_before(run, base_flags, tm
     assert (output / "lora" / "set-aside-checkpoint-6" / "mine.txt").read_text() == "mine"
 
 
-@pytest.mark.exhaustive
-def test_a_checkpoint_from_elsewhere_takes_no_places(run, base_flags, tmp_path):
-    output = unfinished(run, tmp_path / "out", "lora")
-    elsewhere = shutil.copytree(output / "lora" / "checkpoint-2", tmp_path / "else" / "checkpoint-2")
-    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", elsewhere]
-    assert main(*flags, "--checkpoints_total_limit", "1") == 0
-    kept = {path.name for path in (output / "lora").glob("*checkpoint-*")}
-    assert kept == {"set-aside-checkpoint-2", "set-aside-checkpoint-4", "checkpoint-4"}
-
-
-@pytest.mark.exhaustive
-def test_a_last_checkpoint_that_was_set_aside_is_exported(run, base_flags, tmp_path):
-    """No step remains. With swapped blocks, as in half precision, exports read the checkpoint of this folder."""
-    output = unfinished(run, tmp_path / "out", "lora")
-    aside = set_aside(output / "lora" / "checkpoint-4")
-    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", aside.name]
-    lines = printed(*flags, "--blocks_to_swap", "1")
-    only(lines, "resuming from", "set-aside-checkpoint-4")
-    only(lines, "checkpoint-2 is not part of this training")
-    assert_same(final_weights(output, "lora"), final_weights(run, "lora"))
-    one, other = (load_file(folder / "lora" / "kohya.safetensors") for folder in (output, run))
-    assert all(one[name].equal(other[name]) for name in other)
-
-
-# -- rotation --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.exhaustive
-def test_only_the_newest_checkpoints_are_kept(base_flags, tmp_path):
-    flags = [*base_flags, "--method", "lora", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"]
-    assert main(*flags, "--output_dir", tmp_path / "out") == 0
-    assert [path.name for path in checkpoints_of(tmp_path / "out" / "lora")] == ["checkpoint-4", "checkpoint-3"]
-    assert len(list((tmp_path / "out" / "lora").glob("checkpoint-*"))) == 2
-
-
-@pytest.mark.exhaustive
-def test_rotation_keeps_the_newest_and_leaves_the_rest_alone(runs, tmp_path):
-    """Other folders and unfinished checkpoints are neither counted nor removed."""
-    method = tmp_path / "out" / "reslora"
-    for name in ("checkpoint-best", "checkpoint-3-backup", "checkpoint-99"):
-        (method / name).mkdir(parents=True)
-        (method / name / "mine.txt").write_text("mine")
-    assert runs.finish(tmp_path / "out", "--checkpoints_total_limit", "3") == 0
-    names = {f"checkpoint-{step}" for step in (3, 4, 5)} | {"checkpoint-best", "checkpoint-3-backup", "checkpoint-99"}
-    assert {path.name for path in method.glob("checkpoint-*")} == names
-    assert (method / "checkpoint-best" / "mine.txt").read_text() == "mine"
-
-
-@pytest.mark.exhaustive
-def test_rotation_does_not_count_what_is_damaged(runs, whole, tmp_path):
-    """The newest one was damaged, and the run resumes from before it: its new checkpoints must stay."""
-    output, snapshots = tmp_path / "out", tmp_path / "snapshots"
-    snapshots.mkdir()
-    shutil.copytree(whole / "reslora", output / "reslora")
-    (output / "reslora" / "exports.json").unlink()
-    for step in (4, 5):
-        cut(output / "reslora" / f"checkpoint-{step}" / "trainer.pt")
-    flags = ("--checkpoints_total_limit", "1", *RESUME)
-    assert runs.finish(output, *flags, watcher=Watcher(output, snapshots)) == 0
-    for snapshot in snapshots.iterdir():
-        assert any(is_whole(path) for path in checkpoints_of(snapshot / "reslora"))
-    assert_same(final_weights(output, step=STEPS), final_weights(whole, step=STEPS))
-
-
-def is_whole(checkpoint: Path) -> bool:
-    with contextlib.suppress(RuntimeError, OSError):
-        return bool(torch.load(checkpoint / "trainer.pt", weights_only=True))
-    return False
-
-
 # -- other settings, models and images -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flags", [("--rank", "8"), ("--shortcut", "middle"), ("--seed", "3"), ("--train_batch_size", "3")]
-)
+@pytest.mark.parametrize("flags", [("--rank", "8"), ("--train_batch_size", "3")])
 def test_resume_refuses_other_settings(run, base_flags, capsys, flags):
     line = refused(capsys, *base_flags, *flags, "--output_dir", run, "--method", "reslora", "--max_train_steps", "6",
                    *RESUME)  # fmt: skip
@@ -396,18 +249,8 @@ def again(one_step, brief_flags, tmp_path) -> list[str]:
 
 
 @pytest.mark.exhaustive
-def test_resume_refuses_other_captions(again, capsys, tmp_path):
-    folder = tmp_path / "images"
-    shutil.rmtree(folder)
-    image_folder(folder, caption=lambda i: "red box")
-    line = refused(capsys, *again, quiet=False)
-    assert f"--train_data_dir {folder}" in line and "checkpoint-1" in line
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])
-def test_resume_refuses_an_image_that_was_replaced_by_one_of_as_many_bytes(brief_flags, capsys, tmp_path, layout):
-    folder = image_folder(tmp_path / "p", 3, layout=layout)
+def test_resume_refuses_an_image_that_was_replaced_by_one_of_as_many_bytes(brief_flags, capsys, tmp_path):
+    folder = image_folder(tmp_path / "p", 3, layout="jsonl")
     flags = [*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out"]
     assert main(*flags, "--cache_dir", tmp_path / "cache") == 0
     path = folder / "1.png"
@@ -452,39 +295,6 @@ def test_resume_refuses_another_model_at_the_same_place(again, capsys, tmp_path)
         assert f"--pretrained_model_name_or_path {tmp_path}/model" in line and "checkpoint-1" in line
     weights.write_bytes(before)
     assert main(*again) == 0
-
-
-@pytest.mark.exhaustive
-def test_resume_refuses_another_autoencoder_at_the_same_place(brief_flags, model, capsys, tmp_path):
-    vae = shutil.copytree(model / "vae", tmp_path / "vae")
-    flags = [*brief_flags, "--pretrained_vae_model_name_or_path", vae, "--output_dir", tmp_path / "out"]
-    assert main(*flags) == 0
-    weights = vae / "diffusion_pytorch_model.safetensors"
-    save_file({name: value * 2 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    capsys.readouterr()
-    line = refused(capsys, *flags, "--max_train_steps", "2", *RESUME, quiet=False)
-    assert "from a model with other content" in line and "checkpoint-1" in line
-
-
-@pytest.mark.exhaustive
-def test_resume_refuses_an_image_that_is_another_in_its_middle(brief_flags, capsys, tmp_path):
-    folder = image_folder(tmp_path / "p", 1, layout="txt")
-    (folder / "0.png").unlink()
-    PIL.Image.new("RGB", (96, 96)).save(folder / "0.bmp")
-    flags = [*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out"]
-    assert main(*flags) == 0
-    flip_a_bit(folder / "0.bmp")
-    capsys.readouterr()
-    line = refused(capsys, *flags, "--max_train_steps", "2", *RESUME, quiet=False)
-    assert f"--train_data_dir {folder}" in line and "checkpoint-1" in line
-
-
-@pytest.mark.exhaustive
-def test_resume_refuses_another_schedule_of_noise_at_the_same_place(again, capsys, tmp_path):
-    config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "epsilon"}))
-    line = refused(capsys, *again, quiet=False)
-    assert f"--pretrained_model_name_or_path {tmp_path}/model" in line and "checkpoint-1" in line
 
 
 # -- by themselves: one learner, no run --------------------------------------------------------------------------------
@@ -588,54 +398,6 @@ def test_a_checkpoint_that_cannot_be_loaded_sets_no_others_aside(keep, tmp_path,
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_who_is_killed_after_going_back_goes_on_from_there(keep, tmp_path, elsewhere):
-    """Before the next checkpoint, `latest` is the chosen one, and training does not start from zero."""
-    flags = keep.options.replace(output_dir=str(tmp_path.parent), method=[tmp_path.name], max_train_steps=9)
-    _, second, _ = [keep(step, max_train_steps=9) for step in (1, 2, 3)]
-    chosen = second.rename(tmp_path / "kept") if elsewhere else set_aside(second)
-    keep.learner.name = keep.learner.method = tmp_path.name
-    named = flags.replace(resume_from_checkpoint=str(chosen))
-    restored(keep.learner, [chosen], named.output, keep.accelerator)
-    assert plan_resume(flags.replace(resume_from_checkpoint="latest")).checkpoints == {tmp_path.name: [second]}
-    assert digests(second, "*") == digests(chosen, "*")
-    shutil.rmtree(second)
-    with pytest.raises(InvalidArgument, match=rf"resume with --resume_from_checkpoint {tmp_path}/set-aside"):
-        plan_resume(flags)
-
-
-def test_log_and_best_adapter_of_another_line_are_not_taken_for_its_own(keep, tmp_path):
-    """Otherwise --save_best would export the best adapter of the other training history."""
-    flags = keep.options.replace(output_dir=str(tmp_path.parent))
-    keep.learner.name = tmp_path.name
-    aside = set_aside(keep(2))
-    other = keep(2)
-    write_json(tmp_path / "best" / "step-000002" / "loss.json", {"step": 2, "loss": 0.1})
-    (tmp_path / "log.jsonl").write_text('{"step": 2, "split": "validation", "loss": 0.1}\n')
-    restored(keep.learner, [other], flags.output, keep.accelerator)
-    assert best_of(tmp_path) and read_log(tmp_path / "log.jsonl")
-    restored(keep.learner, [aside], flags.output, keep.accelerator)
-    assert best_of(tmp_path) is None and not read_log(tmp_path / "log.jsonl")
-    assert read_log(tmp_path / "set-aside-log.jsonl") and (tmp_path / "set-aside-best").is_dir()
-
-
-def test_what_a_checkpoint_was_merged_into_steps_aside_with_it(keep, tmp_path):
-    """Otherwise the application would offer merged weights of another training history, under the step's name."""
-    flags = keep.options.replace(output_dir=str(tmp_path.parent))
-    keep.learner.name = tmp_path.name
-    checkpoints = [keep(step) for step in (1, 2, 3)]
-    merged = [merged_by(Weights("", "adapter", "reslora", each, step_of(each)), "weights") for each in checkpoints]
-    for weights in merged:
-        weights.path.parent.mkdir()
-        weights.path.touch()
-    restored(keep.learner, [checkpoints[1]], flags.output, keep.accelerator)
-    assert [weights.path.is_file() for weights in merged] == [True, True, False]
-    assert (tmp_path / "set-aside-merged-by-weights-3").is_dir()
-    restored(keep.learner, [set_aside(checkpoints[0])], flags.output, keep.accelerator)  # a line of its own
-    assert not any(weights.path.is_file() for weights in merged)
-
-
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(("limit", "kept"), [(None, [4, 3, 2, 1]), (1, [4]), (3, [4, 3, 2])])
 def test_no_more_checkpoints_stay_than_the_limit_allows(keep, tmp_path, limit, kept):
     for step in (1, 2, 3, 4):
@@ -644,29 +406,10 @@ def test_no_more_checkpoints_stay_than_the_limit_allows(keep, tmp_path, limit, k
     assert len(list(tmp_path.glob("checkpoint-*"))) == len(kept)
 
 
-def test_one_that_cannot_be_removed_ends_no_training(keep, tmp_path, monkeypatch, capsys):
-    def refused(*_):
-        raise PermissionError("Operation not permitted: 'adapter.safetensors'")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(shutil, "rmtree", refused)
-        for step in (1, 2):
-            keep(step, checkpoints_total_limit=1)
-    assert [step_of(path) for path in checkpoints_of(tmp_path)] == [2]
-    assert "(it was checkpoint-1) is no longer needed, but cannot be removed" in capsys.readouterr().out
-
-
-def test_checkpoints_of_an_earlier_try_are_neither_counted_nor_removed(keep, tmp_path):
-    for step in (8, 9, 1, 2):
-        keep(step, checkpoints_total_limit=1 if step < 8 else None)
-    assert [step_of(path) for path in checkpoints_of(tmp_path)] == [9, 8, 2]
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("batch", "accumulation", "processes", "same"),
-    [(4, 2, 1, True), (8, 1, 1, True), (1, 8, 1, True), (2, 2, 2, True), (1, 1, 8, True),
-     (4, 1, 1, False), (4, 2, 2, False), (8, 1, 2, False)],
+    [(1, 8, 1, True), (2, 2, 2, True), (4, 2, 2, False)],
 )  # fmt: skip
 def test_batch_accumulation_and_processes_may_change_as_long_as_a_steps_samples_stay(
     keep, monkeypatch, batch, accumulation, processes, same
@@ -682,9 +425,9 @@ def test_batch_accumulation_and_processes_may_change_as_long_as_a_steps_samples_
     assert str(batch * accumulation * processes) in str(error.value) and "trained with 8" in str(error.value)
 
 
-@pytest.mark.parametrize("steering", [{"save_best": True}, {"early_stopping_patience": 3}])
-def test_what_steers_is_not_added_half_way_and_named_itself(keep, steering):
+def test_what_steers_is_not_added_half_way_and_named_itself(keep):
     """--validation_noises was not given, so it is not named. If it was measured, patience may be added or changed."""
+    steering = {"save_best": True}
     plain, measured = keep(1), keep(2, validation_noises=4, save_best="save_best" in steering)
     flags = keep.options.replace(validation_noises=4, **steering)
     (name,) = steering
@@ -704,24 +447,9 @@ def test_what_a_run_was_begun_without_is_to_be_left_out(keep):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("name", "before", "value", "words"),
-    [
-        ("rank", 2, [2, 4], "--rank 2 4: .* was trained with 2; use that"),
-        ("rank", [2, 4], 2, "--rank 2: .* was trained with 2 4; use that"),
-        ("shortcut", "middle", ["input", "block"], "--shortcut input block: .* was trained with middle; use that"),
-    ],
-)
-def test_several_values_are_told_as_they_are_typed(keep, name, before, value, words):
-    record = {"settings": settings_of(keep.options.replace(**{name: before}))}
-    with pytest.raises(InvalidArgument, match=words):
-        check_past(keep.options.replace(**{name: value}), keep(1), record, None)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("sizes", [{"use_aspect_ratio_buckets": True}, {"resolution": [32, 64]}])
-def test_where_images_have_several_sizes_a_forwards_samples_stay_too(keep, monkeypatch, sizes):
+def test_where_images_have_several_sizes_a_forwards_samples_stay_too(keep, monkeypatch):
     """A batch has images of one size, so the images of a step depend on the number of images per batch."""
+    sizes = {"use_aspect_ratio_buckets": True}
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     checkpoint = keep(1, train_batch_size=8, gradient_accumulation_steps=1, **sizes)
     record, flags = read_checkpoint(checkpoint), keep.options.replace(gradient_accumulation_steps=1, **sizes)

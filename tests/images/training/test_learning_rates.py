@@ -5,14 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from core_models import assert_one_line, tiny_unet
-from launching import forked
 from peft.optimizers import create_loraplus_optimizer
-from safetensors.torch import load_file
 from torch import nn
 
-from images import exact_steps
-from images.runs import RESUME, assert_same, final_weights, killed_after, losses, main, refused, training_state
-from images.training.test_training import assert_equal_but_for_rounding, script_of_steps
+from images.runs import RESUME, main
 from reslora.errors import InvalidArgument
 from reslora.images.settings import parse_args
 from reslora.methods.adapters import attach
@@ -26,8 +22,6 @@ from reslora.training.trained import Trained
 
 ACCELERATOR = SimpleNamespace(num_processes=1, device=torch.device("cpu"), scaler=None)
 FLAGS = Options.of(learning_rate=1e-3, train_batch_size=1, gradient_accumulation_steps=1, optimizer="adamw")
-LORA_OF_ALL = ["--method", "lora", "--train_text_encoder"]
-PATTERNS = ["--lr_pattern", "mid_block.*=0.5", "down_blocks.*attn1.to_k=4", "--loraplus_lr_ratio", "3"]
 
 
 def adapted(method: str = "lora") -> nn.Module:
@@ -127,23 +121,6 @@ def test_a_pattern_that_matches_nothing_names_the_nearest_layers():
     assert_one_line(error, "--lr_pattern atn2.to_k=2: no adapted layer matches", nearest)
 
 
-@pytest.mark.exhaustive
-def test_a_run_with_such_a_pattern_ends_before_it_encodes(base_flags, capsys, tmp_path):
-    words = [
-        *base_flags,
-        "--method",
-        "lora",
-        "--train_text_encoder",
-        "--lr_pattern",
-        "text_encoder.layers.7.*=2",
-        "--output_dir",
-        tmp_path,
-    ]
-    line = refused(capsys, *words, quiet=False)
-    assert "--lr_pattern text_encoder.layers.7.*=2" in line and "text_encoder.encoder.layers.0" in line
-    assert not list(tmp_path.glob("cache/*"))
-
-
 def test_methods_without_b_are_named(capsys):
     without_b = [row.name for row in METHODS.values() if not row.trains_b]
     assert without_b == ["loha", "lokr", "oft"]
@@ -155,38 +132,6 @@ def test_methods_without_b_are_named(capsys):
 
 
 @pytest.mark.exhaustive
-def test_steps_of_two_processes_are_those_of_one_batch(model, tmp_path):
-    words = [str(model), "2", "1", str(tmp_path / "found"), *LORA_OF_ALL, *PATTERNS]
-    forked(script_of_steps(tmp_path), *words, folder=tmp_path)
-    whole, found = exact_steps.trained(model, 4, 1, *words[4:]), load_file(tmp_path / "found")
-    assert found["processes"] == 2
-    assert_equal_but_for_rounding(found, whole)
-    plain = exact_steps.trained(model, 4, 1, *LORA_OF_ALL)
-    name = next(name for name in whole if name.startswith("mid_block") and "lora_B" in name and name.endswith(" 0"))
-    assert not torch.allclose(plain[name], whole[name])
-
-
-@pytest.mark.exhaustive
-def test_a_resumed_run_equals_an_uninterrupted_one(base_flags, capsys, tmp_path):
-    flags = [*base_flags, *LORA_OF_ALL, "--num_validation_images", "0", *PATTERNS]
-    flags += ["--text_encoder_lr", "1e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "1"]
-    whole, resumed = tmp_path / "whole", tmp_path / "parts"
-    assert main(*flags, "--output_dir", whole) == 0
-    killed_after(2, whole, resumed, "lora")
-    assert main(*flags, "--output_dir", resumed, *RESUME) == 0
-    assert losses(whole, "lora") == losses(resumed, "lora")
-    assert_same(final_weights(whole, "lora"), final_weights(resumed, "lora"))
-    groups = [training_state(output, 4, "lora")["optimizer"]["param_groups"] for output in (whole, resumed)]
-    assert groups[0] == groups[1] and {group[FACTOR] for group in groups[0]} == {1.0, 3.0, 0.5, 1.5, 4.0, 12.0}
-    state = training_state(whole, 4, "lora")
-    for group, base in zip(state["optimizer"]["param_groups"], state["lr_scheduler"]["base_lrs"], strict=True):
-        assert base / group[FACTOR] == pytest.approx(1e-2) or base / group[FACTOR] == pytest.approx(1e-3)
-    of_log = {row["step"]: row["lr"] for row in read_log(whole / "lora" / "log.jsonl") if row["split"] == "train"}
-    assert max(of_log.values()) == pytest.approx(1e-2)  # the learning rate itself, whatever its factors
-    line = refused(capsys, *flags, "--lr_pattern", "attn1.to_k=4", *RESUME, "--output_dir", whole, quiet=False)
-    assert "--lr_pattern attn1.to_k=4" in line and "was trained with mid_block.*=0.5 down_blocks.*attn1.to_k=4" in line
-
-
 def test_the_log_has_the_rate_of_each_step_also_of_a_run_that_is_resumed_with_more_steps(brief_flags, tmp_path, capsys):
     """Of a linear schedule over n steps, step k uses the rate times (n - k + 1) / n, whatever length came before."""
     flags = [*brief_flags, "--method", "lora", "--learning_rate", "1e-3", "--lr_scheduler", "linear"]

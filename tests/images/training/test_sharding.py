@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import UNet2DConditionModel
 from launching import forked, told_by
 from PIL import Image
@@ -15,8 +14,7 @@ from safetensors.torch import load_file
 
 from images import exact_steps
 from images.runs import RESUME, SCRIPT, final_weights, losses, parts
-from reslora.errors import InvalidArgument, Stopped
-from reslora.images.output import reports
+from reslora.errors import InvalidArgument
 from reslora.images.settings import parse_args
 from reslora.training.sharding import cuts_base, share, take_plugin, units_of
 
@@ -148,13 +146,3 @@ def test_one_process_has_the_whole_base_and_is_told_so(fsdp):
 def test_without_fsdp_nothing_is_cut(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     assert take_plugin(*parts(parse_args([]), "model", "adapter", "training", "output")) is None
-
-
-def test_where_all_validate_all_leave_once_one_is_asked_to_stop(monkeypatch):
-    """This process itself was not asked to stop."""
-    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
-    stop = SimpleNamespace(signal=None, check=lambda _: None)
-    validation = reports.Validation(None, None, None, SimpleNamespace(state=state), stop)
-    monkeypatch.setattr(reports, "stop_requested", lambda stop: True)
-    with pytest.raises(Stopped):
-        validation._leave_if_asked()

@@ -9,7 +9,7 @@ from reslora.options.images import Options
 from reslora.runtime.signals import StopRequest
 from reslora.training import loop, stopping
 from reslora.training.loop import after_step
-from reslora.training.stopping import Requests, consume_request
+from reslora.training.stopping import Requests
 
 
 def requests(folder, minutes: float | None = None, images: int = 1) -> Requests:
@@ -29,21 +29,10 @@ def test_files_ask_once_and_go(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_request_that_cannot_be_removed_is_none(tmp_path):
-    (tmp_path / "save.now").mkdir()
-    assert not consume_request(tmp_path / "save.now") and requests(tmp_path).after_step() == (False, False, False)
-
-
 def test_a_run_that_draws_nothing_says_so(tmp_path, capsys):
     (tmp_path / "sample.now").touch()
     assert requests(tmp_path, images=0).after_step() == (False, False, False)
     assert "this run generates no samples" in capsys.readouterr().out and not list(tmp_path.iterdir())
-
-
-def test_a_process_that_is_not_the_main_one_leaves_the_files(tmp_path, monkeypatch):
-    (tmp_path / "save.now").touch()
-    monkeypatch.setattr(stopping, "is_main", lambda: False)
-    assert requests(tmp_path, minutes=1e-9).after_step() == (False, False, False) and (tmp_path / "save.now").exists()
 
 
 def test_minutes_count_from_the_last_checkpoint(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Text encoders trained with the denoiser: loss and gradients by hand, processes, a resumed run, refusals."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +27,6 @@ from reslora.training.preparing import prepare
 from reslora.training.schedule import Schedule
 from reslora.training.state import new_learner, new_optimizer
 from reslora.training.trained import Trained
-from reslora.wiring import connection_of
 
 LAYERS = {"num_hidden_layers": 3}
 ENCODERS = {
@@ -135,10 +133,9 @@ def test_loss_and_gradients_are_those_of_plain_encoders(setting, name):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["sdxl", "sd3"])
-def test_checkpointed_gradients_are_the_same(setting, name):
+def test_checkpointed_gradients_are_the_same(setting):
     """ResLoRA, whose chains pass activations from one layer of the encoder to the next."""
-    one = setting(name, "--method", "reslora", "--shortcut", "middle", "--gradient_checkpointing")
+    one = setting("sdxl", "--method", "reslora", "--shortcut", "middle", "--gradient_checkpointing")
     learner, batch, found = learner_of(one, "reslora"), one.batch(), []
     for checkpointed in (False, True):
         if checkpointed:
@@ -151,17 +148,6 @@ def test_checkpointed_gradients_are_the_same(setting, name):
             parameter.grad = None
     for plain, other in zip(*found, strict=True):
         torch.testing.assert_close(plain, other, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["sdxl", "sd3"])
-def test_chains_run_over_the_layers_of_one_encoder(setting, name):
-    learner = learner_of(setting(name, "--method", "reslora", "--shortcut", "block"), "reslora")
-    lengths = (2 if name == "sdxl" else 3, 3)  # nobody reads the last layer of SDXL's first encoder
-    for part, layers in zip(learner.trained.loss.parts, lengths, strict=True):
-        plan = connection_of(learner.trained.parts[part.name]).chains
-        assert [len(chain) for chain in plan] == [layers] * 4, part.name
-        assert {chain.role for chain in plan} == {f"self_attn.{target}" for target in part.targets}
 
 
 def test_prompts_are_encoded_by_the_encoder_as_it_is(setting):
@@ -204,11 +190,6 @@ def one_batch(model) -> dict[str, torch.Tensor]:
     first, last = (found[f"text_encoder.encoder.layers.0.self_attn.q_proj.lora_A.default.weight {n}"] for n in (0, 3))
     assert last.dtype == torch.float64 and (last - first).abs().max() > 1e-6
     return found
-
-
-@pytest.mark.exhaustive
-def test_accumulated_steps_are_those_of_one_batch(model, one_batch):
-    assert_equal_but_for_rounding(exact_steps.trained(model, 1, 4, FLAG), one_batch)
 
 
 @pytest.mark.exhaustive
@@ -262,14 +243,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, flags, tmp_path):
         assert (tmp_path / "out" / "reslora" / name).read_bytes() == (whole / "reslora" / name).read_bytes(), name
 
 
-@pytest.mark.exhaustive
-def test_encoders_have_a_rate_of_their_own_and_the_same_schedule(whole):
-    for step in (2, 4):
-        state = training_state(whole, step)
-        rates = [group["lr"] for group in state["optimizer"]["param_groups"]]
-        assert rates[1] == pytest.approx(0.3 * rates[0]) and state["lr_scheduler"]["base_lrs"] == [1e-2, 3e-3]
-
-
 def test_without_a_rate_of_their_own_they_have_the_denoisers():
     accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"), scaler=None)
     one, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
@@ -280,6 +253,7 @@ def test_without_a_rate_of_their_own_they_have_the_denoisers():
         assert [group["lr"] for group in groups] == pytest.approx([12 * 1e-3, 12 * expected])
 
 
+@pytest.mark.exhaustive
 def test_gradients_are_clipped_over_all_parts(model):
     accelerator = Accelerator(cpu=True)
     training_data, loss, denoiser = exact_steps.setting(model, accelerator, FLAG)
@@ -329,8 +303,8 @@ def test_what_cannot_work_is_refused(flags, capsys, tmp_path, words, expected):
     assert all(word in line for word in expected), line
 
 
-@pytest.mark.parametrize("family", ["z_image", "flux2_klein", "chroma"])
-def test_families_whose_encoders_do_not_train_are_refused(capsys, tmp_path, data, family):
+def test_families_whose_encoders_do_not_train_are_refused(capsys, tmp_path, data):
+    family = "z_image"
     model = FAMILIES[family](tmp_path / "model")
     words = ["--pretrained_model_name_or_path", model, "--train_data_dir", data, "--output_dir", tmp_path / "out"]
     line = refused(capsys, *words, FLAG)
@@ -338,19 +312,10 @@ def test_families_whose_encoders_do_not_train_are_refused(capsys, tmp_path, data
     assert all(name in line for name in ENCODERS) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.exhaustive
 def test_an_encoder_of_one_layer_has_no_shortcut(tmp_path, data, capsys):
     model = FAMILIES["stable_diffusion"](tmp_path / "model")
     words = ["--pretrained_model_name_or_path", model, "--train_data_dir", data, "--output_dir", tmp_path / "out"]
     words += ["--method", "reslora", "--resolution", "32", "--rank", "2", "--num_inference_steps", "1", FLAG]
     line = refused(capsys, *words, quiet=False)
     assert "--method reslora, text_encoder" in line and "finds no link" in line
-
-
-@pytest.mark.exhaustive
-def test_a_run_goes_on_only_with_the_same_parts(whole, flags, capsys):
-    """Its record contains them."""
-    record = json.loads((whole / "reslora" / "checkpoint-4" / "trainer.json").read_text())
-    assert record["settings"]["train_text_encoder"] is True
-    without = [word for word in flags if word not in (FLAG, "--text_encoder_lr", "3e-3")]
-    line = refused(capsys, *without, *RESUME, "--output_dir", whole)
-    assert "--train_text_encoder False" in line

@@ -53,7 +53,7 @@ def drawn(folder: Path, weights: Path | None = None, **parts) -> np.ndarray:
     return pipe(prompt="blue box", generator=seed, output_type="np", **size).images[0]
 
 
-@pytest.mark.parametrize("family", quick(FAMILIES, "stable_diffusion", "flux"))
+@pytest.mark.parametrize("family", quick(FAMILIES, "stable_diffusion"))
 def test_files_agree_in_stock_diffusers_and_change_what_is_drawn(runs, family):
     folder = runs(family)
     out = folder / "out" / "reslora"
@@ -73,10 +73,9 @@ def test_files_agree_in_stock_diffusers_and_change_what_is_drawn(runs, family):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("more", [(), ("--no-cache_text_embeddings", "--method", "lora", "reslora")])
-def test_stable_diffusion_3_trains_and_draws_without_t5(runs, more):
+def test_stable_diffusion_3_trains_and_draws_without_t5(runs):
     """Its pipeline reads the width of T5's states from the denoiser, which is not loaded while captions are encoded."""
-    folder = runs("sd3", *more, with_t5=False)
+    folder = runs("sd3", "--no-cache_text_embeddings", "--method", "lora", "reslora", with_t5=False)
     out = folder / "out" / "reslora"
     without = {"text_encoder_3": None, "tokenizer_3": None}
     merged = SD3Transformer2DModel.from_pretrained(out / "transformer")
@@ -86,7 +85,7 @@ def test_stable_diffusion_3_trains_and_draws_without_t5(runs, more):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["stable_diffusion", "flux", "krea2"])
 def test_merge_is_repeated_from_the_kept_samples(runs, family):
     folder = runs(family)
     out, denoiser = folder / "out" / "reslora", "unet" if (folder / "model" / "unet").is_dir() else "transformer"
@@ -96,15 +95,6 @@ def test_merge_is_repeated_from_the_kept_samples(runs, family):
     expected = json.loads((out / "merge.json").read_text())
     assert report["method"] == "lstsq" and max(block["error"] for block in report["blocks"]) > 1e-3
     assert_same_merge(report, expected)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("family", ["z_image", "flux", "sd3"])
-def test_diffusers_names_begin_with_the_transformer(runs, family):
-    keys = load_file(runs(family) / "out" / "reslora" / "pytorch_lora_weights.safetensors").keys()
-    assert keys and all(
-        key.startswith("transformer.") and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys
-    )
 
 
 @pytest.mark.exhaustive
@@ -181,7 +171,7 @@ def test_what_a_model_predicts_is_in_kohyas_and_stability_ais_names(width, predi
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("family", ["z_image", "flux", "sd3", "sdxl", "chroma", "flux2"])
+@pytest.mark.parametrize("family", ["flux", "sdxl"])
 def test_gradient_checkpointing_changes_nothing(runs, family, tmp_path):
     folder = runs(family)
     config = json.loads((folder / "out" / "config.json").read_text())

@@ -15,8 +15,7 @@ from reslora.errors import InvalidArgument
 from reslora.export import export_peft, write_diffusers, write_kohya, write_peft
 from reslora.images.model.families import load_family
 from reslora.images.model.lora_files.names import names_of
-from reslora.images.model.lora_files.reading import family_of, read_content, read_parts
-from reslora.images.model.lora_files.writing import write
+from reslora.images.model.lora_files.reading import family_of, read_content
 
 ALL = "transformer_blocks.0.attn.to_q"
 
@@ -52,15 +51,6 @@ def test_layers_say_whose_a_file_is_where_no_other_family_has_them(family, tmp_p
         tensors["transformer.distilled_guidance_layer.in_proj.lora_B.weight"] = torch.ones(5120, 1)
         save_file(tensors, tmp_path / "in.safetensors")
         assert guessed(tmp_path / "in.safetensors") == "chroma"
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("family", "outputs"), [("flux", 3 * 3072 + 12288), ("flux2_klein", 3 * 3072 + 2 * 9216)])
-def test_a_layer_that_two_families_have_is_known_by_its_sides(family, outputs, tmp_path):
-    tensors = {"lora_unet_single_blocks_0_linear1.lora_down.weight": torch.ones(1, 3072)}
-    tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"] = torch.ones(outputs, 1)
-    save_file(tensors, tmp_path / "in.safetensors")
-    assert guessed(tmp_path / "in.safetensors") == family
 
 
 @pytest.mark.exhaustive
@@ -153,7 +143,7 @@ def test_a_layer_whose_scale_is_not_in_the_file_is_as_diffusers_reads_it_or_refu
             read(tmp_path / "in.safetensors", known)
 
 
-@pytest.mark.parametrize("family", ["flux2", "flux2_klein", "krea2"])
+@pytest.mark.parametrize("family", ["flux2", "krea2"])
 def test_trained_in_the_models_own_names_and_written_by_peft(family, tmp_path):
     """As in files of AI-Toolkit, which diffusers reads with scale 1."""
     known = names(family)
@@ -164,27 +154,25 @@ def test_trained_in_the_models_own_names_and_written_by_peft(family, tmp_path):
     assert_same(read(tmp_path / "in.safetensors", known), updates({known.family.denoiser: layers}))
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "reslora_model.safetensors"])
-def test_a_checkpoints_weights_are_refused_where_diffusers_would_read_them(name, tmp_path):
-    in_pefts_names(random_lora("qwen_image", lambda layer: "to_" in layer)["transformer"], NAMED, tmp_path / name)
-    with pytest.raises(InvalidArgument, match="like the weights of a checkpoint"):
-        read(tmp_path / name, names("qwen_image"))
-
-
-@pytest.mark.parametrize("name", ["adapter.safetensors", "reslora_model.safetensors"])
-def test_a_checkpoint_is_refused_by_what_to_give_in_its_place(name, tmp_path):
+def test_a_checkpoint_is_refused_by_what_to_give_in_its_place(tmp_path):
     """An unmerged ResLoRA has additional data, without which it would be another adapter."""
-    save_file({"reslora.norms": torch.zeros(2, 2), "x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / name)
-    for place, said in ((tmp_path, "a checkpoint, not a finished"), (tmp_path / name, "an unmerged ResLoRA")):
+    save_file(
+        {"reslora.norms": torch.zeros(2, 2), "x.lora_A.weight": torch.zeros(2, 2)},
+        tmp_path / "reslora_model.safetensors",
+    )
+    for place, said in (
+        (tmp_path, "a checkpoint, not a finished"),
+        (tmp_path / "reslora_model.safetensors", "an unmerged ResLoRA"),
+    ):
         with pytest.raises(InvalidArgument, match=f"{said}.*; give what its run has exported, such as pytorch_lora_we"):
             read(place, names("stable_diffusion"))
     save_file({}, tmp_path / "pytorch_lora_weights.safetensors")  # what may be given is read, whatever is beside it
     assert not read_content(tmp_path, "--init_lora").tensors
 
 
-@pytest.mark.parametrize("words", [("lora.down", "lora.up"), ("lora_down", "lora_up")])
-def test_older_words_without_a_scale_mean_one(words, tmp_path):
+def test_older_words_without_a_scale_mean_one(tmp_path):
     """Of diffusers' `save_attn_procs` before PEFT, and of kohya's scripts."""
+    words = ("lora_down", "lora_up")
     layers = random_lora("stable_diffusion", lambda layer: ".to_" in layer)["unet"]
     layers = {layer: factors._replace(scale=1.0) for layer, factors in layers.items()}
     for prefix in ("", "unet."):
@@ -192,35 +180,6 @@ def test_older_words_without_a_scale_mean_one(words, tmp_path):
         tensors |= {f"{prefix}{layer}.{words[1]}.weight": f.up for layer, f in layers.items()}
         save_file(tensors, tmp_path / "in.safetensors")
         assert_same(read(tmp_path / "in.safetensors", names("stable_diffusion")), updates({"unet": layers}))
-
-
-def test_the_oldest_files_of_attention_processors_are_read(tmp_path):
-    layers = random_lora("stable_diffusion", lambda name: ".to_" in name)["unet"]
-    tensors, plain = {}, {name: factors._replace(scale=1.0) for name, factors in layers.items()}
-    for name, factors in plain.items():
-        block, _, last = name.rpartition(".to_")
-        for word, value in (("down", factors.down), ("up", factors.up)):
-            tensors[f"unet.{block}.processor.to_{last.removesuffix('.0')}_lora.{word}.weight"] = value.contiguous()
-    save_file(tensors, tmp_path / "in.safetensors")
-    assert_same(read(tmp_path / "in.safetensors", names("stable_diffusion")), updates({"unet": plain}))
-
-
-def test_xlabs_files_for_flux_are_read(tmp_path):
-    """q, k and v of the image tokens, and the layer after them, in one processor."""
-    width = names("flux").shapes[ALL][0]
-    name = "double_blocks.1.processor"
-    shapes = {"qkv_lora1.down": (2, width), "qkv_lora1.up": (3 * width, 2), "proj_lora1.down": (2, width)}
-    tensors = {f"{name}.{k}.weight": torch.randn(v) for k, v in (shapes | {"proj_lora1.up": (width, 2)}).items()}
-    save_file(tensors, tmp_path / "in.safetensors")
-    found = read(tmp_path / "in.safetensors", names("flux"))
-    qkv = tensors[f"{name}.qkv_lora1.up.weight"].double() @ tensors[f"{name}.qkv_lora1.down.weight"].double()
-    for letter, rows in zip("qkv", qkv.split(width), strict=True):
-        torch.testing.assert_close(found[f"transformer.transformer_blocks.1.attn.to_{letter}"], rows)
-    assert len(found) == 4
-    for to, out in (("diffusers", "out.safetensors"), ("kohya", "kohya.safetensors"), ("peft", "folder")):
-        parts = read_parts(read_content(tmp_path / "in.safetensors", "IN"), names("flux"))
-        write(parts, names("flux"), to, tmp_path / out, {})
-        assert_same(read(tmp_path / out, names("flux")), found, tolerance=1e-5)
 
 
 def test_a_layer_that_diffusers_leaves_out_is_refused(tmp_path):
@@ -232,15 +191,6 @@ def test_a_layer_that_diffusers_leaves_out_is_refused(tmp_path):
     assert len(names("flux").family.pipeline.lora_state_dict(tensors)) == 2
     with pytest.raises(InvalidArgument, match=f"{lost} is not a layer of flux that diffusers reads"):
         read(tmp_path / "in.safetensors", names("flux"))
-
-
-def test_a_model_of_another_size_is_refused(tmp_path):
-    write_kohya(
-        tmp_path / "in.safetensors", names("flux").to_kohya(random_lora("flux", lambda name: "proj_out" in name))
-    )
-    other = names_of(names("flux").family, {**names("flux").config, "num_attention_heads": 4})
-    with pytest.raises(InvalidArgument, match="in the model; give the model that it was made for"):
-        read_parts(read_content(tmp_path / "in.safetensors", "IN"), other)
 
 
 @pytest.mark.parametrize(
@@ -260,31 +210,6 @@ def test_other_adapters_of_peft_are_refused(field, words, tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | field))
     with pytest.raises(InvalidArgument, match=words):
         read_content(tmp_path / "peft", "IN")
-
-
-def test_weights_of_peft_without_its_configuration_are_refused(tmp_path):
-    write_peft(tmp_path / "peft", random_lora("stable_diffusion")["unet"])
-    config = tmp_path / "peft" / "adapter_config.json"
-    config.write_text(json.dumps({"prompt": "cat"}))  # any other file
-    for _ in range(2):
-        with pytest.raises(InvalidArgument, match=r"no readable adapter_config\.json, which contains its scale"):
-            read_content(tmp_path / "peft", "IN")
-        config.unlink(missing_ok=True)
-
-
-def test_a_file_of_another_tool_may_have_the_name_that_peft_gives(tmp_path):
-    parts = random_lora("stable_diffusion")
-    write_kohya(tmp_path / "adapter_model.safetensors", names("stable_diffusion").to_kohya(parts))
-    assert_same(read(tmp_path / "adapter_model.safetensors", names("stable_diffusion")), updates(parts))
-
-
-def test_what_diffusers_cannot_convert_is_refused_by_its_first_layer(tmp_path):
-    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
-    save_file(
-        {f"{layer}_lora.{word}.weight": torch.ones(32, 32) for word in ("down", "up")}, tmp_path / "in.safetensors"
-    )
-    with pytest.raises(InvalidArgument, match=r"q_proj is not a layer of \w+ that diffusers reads"):
-        read(tmp_path / "in.safetensors", names("stable_diffusion"))
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path):
@@ -316,9 +241,9 @@ def test_factors_that_are_none_are_refused(change, words, said, tmp_path):
         read(tmp_path / "in.safetensors", names("stable_diffusion"))
 
 
-@pytest.mark.parametrize("word", ["lora_A.default", "lora.down"])
-def test_a_factor_that_is_there_twice_is_refused(word, tmp_path):
+def test_a_factor_that_is_there_twice_is_refused(tmp_path):
     """Under the names of two tools: it is not defined which one counts."""
+    word = "lora_A.default"
     write_diffusers(tmp_path / "in.safetensors", random_lora("stable_diffusion", lambda name: name == "conv_in"))
     tensors = load_file(tmp_path / "in.safetensors")
     tensors[f"unet.conv_in.{word}.weight"] = 2 * tensors["unet.conv_in.lora_A.weight"]
@@ -343,7 +268,7 @@ def test_a_scale_that_is_no_finite_number_is_refused(alpha, words, tmp_path):
         read(tmp_path / "in.safetensors", names("stable_diffusion"))
 
 
-@pytest.mark.parametrize("said", [{"lora_alpha": None}, {"lora_alpha": "8"}, {"alpha_pattern": {"conv_in": "x"}}])
+@pytest.mark.parametrize("said", [{"lora_alpha": None}, {"alpha_pattern": {"conv_in": "x"}}])
 def test_a_configuration_whose_scale_is_no_number_is_refused(said, tmp_path):
     parts = random_lora("stable_diffusion", lambda name: name == "conv_in")
     write_peft(tmp_path / "peft", parts["unet"])
