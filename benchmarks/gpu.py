@@ -1,4 +1,4 @@
-"""Measure training on a GPU in one command of at most ten minutes: step times, memory against its plan, an export.
+"""Measure training on a GPU in one command of at most ten minutes: step times, and memory against its plan.
 
     python benchmarks/gpu.py --name h100        # models of the size of SD 1.5, SDXL and Flux.1, bf16
     python benchmarks/gpu.py --name try --model sd15 --part steps
@@ -16,9 +16,6 @@ for example for lack of memory or of a library, stores its error, and the next o
 - `memory`: the peak of allocated bytes in training steps of ResLoRA, and what `--plan` computes for them. The peak is
   `torch.cuda.max_memory_allocated`; on a CPU that of the allocator's events in torch's profiler. The autoencoder's
   decoder, which a run also holds, is in neither.
-- `processes`: samples per second of two processes, over those of one.
-- `export`: a short run of `train_sd.py` with a tiny pipeline, which reads each exported file back; the largest
-  difference of a pixel, of 255.
 
 This has not been run on a GPU yet: none was available. A test runs `--miniature` on a CPU.
 """
@@ -31,10 +28,7 @@ import dataclasses
 import functools
 import gc
 import itertools
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -61,7 +55,6 @@ sys.path.append(str(ROOT / "tests"))
 from pipelines import FAMILIES, image_folder, tiny_tokenizer
 
 import reslora
-import train_sd
 from reslora.errors import first_line
 from reslora.images.accelerator import start_accelerator
 from reslora.images.context import ImageContext
@@ -74,7 +67,6 @@ from reslora.images.model.quantising import blocks, pack
 from reslora.images.run import resolve_context
 from reslora.images.settings import parse_args
 from reslora.images.study import ImageStudy
-from reslora.io import read_object
 from reslora.runtime.signals import StopRequest
 from reslora.training.loop import take_step
 from reslora.training.preparing import prepare
@@ -383,55 +375,6 @@ def peak_of(work: Callable[[], None], device: torch.device) -> int:
     return max(itertools.accumulate(change for _, change in changes))
 
 
-# -- processes and export ----------------------------------------------------------------------------------------------
-
-
-def processes(name: str, args: argparse.Namespace) -> dict:
-    """Return samples per second of one and of two processes."""
-    if not args.miniature and torch.cuda.device_count() < 2:
-        return {"skipped": f"{torch.cuda.device_count()} GPU"}
-    found = {str(count): worker_rate(name, args, count) for count in (1, 2)}
-    return {"samples_per_second": found, "ratio": found["2"] / found["1"]}
-
-
-def worker_rate(name: str, args: argparse.Namespace, count: int) -> float:
-    """Return samples per second of this script's worker in `count` processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), __file__]
-    command += ["--worker", name, "--rounds", str(args.rounds), *(["--miniature"] if args.miniature else [])]
-    environment = os.environ | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    lines = [line for line in ended.stdout.splitlines() if line.startswith("{")]
-    if ended.returncode or not lines:
-        raise RuntimeError((ended.stderr.strip().splitlines() or ["no output"])[-1])
-    return json.loads(lines[-1])["samples_per_second"]
-
-
-def worker(name: str, args: argparse.Namespace) -> None:
-    """Train ResLoRA in this process and its siblings; the first one prints samples per second."""
-    with tempfile.TemporaryDirectory() as folder:
-        context, rehearsal = Setting(name, args, Path(folder)).context()
-        batch, device = random_batch(rehearsal), context.accelerator.device.type
-        learner = learner_of("reslora", random_denoiser(context), context, rehearsal)
-        step = functools.partial(take_step, learner, itertools.repeat(batch), study_of(context, rehearsal))
-        times = [seconds_of(step, device) for _ in range(2 + (2 if args.miniature else args.rounds))]
-        samples = len(batch.noise) * context.accelerator.num_processes
-        context.accelerator.print(json.dumps({"samples_per_second": samples / statistics.median(times[2:])}))
-        context.accelerator.end_training()
-
-
-def export(args: argparse.Namespace) -> dict:
-    """Train a tiny pipeline with `train_sd.py`; return the largest difference of each file that is read back."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model, images = FAMILIES["stable_diffusion"](folder / "model"), image_folder(folder / "images")
-        words = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images), "--resolution", "32"]
-        words += ["--max_train_steps", "2", "--mixed_precision", "bf16", "--rank", "4", "--num_inference_steps", "2"]
-        words += ["--method", "reslora", "--num_validation_images", "0", "--report_to", "none"]
-        if status := train_sd.main([*words, "--output_dir", str(folder / "out")]):
-            raise RuntimeError(f"train_sd.py ended with status {status}")
-        return {"difference_of_255": read_object(folder / "out" / "reslora" / "exports.json")["difference_of_255"]}
-
-
 # -- all of it ---------------------------------------------------------------------------------------------------------
 
 
@@ -471,11 +414,6 @@ def lines_of(what: str, found: dict) -> list[str]:
     if "planned_bytes" in found:
         planned, allocated = found["planned_bytes"] / GIBI, found["allocated_bytes"] / GIBI
         return [f"{what:<32} planned {planned:.3f} GiB, allocated {allocated:.3f}: ratio {found['ratio']:.3f}"]
-    if "samples_per_second" in found:
-        rates = ", ".join(f"{rate:.2f} with {count}" for count, rate in found["samples_per_second"].items())
-        return [f"{what:<32} samples per second: {rates}; ratio {found['ratio']:.2f}"]
-    if "difference_of_255" in found:
-        return [f"{what:<32} {name}: {value}/255" for name, value in found["difference_of_255"].items()]
     lines = []
     for row, figures in found.items():
         low, middle, high = figures["quartiles"]
@@ -493,17 +431,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=11, help="how often every step is taken in turn")
     parser.add_argument("--minutes", type=float, default=9, help="no measurement begins after so many")
     parser.add_argument("--miniature", action="store_true", help="tiny models, two rounds")
-    parser.add_argument("--worker", choices=tuple(SIZES), help=argparse.SUPPRESS)  # one of several processes
     args = parser.parse_args(argv)
-    if args.worker:
-        worker(args.worker, args)
-        return
     if not args.miniature and not torch.cuda.is_available():
         parser.error("there is no GPU; --miniature runs everything on tiny models")
     args.name = args.name or ("miniature" if args.miniature else torch.cuda.get_device_name().replace(" ", "-"))
     results = Results(args)
-    if "export" in args.part:
-        results.attempt("export", lambda: export(args))
     for name in args.model:
         with tempfile.TemporaryDirectory() as folder:
             setting = functools.cache(functools.partial(Setting, name, args, Path(folder)))
@@ -512,11 +444,9 @@ def main(argv: list[str] | None = None) -> None:
             for case in CASES if "memory" in args.part else ():
                 measure = lambda setting=setting, case=case: memory(setting(), case)  # noqa: E731
                 results.attempt(f"{name} memory {case}", measure)
-    if "processes" in args.part:
-        results.attempt("processes", functools.partial(processes, args.model[0], args))
 
 
-PARTS = ("steps", "memory", "processes", "export")
+PARTS = ("steps", "memory")
 
 
 if __name__ == "__main__":
