@@ -305,14 +305,13 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_of_other_sizes_lists_and_nested_dicts(monkeypatch, kind, budget):
     """C of every block from the inputs of the connected model's layers, by the normal equations."""
-    shortcut = "middle"
     build, targets, batches = KINDS[kind]
     torch.manual_seed(0)
     model = build().double()
     model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=targets))
     randomize(model)
     batches = [doubled(batch) for batch in batches]
-    plan = reslora.connect(model, ResLoraConfig(shortcut, 2))
+    plan = reslora.connect(model, ResLoraConfig("middle", 2))
     entered = {block.name: [] for block in plan.blocks}
     hooks = [
         find_layer(model, name).register_forward_pre_hook(
@@ -332,8 +331,8 @@ def test_batches_of_other_sizes_lists_and_nested_dicts(monkeypatch, kind, budget
     for chain in plan:
         names = [block.name for block in chain]
         for n in range(1, len(names)):
-            now, past = names[n], names[max(0, n - (1 if shortcut == "input" else 2)) : n]
-            terms = [(a[now] if shortcut == "input" else a[name], x[name]) for name in past]
+            now, past = names[n], names[max(0, n - 2) : n]
+            terms = [(a[name], x[name]) for name in past]
             c = ridge_regression(x[now], sum(rows @ part.T for part, rows in terms), sum(part for part, _ in terms))
             assert_equal(find_layer(model, now).lora_A["default"].weight, a[now] + c, rtol=1e-6, atol=1e-7)
 

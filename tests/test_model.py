@@ -260,18 +260,15 @@ def test_a_model_without_lora_layers_is_an_error(shortcut):
 
 @pytest.mark.exhaustive
 def test_an_adapter_that_is_not_there_is_named(llama):
-    verb = "connect"
-    model = llama.lora()
-    if verb != "connect":
-        reslora.connect(model, ResLoraConfig("block"))
+    model, config = llama.lora(), ResLoraConfig("block")
     with pytest.raises((ValueError, RuntimeError)) as error:
-        if verb == "connect":
-            reslora.connect(model, ResLoraConfig("block"), adapter_name="missing")
-        elif verb == "disconnect":
-            reslora.disconnect(model, adapter_name="missing")
-        else:
-            reslora.merge(model, adapter_name="missing")
+        reslora.connect(model, config, adapter_name="missing")
     assert_one_line(error, "missing")
+    reslora.connect(model, config)
+    for verb in (reslora.disconnect, reslora.merge):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            verb(model, adapter_name="missing")
+        assert_one_line(error, "missing")
 
 
 @pytest.mark.exhaustive

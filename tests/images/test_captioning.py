@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from suites import quick
 from transformers import (
     BertTokenizer,
     BlipConfig,
@@ -148,7 +149,7 @@ def test_captions_are_written_resumed_and_replaced_on_request_alone(model, folde
     assert texts(folder)["more/2.txt"] == written["more/2.txt"] and texts(folder)["1.txt"].startswith("sks word")
 
 
-@pytest.mark.parametrize("build", [blip, git, llava])
+@pytest.mark.parametrize("build", quick([blip, git, llava], blip))
 def test_a_batch_gives_what_each_image_gives_and_no_prompt(build, model):
     images = [PIL.Image.new("RGB", (40, 30), color) for color in COLORS]
     captioner = Captioner(str(model(build)), "describe", 6)

@@ -147,6 +147,7 @@ def drawn(place: SimpleNamespace, weights: Path | None, reference: PIL.Image.Ima
     return pipe(reference, prompt, generator=seed, num_inference_steps=2, output_type="np", **size).images[0]
 
 
+@pytest.mark.exhaustive
 def test_samples_are_those_of_the_stock_pipeline_with_the_exported_lora(place, trained):
     """The references of the prompts are those of the first held-out images; here they have the sample's size."""
     files = json.loads((trained / "reslora" / "exports.json").read_text())["difference_of_255"]
@@ -175,9 +176,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(place, trained, tmp_path):
 
 @pytest.mark.exhaustive
 def test_a_step_takes_what_is_planned(place, tmp_path):
-    more = ["--no-cache_latents", "--output_preservation_weight", "1"]
-    if more:
-        more = [*more, "--output_preservation_prompt", "a disc"]
+    more = ["--no-cache_latents", "--output_preservation_weight", "1", "--output_preservation_prompt", "a disc"]
     flags = [*place.pairs[2:], "--validation_prompt", "red disc", "--num_validation_images", "1", *more]
     images, context = resolved(place.model, place.folder / "images", tmp_path / "out", *flags)
     plan = plan_of(images, context, None)
@@ -213,28 +212,22 @@ def test_a_column_names_the_reference(tmp_path, layout):
     columns = {"image": [random_image(number + 300) for number in range(3)]}
     columns |= {"edited": [random_image(number) for number in range(3)], "text": ["red disc"] * 3}
     flags = ["--train_data_dir", tmp_path / "p", "--cache_dir", tmp_path / "cache"]
-    if layout in ("jsonl", "csv"):
+    if layout == "jsonl":
         names = [(f"{number}.png", f"before-{number}.png") for number in range(3)]
         for (name, before), image, reference in zip(names, columns["edited"], columns["image"], strict=True):
             image.save(tmp_path / "p" / name)
             reference.save(tmp_path / "p" / before)
         rows = [{"file_name": name, "text": "red disc", "conditioning_image": before} for name, before in names]
-        lines = list(map(json.dumps, rows))
-        if layout == "csv":
-            lines = ["file_name,text,conditioning_image", *(f"{name},red disc,{before}" for name, before in names)]
-        (tmp_path / "p" / f"metadata.{layout}").write_text("\n".join(lines))
+        (tmp_path / "p" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
         (found,) = images_of(*flags, "--conditioning_image_column", "conditioning_image")
         assert found.notes == ()
     else:
         features = {"image": datasets.Image(), "edited": datasets.Image(), "text": datasets.Value("string")}
         made = datasets.Dataset.from_dict(columns, datasets.Features(features))
-        if layout == "parquet":
-            made.to_parquet(tmp_path / "p" / "train.parquet")
-        else:
-            made.save_to_disk(tmp_path / "p")
+        made.to_parquet(tmp_path / "p" / "train.parquet")
         (found,) = images_of(*flags, "--image_column", "edited", "--conditioning_image_column", "image")
     assert_paired(found)
-    (plain,) = images_of(*flags, *(() if layout in ("jsonl", "csv") else ("--image_column", "edited")))
+    (plain,) = images_of(*flags, *(() if layout == "jsonl" else ("--image_column", "edited")))
     assert len(plain) == 3 and not plain.paired and plain.fingerprint != found.fingerprint
 
 

@@ -40,11 +40,12 @@ def place(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, model=model, pairs=pairs, flags=flags)
 
 
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_loss_by_hand(place, tmp_path):
     """Text states of caption and reference are the pipeline's; the reference's tokens follow, and are not predicted."""
-    flags = ["--no-cache_latents", "--use_aspect_ratio_buckets"]
-    one = training_data_of([*place.flags, "--output_dir", str(tmp_path / "out"), *flags])
+    flags = [*place.flags, "--no-cache_latents", "--use_aspect_ratio_buckets", "--output_dir", str(tmp_path / "out")]
+    one = training_data_of(flags)
     stock = QwenImageEditPipeline.from_pretrained(place.model, torch_dtype=torch.float32)
     draws_of = one.data.plan(1).forward(0)
     batch = collate([TrainingSamples(one.data)[draw] for draw in draws_of])
@@ -64,11 +65,9 @@ def test_loss_by_hand(place, tmp_path):
     one.pipeline.vae.double()
     batch.text = {"states": [state.double() for state in batch.text["states"]]}
     found = loss(denoiser, batch)
-    moments, reference = batch.moments, batch.reference
-    if flags:
-        image, other = (vae.encode(pixels.double()[:, :, None]) for pixels in (batch.pixels, batch.reference_pixels))
-        moments = torch.stack([image.latent_dist.mean, image.latent_dist.std], 1)[:, :, :, 0]
-        reference = other.latent_dist.mean[:, :, 0]
+    image, other = (vae.encode(pixels.double()[:, :, None]) for pixels in (batch.pixels, batch.reference_pixels))
+    moments = torch.stack([image.latent_dist.mean, image.latent_dist.std], 1)[:, :, :, 0]
+    reference = other.latent_dist.mean[:, :, 0]
 
     mean, std = moments.double().unbind(1)
     centre, spread = (

@@ -64,20 +64,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, method, shortcut):
 
 
 def test_a_stopped_run_is_saved_and_goes_on_as_if_it_never_was(tmp_path, monkeypatch):
-    step = 1
     whole, take = trained_in(tmp_path / "whole", **EVALUATED), loop.take_step
 
     def stopped_in_step(learner, *more):
         value = take(learner, *more)
-        if learner.step == step:
+        if learner.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return value
 
     with StopRequest() as stop, monkeypatch.context() as patched:
         patched.setattr(loop, "take_step", stopped_in_step)
-        with pytest.raises(Stopped, match=f"reslora stopped after step {step}; resume with"):
+        with pytest.raises(Stopped, match="reslora stopped after step 1; resume with"):
             trained_in(tmp_path / "run", stop=stop, **EVALUATED)
-    assert numbered(tmp_path / "run")[0].name == f"checkpoint-{step}"
+    assert numbered(tmp_path / "run")[0].name == "checkpoint-1"
     assert_same(weights(whole), weights(trained_in(tmp_path / "run", resume="latest", **EVALUATED)))
     assert read_log(tmp_path / "whole") == read_log(tmp_path / "run")
 
@@ -202,23 +201,21 @@ def test_a_last_batch_that_not_every_process_has_is_a_step(examples, processes, 
 
 def test_an_epoch_has_every_example_once_and_processes_share_it():
     """Two processes take the batches of one with as many examples in a step; 22 are filled up with the first two."""
-    grouped = True
 
     def numbers(found: BatchPlan, steps: int) -> list[list[int]]:
         places = [place for step in range(1, steps + 1) for place in found.of_step(step)]
         return [[row["input_ids"][0] for row in found[place]] for place in places]
 
-    one = numbers(plan(22, 1, 2, group_by_length=grouped), 6)
+    one = numbers(plan(22, 1, 2, group_by_length=True), 6)
     assert [len(batch) for batch in one] == [4, 4, 4, 4, 4, 2] * 2
     for epoch in (one[:6], one[6:]):
         assert sorted(number for batch in epoch for number in batch) == list(range(22))
     assert one[:6] != one[6:]
-    two = [numbers(plan(22, 2, process=rank, group_by_length=grouped), 3) for rank in range(2)]
+    two = [numbers(plan(22, 2, process=rank, group_by_length=True), 3) for rank in range(2)]
     joined = [batch for pair in zip(*two, strict=True) for batch in pair]
     assert joined[:5] == one[:5] and joined[5] == one[5] + one[0][:2]
-    if grouped:
-        lengths = [1 + number % 5 for number in one[1]]
-        assert max(lengths) - min(lengths) < 4
+    lengths = [1 + number % 5 for number in one[1]]
+    assert max(lengths) - min(lengths) < 4
 
 
 def test_biases_have_no_weight_decay():

@@ -61,7 +61,9 @@ def predicted(name: str, one: Setting, denoiser, batch: Batch, text: dict) -> to
 
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("stable_diffusion", ["--prediction_type", "v_prediction", "--train_text_encoder"]), ("sd3", [])],
+    quick(
+        [("stable_diffusion", ["--prediction_type", "v_prediction", "--train_text_encoder"]), ("sd3", [])], ("sd3", [])
+    ),
 )
 def test_loss_and_gradients_by_hand(tmp_path, name, flags):
     """The loss plus the weighted MSE of predictions for the class prompt with `W + 2 B A` and with W."""

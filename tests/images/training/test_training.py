@@ -32,7 +32,7 @@ from images.runs import (
 from reslora.images.context import ImageContext
 from reslora.images.data.batch import collate
 from reslora.images.data.plan import Plan
-from reslora.images.data.samples import TrainingSamples, ValidationSamples, training_loader
+from reslora.images.data.samples import TrainingSamples, training_loader
 from reslora.images.initial_lora import add_adapters
 from reslora.images.schedule import schedule_of
 from reslora.options.images import Options
@@ -327,10 +327,7 @@ def test_a_stop_in_a_validation_saves_and_the_rest_follows(run, base_flags, tmp_
 
     The step is saved, and the resumed run repeats the validation.
     """
-    moment = "samples"
-    output, of = tmp_path / "out", {"loss": ValidationSamples, "samples": StableDiffusionPipeline}[moment]
-    name = {"loss": "batches", "samples": "__call__"}[moment]
-    before = getattr(of, name)
+    output, before = tmp_path / "out", StableDiffusionPipeline.__call__
     flags = [*base_flags, "--method", "reslora", "--output_dir", output, "--checkpointing_steps", "100"]
 
     def interrupted(self, *args, **more):
@@ -339,13 +336,13 @@ def test_a_stop_in_a_validation_saves_and_the_rest_follows(run, base_flags, tmp_
         return before(self, *args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(of, name, interrupted)
+        patch.setattr(StableDiffusionPipeline, "__call__", interrupted)
         assert main(*flags) == 128 + signal.SIGTERM
     method = output / "reslora"
     assert {path.name for path in method.glob("checkpoint-*")} == {"checkpoint-2"}
     assert not (method / "samples" / "step-000002").exists()
     validated = [row["step"] for row in of_split(read_log(method / "log.jsonl"), "validation")]
-    assert validated == ([0] if moment == "loss" else [0, 2])
+    assert validated == [0, 2]
     assert main(*flags, *RESUME) == 0
     assert_same(final_weights(output), final_weights(run))
     assert losses(output) == losses(run)
