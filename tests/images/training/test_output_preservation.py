@@ -6,6 +6,7 @@ import pytest
 import torch
 from core_models import assert_one_line
 from peft.tuners.tuners_utils import BaseTunerLayer
+from suites import quick
 from torch.func import functional_call
 
 from images import exact_steps
