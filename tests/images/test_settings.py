@@ -3,14 +3,12 @@
 import json
 import os
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
 from images.runs import refused
 from reslora.errors import InvalidArgument
 from reslora.images.settings import ASSETS, parse_args
-from reslora.training.trackers import note_settings
 
 
 def test_the_bundled_pipeline_has_defaults_of_its_own(data):
@@ -155,27 +153,6 @@ def test_a_runs_own_config_gives_the_run_again(run):
     again = parse_args(["--config", str(run / "config.json")]).flat()
     config = json.loads((run / "config.json").read_text())
     assert config == {name: again[name] for name in config}
-
-
-def test_a_runs_config_does_not_say_where_it_went_on_from(tmp_path, capsys):
-    """A repeated run would resume from there. Earlier versions have stored the option."""
-    resume, here = "--resume_from_checkpoint", ["--output_dir", str(tmp_path)]
-    values = parse_args([*here, resume, "a/checkpoint-2"])
-    note_settings(values, {"max_train_steps": 4, "validation_steps": 2}, Mock(trackers=[]))
-    config = tmp_path / "config.json"
-    written = json.loads(config.read_text())
-    assert "resume_from_checkpoint" not in written and written["max_train_steps"] == 4
-    for value, found, line in (("a/checkpoint-2", None, f"--config {config}: {resume} a/c"), ("latest", "latest", "")):
-        config.write_text(json.dumps(written | {"resume_from_checkpoint": value}))
-        assert parse_args(["--config", str(config)]).output.resume_from_checkpoint == found
-        assert capsys.readouterr().out.startswith(line)
-        assert (
-            parse_args(["--config", str(config), resume, "checkpoint-3"]).output.resume_from_checkpoint
-            == "checkpoint-3"
-        )
-        assert not capsys.readouterr().out
-    config.with_suffix(".toml").write_text('resume_from_checkpoint = "a/checkpoint-2"')
-    assert parse_args(["--config", str(config.with_suffix(".toml"))]).output.resume_from_checkpoint == "a/checkpoint-2"
 
 
 def test_an_alpha_of_the_config_stays_when_the_rank_is_given(tmp_path, data):

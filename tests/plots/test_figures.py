@@ -56,27 +56,9 @@ def test_images_above_are_smaller_and_as_many_as_there_is_room_for(tmp_path):
     assert np.array_equal(without, drawn(tmp_path, ["before", "step 4"], rows, above=("learnt", [])))
 
 
-def test_an_image_is_enlarged_without_steps_and_nothing_else_is_done_to_it(tmp_path):
-    source = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    rows = [("", [("", [source, plain(RED)])])]
-    pixels = drawn(tmp_path, ["", ""], rows)
-    left, top, width, height = box(pixels, RED)
-    expected = np.asarray(source.resize((width, height), PIL.Image.Resampling.LANCZOS))
-    x = left - width - figures.GAP
-    assert np.array_equal(pixels[top : top + height, x : x + width], expected)
-
-
 @pytest.mark.parametrize(("size", "shown"), [((32, 16), (128, 64)), ((512, 512), (192, 192))])
 def test_images_keep_their_shape(tmp_path, size, shown):
     assert box(drawn(tmp_path, ["a"], [("p", [("m", [plain(RED, size)])])]), RED)[2:] == shown
-
-
-def test_images_of_other_shapes_than_the_first_keep_theirs(tmp_path):
-    """A resumed run may generate samples of another size."""
-    rows = [("p", [("m", [plain(RED, (128, 64)), plain(GREEN, (64, 64))])])]
-    red, green = (box(drawn(tmp_path, ["a", "b"], rows), color) for color in (RED, GREEN))
-    assert red[2:] == (128, 64) and green[2:] == (64, 64)
-    assert green[:2] == (red[0] + 128 + figures.GAP + 32, red[1])
 
 
 def test_files_are_read_and_closed(tmp_path):
@@ -108,45 +90,6 @@ def test_what_is_too_long_is_shortened(tmp_path):
     text = figures._shortened("word " * 300, 20, 200)
     assert text.endswith("…") and 180 < figures._width(text, 20) <= 200
     assert figures._shortened("word", 20, 200) == "word"
-
-
-def test_a_title_wider_than_an_image_makes_room(tmp_path):
-    rows = [("p", [("", [plain(RED), plain(BLUE)])])]
-    pixels = drawn(tmp_path, ["a title that is wider than its image\nand a second line", "b"], rows)
-    red, blue = box(pixels, RED), box(pixels, BLUE)
-    assert blue[0] - red[0] > figures.SMALL + figures.GAP
-    assert (pixels[:, : figures.MARGIN - 2] == 255).all() and (pixels[:, -figures.MARGIN + 2 :] == 255).all()
-
-
-def test_nothing_drawn_yet(tmp_path):
-    assert drawn(tmp_path, ["step 0"], [("p", [("lora", [None])])]).size
-    assert drawn(tmp_path, ["step 0"], []).size
-
-
-@pytest.fixture
-def families(monkeypatch):
-    """Set the font families; cmtt10 and DejaVu Sans come with matplotlib."""
-
-    def set_to(*names):
-        monkeypatch.setattr(figures, "FAMILIES", names)
-        figures._font.cache_clear()
-
-    yield set_to
-    figures._font.cache_clear()
-
-
-def test_each_character_takes_the_first_font_that_has_it(families):
-    families("DejaVu Sans")
-    latin, greek = figures._width("red disc", 20), figures._width("κόκκινος", 20)
-    families("No Such Font", "cmtt10", "DejaVu Sans")
-    assert figures._width("red disc", 20) != latin
-    assert figures._width("κόκκινος", 20) == greek
-
-
-def test_a_character_that_no_font_has_is_no_warning(tmp_path, families, recwarn, caplog):
-    families("No Such Font", "DejaVu Sans")
-    drawn(tmp_path, ["a"], [("\U000f0000", [("m", [plain(RED)])])])
-    assert not recwarn.list and not caplog.records
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path):

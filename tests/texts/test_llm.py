@@ -155,14 +155,6 @@ def test_a_checkpoint_is_never_chosen_by_what_it_is_tested_on(tiny, tmp_path, ca
     assert len(load("--eval_strategy", "no")["train"]) == 50
 
 
-def test_a_resumed_run_holds_out_the_same_examples(tiny, tmp_path, capsys):
-    data = write_rows(tmp_path / "data", train=numbered(20), test=[row(0)])
-    argv = flags(tiny, data, tmp_path / "run", "--method", "lora", "--max_steps", 1)
-    assert run([*argv, "--eval_strategy", "epoch"]) == 0
-    words = [f"--data_dir {data} --eval_strategy no: ", "was trained on 18 examples, ", "these are 20 examples"]
-    assert_refused([*argv, "--max_steps", "2", "--resume_from_checkpoint", "latest"], capsys, words)
-
-
 def test_the_best_checkpoint_is_chosen_on_held_out_training_examples(tiny, tmp_path):
     data = write_rows(tmp_path / "data", train=numbered(30), test=numbered(6, 30))
     more = ["--eval_strategy", "steps", "--eval_steps", 2, "--save_best", "--method", "lora"]
@@ -420,21 +412,6 @@ def test_a_plan_counts_quantized_weights(tiny, data, tmp_path, monkeypatch):
             found.append(texts.frozen_bytes(options, attach(texts.empty(options), options.adapter, 4)))
     embedding, linear, norms = 257 * 32, 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48), 7 * 32
     assert found == [4 * (embedding + linear + norms), pytest.approx(4 * (embedding + norms) + 0.516 * linear)]
-
-
-def test_a_finished_run_is_exported_again_if_another_file_is_asked_for(tiny, data, tmp_path, capsys):
-    output, merged = tmp_path / "run", tmp_path / "run" / "merged"
-    argv = flags(tiny, data, output, "--method", "lora", "--max_steps", 1)
-    assert run(argv) == 0
-    adapter = (output / "peft" / "adapter_model.safetensors").read_bytes()
-    argv.append("--merge_and_save")
-    assert run(argv) == 0 and merged.is_dir()
-    assert (output / "peft" / "adapter_model.safetensors").read_bytes() == adapter
-    assert "finished; nothing to do" not in capsys.readouterr().out
-    assert run(argv) == 0 and "finished; nothing to do" in capsys.readouterr().out
-    shutil.rmtree(merged)
-    shutil.rmtree(output / "checkpoint-1")
-    assert_refused(argv, capsys, [f"{output} has no merged, and checkpoint-1, which holds the adapter, is missing"])
 
 
 def test_a_run_may_start_from_a_lora_of_peft(tiny, data, tmp_path, capsys):

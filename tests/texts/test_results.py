@@ -125,20 +125,6 @@ def test_figures_that_are_not_finite_end_the_run():
     assert_one_line(error, f"loss is {value}", "diverged", "--learning_rate")
 
 
-def test_a_merge_table_shares_the_frozen_weights_and_copies_only_trained_ones():
-    model, _ = random_model()
-    tables = []
-
-    def evaluate(merged):
-        tables.append({name: value.data_ptr() for name, value in merged.named_parameters()})
-        return {"loss": 1.0}
-
-    merge_table(model.eval(), evaluate, methods=["none"])
-    own, copied = tables
-    assert own.keys() == copied.keys()
-    assert {name for name in own if own[name] != copied[name]} == {name for name in own if "lora_" in name}
-
-
 def test_a_merged_model_of_an_earlier_export_goes(tmp_path):
     """It contains another adapter than peft/."""
     for merge_and_save in (True, False):

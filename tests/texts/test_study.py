@@ -165,20 +165,6 @@ def test_a_schedule_free_optimizer_exports_and_measures_its_average(tmp_path):
     assert read_log(tmp_path)[-1]["loss"] == pytest.approx(loss, rel=1e-6)
 
 
-def test_the_last_row_of_the_log_is_the_mean_of_the_remaining_steps_also_after_a_resume(tmp_path):
-    trained_in(tmp_path / "one", "lora")
-    trained_in(tmp_path / "four", "lora", logging_steps=4)
-    losses = [row["loss"] for row in read_log(tmp_path / "one")]
-    first, last = read_log(tmp_path / "four")
-    assert (first["step"], last["step"]) == (4, 6)
-    assert (first["loss"], last["loss"]) == pytest.approx((sum(losses[:4]) / 4, sum(losses[4:]) / 2), rel=1e-6)
-    for name in ("checkpoint-6", "checkpoint-4"):
-        shutil.rmtree(tmp_path / "four" / name)
-    (tmp_path / "four" / "exports.json").unlink()
-    trained_in(tmp_path / "four", "lora", logging_steps=4, resume="latest")
-    assert read_log(tmp_path / "four") == [last]  # without the mean over steps 1 to 4, of which two were before
-
-
 # -- batches and schedules ---------------------------------------------------------------------------------------------
 
 

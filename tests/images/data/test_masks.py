@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from pipelines import image_folder, random_image
 
 from images.runs import FAMILY, losses, main, only, parts, printed, read_by, refused
-from reslora.images.data.encoding import MASKED, Variants
+from reslora.images.data.encoding import Variants
 from reslora.images.data.folders import load_folders
 from reslora.images.data.images import crop_mask, open_masked
 from reslora.images.data.samples import TrainingData, training_loader
@@ -127,20 +127,6 @@ def test_every_layout_with_columns_may_have_one_of_masks(layout, folder):
     (images,) = found_in(folder, *flags)
     check(images)
     assert images.masked == [True, True, False] and not images.notes
-
-
-def test_another_mask_is_other_content_and_without_the_flag_there_is_none(folder):
-    (before,), (plain,) = found_in(folder), found_in(folder, "--no-masked_loss")
-    red_of(0).point(lambda value: value // 2).save(folder / "mask-0.png")
-    (after,), (still,) = found_in(folder), found_in(folder, "--no-masked_loss")
-    assert before.fingerprint != after.fingerprint and plain.fingerprint == still.fingerprint
-    assert plain.marks[2] == before.marks[2] and plain.marks[0] != before.marks[0]
-    flags = parse_args([*MODEL, "--train_data_dir", str(folder)])
-    keys = [
-        Variants(images, [Size(16, 16)] * 3, *parts(flags.replace(masked_loss=on), "data", "training"), FAMILY).key(1)
-        for images, on in ((before, True), (plain, False))
-    ]
-    assert keys[0] == (*keys[1], MASKED)  # the colours below an alpha channel are others, too
 
 
 def test_a_mask_of_another_size_or_none_at_all_is_left_out_or_refused(folder, capsys):

@@ -30,7 +30,7 @@ from reslora.images.data.folders import load_folders
 from reslora.images.data.plan import Plan
 from reslora.images.data.samples import TrainingData
 from reslora.images.data.size import Size
-from reslora.images.data.sources import Source, split, without_copies
+from reslora.images.data.sources import Source, without_copies
 from reslora.images.data.training_data import print_folder_counts, sources_of
 from reslora.images.settings import parse_args
 
@@ -179,12 +179,6 @@ def test_a_small_image_is_trained_once_at_its_own_size(image, resolutions, expec
     assert [source.sizes[0] for source in sources] == expected
     upscaled = [source.sizes[0] for source in made([image], *words, "--bucket_upscale")]
     assert [size.height * size.width > 0.8 * side**2 for size, side in zip(upscaled, resolutions, strict=True)]
-
-
-@pytest.mark.parametrize(("count", "share", "held_out"), [(19, 0.1, 2), (3, 0.9, 2), (1, 0.5, 0)])
-def test_the_share_that_is_held_out_is_rounded_and_leaves_one_to_train_on(count, share, held_out):
-    train, others = split(count, share, seed=5)
-    assert len(others) == held_out and sorted((*train, *others)) == list(range(count))
 
 
 def test_each_folder_holds_out_its_share_and_class_images_nothing():

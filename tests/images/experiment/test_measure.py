@@ -98,23 +98,6 @@ def test_a_validation_that_steers_is_by_the_same_losses(setting):
     assert list(by_timestep.values()) == pytest.approx(expected.mean(0).tolist())
 
 
-def test_where_memory_ends_batches_are_smaller_and_losses_the_same(setting):
-    training_data, loss, denoiser = setting
-    sizes = []
-
-    def losses(batch, most: int) -> torch.Tensor:
-        sizes.append(len(batch.timesteps))
-        if sizes[-1] > most:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-        return loss(denoiser, batch, weighted=False)
-
-    whole = losses_of(lambda batch: losses(batch, 99), training_data, [(0, 2)], 2)
-    assert sizes == [16]
-    small = losses_of(lambda batch: losses(batch, 7), training_data, [(0, 2)], 2)
-    assert sizes == [16, 16, 8, 4, 4, 4, 4]
-    torch.testing.assert_close(small, whole, rtol=1e-9, atol=0)
-
-
 def test_small_batches_have_several_images_of_one_size_and_losses_are_the_same(setting):
     """Each image keeps its position, also if images of other sizes are between."""
     training_data, loss, denoiser = setting

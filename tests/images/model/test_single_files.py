@@ -227,13 +227,6 @@ def test_files_without_a_transformer_are_refused(name, tensors, words, images, c
     assert not list(tmp_path.rglob("model_index.json"))
 
 
-def test_unets_come_in_complete_files(images, capsys, tmp_path):
-    path = file_of("sd3", tiny("sd3"), tmp_path / "in.safetensors")
-    flags = [*flags_of(tiny("stable_diffusion"), images), "--pretrained_transformer_file", path]
-    line = refused(capsys, *flags, "--output_dir", tmp_path / "out")
-    assert "the denoiser of stable_diffusion is no transformer; give a complete checkpoint" in line
-
-
 def other_depth(layout: dict, config: dict) -> None:
     config["num_layers"] += 1
 

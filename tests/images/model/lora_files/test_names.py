@@ -11,7 +11,6 @@ from images.model.lora_files.loras import PIPELINE_OF, names, random_factors, ti
 from reslora.errors import InvalidArgument
 from reslora.export import Factors
 from reslora.images.model.families import load_family
-from reslora.images.model.families.unet import stability_name
 from reslora.images.model.lora_files.names import names_of
 from reslora.images.model.lora_files.reading import Content, read_parts
 
@@ -61,14 +60,6 @@ def test_three_layers_are_fused_at_three_times_the_rank_or_at_one_where_they_sha
         assert factors.rank == rank
     ((_, factors),) = names(family).to_kohya({"transformer": apart}).items()
     assert not factors.up[: shape[0], 2:].any() and factors.up[: shape[0], :2].all()
-
-
-def test_rows_of_a_layer_without_lora_are_zero():
-    layers = {V: random_factors(names("sd3").shapes[V], 2, 0.5, 0)}
-    ((name, factors),) = names("sd3").to_kohya({"transformer": layers}).items()
-    assert name == "lora_unet_joint_blocks_0_x_block_attn_qkv" and factors.rank == 2
-    assert not factors.up[: 2 * len(layers[V].up)].any()
-    assert read(linear(name, factors.down, factors.up, 2.0), names("sd3")).keys() == {V}
 
 
 def test_stable_diffusion_3s_names_are_those_that_diffusers_reads_its_checkpoints_by():
@@ -190,21 +181,3 @@ def test_no_two_layers_share_a_name(family):
         layers = [layer for fused in table.values() for layer in fused.layers]
         assert len(layers) == len(set(layers)) > len(names(family).shapes) * 0.9
         assert len({name.replace(".", "_") for name in table}) == len(table)
-
-
-@pytest.mark.parametrize(
-    ("name", "original"),
-    [
-        ("down_blocks.1.attentions.0.proj_in", "input_blocks.4.1.proj_in"),
-        ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op"),
-        ("up_blocks.0.upsamplers.0.conv", "output_blocks.2.1.conv"),
-        ("up_blocks.1.upsamplers.0.conv", "output_blocks.5.2.conv"),
-        ("up_blocks.3.resnets.2.conv2", "output_blocks.11.0.out_layers.3"),
-        ("mid_block.resnets.1.time_emb_proj", "middle_block.2.emb_layers.1"),
-        ("conv_out", "out.2"),
-    ],
-)
-def test_stability_ais_names_of_stable_diffusion_1(name, original):
-    """As in the model of v1-inference.yaml."""
-    config = {"layers_per_block": 2, "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3]}
-    assert stability_name(config, name) == original
