@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,6 +35,11 @@ def content_mark(source: Content) -> str:
             file.seek(start)
             digest.update(file.read(length))
         return f"{size}:{digest.hexdigest()}"
+
+
+def files_mark(paths: Iterable[Path]) -> str:
+    """Return the sizes and hashes of several files, as in `content_mark`."""
+    return "+".join(map(content_mark, paths))
 
 
 def folder_mark(folder: Path) -> str:

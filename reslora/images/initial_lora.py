@@ -13,7 +13,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ..chains import lora_layers
-from ..content_hash import content_mark, folder_mark
+from ..content_hash import files_mark
 from ..errors import InvalidArgument
 from ..export import PEFT_FILE, Factors, lora_config
 from ..methods.adapters import attach
@@ -65,19 +65,23 @@ class Start:
 def read_start(file: str, base: str, model: Model, option: str = "init_lora") -> Start:
     """Read the LoRA of --init_lora, or of another option, in any tool's format.
 
-    Raises `InvalidArgument` if the file has layers of a model other than the denoiser.
+    Raises `InvalidArgument` if the file has layers of a model other than the denoiser, or a layer of --init_lora has
+    alpha 0.
     """
     path, flag = Path(file), f"--{option} {file}"
     names = names_of(model.family, model.denoiser_config())
-    parts = read_parts(read_content(path, flag), names)
+    content = read_content(path, flag)
+    parts = read_parts(content, names)
     layers = parts.pop(model.family.denoiser, {})
     if parts or not layers:
         use = "can start from a LoRA" if option == "init_lora" else "can have an assistant"
         problem = f"it has layers of {', '.join(parts)}, and only the denoiser {use}"
         fix = _how_to_part(file, base, model, option) if layers else "give a LoRA of the denoiser"
         raise InvalidArgument(flag, problem, fix)
-    mark = folder_mark(path) if path.is_dir() else content_mark(path)
-    return Start(layers, expression_of(layers, names.modules), f"content {mark}")
+    zero = [name for name, factors in layers.items() if factors.scale == 0]
+    if zero and option == "init_lora":
+        raise InvalidArgument(flag, f"{zero[0]} has alpha 0, so that it cannot be trained", "give another LoRA")
+    return Start(layers, expression_of(layers, names.modules), f"content {files_mark(content.files)}")
 
 
 def _how_to_part(file: str, base: str, model: Model, option: str) -> str:

@@ -439,9 +439,10 @@ class Options(TrainOptions):
     }  # fmt: skip
 
     @property
-    def generates_samples(self) -> bool:
-        """Whether training generates samples."""
-        return bool(self.validation.validation_prompt and self.validation.num_validation_images)
+    def no_samples(self) -> str:
+        """Why training generates no samples; empty if it does."""
+        generates = self.validation.validation_prompt and self.validation.num_validation_images
+        return "" if generates else "give it --validation_prompt and --num_validation_images"
 
     def refuse_record(self, place: Path, settings: Mapping[str, Any]) -> None:
         """Raise `InvalidArgument` for --save_best or --early_stopping_patience if earlier losses are not comparable.

@@ -238,9 +238,9 @@ class TrainOptions(RunOptions):
         return Path(self.output.output_dir) / method / place
 
     @property
-    def generates_samples(self) -> bool:
-        """Whether training generates samples."""
-        return False
+    def no_samples(self) -> str:
+        """Why training generates no samples; empty if it does."""
+        return "no language script does"
 
     def refuse_record(self, place: Path, settings: Mapping[str, Any]) -> None:
         """Raise `InvalidArgument` if training cannot continue with these options from a place with such settings."""

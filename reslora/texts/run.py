@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, parse_flag_from_env
 
-from ..content_hash import folder_mark
+from ..content_hash import files_mark, folder_mark
 from ..errors import InvalidArgument, Stopped, refused_as
 from ..experiment.record import EXPERIMENT
+from ..export import PEFT_CONFIG_FILE, PEFT_FILE
 from ..formatting import pluralize
 from ..options.contradictions import check_averages
 from ..options.texts import T, TextOptions, TrainingOptions
@@ -108,7 +109,8 @@ def identity_of(texts: Texts, options: TextOptions) -> Identity:
     start = options.adapter.init_lora
     return Identity(
         model, examples, f"--model_name_or_path {name}", data,
-        lora=f"content {folder_mark(Path(start))}" if start else "", lora_flag=f"--init_lora {start}",
+        lora=f"content {files_mark(Path(start) / name for name in (PEFT_CONFIG_FILE, PEFT_FILE))}" if start else "",
+        lora_flag=f"--init_lora {start}",
     )  # fmt: skip
 
 

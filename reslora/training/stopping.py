@@ -21,7 +21,7 @@ class Requests:
     def __init__(self, context: Context) -> None:
         self.stop, self.folder, self.status, options = context.stop, context.folder, context.status, context.options
         self.every = options.output.checkpointing_steps
-        self.draws = options.generates_samples
+        self.no_samples = options.no_samples
         self.seconds = 60 * (options.output.checkpointing_minutes or float("inf"))
         self.saved()
 
@@ -34,9 +34,9 @@ class Requests:
         main = is_main()
         save = main and (consume_request(self.folder / SAVE) or time.monotonic() - self.last >= self.seconds)
         sample = main and consume_request(self.folder / SAMPLE)
-        if sample and not self.draws:
-            print(f"{SAMPLE}: this run generates no samples; give it --validation_prompt", flush=True)
-        asked = any_of_each([self.stop.signal is not None, save, sample and self.draws])
+        if sample and self.no_samples:
+            print(f"{SAMPLE}: this run generates no samples; {self.no_samples}", flush=True)
+        asked = any_of_each([self.stop.signal is not None, save, sample and not self.no_samples])
         return self.stop.shared(asked[0]), asked[1], asked[2]
 
 

@@ -1,5 +1,6 @@
 """--init_lora: training starts from a LoRA. Before the first step, the output is that of base plus LoRA."""
 
+import dataclasses
 import json
 import re
 
@@ -192,6 +193,28 @@ def test_text_encoders_start_from_zero_beside_it(flags, files, tmp_path):
 def test_what_does_not_go_with_it_is_refused(more, words, flags, capsys, tmp_path):
     assert words in refused(capsys, *flags, *more.split(), "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_with_alpha_0_is_refused(flags, capsys, tmp_path):
+    """Its scale is 0, so neither its B nor its A would ever change."""
+    parts = some_lora()
+    parts["unet"]["conv_in"] = dataclasses.replace(parts["unet"]["conv_in"], scale=0.0)
+    write_peft(tmp_path / "peft", parts["unet"])
+    line = refused(capsys, *flags, "--init_lora", tmp_path / "peft", "--output_dir", tmp_path / "out")
+    assert f"--init_lora {tmp_path / 'peft'}: conv_in has alpha 0" in line
+
+
+def test_only_the_files_that_are_read_are_hashed(tmp_path):
+    """The folder may be a run's, with checkpoints and samples."""
+    write_peft(tmp_path, some_lora()["unet"])
+    model = Model(tiny("stable_diffusion"), load_family("StableDiffusionPipeline"), "--model")
+    marks = []
+    for name in ("notes.txt", "adapter_config.json"):
+        marks.append(read_start(str(tmp_path), str(tiny("stable_diffusion")), model).mark)
+        with (tmp_path / name).open("a") as file:
+            file.write("\n")
+    marks.append(read_start(str(tmp_path), str(tiny("stable_diffusion")), model).mark)
+    assert marks[0] == marks[1] != marks[2]
 
 
 def test_a_lora_of_text_encoders_or_another_family_is_refused(flags, capsys, tmp_path):

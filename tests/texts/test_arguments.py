@@ -153,9 +153,16 @@ def test_what_contradicts_the_lora_to_start_from_is_refused(tmp_path):
     ):
         with pytest.raises(InvalidArgument, match=problem):
             parse(*words.split(), *more)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**start, "init_lora_weights": "pissa_niter_4"}))
-    with pytest.raises(InvalidArgument, match="its init_lora_weights, pissa_niter_4, has changed the base model, too"):
-        parse("--method", "lora", *more)
+    for setting, problem in (
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "its init_lora_weights, pissa_niter_4, has changed the base model, too",
+        ),
+        ({"lora_alpha": 0}, "it has alpha 0, so that it cannot be trained"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(start | setting))
+        with pytest.raises(InvalidArgument, match=problem):
+            parse("--method", "lora", *more)
 
 
 def test_deepspeed_alone_means_the_bundled_configuration():

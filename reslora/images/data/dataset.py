@@ -104,16 +104,26 @@ class ImageDataset:
 
     def open(self, index: int) -> PIL.Image.Image:
         """Return the image as 8-bit RGB."""
-        return open_image(_source(self.rows[index]))
+        return open_image(_source(self._unchanged(index)))
 
     def open_masked(self, index: int) -> tuple[PIL.Image.Image, PIL.Image.Image]:
         """Return the image as 8-bit RGB, and its mask as 8-bit grayscale."""
-        row = self.rows[index]
+        row = self._unchanged(index)
         return open_masked(_source(row), _source(row, "mask"))
 
     def open_reference(self, index: int) -> PIL.Image.Image:
         """Return the reference image of an image as 8-bit RGB."""
-        return open_image(_source(self.rows[index], REFERENCE))
+        return open_image(_source(self._unchanged(index), REFERENCE))
+
+    def _unchanged(self, index: int) -> dict:
+        """Return an image's row; raises `RunFailed` if the content of a file is not the one that `marks` has."""
+        row = self.rows[index]
+        marks = self.marks[index].split("+") if self.marks else ()
+        for source, mark in zip(_sources(row), marks, strict=bool(marks)):
+            if content_mark(source) != mark:
+                name = self.name(index) if isinstance(source, bytes) else source
+                raise RunFailed(f"{name} has changed since the run began; restore it, and resume")
+        return row
 
     def name(self, index: int) -> str:
         """Return the path of an image's file, or `image N`."""
@@ -213,12 +223,15 @@ def sample(folders: Sequence[ImageDataset], data: DataOptions, training: Trainin
             places[i] for i in shuffled(len(places), training.seed, "max_train_samples")[: data.max_train_samples]
         ]
         folders = [images.select([i for of, i in places if of == number]) for number, images in enumerate(folders)]
-    found = []
-    for images in folders:
-        all_sources = [[_source(row, column) for column in ("image", "mask", REFERENCE)] for row in images.rows]
-        marks = ["+".join(content_mark(source) for source in sources if source) for sources in all_sources]
-        found.append(dataclasses.replace(images, marks=marks))
-    return found
+    return [
+        dataclasses.replace(images, marks=["+".join(map(content_mark, _sources(row))) for row in images.rows])
+        for images in folders
+    ]
+
+
+def _sources(row: dict) -> list[Content]:
+    """Return a row's image, mask and reference image, each a path or bytes; without those that the row lacks."""
+    return [source for column in ("image", "mask", REFERENCE) if (source := _source(row, column))]
 
 
 def _source(row: dict, column: str = "image") -> Content:

@@ -202,14 +202,16 @@ def opened(images: ImageDataset, index: int, masked: bool) -> Opened | str:
     """Return an image, its mask and its reference image, or the reason why the image cannot be trained on.
 
     The mask is None if `masked` is false; the reference image is None if there are none. Raises `RunFailed` if a file
-    may be intact but cannot be read at present.
+    may be intact but cannot be read at present, or has changed since the run began.
     """
     try:
         image, mask = images.open_masked(index) if masked else (images.open(index), None)
         reference = images.open_reference(index) if images.paired else None
+    except RunFailed:
+        raise
     except Exception as error:
         if passes(error):
-            raise RunFailed(f"{images.name(index)} {damage(error)}") from None
+            raise RunFailed(f"{images.name(index)} {damage(error)}; restore it, and resume") from None
         return damage(error)
     return NOTHING_COUNTS if mask is not None and mask.getbbox() is None else (image, mask, reference)
 

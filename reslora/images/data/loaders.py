@@ -46,6 +46,8 @@ def _what_failed(error: Exception, processes: int) -> str:
     if processes and " in DataLoader worker process " not in str(error):  # else: an error that a living worker raised
         fix = "give fewer, or more memory"
         return f"--dataloader_num_workers {processes}: a process that loads images has died; {fix}; {intact}"
-    lines = str(error).strip().splitlines() if processes else []
-    problem = lines[-1] if lines else first_line(error)
+    lines = str(error).strip().splitlines() if processes else []  # of a traceback; the last is `type: message`
+    problem = lines[-1].partition(": ")[2] if lines else first_line(error)
+    if isinstance(error, RunFailed):
+        return f"{problem}: {intact}"
     return f"a batch cannot be loaded ({problem}); restore the file, and resume: {intact}"

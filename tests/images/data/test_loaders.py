@@ -3,9 +3,11 @@
 import contextlib
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 
+import PIL.Image
 import pytest
 from torch.utils.data import DataLoader, Dataset
 from waiting import wait_until
@@ -73,19 +75,30 @@ def test_processes_end_when_the_rest_is_not_wanted():
 
 
 @pytest.mark.exhaustive
-def test_an_image_that_is_damaged_while_training_ends_the_run_in_one_line(brief_flags, data, capsys, tmp_path):
+@pytest.mark.parametrize(("change", "processes"), [("damaged", 0), ("another", 1), ("removed", 1)])
+def test_an_image_that_changes_while_training_ends_the_run_in_one_line(
+    brief_flags, data, capsys, tmp_path, change, processes
+):
     """Without cached latents, images are read in every step."""
     folder = shutil.copytree(data, tmp_path / "images")
     flags = [*brief_flags, "--train_data_dir", folder, "--no-cache_latents", "--output_dir", tmp_path / "out"]
+    flags += ["--dataloader_num_workers", processes]
     train = loop.train
 
-    def with_damaged_images(*args):
+    def with_changed_images(*args):
         for path in folder.glob("*.png"):
-            cut(path)
+            if change == "damaged":
+                cut(path)
+            elif change == "another":
+                PIL.Image.new("RGB", PIL.Image.open(path).size).save(path)
+            else:
+                path.unlink()
         return train(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train", with_damaged_images)
+        patch.setattr(loop, "train", with_changed_images)
         assert main(*flags) == 1
     line = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
-    assert line.startswith("train_sd.py: ") and str(folder) in line and "damaged" in line
+    problem = r"cannot be read now \(.*No such file.*\)" if change == "removed" else "has changed since the run began"
+    name = re.escape(str(folder)) + r"/\w+\.png"
+    assert re.fullmatch(rf"train_sd\.py: {name} {problem}; restore it, and resume: the last checkpoint is intact", line)

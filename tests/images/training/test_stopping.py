@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from reslora.options.images import Options
+from reslora.options.shared import TrainOptions
+from reslora.options.texts import LlmOptions
 from reslora.runtime.signals import StopRequest
 from reslora.training import loop, stopping
 from reslora.training.loop import after_step
@@ -14,8 +16,11 @@ from reslora.training.stopping import Requests
 
 def requests(folder, minutes: float | None = None, images: int = 1) -> Requests:
     shown = {"validation_prompt": ["red disc"], "num_validation_images": images}
-    flags = Options.of(checkpointing_minutes=minutes, checkpointing_steps=5, **shown)
-    return Requests(SimpleNamespace(stop=StopRequest(), folder=folder, status=None, options=flags))
+    return requests_of(Options.of(checkpointing_minutes=minutes, checkpointing_steps=5, **shown), folder)
+
+
+def requests_of(options: TrainOptions, folder) -> Requests:
+    return Requests(SimpleNamespace(stop=StopRequest(), folder=folder, status=None, options=options))
 
 
 def test_files_ask_once_and_go(tmp_path):
@@ -30,9 +35,14 @@ def test_files_ask_once_and_go(tmp_path):
 
 
 def test_a_run_that_draws_nothing_says_so(tmp_path, capsys):
-    (tmp_path / "sample.now").touch()
-    assert requests(tmp_path, images=0).after_step() == (False, False, False)
-    assert "this run generates no samples" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    """Only of a run with images, the line names options: the language scripts have no such ones."""
+    for asked, more in (
+        (requests(tmp_path, images=0), "give it --validation_prompt and --num_validation_images"),
+        (requests_of(LlmOptions(), tmp_path), "no language script does"),
+    ):
+        (tmp_path / "sample.now").touch()
+        assert asked.after_step() == (False, False, False) and not list(tmp_path.iterdir())
+        assert capsys.readouterr().out == f"sample.now: this run generates no samples; {more}\n"
 
 
 def test_minutes_count_from_the_last_checkpoint(tmp_path, monkeypatch):

@@ -55,6 +55,8 @@ class Content:
     """The file's metadata, without fields that belong to the format."""
     configs: dict[str, dict]
     """diffusers' or PEFT's configuration, by prefix of the names of layers."""
+    files: tuple[Path, ...] = ()
+    """The files that were read."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,7 +104,8 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
         )
     for said in configs.values():
         _refuse_others(flag, said)
-    return Content(path, flag, tensors, {k: v for k, v in metadata.items() if not OF_THE_FORMAT.fullmatch(k)}, configs)
+    metadata = {key: value for key, value in metadata.items() if not OF_THE_FORMAT.fullmatch(key)}
+    return Content(path, flag, tensors, metadata, configs, (file, config) if config else (file,))
 
 
 def refuse_pickles(path: Path, flag: str) -> None:
@@ -117,14 +120,16 @@ def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
     """Read PEFT's folders of several parts of a pipeline; the denoiser's may be `path` itself."""
     tensors: dict[str, torch.Tensor] = {}
     configs: dict[str, dict] = {}
+    files: tuple[Path, ...] = ()
     if (path / PEFT_FILE).is_file():
         denoiser = read_content(path / PEFT_FILE, flag)
-        tensors, configs = denoiser.tensors, denoiser.configs
+        tensors, configs, files = denoiser.tensors, denoiser.configs, denoiser.files
     for folder in folders:
         part, prefix = read_content(folder, f"{flag}, {folder.name}"), f"{folder.name}."
         tensors |= {prefix + key.removeprefix(PEFT_PREFIX): value for key, value in part.tensors.items()}
         configs[prefix] = part.configs.get(PEFT_PREFIX, {})
-    return Content(path, flag, tensors, {}, configs)
+        files += part.files
+    return Content(path, flag, tensors, {}, configs, files)
 
 
 def _refuse_others(flag: str, config: Mapping) -> None:
