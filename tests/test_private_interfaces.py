@@ -58,6 +58,8 @@ PRIVATE = {
     "transformers.integrations.peft.PeftAdapterMixin._hf_peft_config_loaded": (
         "an adapter that PEFT itself has added to a text encoder counts as one, and can be saved and unloaded"
     ),
+    # Gradio.
+    "gradio.HTML()._id": "the number of a component on an open page, which Gradio changes (`app/handlers.py`)",
     # Python.
     "argparse.ArgumentParser()._option_string_actions": "the nearest option, for an option that does not exist",
     "argparse._ArgumentGroup": "the type that `add_argument_group` returns",
@@ -83,6 +85,10 @@ UNDOCUMENTED = {
     "diffusers.loaders.single_file_model.SINGLE_FILE_LOADABLE_CLASSES": "tests/images/model/test_single_files.py",
     "diffusers.loaders.single_file_utils.infer_diffusers_model_type": "the same",
     "diffusers.loaders.single_file_utils.load_single_file_checkpoint": "the same",
+    "gradio.exceptions.InvalidPathError": "a file that was not uploaded: tests/app/test_access.py",
+    "gradio.Blocks.preprocess_data": "the same",
+    "gradio.Blocks.call_function": "errors of handlers as sentences: tests/app/test_handlers.py",
+    "gradio.Blocks.postprocess_data": "the memory of an open page: tests/app/test_server.py",
     f"{PIPELINES}flux.pipeline_flux.calculate_shift": "timesteps: tests/images/model/test_flow_objective.py",
     f"{PIPELINES}flux2.pipeline_flux2.format_input": "Flux 2's chat: tests/images/model/families/test_losses.py",
     f"{PIPELINES}qwenimage.pipeline_qwenimage_edit.calculate_dimensions": "tests/images/test_qwen_image_edit.py",
@@ -117,7 +123,7 @@ def private_uses() -> dict[str, set[str]]:
     """Return file -> private names of libraries that it uses: those that no file of the product defines."""
     trees = {
         path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
-        for path in (*ROOT.glob("*.py"), *(ROOT / "reslora").rglob("*.py"))
+        for path in (*ROOT.glob("*.py"), *(ROOT / "reslora").rglob("*.py"), *(ROOT / "app").rglob("*.py"))
     }
     own, used = set(OURS), {path: set() for path in trees}
     for path, tree in trees.items():

@@ -64,7 +64,7 @@ class QueueTab(ListTab):
 
     def act(self, event: gr.EventData) -> tuple:
         """Handle a click on a button of a row; return a notice, the list and its hash."""
-        what, name = event._data.get("do"), event._data.get("name")
+        what, name = event.do, event.name
         if what == "stop":
             return views.notice(self.jobs.stop_entry(name)), *self.show()
         self.jobs.remove(name)

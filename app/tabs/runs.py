@@ -55,7 +55,7 @@ class RunsTab(ListTab):
 
     def act(self, words: str, event: gr.EventData) -> tuple:
         """Handle a click on a button of a card or of the trash; return updates of answer, list, tabs and selectors."""
-        what, name = event._data.get("do"), event._data.get("name")
+        what, name = event.do, event.name
         if what == "open":
             return gr.skip(), gr.skip(), gr.skip(), *self.opened(name)
         if what == "trash":

@@ -372,7 +372,7 @@ def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> F
 
     `datasets` reads these layouts too, but its errors do not name the line.
     """
-    files, captions, lines, where = [], [], dict[Path, int](), f"{data_flag(data)}, {path.name}"
+    files, captions, lines, where = [], [], [], f"{data_flag(data)}, {path.name}"
     others: dict[str, list[Path | None]] = {ours: [] for ours in others_of(data, training)}
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -380,11 +380,8 @@ def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> F
         raise InvalidArgument(f"{where} byte {error.start}", "not UTF-8", "save the file as UTF-8") from None
     for line, row in ROWS[path.suffix](text, where):
         place, row = f"{where} line {line}", row if isinstance(row, dict) else {}
-        file = file_inside(path.parent, row.get("file_name"), place, "file_name")
-        if (before := lines.setdefault(Path(os.path.normpath(file)), line)) != line:
-            fix = "remove one of the lines; in a .jsonl file, text may be a list of captions"
-            raise InvalidArgument(place, f"names {row['file_name']}, as line {before} does", fix)
-        files.append(file)
+        files.append(file_inside(path.parent, row.get("file_name"), place, "file_name"))
+        lines.append(f"line {line}")
         for flag, column in (("caption", data.caption_column), ("conditioning_image", data.conditioning_image_column)):
             if column is not None and column not in row:
                 problem = f"{place} has the columns {', '.join(map(repr, sorted(row)))}"
@@ -395,7 +392,17 @@ def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> F
         for ours, column in others_of(data, training).items():
             named = row.get(column)
             others[ours].append(file_inside(path.parent, named, place, column) if named else None)
+    _check_listed_once(files, where, lines)
     return _as_found(files, captions, others)
+
+
+def _check_listed_once(files: Sequence[Path], where: str, lines: Sequence[str]) -> None:
+    """Raise `InvalidArgument` for a file that two lines or rows of a table name."""
+    first: dict[str, str] = {}
+    for file, line in zip(files, lines, strict=True):
+        if (before := first.setdefault(os.path.normpath(file), line)) != line:
+            fix = "keep one of them; in JSON, text may be a list of captions"
+            raise InvalidArgument(f"{where} {line}", f"names {file}, as {before} does", fix)
 
 
 def others_of(data: DataOptions, training: TrainingOptions) -> dict[str, str]:
@@ -447,6 +454,7 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
             return file_inside(folder, rows[number][column], f"{data_flag(data)} row {number}", column)
 
         files = [file_of_row(number, image) for number in range(len(rows))]
+        _check_listed_once(files, data_flag(data), [f"row {number}" for number in range(len(rows))])
         named = {
             ours: [file_of_row(number, column) if name else None for number, name in enumerate(rows[column])]
             for ours, column in others.items()

@@ -10,12 +10,10 @@ import pyarrow.parquet
 import pytest
 from pipelines import image_folder, random_image, red_or_blue, same_image
 
-from images.runs import failed, load_images, only, printed, refused
+from images.runs import load_images, only, printed, refused
 from reslora.errors import InvalidArgument
-from reslora.images import run
 from reslora.images.data.dataset import ImageDataset
 from reslora.images.settings import parse_args
-from reslora.training.loop import train_method
 
 
 def gather(folder: Path, *flags: str):
@@ -281,7 +279,16 @@ def test_a_file_that_is_listed_twice_is_refused_with_both_lines(tmp_path, capsys
     with (folder / "metadata.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"file_name": again, "text": "another"}))
     line = refused(capsys, "--train_data_dir", folder)
-    assert f"metadata.jsonl line 3: names {again}, as line 1 does; remove one" in line
+    assert f"metadata.jsonl line 3: names {folder / '0.png'}, as line 1 does; keep one of them" in line
+
+
+@pytest.mark.parametrize("layout", ["json", "parquet"])
+def test_an_image_in_two_rows_of_a_table_is_refused_with_both_rows(tmp_path, capsys, layout):
+    folder = image_folder(tmp_path / "p", 2, layout="none")
+    rows = datasets.Dataset.from_dict({"image": ["0.png", "1.png", "./0.png"], "text": ["disc", "box", "another"]})
+    (rows.to_json if layout == "json" else rows.to_parquet)(folder / f"train.{layout}")
+    line = refused(capsys, "--train_data_dir", folder, "--cache_dir", tmp_path / "cache")
+    assert f"row 2: names {folder / '0.png'}, as row 0 does; keep one of them" in line
 
 
 def test_a_column_of_files_is_refused(tmp_path, capsys):
@@ -289,14 +296,3 @@ def test_a_column_of_files_is_refused(tmp_path, capsys):
     folder = image_folder(tmp_path / "p", 2, layout="jsonl")
     line = refused(capsys, "--train_data_dir", folder, f"--{name}", "photo")
     assert f"--{name} photo: the {name.partition('_')[0]}s are files" in line and "leave it out" in line
-
-
-def test_an_image_that_is_removed_while_training_is_named_with_the_fix(brief_flags, tmp_path, capsys, monkeypatch):
-    folder = image_folder(tmp_path / "images", 3)
-    removed = lambda *args: [path.unlink() for path in folder.glob("*.png")]  # noqa: E731
-    monkeypatch.setattr(run, "train_method", lambda *args: removed() and train_method(*args))
-    flags = [*brief_flags, "--train_data_dir", folder, "--no-cache_latents", "--num_validation_images", "0"]
-    line = failed(capsys, *flags, "--output_dir", tmp_path / "out")
-    assert ".png cannot be read now" in line and line.endswith(
-        "restore the file, and resume: the last checkpoint is intact"
-    )
