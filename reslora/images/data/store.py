@@ -8,9 +8,12 @@ tensors. For an item that could not be encoded, a text file has the reason.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +73,9 @@ class Encoded:
 
     def damaged(self) -> list[Path]:
         """Return the files whose content does not have the checksum that was stored with it."""
-        return [path for number in self._distinct() if _is_damaged(path := self.folder / (self.name(number) + TENSORS))]
+        paths = [self.folder / (self.name(number) + TENSORS) for number in self._distinct()]
+        with ThreadPoolExecutor() as pool:
+            return list(itertools.compress(paths, pool.map(_is_damaged, paths)))
 
     def _distinct(self) -> list[int]:
         _, first = np.unique(self.keys, return_index=True)
@@ -88,23 +93,25 @@ class Encoded:
                 temporary.write_text(item, encoding="utf-8")
             else:
                 tensors = {name: value.cpu().contiguous() for name, value in item.items()}
-                save_file(tensors, temporary, metadata={CHECKSUM: _checksum(tensors)})
+                save_file(tensors, temporary, metadata={CHECKSUM: _checksum(save(tensors))})
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    """Return the checksum of the tensors' names, shapes, dtypes and bytes."""
-    return f"{zlib.crc32(save(tensors)):08x}"
+def _checksum(content: bytes) -> str:
+    """Return the checksum of a safetensors file's content: names, shapes, dtypes and bytes of its tensors."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    tensors = {name: about for name, about in json.loads(content[8:end]).items() if name != "__metadata__"}
+    return f"{zlib.crc32(memoryview(content)[end:], zlib.crc32(json.dumps(tensors, sort_keys=True).encode())):08x}"
 
 
 def _is_damaged(path: Path) -> bool:
     try:
+        content = path.read_bytes()
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
-            return (file.metadata() or {}).get(CHECKSUM) != _checksum(tensors)
-    except SafetensorError:
-        return True
+            return (file.metadata() or {}).get(CHECKSUM) != _checksum(content)
     except FileNotFoundError:  # nothing is stored yet
         return False
+    except SafetensorError:
+        return True
 
 
 def remove_damaged(encoded: Encoded, accelerator: Accelerator) -> None:
