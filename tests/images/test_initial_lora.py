@@ -1,6 +1,5 @@
 """--init_lora: training starts from a LoRA. Before the first step, the output is that of base plus LoRA."""
 
-import dataclasses
 import json
 import re
 
@@ -198,7 +197,7 @@ def test_what_does_not_go_with_it_is_refused(more, words, flags, capsys, tmp_pat
 def test_a_layer_with_alpha_0_is_refused(flags, capsys, tmp_path):
     """Its scale is 0, so neither its B nor its A would ever change."""
     parts = some_lora()
-    parts["unet"]["conv_in"] = dataclasses.replace(parts["unet"]["conv_in"], scale=0.0)
+    parts["unet"]["conv_in"] = parts["unet"]["conv_in"]._replace(scale=0.0)
     write_peft(tmp_path / "peft", parts["unet"])
     line = refused(capsys, *flags, "--init_lora", tmp_path / "peft", "--output_dir", tmp_path / "out")
     assert f"--init_lora {tmp_path / 'peft'}: conv_in has alpha 0" in line
