@@ -29,7 +29,6 @@ import reslora
 from reslora import ResLoraConfig, calibration, regression
 from reslora.merging import Moments
 from reslora.regression import Inputs
-from reslora.tracing import to_device
 
 plans = pytest.mark.parametrize("shortcut, pre_num, head", [("input", 1, "repeat"), ("middle", -1, "none")])
 
@@ -335,10 +334,3 @@ def test_batches_of_other_sizes_lists_and_nested_dicts(monkeypatch, kind, budget
             terms = [(a[name], x[name]) for name in past]
             c = ridge_regression(x[now], sum(rows @ part.T for part, rows in terms), sum(part for part, _ in terms))
             assert_equal(find_layer(model, now).lora_A["default"].weight, a[now] + c, rtol=1e-6, atol=1e-7)
-
-
-def test_tensors_at_any_depth_go_to_the_device():
-    inputs = {"a": torch.ones(1), "b": [torch.ones(1), {"c": torch.ones(1)}], "d": (torch.ones(1), 3), "e": None}
-    moved = to_device(inputs, "meta")
-    assert all(tensor.is_meta for tensor in (moved["a"], moved["b"][0], moved["b"][1]["c"], moved["d"][0]))
-    assert moved["d"][1] == 3 and moved["e"] is None

@@ -7,15 +7,12 @@ import pytest
 import torch
 from core_models import (
     ARCHITECTURES,
-    STACK_INPUTS,
     Stack,
     adapter_layers,
-    assert_equal,
     assert_one_line,
     base_weight,
     delta,
     find_layer,
-    lora_stack,
     randomize,
     run,
     tiny_llama,
@@ -358,25 +355,6 @@ def test_a_scale_that_pefts_files_cannot_hold_is_refused(config, words, tmp_path
         export_peft(model, tmp_path / "after")
     assert_one_line(error, "layers.1.proj", "export_merged", words)
     assert not (tmp_path / "after").exists()
-
-
-class WithExpert(Stack):
-    def __init__(self) -> None:
-        super().__init__(layers=2)
-        self.expert = torch.nn.Linear(6, 6, bias=False)
-
-    def forward(self, x):
-        return super().forward(x @ self.expert.weight)
-
-
-def test_the_alpha_of_an_expert_is_that_of_all_layers_without_their_own(tmp_path):
-    """PEFT has no pattern for parameters that it adapts directly."""
-    base = WithExpert().double()
-    model = lora_stack(copy.deepcopy(base), target_parameters=["expert.weight"]).eval()
-    for layer in (0, 1):
-        find_layer(model, f"layers.{layer}.proj").scale_layer(0.5)
-    again = PeftModel.from_pretrained(base, export_peft(model, tmp_path)).eval()
-    assert_equal(run(again, STACK_INPUTS), run(model, STACK_INPUTS))
 
 
 def test_kohyas_alpha_is_exact_in_half_precision(tmp_path):

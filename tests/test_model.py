@@ -140,18 +140,6 @@ def test_modules_to_save_train_along(shortcut):
     assert_equal(ours, gradients_of(oracle, arch.inputs()))
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    "config, short",
-    [(ResLoraConfig("block", 4), [2, 2, 4]), (ResLoraConfig("middle", 2), [2, 2]), (ResLoraConfig("middle", -1), [])],
-)
-def test_a_plan_tells_which_chains_are_too_short(unet, config, short):
-    """Text tokens make one chain of eight blocks, image tokens chains of two, two and four."""
-    plan = reslora.connect(unet.lora(target_modules=["attn1.to_q", "attn2.to_k"]), config)
-    assert sorted(len(chain) for chain in plan) == [2, 2, 4, 8]
-    assert sorted(len(chain) for chain in plan.clipped(config.reach)) == short
-
-
 @shortcuts
 def test_the_base_model_can_be_connected_without_its_peft_wrapper(llama, shortcut):
     model = llama.lora()

@@ -345,16 +345,6 @@ def test_a_product_goes_on_behind_the_checkpoint_that_made_it(shortcut):
 # --- the sum in place -------------------------------------------------------------------------------------------------
 
 
-@shortcuts
-def test_who_looks_at_the_frozen_layer_sees_the_frozen_layer(shortcut):
-    model, _ = pair(shortcut)
-    layer, seen = find_layer(model, "layers.1.v"), []
-    layer.base_layer.register_forward_hook(lambda module, args, result: seen.append((args[0], result)))
-    run(model, INPUTS)
-    (entered, result) = seen[0]
-    assert_equal(result, nn.functional.linear(entered, layer.base_layer.weight, layer.base_layer.bias))
-
-
 class Exponential(nn.Linear):
     """A subclass of a linear layer whose backward pass needs its output."""
 

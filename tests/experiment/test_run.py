@@ -202,23 +202,6 @@ def test_a_reading_of_the_test_images_counts_once_wherever_it_is_cut_off(tmp_pat
     assert record["readings"] == 2 and any("was evaluated 2 times" in note for note in record["notes"])
 
 
-@pytest.mark.parametrize(("methods", "verdicts"), [("lora", 0), ("lora lora_x2", 1)])
-def test_while_arms_are_missing_the_test_images_are_read_for_verdicts_alone(tmp_path, methods, verdicts):
-    """The time limit is reached after every arm: two seeds of every label come before the third."""
-    labels = methods.split()
-    for _ in range(4 * len(labels)):
-        record, _ = go(tmp_path / "out", "--seed", "0", "1", "2", "--experiment_minutes", "1e-9", methods=methods)
-    assert len(record["chosen"]) == len(labels) and len(record["verdicts"]) == verdicts
-    assert record["readings"] == verdicts and bool(read_of(record)) == bool(verdicts)
-    record, _ = go(tmp_path / "out", "--seed", "0", "1", "2", methods=methods)
-    assert record["readings"] == 1 + verdicts and read_of(record)
-    read = [
-        "the test split was evaluated 2 times, as runs were added: this time at a significance level of 0.76%; the "
-        "levels of all evaluations add up to at most 5%"
-    ]
-    assert [note for note in record["notes"] if "was evaluated" in note] == read * verdicts
-
-
 def test_with_one_seed_the_test_images_are_not_read(tmp_path):
     """They could not show anything, and a later start evaluates them for the first time."""
     record, headline = go(tmp_path / "out", "--seed", "0")

@@ -246,15 +246,6 @@ def test_only_the_other_choosing_seeds_train_rates_that_are_nearly_as_good(sched
     assert done.index(("lora", 2e-4, 4)) < done.index(("lora", 2e-4, 1)) and len(done) == 7 + 8
 
 
-def test_the_race_goes_on_beyond_the_last_rate(schedule, monkeypatch):
-    monkeypatch.setitem(BEST, "lora_x2", 3.2e-3)
-    flags = (*FIVE, "--extend_rates")
-    done = compete(schedule(*flags))
-    assert [rate for label, rate, _ in done if label == "lora_x2"] == [4e-4, 2e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3]
-    assert [rate for label, rate, _ in done if label == "lora"] == [4e-4, 2e-4, 1e-4]
-    assert compete(schedule(*flags)) == [] and schedule(*flags).total_in_words == "9"
-
-
 def test_an_experiment_goes_on_as_it_was_begun(schedule, tmp_path):
     """An experiment of a version without racing has no entry."""
     assert not schedule("--no-racing").is_race and schedule().is_race

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from argparse import ArgumentTypeError
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,9 +16,8 @@ import train_llm
 from reslora.errors import InvalidArgument
 from reslora.options.contradictions import check_method
 from reslora.options.grid import Grid
-from reslora.options.option import number, whole
 from reslora.options.texts import GLUE_TASK, INSTEAD, LLM_TASK, NEAREST, ZERO2_OFFLOAD, GlueOptions, LlmOptions
-from reslora.options.unused import report_unread_by_methods, report_unused
+from reslora.options.unused import report_unused
 from reslora.runtime.script import run_script
 from reslora.texts.arguments import TextParser, read, resolve
 
@@ -37,24 +35,6 @@ def test_a_merge_that_reads_examples_has_some():
     assert_one_line(error, "--merge lstsq", "give")
     exact = {"shortcut": "block", "merge": "lstsq", "calibration_examples": 0}
     check_method(resolve(LlmOptions, exact).adapter, "calibration_examples")  # an exact merge needs none
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "method", "other"),
-    [
-        ("shortcut", "block", "reslora", "lora"),
-        ("shortcut", "block", "lora_matched", "is_placebo"),
-        ("head", "none", "is_placebo", "lora"),
-        ("merge", "weights", "reslora", "ms_placebo"),
-        ("lora_alpha", 4, "loha", "oft"),
-    ],
-)
-def test_what_the_method_does_not_read_is_told(capsys, flag, value, method, other):
-    report_unread_by_methods(resolve(LlmOptions, {"method": [other], flag: value}))
-    assert capsys.readouterr().out == f"--{flag} {value}: it has no effect with --method {other}\n"
-    report_unread_by_methods(resolve(LlmOptions, {"method": [method], flag: value}))
-    report_unread_by_methods(resolve(LlmOptions, {"method": [other], "lora_r": 3}))
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -297,34 +277,3 @@ def test_several_values_make_an_experiment():
     assert isinstance(read(LlmOptions, "x", ["--method", "lora"]), LlmOptions)
     with pytest.raises(InvalidArgument, match=r"^--lora_r 4 4: one value is given twice"):
         read(LlmOptions, "x", ["--lora_r", "4", "4"])
-
-
-@pytest.mark.parametrize("text", ["0", "1.0", "x"])
-def test_whole_numbers_are_whole(text):
-    with pytest.raises(ArgumentTypeError, match="is not a whole number of at least 1"):
-        whole(1)(text)
-    assert whole(1)("1") == 1
-
-
-@pytest.mark.parametrize("text", ["nan", "-0.1", "x"])
-def test_numbers_are_finite_and_within_their_bounds(text):
-    with pytest.raises(ArgumentTypeError, match="is not a finite number of at least 0 and below 1"):
-        number(0, below=1)(text)
-    assert number(0, below=1)("0") == 0
-    with pytest.raises(ArgumentTypeError, match="above 0"):
-        number(0, exclusive=True)("0")
-
-
-@pytest.mark.parametrize(("kind", "prog"), SCRIPTS)
-def test_an_output_folder_that_the_run_reads_is_refused(tmp_path, kind, prog):
-    for name in ("data_dir", "model_name_or_path"):
-        with pytest.raises(InvalidArgument) as error:
-            parse(f"--{name}", str(tmp_path), "--output_dir", f"{tmp_path}/", kind=kind)
-        assert_one_line(error, f"--output_dir {tmp_path}", f"the folder of --{name}")
-
-
-@pytest.mark.parametrize(("kind", "prog"), SCRIPTS)
-def test_a_cache_that_cannot_be_made_is_refused(kind, prog):
-    with pytest.raises(InvalidArgument) as error:
-        parse("--cache_dir", "/proc/x", kind=kind)
-    assert_one_line(error, "--cache_dir /proc/x", "/proc is not a writable folder")

@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import train_glue
 import train_llm
 from reslora.bundled import ASSETS
-from reslora.errors import InvalidArgument, Stopped
-from reslora.experiment.arms import Arm, labels_of, place_of
-from reslora.experiment.arms import options_of as options_of_arm
+from reslora.errors import Stopped
 from reslora.experiment.schedule import ArmSchedule
 from reslora.io import write_checksums, write_json
 from reslora.options.texts import ExperimentOptions, GlueOptions, LlmOptions, LlmValidationOptions
@@ -28,7 +26,7 @@ from reslora.texts import experiment, glue, llm
 from reslora.texts.arguments import read
 from reslora.texts.llm_tasks import TASKS, examples_of
 from reslora.texts.llm_tokens import Encoder
-from reslora.texts.split import Parts, parts_of
+from reslora.texts.split import Parts
 from reslora.texts.study import TextStudy
 from reslora.training.context import Context
 
@@ -39,7 +37,6 @@ from .test_glue import write_rows as write_file
 MODEL = ASSETS / "tiny-llama"
 RATES = ("1e-3", "5e-3")
 EXPERIMENT = ("--method", "lora", "reslora", "--learning_rate", *RATES, "--racing", "False")
-ARM = Arm("any", 1e-3, 0)
 SPLITS = {"train": 12, "validation": 3, "test": 4}
 
 
@@ -210,39 +207,6 @@ def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_rem
     assert [arm["test"] for arm in record(output)["arms"]] == [arm["test"] for arm in record(whole[0])["arms"]]
 
 
-def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path, capsys):
-    output, _ = whole
-    for flags, words in (
-        ("--lora_r 2", f"--lora_r 2: {output} was trained with 4; use that, or choose another --output_dir"),
-        ("--lora_alpha 0", "--lora_alpha 0"),
-        ("--shortcut input block", f"--shortcut input block: {output} was trained with input; "),
-        ("--max_steps 3", "--max_steps 3"),
-        ("--per_device_eval_batch_size 3", "--per_device_eval_batch_size 3"),
-        ("--max_test_samples 3", f"--max_test_samples 3: {output} was begun with none; leave it out, or choose"),
-        ("--select_split 0.2", "the task has a file for this split"),
-        ("--save_best", "--save_best: this is an experiment"),
-        ("--extend_rates --learning_rate 1e-3", "one learning rate does not determine the next one"),
-        ("--extend_rates --learning_rate 0 1e-3", "--learning_rate 0: is not a finite number above 0"),
-        ("--extend_rates --learning_rate 1e-3 1.001e-3", "give rates further apart"),
-        ("--seed 3 3", "one value is given twice"),
-        (
-            "--method lora --shortcut input block",
-            "input block: no method of --method lora uses",
-        ),
-        ("--lora_r 2 999", "999"),
-    ):
-        status = run(*common, *EXPERIMENT, *flags.split(), "--output_dir", output if "999" not in flags else tmp_path)
-        assert (status, words in capsys.readouterr().err) == (2, True), words
-    assert run(*common, "--output_dir", output) == 2
-    assert "contains an experiment" in capsys.readouterr().err
-    assert run(*common, "--experiment_minutes", "3", "--output_dir", tmp_path) == 2
-    assert "this is not an experiment" in capsys.readouterr().err
-    (tmp_path / "checkpoint-2").mkdir()
-    write_json(tmp_path / "checkpoint-2" / "trainer.json", {})
-    assert run(*common, *EXPERIMENT, "--output_dir", tmp_path) == 2
-    assert "not an experiment" in capsys.readouterr().err
-
-
 @pytest.mark.exhaustive
 def test_averages_are_means_of_the_runs_adapters(common, whole, tmp_path):
     """Added to a finished experiment, of which no arm is trained again."""
@@ -307,20 +271,6 @@ def test_a_plan_times_the_first_steps_and_writes_nothing(common, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
-    """If a fraction determines the part: a file of the task or a limit determines its size instead."""
-
-    def told(files, split=None, limit=None) -> list[str]:
-        parts = parts_of(files, str, ExperimentOptions(test_split=split)).limited(None, limit)
-        return experiment.TextExperiment(None, None, parts, None).too_few()
-
-    texts = [one + other for one in "abcdef" for other in "ghijk"]
-    (line,) = told({"train": texts}, 0.01)
-    start, _, share = line.partition(", or with --test_split ")
-    assert start == told({"train": texts}, 0.01, limit=2)[0] and start.startswith("only 2 examples compare")
-    assert told({"train": texts, "test": ["x", "y"]}) == [start] and told({"train": texts}, float(share)) == []
-
-
 def test_the_select_loss_is_measured_when_it_is_asked_for_or_ten_times():
     def looks(strategy: str, every: float | None) -> dict:
         return experiment.evaluations_of(LlmValidationOptions(eval_strategy=strategy, eval_steps=every), 95)
@@ -351,38 +301,6 @@ def runner_of(grid, stop: StopRequest | None = None) -> experiment.TextExperimen
     texts.rows, texts.encoder = [{"input_ids": [1], "labels": [1]}] * 4, Encoder(bytes_tokenizer())
     context = Context(grid.base, None, Accelerator(cpu=True), stop)
     return experiment.TextExperiment(ArmSchedule(grid, 0.0), texts, Parts([], [], [], 0, []), context)
-
-
-def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monkeypatch):
-    """Before anything is loaded; options that one of the methods uses are not reported."""
-    ends = InvalidArgument("--data_dir", "is not asked for", "go on")
-    monkeypatch.setattr(llm.LlmTexts, "parts", lambda *_: (_ for _ in ()).throw(ends))
-
-    def told(*flags) -> str:
-        assert run("--use_cpu", "--output_dir", tmp_path, *flags) == 2
-        return capsys.readouterr().out
-
-    flags = ["--learning_rate", *RATES, "--merge", "weights", "--head", "none", "--lora_alpha", "3"]
-    unread = [f"--{flag}: it has no effect with --method lora oft" for flag in ("head none", "merge weights")]
-    assert told("--method", "lora", "oft", *flags).splitlines() == unread
-    assert told("--method", "oft", "reslora", *flags) == told("--method", "lora", "oft", "--seed", "0", "1") == ""
-
-
-def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():
-    words = "--method lora reslora ms_placebo --shortcut input block --pre_num 2 -1 --lora_r 2 4"
-    grid = read(LlmOptions, "x", words.split())
-    assert [label.name for label in labels_of(grid) if label.rank == 4] == [
-        *("lora rank 4", "reslora input rank 4", "reslora block(2) rank 4", "reslora block(-1) rank 4"),
-        *("ms_placebo middle(2) rank 4", "ms_placebo middle(-1) rank 4"),
-    ]
-    assert grid.flat()["lora_alpha"] is None
-    found = {
-        label.name: (place_of(label, ARM), options_of_arm(grid, label, 1e-3, 0).adapter) for label in labels_of(grid)
-    }
-    place, own = found["reslora block(-1) rank 4"]
-    assert place == "block/pre_num--1/rank-4/lr-0.001/seed-0"
-    assert (own.shortcut, own.pre_num, own.rank, own.lora_alpha) == ("block", -1, 4, 8)
-    assert [found[name][1].pre_num for name in ("lora rank 2", "ms_placebo middle(-1) rank 2")] == [2, -1]
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(["16"], 32), (["4", "16"], None)])

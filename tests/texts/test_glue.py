@@ -470,11 +470,6 @@ def test_inputs_are_no_longer_than_the_model_takes(roberta, rte, tmp_path, capsy
     loaded(input_ids=torch.tensor([max((row["input_ids"] for row in encoded), key=len)]))
 
 
-def test_a_tokenizer_of_another_model(capfd, roberta, rte, tmp_path):
-    model = write_model(tmp_path / "model", vocab_size=9)
-    assert_refused(capfd, flags(model, rte, tmp_path / "run"), "--model_name_or_path", "18 tokens", "9")
-
-
 def test_a_head_of_another_size_needs_a_flag(capfd, rte, tmp_path):
     model = write_model(tmp_path / "model", num_labels=3)
     assert_refused(capfd, flags(model, rte, tmp_path / "run"), "--ignore_mismatched_sizes")

@@ -282,19 +282,6 @@ def test_another_task_is_not_read_from_the_bundled_examples(tiny, tmp_path, caps
         assert parsed([*command, *named]).task.task == "gsm8k"
 
 
-@pytest.mark.parametrize(
-    ("split", "words"),
-    [
-        ("train", ["--max_length 512", "a training example has 3", "256 positions", "give at most 256"]),
-        ("test", ["test.jsonl row 2", "this example has 3", "256 positions"]),
-    ],
-)
-def test_no_example_is_longer_than_the_models_positions(tiny, tmp_path, capsys, split, words):
-    long = {**row(0), "Equation": "1 + " * 70 + "1"}
-    data = write_rows(tmp_path / "data", **{"train": [row(1)] * 4, "test": [row(2)], split: [row(1), long]})
-    assert_refused(flags(tiny, data, tmp_path / "run"), capsys, words)
-
-
 def test_two_runs_do_not_share_a_folder(tiny, data, tmp_path, capsys):
     with locked(tmp_path / "run"):
         assert_refused(flags(tiny, data, tmp_path / "run"), capsys, [f"process {os.getpid()} is training in it"])

@@ -1,6 +1,5 @@
 """Similarities of an arm's samples by hand: vectors stand for images, with and without adapters."""
 
-import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -89,25 +88,3 @@ def test_the_report_has_a_column_for_each_that_was_measured():
     arm["test"]["similarities"] = {"unrelated_similarity": 0.8765, "diversity": 0.25}
     table = arm_table(experiment, pages.IMAGES)
     assert "Base kept" in table and "Diversity" in table and "0.87650" in table and "To captions" not in table
-
-
-@dataclasses.dataclass
-class ReferenceSampler(Sampler):
-    drawn: list
-    references: tuple = (("own", None),)
-
-    def draw(self, denoiser, prompts, count, between_steps):
-        self.drawn.append((list(prompts), [mark for mark, _ in self.references]))
-        return super().draw(denoiser, prompts, count, between_steps)
-
-
-def test_samples_of_test_images_have_their_reference_images(monkeypatch):
-    """Samples of unrelated prompts have the references of all samples."""
-    monkeypatch.setattr(drawn, "load_metric", lambda *_: Metric())
-    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(r=1, target_modules=["0"]))
-    one, found = setting(), []
-    one.sampler, images = ReferenceSampler(found), one.training_data.sources[0].images
-    images.paired, images.open_reference = True, lambda number: number
-    drawn.similarities({"unet": model}, [(0, 0), (0, 1)], one)
-    assert [marks for _, marks in found] == [["a", "b"], ["a", "b"], ["own"], ["own"]]
-    assert [len(prompts) for prompts, _ in found] == [2, 1, len(UNRELATED), len(UNRELATED)]

@@ -15,7 +15,6 @@ from torch.func import functional_call
 from images import exact_steps
 from images.model.families.test_losses import Setting
 from images.runs import RESUME, assert_same, losses, main, only, printed, refused, training_state
-from images.training.test_state import FLAGS
 from images.training.test_training import assert_equal_but_for_rounding, steps_of_two
 from reslora.images.data.batch import stack_texts
 from reslora.images.data.samples import training_loader
@@ -25,7 +24,7 @@ from reslora.images.output.sampling import Sampler
 from reslora.training.loop import take_step
 from reslora.training.preparing import prepare
 from reslora.training.schedule import Schedule
-from reslora.training.state import new_learner, new_optimizer
+from reslora.training.state import new_learner
 from reslora.training.trained import Trained
 
 LAYERS = {"num_hidden_layers": 3}
@@ -241,16 +240,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, flags, tmp_path):
         assert_same(resumed["state"][number], state)
     for name in ("merge.json", "chains.json", "text_encoder/model.safetensors", "samples/step-000004/0-0.png"):
         assert (tmp_path / "out" / "reslora" / name).read_bytes() == (whole / "reslora" / name).read_bytes(), name
-
-
-def test_without_a_rate_of_their_own_they_have_the_denoisers():
-    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"), scaler=None)
-    one, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    for rate, expected in ((None, 1e-3), (1e-5, 1e-5)):
-        flags = FLAGS.replace(scale_lr=True, text_encoder_lr=rate)
-        groups = new_optimizer([one], flags.training, flags.optimizer, accelerator, of_encoders=[other]).param_groups
-        assert [group["params"] for group in groups] == [[one], [other]]
-        assert [group["lr"] for group in groups] == pytest.approx([12 * 1e-3, 12 * expected])
 
 
 @pytest.mark.exhaustive
