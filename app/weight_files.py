@@ -27,7 +27,7 @@ from reslora.images.model.lora_files.reading import read_content, read_parts
 from reslora.io import read_object
 from reslora.methods.adapters import attach, load_adapter
 from reslora.methods.registry import METHODS, AdapterSettings, adapter_config
-from reslora.training.checkpoints import RECORD
+from reslora.runtime.checkpoint_folders import RECORD
 
 from .runs import Run, RunError, Weights, stamp_of
 

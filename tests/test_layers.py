@@ -1,6 +1,7 @@
-"""The layers of the package: every module imports only from its own layer and those before it."""
+"""The layers of the package: every module imports only from its own layer and those before it, and in no circle."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "reslora"
@@ -46,11 +47,11 @@ def modules() -> dict[str, Path]:
     return {".".join(name.parts).removesuffix(".__init__"): path for name, path in found.items()}
 
 
-def imported(path: Path, known: dict[str, Path]) -> set[str]:
-    """Return the modules that a file imports anywhere, except imports for type checkers only."""
+def imported(path: Path, known: dict[str, Path], for_types: bool = False) -> set[str]:
+    """Return the modules that a file imports anywhere; `for_types`: also those that only type checkers import."""
     tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not for_types:
             node.body = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -77,3 +78,12 @@ def test_imports_go_one_way():
             if there > here or (ORDER[there] == "texts" != ORDER[here]):
                 up.append(f"{module} ({ORDER[here]}) imports {other} ({ORDER[there]})")
     assert not up, "\n".join(up)
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    """Also not for type checkers alone."""
+    known = modules()
+    try:
+        graphlib.TopologicalSorter({module: imported(path, known, True) for module, path in known.items()}).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(" imports ".join(reversed(error.args[1]))) from None

@@ -12,9 +12,9 @@ from ..training.context import Context
 from ..training.sharding import cuts_base
 
 if TYPE_CHECKING:
-    from .initial_lora import Start
     from .model.families.base import Part
     from .model.loading import Model
+    from .model.start import Start
 
 
 @dataclass(frozen=True)

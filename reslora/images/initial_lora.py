@@ -2,8 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ from diffusers.training_utils import cast_training_params
 from peft import PeftConfig
 from torch import nn
 
-from ..chains import lora_layers
 from ..content_hash import files_mark
 from ..errors import InvalidArgument
-from ..export import PEFT_FILE, Factors, lora_config
+from ..export import PEFT_FILE, lora_config
 from ..methods.adapters import attach
 from ..methods.patterns import FIELDS, entries, spell_out
 from ..methods.registry import METHODS, AdapterSettings, adapter_config
@@ -28,38 +26,7 @@ from .model.families.base import Part
 from .model.loading import Model
 from .model.lora_files.names import names_of
 from .model.lora_files.reading import read_content, read_parts
-
-
-@dataclass(frozen=True)
-class Start:
-    """LoRA factors of the denoiser by layer, from --init_lora or --assistant_lora."""
-
-    layers: Mapping[str, Factors]
-    targets: str
-    """Regular expression that matches the complete names of these layers, and no others."""
-    mark: str
-    """Hash of the content of the LoRA file."""
-
-    def configure(self, config: PeftConfig) -> None:
-        """Set each layer's rank and alpha in the configuration of an adapter.
-
-        `config` already has the LoRA's most frequent rank and alpha as its defaults.
-        """
-        own = lora_config(self.layers)
-        more = config.lora_alpha / own.lora_alpha  # 2 for a method that doubles alpha
-        config.rank_pattern = own.rank_pattern
-        config.alpha_pattern = {name: alpha * more for name, alpha in own.alpha_pattern.items()}
-
-    @torch.no_grad()
-    def copy_to(self, denoiser: nn.Module) -> None:
-        """Copy the factors into the adapter of a denoiser.
-
-        B is rescaled for the adapter's own scaling, so that the adapter's weight update equals the one in the file.
-        """
-        for name, layer in lora_layers(denoiser, "default").items():
-            down, up, scale = self.layers[name]
-            layer.lora_A["default"].weight.copy_(down)
-            layer.lora_B["default"].weight.copy_(up * (scale / layer.scaling["default"]))
+from .model.start import Start
 
 
 def read_start(file: str, base: str, model: Model, option: str = "init_lora") -> Start:

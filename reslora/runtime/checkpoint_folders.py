@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import InvalidArgument, RunFailed, first_line, out_of_memory
-from ..io import remove, replacing, temporary_beside
+from ..io import CHECKSUMS_NAME, remove, replacing, temporary_beside
 
+STATE, RECORD = "trainer.pt", "trainer.json"
+"""Files of a checkpoint: the state of optimizer, schedule and random generators, and the trainer's record."""
 MERGED = "merged-by-[a-z]+"
 """Regular expression for the names, without `-<step>`, of checkpoints that the application has merged."""
 
@@ -29,6 +31,12 @@ def numbered(folder: Path, kind: str = "checkpoint") -> list[Path]:
     """Return the paths in `folder` with names `<kind>-<step>`, newest first; `kind` is a regular expression."""
     found = (path for path in folder.glob("*-*") if re.fullmatch(rf"{kind}-\d+", path.name))
     return sorted(found, key=step_of, reverse=True)
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Return the checkpoints of one method, newest first; some of their files may be missing."""
+    files = (RECORD, STATE, CHECKSUMS_NAME)  # a directory without any of these is not a checkpoint
+    return [path for path in numbered(folder) if any((path / name).is_file() for name in files)]
 
 
 def step_of(checkpoint: Path) -> int:

@@ -45,13 +45,13 @@ from ..options.grid import Grid
 from ..options.texts import T, TextOptions
 from ..options.unused import is_read, report_unread_by_methods, report_unused
 from ..options.values import refuse_other_value
-from ..runtime.checkpoint_folders import ADAPTERS, EXPORTED, EXPORTS, adapter_folder
+from ..runtime.checkpoint_folders import ADAPTERS, EXPORTED, EXPORTS, adapter_folder, checkpoints_of
 from ..runtime.folder_lock import check_held, locked, make_folder
 from ..runtime.processes import broadcast_from_main, say
 from ..runtime.signals import StopRequest
 from ..runtime.status import Status
 from ..seeds import derive
-from ..training.checkpoints import check_past, checkpoints_of, past_of
+from ..training.checkpoints import check_past, past_of
 from ..training.context import Context
 from ..training.schedule import Schedule
 from ..training.study import Identity

@@ -16,10 +16,10 @@ from ..io import Damaged, check_checksums
 from ..methods.adapters import load_adapter, trained_state
 from ..options.averages import Average, averages_of
 from ..options.shared import SharedOutputOptions
-from ..runtime.checkpoint_folders import step_of
+from ..runtime.checkpoint_folders import checkpoints_of, step_of
 from ..runtime.processes import broadcast_from_main, on_all
 from .best import FOLDER, Best, averages_at, best_of, keep_adapter, to_export
-from .checkpoints import checkpoints_of, to_average
+from .checkpoints import to_average
 from .state import Learner
 from .stopping import stopped_at
 from .study import Study

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from ..errors import InvalidArgument, RunFailed, first_line
-from ..io import CHECKSUMS_NAME, Damaged, check_checksums, read_object, replacing, write_checksums, write_json
+from ..io import Damaged, check_checksums, read_object, replacing, write_checksums, write_json
 from ..methods.adapters import load_adapter, save_adapter
 from ..methods.registry import METHODS
 from ..options.grid import Grid
@@ -23,6 +23,9 @@ from ..options.values import listed, refuse_other_value
 from ..runtime.checkpoint_folders import (
     EXPORTS,
     MERGED,
+    RECORD,
+    STATE,
+    checkpoints_of,
     discard,
     numbered,
     refuse_afresh,
@@ -38,7 +41,6 @@ from .state import Learner
 from .study import Identity, Study
 
 OF_CLASS = "; class images: "  # separates the content hashes of training images and class images
-STATE, RECORD = "trainer.pt", "trainer.json"
 OF_ANY_LENGTH = ("constant", "constant_with_warmup", "piecewise_constant", "inverse_sqrt")
 """Values of --lr_scheduler that, after the warmup, do not depend on the number of steps."""
 
@@ -72,12 +74,6 @@ def settings_of(asked: TrainOptions | Grid) -> dict:
 
 
 # -- finding checkpoints -----------------------------------------------------------------------------------------------
-
-
-def checkpoints_of(folder: Path) -> list[Path]:
-    """Return the checkpoints of one method, newest first; some of their files may be missing."""
-    files = (RECORD, STATE, CHECKSUMS_NAME)  # a directory without any of these is not a checkpoint
-    return [path for path in numbered(folder) if any((path / name).is_file() for name in files)]
 
 
 def read_checkpoint(checkpoint: Path) -> dict:

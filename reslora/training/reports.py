@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from ..errors import Diverged
+from ..runtime.checkpoint_folders import checkpoints_of
 from ..runtime.log import LogWriter, of_split
 from .best import is_over
-from .checkpoints import checkpoints_of
 from .schedule import Schedule
 from .state import Learner
 

@@ -6,14 +6,12 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .context import Context
+from .reports import Reports
 from .schedule import Schedule
 from .state import Learner
-
-if TYPE_CHECKING:
-    from .reports import Reports
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,13 @@ from ...options.grid import Grid
 from ...options.images import Options, TrainingOptions, ValidationOptions
 from ...options.option import in_words
 from ...options.unused import is_read
-from ...runtime.checkpoint_folders import ADAPTERS, EXPORTS
+from ...runtime.checkpoint_folders import ADAPTERS, EXPORTS, checkpoints_of
 from ...runtime.folder_lock import locked
 from ...runtime.processes import broadcast_from_main, on_all
 from ...runtime.sample_folders import by_step
 from ...runtime.signals import StopRequest
 from ...runtime.status import Status
-from ...training.checkpoints import Identity, check_past, checkpoints_of, named_by, past_of, plan_resume
+from ...training.checkpoints import Identity, check_past, named_by, past_of, plan_resume
 from ...training.schedule import Schedule
 from ...training.trackers import note_settings
 from ..cache_folder import cache_folder

@@ -8,12 +8,12 @@ from pipelines import FAMILIES, image_folder
 
 from images.memory.rehearsed import consume_request, resolved
 from reslora.images.context import ImageContext
-from reslora.images.initial_lora import Start
 from reslora.images.memory.components import empty_denoiser
 from reslora.images.memory.inference import drawing_class_images, exporting
 from reslora.images.memory.meta_tensors import tensor_bytes
 from reslora.images.memory.phases import ACTIVATIONS, ADAPTER, BASE, EXACT, GRADIENTS, OPTIMIZER, Phase, Rehearsal
 from reslora.images.memory.plan import guess, plan_of
+from reslora.images.model.start import Start
 
 NAMES = ["encoding images", "encoding captions", "training", "sampling", "exporting"]
 NEAR = 0.1  # of what is computed with; 0.15 is promised of all that a run holds
