@@ -80,7 +80,8 @@ PRESETS: dict[str, dict[str, object]] = {
         "method": ["lora", "reslora"], "learning_rate": [1e-4, 3e-4, 1e-3], "seed": [0, 1, 2],
     },
     "an experiment: ResLoRA with controls": {
-        "method": ["lora", "reslora", "lora_x2", "is_placebo"], "learning_rate": [1e-4, 3e-4, 1e-3], "seed": [0, 1, 2],
+        "method": ["lora", "reslora", "lora_x2", "lora_matched"], "learning_rate": [1e-4, 3e-4, 1e-3],
+        "seed": [0, 1, 2],
     },
     "little memory": {"train_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True},
     "photographs of one subject": {
@@ -268,7 +269,7 @@ def as_flag(option: Option, value: object) -> str:
 
 def wires(methods: Iterable[str]) -> bool:
     """Return whether any of these methods uses the options of ResLoRA's shortcuts."""
-    return any(METHODS[name].reads_shortcut_flags for name in methods if str(name) in METHODS)
+    return any(METHODS[name].reads_shortcut for name in methods if str(name) in METHODS)
 
 
 def values_of(settings: Mapping[str, object], names: Sequence[str]) -> list[object]:

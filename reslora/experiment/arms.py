@@ -102,8 +102,8 @@ def labels_of(grid: Grid) -> list[Label]:
     for method in grid.methods:
         row = METHODS[method]
         for shortcut in varied.get("shortcut", [None]) if row.reads_shortcut else [None]:
-            kind = shortcut or (shared.shortcut if row.reads_shortcut else row.placebo)
-            for pre_num in varied.get("pre_num", [None]) if kind in SEVERAL_BLOCKS else [None]:
+            kind = shortcut or shared.shortcut
+            for pre_num in varied.get("pre_num", [None]) if row.reads_shortcut and kind in SEVERAL_BLOCKS else [None]:
                 named, blocks = (shortcut, shared.pre_num) if pre_num is None else (kind, pre_num)
                 told = shortcut_in_words(named, blocks)
                 folder = (f"{shortcut}/" if shortcut else "") + (f"pre_num-{pre_num}/" if pre_num is not None else "")

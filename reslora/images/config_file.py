@@ -44,7 +44,7 @@ def _of_other_methods(now: Given) -> Iterable[str]:
     A resumed run ignores none of them, because it compares their values with those of the earlier run.
     """
     methods = [METHODS[name] for name in now.get("method", ())]
-    if not methods or now.get("resume_from_checkpoint") or any(method.reads_shortcut_flags for method in methods):
+    if not methods or now.get("resume_from_checkpoint") or any(method.reads_shortcut for method in methods):
         return ()
     return OF_SHORTCUTS
 

@@ -185,7 +185,7 @@ def try_method(
     """
     add_adapter(model, method, adapter, training, config, part)
     if METHODS[method].measured:
-        with gauged(method, model, adapter.reslora_config):
+        with gauged(model, adapter.reslora_config):
             pass
 
 

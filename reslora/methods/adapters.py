@@ -327,8 +327,7 @@ def without_adapters(*models: nn.Module) -> Iterator[None]:
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and buffers that PEFT added to a model, by name, without the frozen base layers.
 
-    The tensors share their storage with the model. Names are relative to the model inside DDP and `torch.compile`, and
-    are the same with and without a placebo's rotations (see `controls`).
+    The tensors share their storage with the model. Names are relative to the model inside DDP and `torch.compile`.
     """
     outer = unwrap(model)
     prefixes = tuple(
@@ -338,11 +337,7 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
         for part in (*module.adapter_layer_names, *module.other_param_names)
     )
     tensors = chain(outer.named_parameters(), outer.named_buffers())
-    return {
-        name.replace(controls.ROTATED, ".weight"): value.detach()
-        for name, value in tensors
-        if name.startswith(prefixes)
-    }
+    return {name: value.detach() for name, value in tensors if name.startswith(prefixes)}
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:

@@ -1,7 +1,6 @@
 """Report layers without shortcuts, and chains shorter than --pre_num."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch import nn
 
@@ -23,9 +22,7 @@ def print_links(
     On a chain of n blocks, all values of --pre_num from n - 1 are equivalent. Nothing is reported for a method without
     chains. `model` must have the method's adapter; `example_inputs` are those of `reslora.chains`.
     """
-    row = METHODS[method]
-    shortcuts = replace(shortcuts, shortcut=row.placebo or shortcuts.shortcut)
-    if not row.reads_shortcut_flags or not shortcuts.wired:
+    if not METHODS[method].reads_shortcut or not shortcuts.wired:
         return
     plan = chains(model, example_inputs=example_inputs)
     if plan.unlinked:
@@ -34,7 +31,7 @@ def print_links(
     reach, longest = shortcuts.reach, max(map(len, plan), default=0)
     start = f"--pre_num {shortcuts.pre_num}:"
     if reach is not None and reach < shortcuts.pre_num:  # a shortcut that always uses one block
-        if row.reads_shortcut and shortcuts.pre_num > max(longest - 1, DEFAULT_PRE_NUM):
+        if shortcuts.pre_num > max(longest - 1, DEFAULT_PRE_NUM):
             most = pluralize(longest, "block")
             tell(f"{start} the longest chain has {most}, and --shortcut {shortcuts.shortcut} uses only one")
     elif reach is not None and (short := [len(chain) for chain in plan.clipped(reach)]):

@@ -28,7 +28,7 @@ LEARNING_RATES = "lr_pattern"
 HELP = {
     "rank_pattern": "ranks of single layers, such as attn2.to_k=4 or mid_block.*=16; NAME is the end of a layer's name "
     "as a regular expression. Alpha is unchanged, so a lower rank gives a larger scale",
-    "alpha_pattern": "alphas of single layers, such as attn2.to_k=8; lora_x2 and lora_x4 multiply these as well",
+    "alpha_pattern": "alphas of single layers, such as attn2.to_k=8; lora_x2 multiplies these as well",
     LEARNING_RATES: "factors of the learning rates of single layers, such as mid_block.*=0.5 attn2.to_k=2; NAME as "
     "in --rank_pattern. A layer that several match gets the product. Layers of trained text encoders have their "
     "encoder's name in front, as in text_encoder.*=2",

@@ -117,13 +117,6 @@ def adalora_as_lora(model: nn.Module) -> nn.Module:
     return as_plain_lora(model)
 
 
-def placebo_as_lora(model: nn.Module) -> nn.Module:
-    """Return a placebo as plain LoRA; see `controls.merged`."""
-    from .controls import merged
-
-    return merged(model)
-
-
 def pissa_as_lora(model: nn.Module) -> nn.Module:
     """Return PiSSA as plain LoRA of twice the rank; see `pissa.merged`."""
     from .pissa import merged
@@ -152,10 +145,8 @@ class Method:
     """
     shortcuts: bool = False
     """Whether the method connects blocks by shortcuts, which are merged after training."""
-    matched: bool = False
-    """Whether each layer's alpha matches the scale of the shortcut; see `controls`."""
-    placebo: str = ""
-    """Shortcut whose terms from earlier blocks are replaced by rotations of the block's own input; see `controls`."""
+    measured: bool = False
+    """Whether the method is calibrated on a few batches before its first training step; see `controls`."""
     deepspeed: bool = True
     """Whether the method can be trained with DeepSpeed."""
     quantised: bool = True
@@ -182,18 +173,8 @@ class Method:
 
     @property
     def reads_shortcut(self) -> bool:
-        """Whether the method depends on --shortcut."""
-        return self.shortcuts or self.matched
-
-    @property
-    def reads_shortcut_flags(self) -> bool:
-        """Whether the method depends on --pre_num or --head."""
+        """Whether the method depends on --shortcut, --pre_num or --head."""
         return self.shortcuts or self.measured
-
-    @property
-    def measured(self) -> bool:
-        """Whether the method is calibrated on a few batches before its first training step."""
-        return self.matched or bool(self.placebo)
 
 
 METHODS = {
@@ -204,20 +185,11 @@ METHODS = {
             "lora_x2", "LoRA x2", "LoRA with doubled alpha, a control", "#1971c2",
             partial(lora, times=2),
         ),
-        Method("lora_x4", "LoRA x4", "LoRA with alpha times four", "#74a9d8", partial(lora, times=4)),
         Method(
             "lora_matched", "LoRA matched", "LoRA with each layer's alpha matched to the shortcut's scale",
-            "#1098ad", lora, matched=True,
+            "#1098ad", lora, measured=True,
         ),
         Method("reslora", "ResLoRA", "LoRA with shortcuts between layers", "#e8590c", lora, shortcuts=True),
-        Method(
-            "is_placebo", "Input placebo", "input-shortcuts with rotated inputs instead of neighbors", "#f08c00", lora,
-            placebo_as_lora, placebo="input",
-        ),
-        Method(
-            "ms_placebo", "Middle placebo", "middle-shortcuts with rotated inputs instead of neighbors", "#c2255c",
-            lora, placebo_as_lora, placebo="middle",
-        ),
         Method(
             "adalora", "AdaLoRA", "LoRA that gives important layers a higher rank", "#2f9e44", adalora,
             adalora_as_lora, deepspeed=False, parts=False, of_layers=False, least_steps=3,

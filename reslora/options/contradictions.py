@@ -47,7 +47,7 @@ def refuse_empty(given: Given, names: Iterable[str]) -> None:
 def check_method(options: SharedMethodOptions, calibration: str) -> None:
     """Raise `InvalidArgument` for options that a method does not support, or for missing calibration samples.
 
-    Some merges, and the control methods (`lora_matched` and placebos), need calibration samples. `calibration` is the
+    Some merges, and the control method `lora_matched`, need calibration samples. `calibration` is the
     name of the script's option for their number.
     """
     patterns = {name: getattr(options, name) for name in FIELDS}

@@ -66,18 +66,18 @@ class SharedMethodOptions:
         "ResLoRA and lora_matched: what a block adds from preceding blocks", choices=SHORTCUTS, varies=True,
         essential="ResLoRA: input, block, middle or none", implies="reslora", read_by="reads_shortcut")
     pre_num: int = option(DEFAULT_PRE_NUM,
-        "ResLoRA, lora_matched and ms_placebo: how many preceding blocks a block uses, -1 for all; with "
+        "ResLoRA and lora_matched: how many preceding blocks a block uses, -1 for all; with "
         "--shortcut input any number except 0 means one", whole(-1), varies=True,
         essential="ResLoRA: how many preceding blocks a block uses, -1 for all", implies="reslora",
-        read_by="reads_shortcut_flags")
+        read_by="reads_shortcut")
     head: str = option("repeat",
-        "--shortcut input and is_placebo: what the first block of a chain adds to its input; repeat: the same input "
-        "again; none: nothing", choices=HEADS, variable=True, implies="reslora", read_by="reads_shortcut_flags")
+        "--shortcut input: what the first block of a chain adds to its input; repeat: the same input "
+        "again; none: nothing", choices=HEADS, variable=True, implies="reslora", read_by="reads_shortcut")
     merge: str = option(AUTO, "ResLoRA: how the shortcuts are merged into plain LoRA weights", choices=MERGES,
         essential="ResLoRA: how shortcuts are merged into plain LoRA weights", resume="merged", implies="reslora",
         read_by="shortcuts")
     merge_calibration_samples: int = option(64,
-        "number of training samples on which ResLoRA's merge and the control methods are calibrated",
+        "number of training samples on which ResLoRA's merge and lora_matched are calibrated",
         NATURAL, resume="merged", implies="reslora")
 
     @property

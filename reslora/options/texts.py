@@ -115,8 +115,8 @@ class MethodOptions(SharedMethodOptions):
     rank: int = again(name="lora_r", default=4, parse=COUNT)
     target_modules: list[str] = again(or_else="query and value")
     merge_calibration_samples: int = again(name="calibration_examples",
-        help="number of training examples used for calibration: merges of ResLoRA read them, and lora_matched and "
-        "placebos are computed from them; 0: none")
+        help="number of training examples used for calibration: merges of ResLoRA and lora_matched read "
+        "them; 0: none")
     init_lora: str | None = by_content(None,
         "start from this LoRA, a folder that PEFT has written, instead of from zero; its rank, alpha and target "
         "modules are used", metavar="FOLDER", path="absolute",

@@ -66,6 +66,6 @@ def report_unread_by_methods(asked: RunOptions | Grid) -> None:
     for name, option in options.table().items():
         if not is_read(option, names) and values[name] not in (None, defaults.get(name, option.default)) and speaks():
             print(f"{as_option(option, values[name])}: it has no effect with --method {' '.join(names)}", flush=True)
-    unwired = [name for name in names if values["pre_num"] == 0 and METHODS[name].reads_shortcut_flags]
+    unwired = [name for name in names if values["pre_num"] == 0 and METHODS[name].reads_shortcut]
     if unwired and values["shortcut"] != PLAIN and speaks():
         print(f"warning: --pre_num 0: blocks get no shortcut terms, so {' and '.join(unwired)} trains as LoRA does")

@@ -47,7 +47,7 @@ def attach(
     with refused_as(flag, "name other layers, or another --method", UNFIT):
         adapted = adapters.attach(model, config, shortcuts, example_inputs)
         if METHODS[adapter.name].measured:
-            with gauged(adapter.name, adapted, adapter.reslora_config, example_inputs):
+            with gauged(adapted, adapter.reslora_config, example_inputs):
                 pass
     if adapter.merge_and_save:
         _refuse_tied(base_model(adapted), flag)

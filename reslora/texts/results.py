@@ -19,7 +19,6 @@ from ..io import remove, remove_leftovers, replacing, write_json
 from ..merges import AUTO, MERGES
 from ..methods import pissa
 from ..methods.adapters import rank_allocator
-from ..methods.controls import merged
 from ..methods.registry import METHODS
 from ..model import Connection, MergeReport, connection_of, merge
 from ..options.texts import MethodOptions
@@ -116,7 +115,7 @@ def as_plain(
         if folder:
             write_json(folder / "chains.json", plan)
             write_json(folder / "merge.json", report.to_dict())
-    pissa.merged(merged(model))  # the rotations of a placebo, or the initial factors of PiSSA
+    pissa.merged(model)
     return report
 
 
@@ -178,7 +177,7 @@ def write_results(
     `merge`: the merge method of the exported adapter, None if there was nothing to merge.
     """
     row = METHODS[adapter.name]
-    wired = ("shortcut",) * row.reads_shortcut + ("pre_num", "head") * (row.shortcuts or row.measured)
+    wired = ("shortcut", "pre_num", "head") * row.reads_shortcut
     content = {
         **facts,
         "method": adapter.name,

@@ -63,12 +63,12 @@ def put_control_on(learner: Learner, study: Study) -> None:
         """Return the settings of the control in each part, measured on the calibration batches."""
         with contextlib.ExitStack() as stack, study.context.accelerator.autocast():
             gauges = [
-                stack.enter_context(gauged(learner.method, part, options.adapter.reslora_config, study.example_inputs))
+                stack.enter_context(gauged(part, options.adapter.reslora_config, study.example_inputs))
                 for part in parts.values()
             ]
             for batch in study.calibration():
                 study.calibrate(learner, batch)
-            return [gauge.settings(options.training.seed) for gauge in gauges]
+            return [gauge.settings() for gauge in gauges]
 
     for part, settings in zip(parts.values(), broadcast_from_main(measure), strict=True):
         put_on(part, settings)

@@ -77,15 +77,15 @@ def test_labels_are_methods_with_what_is_given_several_times():
 
 
 def test_all_shortcuts_and_all_controls_are_one_experiment():
-    words = "--method lora lora_x2 lora_x4 lora_matched is_placebo ms_placebo loha lokr reslora"
+    words = "--method lora lora_x2 lora_matched loha lokr reslora"
     flags = parse_args([*words.split(), "--shortcut", "input", "block", "middle", "--pre_num", "4", *SEVERAL])
     found = {label.name: label for label in labels_of(flags)}
     assert list(found) == [
-        *("lora", "lora_x2", "lora_x4", "lora_matched input", "lora_matched block(4)", "lora_matched middle(4)"),
-        *("is_placebo", "ms_placebo", "loha", "lokr", "reslora input", "reslora block(4)", "reslora middle(4)"),
+        *("lora", "lora_x2", "lora_matched input", "lora_matched block(4)", "lora_matched middle(4)"),
+        *("loha", "lokr", "reslora input", "reslora block(4)", "reslora middle(4)"),
     ]
     own = {name: options_of(flags, label, 1e-4, 0).adapter for name, label in found.items()}
-    assert (own["lora_matched middle(4)"].shortcut, own["ms_placebo"].shortcut) == ("middle", "none")
+    assert (own["lora_matched middle(4)"].shortcut, own["loha"].shortcut) == ("middle", "none")
     assert {each.pre_num for each in own.values()} == {4}
     matched = parse_args(["--method", "lora", "lora_matched", "--shortcut", "input", "block"])
     assert [label.name for label in labels_of(matched)] == ["lora", "lora_matched input", "lora_matched block(4)"]

@@ -96,7 +96,7 @@ def go(
     folder: Path,
     *flags: str,
     stopped: str = "",
-    methods: str = "lora lora_x2 lora_x4",
+    methods: str = "lora lora_x2 rslora",
     diverging: Collection[tuple[str, int]] = (),
     grid: Sequence[str] | None = None,
 ) -> tuple[dict, str]:
@@ -177,7 +177,7 @@ def test_what_was_concluded_stays_until_it_is_concluded_anew(tmp_path):
     """A seed is added; a stop in its first arm, or in the comparison, loses no earlier conclusion."""
     folder = tmp_path / "out"
     before, headline = go(folder)
-    assert len(before["verdicts"]) == 2 and headline.startswith("LoRA is better than LoRA x2")
+    assert len(before["verdicts"]) == 2 and headline.startswith("LoRA is better than rsLoRA")
     (folder / "config.json").write_text('{"seed": [0, 1]}')
     for stopped, ended in (("train", 12), ("tested", 15)):
         kept, told = go(folder, "--seed", "0", "1", "2", stopped=stopped)
@@ -224,7 +224,7 @@ def test_the_base_model_is_measured_once_and_says_what_training_gains(tmp_path):
 
 def test_the_best_run_is_one_of_the_best_methods_and_says_what_it_was_trained_with(tmp_path):
     """On the selection split all methods are equal and lora_x2 comes first; on the test split it is worse than LoRA."""
-    record, _ = go(tmp_path / "out", methods="lora_x2 lora lora_x4")
+    record, _ = go(tmp_path / "out", methods="lora_x2 lora rslora")
     assert record["ranking"]["best"] == ["lora"] and record["best"]["label"] == "lora"
     assert record["best"]["options"] == {"method": "lora", "learning_rate": 2e-4, "seed": 0}
 
@@ -272,7 +272,7 @@ def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
     """The best rate is the lowest one: three more rates are tried, and no more."""
     rates = ("--learning_rate", "8e-4", "16e-4")
     (advised,) = (note for note in go(tmp_path / "out", *rates)[0]["notes"] if "was tried" in note)
-    assert advised.startswith("lora, lora_x2, lora_x4: ")
+    assert advised.startswith("lora, lora_x2, rslora: ")
     assert "0.0008, and a lower one may do better; --extend_rates, or --learning_rate 0.0004 " in advised
     rates = ("--learning_rate", "6.4e-3", "12.8e-3")
     record, _ = go(tmp_path / "other", *rates, "--extend_rates")
@@ -282,7 +282,7 @@ def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
     assert advised.endswith(f", 0.0008, and a lower one may do better; --learning_rate {' '.join(tried)}")
     record, _ = go(tmp_path / "other", "--learning_rate", *tried, "--extend_rates")
     assert not [note for note in record["notes"] if "left out" in note]
-    more = "lora, lora_x2, lora_x4: the selection loss is lowest at the last step, 1; with more steps it may be lower"
+    more = "lora, lora_x2, rslora: the selection loss is lowest at the last step, 1; with more steps it may be lower"
     assert more in record["notes"]
     assert {choice["learning_rate"] for choice in record["chosen"].values()} == {2e-4}
 
@@ -298,7 +298,7 @@ ONE = "one seed cannot tell methods apart: add two or more, as --seed 0 1 2, now
         ("lora", "0", [FEW]),
         ("lora lora_x2", "0", [FEW, ONE]),
         ("lora lora_x2", "42", [FEW, ONE.replace("0 1 2", "42 0 1")]),  # what is trained stays of use
-        ("lora_x2 lora_x4", "0 1", [FEW, "nothing to compare with: verdicts need --method lora"]),
+        ("lora_x2 rslora", "0 1", [FEW, "nothing to compare with: verdicts need --method lora"]),
     ],
 )  # fmt: skip
 def test_what_no_arm_can_mend_is_said_before_the_first_one_and_in_the_report(tmp_path, capsys, methods, seeds, lines):
@@ -333,7 +333,7 @@ def test_a_method_of_which_nothing_is_chosen_is_told_with_the_reason(tmp_path):
     assert "nothing to compare with: no learning rate of lora is chosen" in record["notes"]
     record, _ = go(tmp_path / "other", diverging=[("lora_x2", 0)])
     assert f"lora_x2: {reason}" in record["notes"] and not any("to compare with" in note for note in record["notes"])
-    record, _ = go(tmp_path / "without", methods="lora_x2 lora_x4")
+    record, _ = go(tmp_path / "without", methods="lora_x2 rslora")
     assert "nothing to compare with: verdicts need --method lora" in record["notes"]
     record, _ = go(tmp_path / "unfinished", "--experiment_minutes", "1e-9", diverging=[("lora", 0)])
     assert not any(reason in note for note in record["notes"])  # other rates are still to be tried

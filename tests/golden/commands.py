@@ -52,8 +52,7 @@ RUNS = {
         "--pre_num 2 --timestep_sampling logit_normal --logit_mean 0.5 --weighting_scheme sigma_sqrt",
     ],
     "methods": [
-        f"sd {THREE} --method lora lora_x2 lora_x4 lora_matched reslora is_placebo ms_placebo adalora rslora dora loha "
-        "lokr oft",
+        f"sd {THREE} --method lora lora_x2 lora_matched reslora adalora rslora dora loha lokr oft",
     ],
     "shortcuts": [
         f"sd {THREE} --shortcut block --pre_num 2",
@@ -62,7 +61,7 @@ RUNS = {
         f"sd {THREE} --shortcut middle --merge input --output_dir middle-input",
         f"sd {THREE} --shortcut input --head none --merge weights --output_dir input",
         f"sd {THREE} --shortcut input --merge input --merge_calibration_samples 0 --output_dir input-norms",
-        f"sd {THREE} --method ms_placebo lora_matched --shortcut block --pre_num 1 --seed 3 --output_dir placebo",
+        f"sd {THREE} --method lora_matched --shortcut block --pre_num 1 --seed 3 --output_dir matched",
         f"sd {THREE} --method reslora --shortcut none --output_dir none",
     ],
     "text_encoder": [
@@ -317,7 +316,6 @@ SETTINGS_OF_SD = f"""
 --push_to_hub --output_dir 'my style'
 --merge lstsq --merge_calibration_samples 0
 --method lora_matched --merge_calibration_samples 0
---method ms_placebo --merge_calibration_samples 0
 --compile --gradient_checkpointing --shortcut middle
 --compile --blocks_to_swap 1
 --compile --base_precision fp8
@@ -400,7 +398,7 @@ FLAGS_OF_LLM = """
 --method nothing
 --shortcut sideways
 --merge lstsq --calibration_examples 0
---method is_placebo --calibration_examples 0
+--method lora_matched --calibration_examples 0
 --rank 4
 --rank_pattern q_proj
 --weight_decay inf

@@ -75,7 +75,7 @@ def test_a_validation_split_of_most_images_is_warned_of(capsys, share):
 
 WIRED = {
     "--method reslora": "reslora",
-    "--method lora reslora ms_placebo": "reslora and ms_placebo",
+    "--method lora reslora lora_matched": "reslora and lora_matched",
     "--method lora_matched --shortcut block": "lora_matched",
     "--method reslora --shortcut none": "",
     "--method lora": "",
@@ -238,7 +238,7 @@ def test_a_name_that_no_repository_can_have_is_refused_by_the_flag_that_has_it(c
     parse_args([*flags, "--push_to_hub", "--hub_model_id", "me/my-style"])
 
 
-OF_SHORTCUTS = {"--shortcut block": "reslora", "--pre_num 2": "ms_placebo", "--head none": "is_placebo"}
+OF_SHORTCUTS = {"--shortcut block": "reslora", "--pre_num 2": "lora_matched", "--head none": "reslora"}
 
 
 @pytest.mark.parametrize("words", [*OF_SHORTCUTS, "--merge weights"])

@@ -70,9 +70,8 @@ def assert_same(first: dict, second: dict) -> None:
 
 def test_lora_x2_is_lora_with_doubled_alpha_and_reslora_is_lora():
     settings = AdapterSettings(**{**FLAGS, "dropout": 0.1}, targets=["q_proj"], init_lora_weights="gaussian")
-    methods = ("lora", "lora_x2", "lora_x4", "reslora")
-    lora, doubled, fourfold, wired = (adapter_config(method, settings) for method in methods)
-    assert (lora.lora_alpha, doubled.lora_alpha, fourfold.lora_alpha) == (8, 16, 32)
+    lora, doubled, wired = (adapter_config(method, settings) for method in ("lora", "lora_x2", "reslora"))
+    assert (lora.lora_alpha, doubled.lora_alpha) == (8, 16)
     assert {**doubled.to_dict(), "lora_alpha": 8} == lora.to_dict() == wired.to_dict()
     assert (lora.r, lora.lora_dropout, lora.init_lora_weights) == (4, 0.1, "gaussian")
     assert adapter_config("adalora", settings).init_lora_weights is True

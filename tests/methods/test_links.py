@@ -1,4 +1,4 @@
-"""Messages about chains, for each method by its shortcut or the shortcut that it controls."""
+"""Messages about chains, for each method that reads --shortcut."""
 
 import pytest
 from core_models import tiny_llama
@@ -15,14 +15,12 @@ SHORTER = "--pre_num {}: 1 of 1 chain is shorter (shortest: 3 blocks); the longe
     [
         ("reslora", "block", 3, [SHORTER.format(3)]),
         ("lora_matched", "middle", 3, [SHORTER.format(3)]),
-        ("ms_placebo", "input", 4, [SHORTER.format(4)]),
         ("reslora", "input", 5, ["--pre_num 5: the longest chain has 3 blocks, and --shortcut input uses only one"]),
         ("reslora", "input", 4, []),  # the default, of which input uses one as well
         ("reslora", "block", 2, []),
         ("reslora", "block", -1, []),
         ("reslora", "none", 9, []),
         ("lora", "block", 9, []),
-        ("is_placebo", "block", 9, []),  # its own shortcut is not what --shortcut names
     ],
 )
 def test_a_number_of_blocks_that_is_more_than_there_are_is_told(method, shortcut, pre_num, said):

@@ -112,7 +112,7 @@ def test_what_fits_no_layer_or_two_ways_is_refused(patterns, words):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", TAKING)
 def test_every_method_that_has_ranks_and_alphas_has_them_by_layer(method):
-    times = {"lora_x2": 2, "lora_x4": 4}.get(method, 1)
+    times = 2 if method == "lora_x2" else 1
     root = math.sqrt if method == "rslora" else float
     ranks = RANKS | ({"attn2.to_k": 6} if method == "orthogonal" else {})  # which takes even ones
     for name, layer in layers_of(spelled(method, rank_pattern=ranks, alpha_pattern=ALPHAS)).items():

@@ -13,18 +13,26 @@ from reslora.methods.registry import METHODS, check_steps, refuse_unable
 
 def test_rows_say_what_each_method_is():
     assert list(METHODS) == [
-        *("lora", "lora_x2", "lora_x4", "lora_matched", "reslora", "is_placebo", "ms_placebo"),
-        *("adalora", "rslora", "orthogonal", "pissa", "dora", "loha", "lokr", "oft"),
+        *(
+            "lora",
+            "lora_x2",
+            "lora_matched",
+            "reslora",
+            "adalora",
+            "rslora",
+            "orthogonal",
+            "pissa",
+            "dora",
+            "loha",
+            "lokr",
+            "oft",
+        ),
     ]
     assert [name for name, row in METHODS.items() if row.shortcuts] == ["reslora"]
-    plain = ["lora", "lora_x2", "lora_x4", "lora_matched", "reslora", "rslora", "orthogonal"]
+    plain = ["lora", "lora_x2", "lora_matched", "reslora", "rslora", "orthogonal"]
     assert [name for name, row in METHODS.items() if row.trains_lora] == plain
     assert [name for name, row in METHODS.items() if row.reads_shortcut] == ["lora_matched", "reslora"]
-    assert [name for name, row in METHODS.items() if row.measured] == ["lora_matched", "is_placebo", "ms_placebo"]
-    assert {name: row.placebo for name, row in METHODS.items() if row.placebo} == {
-        "is_placebo": "input",
-        "ms_placebo": "middle",
-    }
+    assert [name for name, row in METHODS.items() if row.measured] == ["lora_matched"]
     assert len({row.color for row in METHODS.values()}) == len(METHODS)
     assert [name for name, row in METHODS.items() if not row.plain_lora] == ["dora", "loha", "lokr", "oft"]
     assert [name for name, row in METHODS.items() if not row.of_layers] == ["adalora", "oft"]

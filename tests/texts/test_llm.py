@@ -48,7 +48,6 @@ def run(argv: list[str]) -> int:
             ("reslora", "block", ["unmerged", "none", "exact"]),
             ("lora", "input", ["unmerged"]),
             ("adalora", "input", ["unmerged"]),
-            ("ms_placebo", "input", ["unmerged"]),
         ],
         ("reslora", "middle", ["unmerged", "none", "input", "weights", "lstsq"]),
     ),

@@ -105,7 +105,7 @@ def fsdp(monkeypatch) -> None:
         ({}, {"compile": True}, ["--compile", "leave it out"]),
         ({}, {"blocks_to_swap": 2}, ["--blocks_to_swap 2", "leave it out"]),
         ({}, {"plan": True}, ["--plan", "leave it out"]),
-        ({}, {"method": ["lora", "is_placebo"]}, ["--method is_placebo", "without FSDP2"]),
+        ({}, {"method": ["lora", "lora_matched"]}, ["--method lora_matched", "without FSDP2"]),
     ],
 )
 def test_what_fsdp_cannot_do_here_is_refused(fsdp, monkeypatch, said, flags, words):
