@@ -20,6 +20,7 @@ from typing import ClassVar, TypeVar
 import psutil
 
 from reslora.checkpoint import WEIGHTS_NAME
+from reslora.checks import is_subtracted
 from reslora.errors import InvalidArgument
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from reslora.images.model.lora_files.reading import pairs_of, read_content
@@ -399,10 +400,15 @@ class Run:
         return found
 
     def checkpoints(self, method: str) -> list[Weights]:
-        """Return the complete checkpoints of a LoRA or ResLoRA method, newest first."""
-        wanted = WEIGHTS_NAME if METHODS[method].shortcuts else ADAPTER_NAME
+        """Return the complete checkpoints of a LoRA or ResLoRA method, newest first.
+
+        Those of PiSSA and OLoRA are left out, because their factors do not add to the model's own weights."""
+        row, init = METHODS[method], self.config.get("init_lora_weights")
+        wanted = WEIGHTS_NAME if row.shortcuts else ADAPTER_NAME
         found = []
-        for name in self.entries(method) if METHODS[method].trains_lora else ():
+        for name in self.entries(method) if row.trains_lora else ():
+            if row.reads_initialization and is_subtracted(init):
+                break
             match = re.fullmatch(r"checkpoint-(\d{1,9})", name)
             path = self.sound(method, name) if match else None
             complete = self.inside(method, name, "trainer.json") and self.inside(method, name, wanted)

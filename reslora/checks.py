@@ -39,9 +39,14 @@ def number_in_words(least: float, below: float = math.inf, exclusive: bool = Fal
     return f"a finite number {'above' if exclusive else 'of at least'} {least}{ends}"
 
 
+def is_subtracted(init: object) -> bool:
+    """Return whether PEFT's `init_lora_weights` subtracts the adapter's initial update from the frozen weight."""
+    return str(init).lower().startswith(CHANGES_BASE)
+
+
 def refuse_changed_base(init: object, flag: str) -> None:
     """Raise `InvalidArgument` for the LoRA that `flag` names if its `init_lora_weights` changed the base model, too."""
-    if str(init).lower().startswith(CHANGES_BASE):
+    if is_subtracted(init):
         problem = f"its init_lora_weights, {init}, has changed the base model, too"
         raise InvalidArgument(flag, problem, "save it with PEFT's path_initial_model_for_weight_conversion")
 

@@ -14,13 +14,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
 from torch import nn
 
-from .checks import CHANGES_BASE
+from .checks import is_subtracted
 from .merging import Merged
 
 
 def changes_base(config: LoraConfig) -> bool:
     """Return whether the adapter's initialization changed the frozen weights by an amount that depends on the rank."""
-    return isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(CHANGES_BASE)
+    return is_subtracted(config.init_lora_weights)
 
 
 def prepared(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:

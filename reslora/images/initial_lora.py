@@ -135,8 +135,7 @@ def config_of(
     settings = AdapterSettings(
         r=options.rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
         targets=targets or targets_of(options.target_modules), total_steps=total_steps,
-        init_lora_weights="gaussian",  # initialization of diffusers' scripts
-        **patterns,
+        init_lora_weights=options.initialization_of(method), **patterns,
     )  # fmt: skip
     config = adapter_config(method, settings)
     if start is not None:

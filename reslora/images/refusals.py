@@ -14,6 +14,7 @@ from ..methods.registry import check_steps, refuse_unable
 from ..options.contradictions import (
     check_averages,
     check_compiled,
+    check_initialization,
     check_method,
     check_schedule,
     check_texts,
@@ -47,8 +48,9 @@ def check_options(options: Options) -> None:
     check_prompts(options.validation)
     check_averages(options, options.training.max_train_steps)
     check_method(options.adapter, "merge_calibration_samples")
-    if options.model.base_precision != "no":
-        refuse_unable(options.adapter.method, "packed")
+    precision, blocks = options.model.base_precision, options.model.blocks_to_swap
+    stored = f"--base_precision {precision}" if precision != "no" else ""
+    check_initialization(options.adapter, stored, f"--blocks_to_swap {blocks}" if blocks else "")
     check_start(options.adapter)
     check_steps(
         options.adapter.method,

@@ -40,7 +40,8 @@ from ..config import ResLoraConfig
 from ..errors import Diverged
 from ..io import check_checksums, read_tensors, write_checksums, write_tensors
 from ..model import connect, connection_of
-from . import controls, pissa
+from ..ranks import changes_base
+from . import controls, initial
 from .controls import DEFAULT
 
 ADAPTER_NAME = "adapter.safetensors"
@@ -82,13 +83,17 @@ def attach(
 
     Raises `ValueError` for targets that match no layer or that the method cannot adapt, for a rank larger than a
     layer's smaller dimension, or if the shortcut finds no neighboring layers to link. Raises `RuntimeError` for
-    shortcuts and PiSSA if the installed PEFT does not call the variants of its LoRA layers.
+    shortcuts if the installed PEFT does not call the variants of its LoRA layers.
     """
     check_rank(model, config)
-    starts = pissa.is_pissa(config)
-    for name, module in targeted(model, config) if starts else ():
-        if not isinstance(module, (nn.Linear, Conv1D)):
-            raise ValueError(f"{name} is not a linear layer, as PiSSA needs: leave it out, or choose another method")
+    init = getattr(config, "init_lora_weights", True)
+    of_linear = (nn.Linear,) if init == "olora" else (nn.Linear, Conv1D)
+    for name, module in targeted(model, config) if init not in (True, False, "gaussian") else ():
+        if not isinstance(module, of_linear):
+            raise ValueError(
+                f"{name} is not a linear layer, as init_lora_weights={init!r} needs: do not target it, or choose "
+                "another initialization"
+            )
     # AdaLoRA does not support convolutions. OFT's implementation sums overlapping patches, so that it changes the
     # output even at initialization.
     for name, module in targeted(model, config) if isinstance(config, (AdaLoraConfig, OFTConfig)) else ():
@@ -99,13 +104,13 @@ def attach(
             )
     # Models of transformers have `add_adapter` too, but are wrapped by default.
     in_place = in_place or (hasattr(model, "add_adapter") and not isinstance(model, PreTrainedModel))
-    adapted = _add(model, pissa.plain(config) if starts else config, in_place)
+    adapted = _add(model, config, in_place)
     # PEFT would train the divisor of AdaLoRA's scaling if the base is in half precision, and never saves it.
     for name, value in adapted.named_parameters() if isinstance(config, AdaLoraConfig) else ():
         if ".ranknum." in name:
             value.requires_grad_(False)
-    if starts:
-        pissa.put_on(adapted)
+    if isinstance(config, LoraConfig) and changes_base(config):
+        initial.store(adapted)
     if shortcuts is not None:
         connect(adapted, shortcuts, example_inputs=example_inputs)
     return adapted
@@ -311,13 +316,16 @@ def remove_adapters(base: nn.Module) -> None:
 
 @contextmanager
 def without_adapters(*models: nn.Module) -> Iterator[None]:
-    """Disable the adapters inside this context, so that the models compute what the base models compute.
+    """Disable the adapters inside this context, so that models in eval mode compute what the base models compute.
 
     PEFT's own `enable_adapters` would also freeze the adapters, and afterwards train all their weights.
     """
     with ExitStack() as stack:
         for layer in (layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer)):
-            stack.enter_context(override_attributes(layer, _disable_adapters=True))
+            if initial.factors_of(layer):
+                stack.enter_context(initial.untrained(layer))
+            else:
+                stack.enter_context(override_attributes(layer, _disable_adapters=True))
         yield
 
 
@@ -382,6 +390,6 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         raise ValueError(f"{path} has averaged or fading shortcut terms: load it with commit {checkpoint.LAST_AMENDED}")
     if control:
         controls.put_on(model, control)
-    with torch.no_grad():
+    with torch.no_grad(), initial.frozen_weights_follow(model):
         for name, value in state.items():
             value.copy_(saved[name])

@@ -8,6 +8,8 @@ called, so that `--help` appears at once.
 from __future__ import annotations
 
 import math
+import re
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,8 +36,8 @@ class AdapterSettings:
     """Number of training steps, for AdaLoRA's schedule."""
     task_type: str | None = None
     modules_to_save: Sequence[str] | None = None
-    init_lora_weights: bool | str = True
-    """PEFT's `init_lora_weights`, only for LoRA; diffusers' scripts use "gaussian"."""
+    init_lora_weights: str = "true"
+    """PEFT's `init_lora_weights` as text, only for LoRA; diffusers' scripts use "gaussian"."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """PEFT's `rank_pattern`; see the module `patterns` for this field and `alpha_pattern`."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -56,8 +58,7 @@ def lora(settings: AdapterSettings, times: float = 1, **variant: Any) -> PeftCon
     Every alpha is multiplied by `times`. `variant` holds options of PEFT's `LoraConfig`, such as `use_dora`.
 
     rsLoRA is rank-stabilized LoRA (Kalajdzievski, 2023). DoRA trains `m (W + s B A) / |W + s B A|`, with a magnitude m
-    of each row (Liu et al., 2024). With `init_lora_weights="orthogonal"`, A and B start nonzero, and their product B A
-    is zero: they use the odd and the even rows of one orthogonal matrix.
+    of each row (Liu et al., 2024).
     """
     from peft import LoraConfig
 
@@ -65,7 +66,7 @@ def lora(settings: AdapterSettings, times: float = 1, **variant: Any) -> PeftCon
     return LoraConfig(
         r=settings.r, lora_alpha=times * settings.alpha, lora_dropout=settings.dropout,
         rank_pattern=dict(settings.rank_pattern), alpha_pattern=alphas, **settings.shared,
-        **{"init_lora_weights": settings.init_lora_weights, **variant},
+        init_lora_weights=True if settings.init_lora_weights == "true" else settings.init_lora_weights, **variant,
     )  # fmt: skip
 
 
@@ -105,9 +106,11 @@ def oft(settings: AdapterSettings) -> PeftConfig:
     return OFTConfig(oft_block_size=4 * settings.r, **settings.shared)
 
 
-def itself(model: nn.Module) -> nn.Module:
-    """Return `model` itself, because it is plain LoRA already."""
-    return model
+def on_original_base(model: nn.Module) -> nn.Module:
+    """Return a model with LoRA as plain LoRA on the original base weights; see `initial.merged`."""
+    from .initial import merged
+
+    return merged(model)
 
 
 def adalora_as_lora(model: nn.Module) -> nn.Module:
@@ -115,13 +118,6 @@ def adalora_as_lora(model: nn.Module) -> nn.Module:
     from .adapters import as_plain_lora
 
     return as_plain_lora(model)
-
-
-def pissa_as_lora(model: nn.Module) -> nn.Module:
-    """Return PiSSA as plain LoRA of twice the rank; see `pissa.merged`."""
-    from .pissa import merged
-
-    return merged(model)
 
 
 @dataclass(frozen=True)
@@ -138,7 +134,7 @@ class Method:
     """Color of its curve on the application's page."""
     config: Callable[[AdapterSettings], PeftConfig]
     """Function that returns PEFT's configuration for the settings."""
-    plain_lora: Callable[[nn.Module], nn.Module] | None = itself
+    plain_lora: Callable[[nn.Module], nn.Module] | None = on_original_base
     """Function that converts the trained (and merged) model to plain LoRA, for the files of diffusers and kohya.
 
     None if there is no equivalent plain LoRA: then only PEFT's format and merged weights can be exported.
@@ -151,8 +147,6 @@ class Method:
     """Whether the method can be trained with DeepSpeed."""
     quantised: bool = True
     """Whether PEFT supports the method on 4-bit base weights."""
-    packed: bool = True
-    """Whether the method's initialization works with quantized base weights (--base_precision)."""
     parts: bool = True
     """Whether the method can train several models together, such as a denoiser and its text encoders."""
     of_layers: bool = True
@@ -169,7 +163,12 @@ class Method:
     @property
     def trains_lora(self) -> bool:
         """Whether the trained tensors are LoRA's own A and B, so that its checkpoints can generate images."""
-        return self.plain_lora is itself
+        return self.plain_lora is on_original_base
+
+    @property
+    def reads_initialization(self) -> bool:
+        """Whether the method depends on --init_lora_weights; all others have one start."""
+        return self.trains_lora and not self.reads_shortcut
 
     @property
     def reads_shortcut(self) -> bool:
@@ -199,14 +198,6 @@ METHODS = {
             partial(lora, use_rslora=True),
         ),
         Method(
-            "orthogonal", "LoRA, orthogonal start", "LoRA whose A and B start orthogonal, for even ranks", "#3b5bdb",
-            partial(lora, init_lora_weights="orthogonal"), quantised=False, packed=False,
-        ),
-        Method(
-            "pissa", "PiSSA", "LoRA that starts from the largest parts of the weights", "#846358",
-            partial(lora, init_lora_weights="pissa"), pissa_as_lora, quantised=False, packed=False,
-        ),
-        Method(
             "dora", "DoRA", "LoRA that trains direction and magnitude of weights apart", "#e64980",
             partial(lora, use_dora=True), None,
         ),
@@ -231,6 +222,32 @@ def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
     return METHODS[method].config(settings)
 
 
+ZERO_B = ("true", "gaussian")
+INITIALIZATIONS = f"{', '.join(ZERO_B)}, orthogonal, olora, pissa or pissa_niter_N"
+NEED_DATA = ("eva", "corda", "loftq", "lora_ga")
+
+
+def initialization(text: str) -> str:
+    """Return PEFT's `init_lora_weights` as text; the parser of an option.
+
+    Raises `ArgumentTypeError` for unknown names, and for those that need data or gradients before the adapter is made.
+    """
+    if re.fullmatch(r"true|gaussian|orthogonal|olora|pissa(_niter_[1-9]\d*)?", text.lower()):
+        return text.lower()
+    problem = "needs a setup of its own in PEFT" if text in NEED_DATA else "is unknown"
+    raise ArgumentTypeError(f"{text!r} {problem}: give {INITIALIZATIONS}")
+
+
+def known_method(text: str) -> str:
+    """Return the name of a method; the parser of an option, which compares it with `METHODS`.
+
+    Raises `ArgumentTypeError` for methods that are initializations.
+    """
+    if text in ("pissa", "orthogonal"):
+        raise ArgumentTypeError(f"{text!r} is an initialization: give --method lora --init_lora_weights {text}")
+    return text
+
+
 DEFAULT_PRE_NUM = 4
 IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())
 """Methods and their descriptions, for the help of options."""
@@ -239,7 +256,6 @@ IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())
 _UNABLE = {
     "deepspeed": ("needs gradients that DeepSpeed does not expose", "train it without DeepSpeed"),
     "parts": ("moves ranks within one model, but --train_text_encoder trains several", "leave one of the two out"),
-    "packed": ("needs unquantized base weights, but --base_precision quantizes them", "leave one of the two out"),
     "quantised": ("PEFT supports it only on unquantized weights", "leave --load_in_4bit out"),
 }
 """Problem and fix for each ability that a method can lack."""

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterable
 
+from ..checks import is_subtracted
 from ..errors import InvalidArgument
 from ..formatting import pluralize
 from ..merges import MERGES
 from ..methods.patterns import FIELDS, entries
-from ..methods.registry import METHODS, refuse_settings
+from ..methods.registry import METHODS, ZERO_B, refuse_settings
 from ..shortcuts import PLAIN, shortcut_class
 from .averages import averages_of
 from .grid import Grid
@@ -54,6 +55,7 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
     refuse_settings(options.method, options.lora_dropout, patterns)
     for name, texts in patterns.items():
         entries(name, texts)
+    check_initialization(options)
     if options.merge_calibration_samples:
         return
     reads = [f"--method {name}" for name in options.method if METHODS[name].measured]
@@ -63,6 +65,21 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
     for argument in reads:
         other = f"another {argument.split()[0]}"
         raise InvalidArgument(argument, "needs calibration samples", f"give --{calibration} 64, or {other}")
+
+
+def check_initialization(options: SharedMethodOptions, base: str = "", changed: str = "") -> None:
+    """Raise `InvalidArgument` for an initialization that the rank or the base weights do not permit.
+
+    `base`: an option that stores the base weights in another form; `changed`: one with which they must not change.
+    """
+    init, flag = options.init_lora_weights, f"--init_lora_weights {options.init_lora_weights}"
+    if init in ZERO_B or not any(METHODS[name].reads_initialization for name in options.method):
+        return
+    if init == "orthogonal" and options.rank and options.rank % 2:
+        raise InvalidArgument(flag, f"the rank {options.rank} is odd", "give an even rank")
+    if unfit := base or (changed if is_subtracted(init) else ""):
+        problem = f"it reads or changes the base weights, which {unfit} does not permit"
+        raise InvalidArgument(flag, problem, "leave one of the two out")
 
 
 def is_wired(options: SharedMethodOptions) -> bool:
@@ -109,6 +126,9 @@ def refuse_unable_to_start(options: SharedMethodOptions, flag: str) -> None:
             measured, without = "can only start from zero", "has no plain LoRA weights that could start from it"
             problem = f"--method {method.name} {measured if method.trains_lora else without}"
             raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
+        if method.reads_initialization and options.init_lora_weights not in ZERO_B:
+            argument = f"--init_lora_weights {options.init_lora_weights}"
+            raise InvalidArgument(argument, f"{flag} sets A and B", "leave one of the two out")
         if method.shortcuts and options.shortcut != PLAIN and options.pre_num != 0:
             problem = (
                 f"with --shortcut {options.shortcut} its blocks would also enter their neighbors, and the first step "

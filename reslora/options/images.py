@@ -119,6 +119,7 @@ class MethodOptions(SharedMethodOptions):
         by_family=f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less")
     rank_pattern: list[str] | None = again(help=f"{PATTERNS['rank_pattern']}; for the denoiser only")
     alpha_pattern: list[str] | None = again(help=f"{PATTERNS['alpha_pattern']}; for the denoiser only")
+    init_lora_weights: str = again(default="gaussian")  # initialization of diffusers' scripts
     init_lora: str | None = by_content(None,
         "start from this LoRA file, of any tool, instead of from zero; its layers, ranks and alphas are kept",
         metavar="FILE", path="absolute", kohya=("network_weights",))

@@ -9,7 +9,7 @@ from ..config import HEADS, SHORTCUTS, ResLoraConfig
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
 from ..methods.patterns import HELP as PATTERNS
-from ..methods.registry import DEFAULT_PRE_NUM, IN_WORDS, METHODS
+from ..methods.registry import DEFAULT_PRE_NUM, IN_WORDS, INITIALIZATIONS, METHODS, initialization, known_method
 from .averages import averages
 from .groups import DEFAULTS, Groups
 from .optimizers import ADAMS, OPTIMIZERS
@@ -51,7 +51,7 @@ ADAM = Need(
 class SharedMethodOptions:
     """Adapter method and merge."""
 
-    method: list[str] = option(["reslora"], f"which adapter is trained. {IN_WORDS}", choices=METHODS,
+    method: list[str] = option(["reslora"], f"which adapter is trained. {IN_WORDS}", known_method, choices=METHODS,
         essential="lora, reslora, lora_x2, dora, ...; several are compared")
     rank: int = option(None, "rank of the update matrices", whole(1, HIGHEST_RANK), varies=True, essential=True)
     lora_alpha: float = option(None, "scale times rank", POSITIVE, or_else="twice the rank", read_by="alpha",
@@ -60,6 +60,10 @@ class SharedMethodOptions:
     alpha_pattern: list[str] | None = option(None, PATTERNS["alpha_pattern"], metavar="NAME=VALUE")
     lora_dropout: float = option(0.0, "dropout on the adapter's input; for loha and lokr, dropout of ranks", FRACTION,
         variable=True)
+    init_lora_weights: str = option("true",
+        f"lora, lora_x2 and rslora: PEFT's initialization of A and B: {INITIALIZATIONS}, with a number of iterations. "
+        "With true, PEFT's default, and gaussian, A is random and B is zero", initialization,
+        metavar="NAME", variable=True, read_by="reads_initialization")
     target_modules: list[str] = option(None, "layers that get an adapter, by the end of their name", metavar="NAME",
         variable=True)
     shortcut: str = option("input",
@@ -79,6 +83,10 @@ class SharedMethodOptions:
     merge_calibration_samples: int = option(64,
         "number of training samples on which ResLoRA's merge and lora_matched are calibrated",
         NATURAL, resume="merged", implies="reslora")
+
+    def initialization_of(self, method: str) -> str:
+        """Return the initialization of a method's adapter; methods that do not read the option have its default."""
+        return self.init_lora_weights if METHODS[method].reads_initialization else type(self).init_lora_weights
 
     @property
     def reslora_config(self) -> ResLoraConfig:

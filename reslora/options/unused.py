@@ -57,15 +57,20 @@ def is_read(option: Option, methods: Iterable[str]) -> bool:
 def report_unread_by_methods(asked: RunOptions | Grid) -> None:
     """Print options that no method uses, unless they have their default values.
 
-    They are not errors, because a command may be reused for other methods. Also print a warning if --pre_num 0 leaves a
-    method without the shortcuts that it otherwise has.
+    They are not errors, because a command may be reused for other methods; only --init_lora_weights is. Also print a
+    warning if --pre_num 0 leaves a method without the shortcuts that it otherwise has.
     """
     options, values = asked.base if isinstance(asked, Grid) else asked, asked.flat()
     defaults = {"lora_alpha": alpha_of(dataclasses.replace(options.adapter, lora_alpha=None))}
     names = options.adapter.method
     for name, option in options.table().items():
-        if not is_read(option, names) and values[name] not in (None, defaults.get(name, option.default)) and speaks():
-            print(f"{as_option(option, values[name])}: it has no effect with --method {' '.join(names)}", flush=True)
+        if is_read(option, names) or values[name] in (None, defaults.get(name, option.default)):
+            continue
+        argument, problem = as_option(option, values[name]), f"it has no effect with --method {' '.join(names)}"
+        if name == "init_lora_weights":  # another start would be trained than the one that was asked for
+            raise InvalidArgument(argument, problem, "add --method lora, or leave it out")
+        if speaks():
+            print(f"{argument}: {problem}", flush=True)
     unwired = [name for name in names if values["pre_num"] == 0 and METHODS[name].reads_shortcut]
     if unwired and values["shortcut"] != PLAIN and speaks():
         print(f"warning: --pre_num 0: blocks get no shortcut terms, so {' and '.join(unwired)} trains as LoRA does")

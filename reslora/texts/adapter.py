@@ -67,6 +67,7 @@ def config_for(
     task = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
     settings = AdapterSettings(
         adapter.rank, adapter.lora_alpha, adapter.lora_dropout, targets, total_steps, task, modules_to_save,
+        adapter.initialization_of(adapter.name),
         rank_pattern=entries("rank_pattern", adapter.rank_pattern),
         alpha_pattern=entries("alpha_pattern", adapter.alpha_pattern),
     )  # fmt: skip

@@ -175,6 +175,7 @@ def _checked_llm(options: LlmOptions) -> Any:
             fix = "leave it out, and merge peft/ into the whole model"
             raise InvalidArgument("--merge_and_save", "merged weights cannot be stored in 4 bits", fix)
         refuse_unable([options.adapter.name], "quantised")
+        contradictions.check_initialization(options.adapter, "--load_in_4bit")
     check_folder(task.model_name_or_path)
     limit = METAMATHQA_SAMPLES if task.task == "metamathqa" else None
     return options.replace(max_train_samples=task.max_train_samples or limit)

@@ -17,7 +17,7 @@ from ..errors import Diverged, RunFailed, first_line
 from ..export import export_peft, merged_state_dict
 from ..io import remove, remove_leftovers, replacing, write_json
 from ..merges import AUTO, MERGES
-from ..methods import pissa
+from ..methods import initial
 from ..methods.adapters import rank_allocator
 from ..methods.registry import METHODS
 from ..model import Connection, MergeReport, connection_of, merge
@@ -115,7 +115,7 @@ def as_plain(
         if folder:
             write_json(folder / "chains.json", plan)
             write_json(folder / "merge.json", report.to_dict())
-    pissa.merged(model)
+    initial.merged(model)
     return report
 
 

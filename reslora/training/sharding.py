@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import InvalidArgument, refused_as
 from ..methods.registry import METHODS
+from ..options.contradictions import check_initialization
 from ..options.images import MethodOptions, ModelOptions, OutputOptions, TrainingOptions
 
 LAUNCHER = "accelerate launch"
@@ -71,6 +72,7 @@ def refuse_flags(model: ModelOptions, adapter: MethodOptions, training: Training
         raise InvalidArgument(f"--blocks_to_swap {model.blocks_to_swap}", problem, "leave it out")
     if output.plan:
         raise InvalidArgument("--plan", "cannot estimate the memory of a base model that FSDP2 shards", "leave it out")
+    check_initialization(adapter, changed="FSDP2")
     for name in adapter.method:
         if METHODS[name].measured:
             problem = "needs a measurement on the complete base before its first step, and FSDP2 shards the base"

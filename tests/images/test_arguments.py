@@ -58,7 +58,12 @@ from reslora.images.settings import build_parser
         "--lr_step_rules 1:10,nan --lr_scheduler piecewise_constant",
         "--lr_step_rules 1:10,0.1",
         "--max_train_steps 2 --method adalora",
-        ("--method orthogonal", "--method", "orthogonal", "--base_precision", "nf4"),
+        "--init_lora_weights orthogonal --method lora --base_precision nf4",
+        "--init_lora_weights pissa --method lora --blocks_to_swap 1",
+        "--init_lora_weights pissa",  # with shortcuts
+        "--init_lora_weights orthogonal --method lora --rank 3",
+        "--init_lora_weights eva --method lora",
+        "--method pissa",
         "--target_modules conv1 --method adalora",
     ],
 )

@@ -114,10 +114,9 @@ def test_what_fits_no_layer_or_two_ways_is_refused(patterns, words):
 def test_every_method_that_has_ranks_and_alphas_has_them_by_layer(method):
     times = 2 if method == "lora_x2" else 1
     root = math.sqrt if method == "rslora" else float
-    ranks = RANKS | ({"attn2.to_k": 6} if method == "orthogonal" else {})  # which takes even ones
-    for name, layer in layers_of(spelled(method, rank_pattern=ranks, alpha_pattern=ALPHAS)).items():
+    for name, layer in layers_of(spelled(method, rank_pattern=RANKS, alpha_pattern=ALPHAS)).items():
         of_middle = name.startswith("mid_block") and name.endswith("to_q")
-        rank = ranks["attn2.to_k"] if name.endswith("attn2.to_k") else 2 if of_middle else 4
+        rank = RANKS["attn2.to_k"] if name.endswith("attn2.to_k") else 2 if of_middle else 4
         alpha = 5 if "attn1.to_q" in name or "attn1.to_k" in name else 0.5 if "attn2.to_q" in name else 8
         assert layer.r["default"] == rank
         assert layer.scaling["default"] == pytest.approx(times * alpha / root(rank), rel=1e-12), name

@@ -27,7 +27,8 @@ from reslora.training.study import Identity
 
 METHODS = [("reslora", "input"), ("reslora", "middle"), ("reslora", "block"), ("lora", "none"), ("adalora", "none")]
 METHODS += [("loha", "none"), ("lokr", "none"), ("lora_x2", "none"), ("dora", "none")]
-METHODS += [("pissa", "none")]
+METHODS = [(method, shortcut, {}) for method, shortcut in METHODS]
+METHODS += [("lora", "none", {"init_lora_weights": "pissa_niter_2"})]
 STEPS = 6
 SCRIPT = Path(__file__).resolve().parents[2] / "train_llm.py"
 VALIDATED = ("--shortcut", "input", "--eval_strategy", "steps", "--eval_steps", "2", "--max_steps", "3")

@@ -370,10 +370,11 @@ def test_glue_arms_equal_plain_runs_and_are_judged_by_its_metrics(tmp_path, caps
 
 
 @pytest.mark.exhaustive
-def test_pissa_is_an_arm_next_to_lora(common, tmp_path):
-    words = ["--learning_rate", "1e-3", "--seed", "0", "1", "--racing", "False"]
-    methods = ["--method", "pissa", "lora"]
-    assert run(*common, *words, *methods, "--output_dir", tmp_path) == 0
+def test_initializations_are_compared(common, tmp_path):
+    words = ["--learning_rate", "1e-3", "--seed", "0", "1", "--racing", "False", "--method", "lora", "reslora"]
+    assert run(*common, *words, "--vary", "init_lora_weights=true,pissa", "--output_dir", tmp_path) == 0
     arms = record(tmp_path)["arms"]
-    assert {entry["status"] for entry in arms} == {"finished"} and len(arms) == 4
-    assert {entry["label"] for entry in arms} == {"pissa", "lora"}
+    assert {entry["status"] for entry in arms} == {"finished"} and len(arms) == 6
+    assert {entry["label"] for entry in arms} == {
+        *("lora init_lora_weights=true", "lora init_lora_weights=pissa", "reslora"),
+    }

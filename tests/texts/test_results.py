@@ -146,8 +146,8 @@ def test_adalora_is_exported_with_the_ranks_of_its_weights(tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("method", "shortcut"), METHODS)
-def test_exports_load_in_stock_peft_and_transformers_with_the_same_logits(tmp_path, method, shortcut):
+@pytest.mark.parametrize(("method", "shortcut", "more"), METHODS)
+def test_exports_load_in_stock_peft_and_transformers_with_the_same_logits(tmp_path, method, shortcut, more):
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -155,7 +155,7 @@ def test_exports_load_in_stock_peft_and_transformers_with_the_same_logits(tmp_pa
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    learner = trained_in(tmp_path / "run", method, shortcut, base=base, learning_rate=0.05)
+    learner = trained_in(tmp_path / "run", method, shortcut, base=base, learning_rate=0.05, **more)
     model, arguments = learner.denoiser.eval(), adapter_of(method=method, shortcut=shortcut)
     unmerged = model(**token_inputs()).logits
     table = {"unmerged": {"loss": 1.0}}

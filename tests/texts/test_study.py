@@ -45,9 +45,9 @@ def weights(learner) -> dict[str, torch.Tensor]:
     return trained(learner.denoiser)
 
 
-@pytest.mark.parametrize(("method", "shortcut"), quick(METHODS, METHODS[0]))
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, method, shortcut):
-    flags = EVALUATED | {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "lora_dropout": 0.2}
+@pytest.mark.parametrize(("method", "shortcut", "more"), quick(METHODS, METHODS[0]))
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, method, shortcut, more):
+    flags = EVALUATED | more | {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "lora_dropout": 0.2}
     whole = trained_in(tmp_path / "whole", method, shortcut, **flags)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoint-6")

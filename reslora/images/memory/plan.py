@@ -12,7 +12,7 @@ from torch import nn
 
 from ...errors import InvalidArgument, first_line
 from ...experiment.worker_pool import arms_a_device
-from ...methods.registry import METHODS
+from ...methods.registry import ZERO_B
 from ...options.contradictions import carries_activations
 from ...runtime.peak_memory import free_memory
 from ...training.sharding import cuts_base
@@ -185,8 +185,8 @@ def changes(context: ImageContext) -> Iterator[Change]:
         yield {"mixed_precision": "bf16"}
     if options.optimizer.optimizer == "adamw" and importlib.util.find_spec("bitsandbytes"):
         yield {"optimizer": "adamw8bit"}
-    packed = all(METHODS[name].packed for name in options.adapter.method)
-    for precision in ("fp8", "nf4") if options.model.base_precision == "no" and packed else ():
+    free = options.adapter.init_lora_weights in ZERO_B
+    for precision in ("fp8", "nf4") if options.model.base_precision == "no" and free else ():
         with contextlib.suppress(Exception):  # back ends raise errors of many types
             try_format(precision, torch.float32, device)
             yield {"base_precision": precision}

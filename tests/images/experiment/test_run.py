@@ -496,17 +496,18 @@ def test_arms_that_vary_are_trained_with_their_own_values(flags, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_pissa_is_an_arm_next_to_lora(flags, tmp_path):
-    """PiSSA starts from the base model that the arms share, and leaves it unchanged for the next arm."""
+def test_pissa_leaves_the_base_model_to_the_next_arm(flags, tmp_path):
     words = ["--learning_rate", "1e-2", "--seed", "0", "1", "--no-racing"]
     together, alone = tmp_path / "together", tmp_path / "alone"
-    methods = ["--method", "pissa", "lora"]
-    assert main(*flags, *words, *methods, "--output_dir", together) == 0
+    varied = ["--method", "lora", "reslora", "--vary", "init_lora_weights=pissa,gaussian"]
+    assert main(*flags, *words, *varied, "--output_dir", together) == 0
     assert main(*flags, *words, "--method", "lora", "--output_dir", alone) == 0
     found = experiment(together)
-    assert {entry["status"] for entry in found["arms"]} == {"finished"} and len(found["arms"]) == 4
-    assert {entry["label"] for entry in found["arms"]} == {"pissa", "lora"}
+    assert {entry["status"] for entry in found["arms"]} == {"finished"} and len(found["arms"]) == 6
+    names = ["lora init_lora_weights=pissa", "lora init_lora_weights=gaussian", "reslora"]
+    assert {entry["label"] for entry in found["arms"]} == {*names}
     for seed in (0, 1):
-        rows = {folder: read_log(folder / f"lora/lr-0.01/seed-{seed}/log.jsonl") for folder in (together, alone)}
-        losses = [[(row["step"], row["split"], row["loss"]) for row in log] for log in rows.values()]
+        folders = together / "lora/init_lora_weights-gaussian", alone / "lora"
+        rows = [read_log(folder / f"lr-0.01/seed-{seed}/log.jsonl") for folder in folders]
+        losses = [[(row["step"], row["split"], row["loss"]) for row in log] for log in rows]
         assert losses[0] == losses[1]

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 from pipelines import image_folder
 from safetensors.torch import load_file, save_file
 from suites import quick
@@ -56,7 +57,7 @@ def unfinished(run: Path, output: Path, *methods: str) -> Path:
     return output
 
 
-@pytest.mark.parametrize("method", quick(["lora", "reslora", "adalora", "pissa", "lora_matched"], "reslora"))
+@pytest.mark.parametrize("method", quick(["lora", "reslora", "adalora", "lora_matched"], "reslora"))
 def test_resumed_run_equals_an_uninterrupted_one(base_flags, tmp_path, method):
     flags = [*base_flags, "--method", method, "--lora_dropout", "0.2", "--lr_scheduler", "cosine"]
     flags += ["--lr_warmup_steps", "1", "--num_validation_images", "0"]
@@ -74,19 +75,28 @@ def test_resumed_run_equals_an_uninterrupted_one(base_flags, tmp_path, method):
 
 
 @pytest.mark.exhaustive
-def test_pissa_leaves_the_base_model_to_the_next_method(base_flags, tmp_path):
-    flags = [*base_flags, "--num_validation_images", "0"]
-    assert main(*flags, "--method", "pissa", "lora", "--output_dir", tmp_path / "both") == 0
-    assert main(*flags, "--method", "lora", "--output_dir", tmp_path / "one") == 0
-    assert losses(tmp_path / "both", "lora") == losses(tmp_path / "one", "lora")
+@pytest.mark.parametrize("dtype", ["no", "bf16"])
+def test_pissa_resumes_exactly_and_exports_lora_on_the_base_model(base_flags, model, tmp_path, dtype):
+    flags = [*base_flags, "--method", "lora", "--init_lora_weights", "pissa_niter_2", "--num_validation_images", "0"]
+    flags += ["--mixed_precision", dtype]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(*flags, "--output_dir", whole) == 0
+    killed_after(2, whole, parts, "lora")
+    assert main(*flags, "--output_dir", parts, *RESUME) == 0
+    assert losses(whole, "lora") == losses(parts, "lora")
     for pattern in ("checkpoint-4/*.safetensors", "peft/*.safetensors", "unet/*.safetensors"):
-        assert digests(tmp_path / "both" / "lora", pattern) == digests(tmp_path / "one" / "lora", pattern)
-    trained = final_weights(tmp_path / "both", "pissa", 4)
-    exported = load_file(tmp_path / "both" / "pissa" / "peft" / "adapter_model.safetensors")
-    ranks = {name: len(value) for name, value in exported.items() if "lora_A" in name}
-    for name, value in trained.items():
-        if "lora_A" in name:
-            assert ranks[f"base_model.model.{name.replace('.default', '')}"] == 2 * len(value)
+        assert digests(whole / "lora", pattern) == digests(parts / "lora", pattern)
+    trained, exported = final_weights(whole, "lora", 4), load_file(whole / "lora/peft/adapter_model.safetensors")
+    base = UNet2DConditionModel.from_pretrained(model, subfolder="unet").state_dict()
+    merged = UNet2DConditionModel.from_pretrained(whole / "lora" / "unet").state_dict()
+    for name in (name.removesuffix(".lora_A.default.weight") for name in trained if "lora_A.default" in name):
+        a, b = (trained[f"{name}.lora_{part}.default.weight"].double() for part in "AB")
+        initial_a, initial_b = (trained[f"{name}.lora_initial_{part}.default"].double() for part in "AB")
+        down, up = (exported[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+        assert len(down) == 2 * len(a)
+        torch.testing.assert_close(up @ down, b @ a - initial_b @ initial_a, rtol=1e-5, atol=1e-5)
+        update = merged[f"{name}.weight"].double() - base[f"{name}.weight"].double()
+        torch.testing.assert_close(update, 2 * up @ down, rtol=1e-5, atol=1e-5)  # alpha is twice the rank
 
 
 @pytest.mark.exhaustive
