@@ -1,4 +1,4 @@
-"""train_glue.py from options to files: metrics, data, every method and merge, resuming, two processes, refusals."""
+"""train_glue.py from options to files: metrics, data, every method and merge, resuming, refusals."""
 
 import json
 import shutil
@@ -14,10 +14,6 @@ from suites import quick
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
-    BartConfig,
-    BartForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -32,12 +28,10 @@ from texts.helpers import parsed_glue, run_glue
 
 WORDS = ["good", "bad", "fine", "poor", "the", "a", "film", "book", "song", "is", "was", "not", "very", "plot"]
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-SMALL_BART = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4}
-SMALL_BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "dropout": 0.0}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def write_model(folder: Path, kind: str = "roberta", **overrides) -> Path:
+def write_model(folder: Path, **overrides) -> Path:
     """Write a tiny encoder with random weights, and a tokenizer of complete words."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
@@ -45,29 +39,23 @@ def write_model(folder: Path, kind: str = "roberta", **overrides) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>"}
-    inputs = ["input_ids", "token_type_ids", "attention_mask"] if kind == "bert" else ["input_ids", "attention_mask"]
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=30, model_input_names=inputs, **names
+        tokenizer_object=tokenizer, model_max_length=30, model_input_names=["input_ids", "attention_mask"], **names
     ).save_pretrained(folder)
-    config_class, model_class = {
-        "roberta": (RobertaConfig, RobertaForSequenceClassification),
-        "bert": (BertConfig, BertForSequenceClassification),
-        "bart": (BartConfig, BartForSequenceClassification),
-    }[kind]
     torch.manual_seed(0)
-    config = config_class(
+    config = RobertaConfig(
         **{
             "vocab_size": len(vocabulary),
             "max_position_embeddings": 34,
             "pad_token_id": 1,
-            **(SMALL_BART if kind == "bart" else SMALL | NO_DROPOUT),
+            **SMALL,
+            **NO_DROPOUT,
             **overrides,
         }
     )
-    model = model_class(config)
-    (model if "num_labels" in overrides else model.base_model).save_pretrained(
-        folder
-    )  # no head unless one is asked for
+    model = RobertaForSequenceClassification(config)
+    # no head unless one is asked for
+    (model if "num_labels" in overrides else model.base_model).save_pretrained(folder)
     return folder
 
 
@@ -192,28 +180,24 @@ def test_a_task_is_trained_and_scored(task, roberta, tmp_path):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("architecture", "shortcut", "merges"),  # the chains of both are those of tests/test_chains.py
-    [
-        ("roberta", "middle", ["unmerged", "none", "input", "weights", "lstsq"]),
-        ("roberta", "block", ["unmerged", "none", "exact"]),
-    ],
+    ("shortcut", "merges"),
+    [("middle", ["unmerged", "none", "input", "weights", "lstsq"]), ("block", ["unmerged", "none", "exact"])],
 )
-def test_every_merge_is_measured(shortcut, merges, architecture, request, rte, tmp_path):
-    model = request.getfixturevalue(architecture)
-    run_glue(flags(model, rte, tmp_path, "rte", "--shortcut", shortcut))
+def test_every_merge_is_measured(shortcut, merges, roberta, rte, tmp_path):
+    run_glue(flags(roberta, rte, tmp_path, "rte", "--shortcut", shortcut))
     results = results_of(tmp_path)
     assert list(results["table"]) == merges
     for name, row in results["table"].items():
         assert row["accuracy"] * 10 in range(11) and row["loss"] > 0
         assert name == "unmerged" or [block["name"] for block in row["report"]["blocks"]]
     exported = results["table"].get(results["merge"], results["table"]["unmerged"])
-    assert (exported["accuracy"], exported["loss"]) == reached(model, rte, tmp_path)
+    assert (exported["accuracy"], exported["loss"]) == reached(roberta, rte, tmp_path)
+    losses = [results["table"][name]["loss"] for name in merges]
     if shortcut == "block":
-        assert results["table"]["exact"]["loss"] == pytest.approx(results["table"]["unmerged"]["loss"], rel=1e-5)
-    if shortcut == "middle":
-        losses = [results["table"][name]["loss"] for name in merges[1:]]
-        assert len(set(losses)) == len(losses)
-    assert results["merge"] == {"none": "none", "block": "exact"}.get(shortcut, "lstsq")
+        assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+    else:
+        assert len(set(losses[1:])) == 4
+    assert results["merge"] == merges[-1]
 
 
 def reached(model: Path, data: Path, output: Path) -> tuple:
@@ -232,9 +216,7 @@ def reached(model: Path, data: Path, output: Path) -> tuple:
     return right / 10, pytest.approx(np.mean(losses), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "method", quick(["lora", "lora_x2", "reslora", "adalora", "loha", "lokr", "lora_matched"], "reslora")
-)
+@pytest.mark.parametrize("method", quick(["lora_x2", "reslora", "adalora", "loha"], "reslora"))
 def test_what_is_saved_loads_in_stock_libraries(method, roberta, rte, tmp_path):
     run_glue(flags(roberta, rte, tmp_path, "rte", "--method", method, "--merge_and_save"))
     tokens = {"input_ids": torch.tensor([[0, 5, 6, 7, 2, 2, 8, 9, 2]])}
@@ -249,16 +231,6 @@ def test_what_is_saved_loads_in_stock_libraries(method, roberta, rte, tmp_path):
     assert merged.config.id2label == {0: "entailment", 1: "not_entailment"}
     saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert "base_model.model.classifier.out_proj.weight" in saved
-
-
-@pytest.mark.exhaustive
-def test_the_exported_adapter_gives_the_reported_metrics(roberta, rte, tmp_path):
-    """The row of the exported merge equals the result of stock PEFT."""
-    run_glue(flags(roberta, rte, tmp_path, "rte", "--shortcut", "middle", "--merge", "weights"))
-    results = results_of(tmp_path)
-    row = results["table"]["weights"]
-    assert results["merge"] == "weights"
-    assert (row["accuracy"], row["loss"]) == reached(roberta, rte, tmp_path)
 
 
 @pytest.mark.exhaustive
