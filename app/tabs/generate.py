@@ -48,7 +48,7 @@ class GenerateTab(Tab):
                 )  # fmt: skip
                 self.made = gr.Dataframe(
                     headers=views.SETTINGS, interactive=False, wrap=True, label="Settings", visible=False,
-                    elem_id="made",
+                    column_widths=[220, 70, 70, 100, 100, 90, 160, 120], elem_id="made",
                 )  # fmt: skip
         self.grid = GridPart(self)
         self.timer = gr.Timer(EVERY, active=False)

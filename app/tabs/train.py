@@ -421,7 +421,8 @@ class TrainTab(ControlTab):
             shown = experiments.summary(run, status), views.notice("Its report is under Compare, Experiment."), ""
         else:
             step = max(run.steps(), default=0)
-            curve = compared.curves(run, "validation", step) or compared.curves(run, "train", step)
+            split = "validation" if len(run.steps()) > 1 else "train"  # one point is no curve
+            curve = compared.curves(run, split, step) or compared.curves(run, "train", step)
             shown = views.summary(run, status), compared.images(run, step, status), curve
         progress, samples, curve = shown
         named = "" if run == selected else f"<h3>{views.escape(run.name)}</h3>{progress}"
