@@ -164,7 +164,7 @@ def test_an_unfinished_experiment_says_what_is_missing(tmp_path):
     found = examples.unfinished()
     words = words_of(page(found, tmp_path))
     assert "So far, with 7 of 60 runs: nothing to compare yet" in words
-    assert "Notes --experiment_minutes 5 are over What is missing " in words
+    assert "nothing to compare yet --experiment_minutes 5 are over " in words
     assert "loha: 1 run in training" in words and "lora: 13 runs not trained yet" in words
     assert "reslora block(4): not compared" in words
     assert "highest" not in words  # further rates are still to be trained
