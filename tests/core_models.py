@@ -329,10 +329,6 @@ def delta(layer: nn.Module, adapter: str = "default") -> torch.Tensor:
     return layer.scaling[adapter] * (layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight).detach()
 
 
-def deltas(model: nn.Module, names, adapter: str = "default") -> list[torch.Tensor]:
-    return [delta(find_layer(model, name), adapter) for name in names]
-
-
 def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every LoRA layer of a model by its name in that model."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}

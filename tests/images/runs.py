@@ -27,7 +27,6 @@ import train_sd
 from reslora.images.data.dataset import ImageDataset, sample, usable
 from reslora.images.data.samples import TrainingData
 from reslora.images.model.families import load_family
-from reslora.io import replacing
 from reslora.options.images import Options
 from reslora.runtime.log import read_log
 
@@ -178,17 +177,6 @@ def flip_a_bit(path: Path) -> None:
 def cut(path: Path) -> None:
     """Truncate the file to its first half."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def leave_behind(path: Path) -> Path:
-    """Write a temporary file of `path` as a killed process leaves it; its process had the id of this one."""
-    with replacing(path) as temporary:
-        temporary.write_text("half")
-        who, process, start, rest = temporary.name.rsplit("-", 3)
-    path.unlink()
-    left = path.with_name("-".join([who, process, str(int(start) - 1), rest]))
-    left.write_text("half")
-    return left
 
 
 def killed_after(step: int, whole: Path, parts: Path, method: str = "reslora") -> None:

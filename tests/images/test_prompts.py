@@ -92,9 +92,3 @@ def test_a_run_repeats_the_options_by_its_own_flags(tmp_path, capsys):
 def test_what_a_pipeline_cannot_take_is_refused(prompt, told, words):
     with pytest.raises(InvalidArgument, match=words):
         check_prompt(prompt, 10, 16, told)
-
-
-def test_what_a_pipeline_takes():
-    """`check_prompt` raises an error for other prompts."""
-    check_prompt(Prompt("a", "b", 32, 48, num_inference_steps=10, cfg_scale=7), 10, 16, "")
-    check_prompt(Prompt("a", cfg_scale=1, guidance_scale=3.5), 10, 16, "it is told")

@@ -12,9 +12,7 @@ from pipelines import qwen_image
 from waiting import ended, wait_until
 
 from images.runs import RESUME, SCRIPT, assert_same, digests, final_weights, main
-from reslora.io import read_object
 from reslora.runtime.checkpoint_folders import numbered
-from reslora.runtime.log import of_split, read_log
 
 pytestmark = pytest.mark.exhaustive
 
@@ -120,20 +118,6 @@ def test_layers_that_the_output_does_not_depend_on_do_not_end_them(flags, tmp_pa
     assert {name for name, value in two.items() if "to_add_out.lora_B" in name and value.any()} == {
         f"transformer_blocks.{block}.attn.to_add_out.lora_B.default.weight" for block in (0, 1)
     }
-
-
-def test_both_end_early_with_one(flags, tmp_path):
-    """Early stopping ends them after the same step as one process with as many samples."""
-    words = ["--learning_rate", "0.05", "--early_stopping_patience", "1", "--validation_steps", "1", "--method", "lora"]
-    words += ["--max_train_steps", "12", "--num_validation_images", "0"]
-    forked(SCRIPT, *flags, *words, "--output_dir", str(tmp_path / "two"), folder=tmp_path)
-    assert main(*flags, *words, "--train_batch_size", "4", "--output_dir", tmp_path / "one") == 0
-    two, one = (
-        [row["loss"] for row in of_split(read_log(tmp_path / name / "lora" / "log.jsonl"), "validation")]
-        for name in ("two", "one")
-    )
-    assert two == pytest.approx(one, rel=1e-4) and 2 < len(two) < 13 and two[-1] >= min(two[1:-1])
-    assert read_object(tmp_path / "two" / "lora" / "exports.json")["step"] == len(two) - 1
 
 
 @pytest.mark.exhaustive

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from core_models import tiny_bert, tiny_llama
+from core_models import tiny_llama
 from suites import quick
 from transformers import get_scheduler
 
@@ -22,8 +22,6 @@ from reslora.texts.arguments import resolve
 from reslora.texts.batches import BatchPlan
 from reslora.texts.study import schedule_of
 from reslora.training import loop, stopping
-from reslora.training.learning_rates import groups_of
-from reslora.training.trained import Trained
 
 from .helpers import (
     METHODS,
@@ -202,16 +200,6 @@ def test_an_epoch_has_every_example_once_and_processes_share_it():
     assert joined[:5] == one[:5] and joined[5] == one[5] + one[0][:2]
     lengths = [1 + number % 5 for number in one[1]]
     assert max(lengths) - min(lengths) < 4
-
-
-def test_biases_have_no_weight_decay():
-    """As in transformers. LoRA has no biases, but the classifier has."""
-    model = attach(tiny_bert(), adapter_of("lora"), STEPS, modules_to_save=["classifier"])
-    groups, _ = groups_of(Trained({"model": model}, lambda model, batch: batch), LlmOptions().optimizer)
-    decayed, biases = groups
-    assert "weight_decay" not in decayed and biases["weight_decay"] == 0.0
-    assert [tuple(value.shape) for value in biases["params"]] == [(model.config.num_labels,)]
-    assert len(decayed["params"]) + 1 == len(trained(model))
 
 
 NAMES = [name for name in LlmOptions.table()["lr_scheduler_type"].choices if name != "piecewise_constant"]

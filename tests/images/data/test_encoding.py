@@ -360,10 +360,3 @@ def test_captions_are_encoded_anew_by_another_encoder_or_up_to_another_length(se
         if change != {"max_sequence_length": setting.options.training.max_sequence_length}:
             assert captions_encoded(setting, captions, **change) == captions
         assert captions_encoded(setting, captions, **change) == []
-
-
-def test_encoders_are_loaded_only_for_captions_that_are_missing(setting):
-    captions_encoded(setting, ["red"])
-    encoding.encode_texts(["red"], "encoders", lambda: 1 / 0, setting)
-    with pytest.raises(ZeroDivisionError):
-        encoding.encode_texts(["red", "blue"], "encoders", lambda: 1 / 0, setting)

@@ -102,21 +102,6 @@ def test_a_crop_is_the_square_at_its_place_and_a_flip_its_mirror_image():
             np.testing.assert_allclose(pixels.numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("size", "crop", "flip", "expected"),
-    [  # at 64: twice as large, so that 32 of 96 columns or rows are cut off
-        ((48, 32), (0.25, 0.5), False, [32, 48, 0, 8, 64, 64]),
-        ((48, 32), (0.25, 0.5), True, [32, 48, 0, 24, 64, 64]),
-        ((32, 48), (0.5, 0.25), False, [48, 32, 8, 0, 64, 64]),
-        ((32, 48), (0.5, 0.25), True, [48, 32, 8, 0, 64, 64]),
-        ((32, 32), (0.3, 0.9), True, [32, 32, 0, 0, 64, 64]),
-    ],
-)
-def test_sizes_are_heights_before_widths_and_a_flip_counts_from_the_other_side(size, crop, flip, expected):
-    """Height and width of the image, top and left of the crop in the scaled image, height and width of the crop."""
-    assert crop_sizes(size, crop, flip, Size(64, 64)) == expected
-
-
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("place", [0.0, 0.25, 1.0])

@@ -11,7 +11,7 @@ from images import exact_steps
 from images.runs import with_options
 from reslora.experiment.statistics import arrays_of
 from reslora.experiment.study import numbers
-from reslora.images.data.samples import NOISES, TIMESTEPS, FixedSamples, losses_of, measured, measured_at
+from reslora.images.data.samples import NOISES, TIMESTEPS, FixedSamples, losses_of, measured_at
 from reslora.images.model.loss import masked
 from reslora.images.output.reports import Validation
 from reslora.runtime.signals import StopRequest
@@ -118,24 +118,6 @@ def test_small_batches_have_several_images_of_one_size_and_losses_are_the_same(s
     together = losses_of(losses, mixed, images, 1, most=20)
     assert lengths == [16, 8, 16]
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=0)
-
-
-def test_which_images_are_measured_their_content_says(setting):
-    training_data, *_ = setting
-    (source,) = training_data.sources
-    few = with_options(training_data, max_validation_images=3)
-
-    def chosen(order: list[int]) -> set[str]:
-        marks = [source.images.marks[number] for number in order]
-        images = SimpleNamespace(captions=source.images.captions, marks=marks)
-        there = dataclasses.replace(source, images=images, train=(), held_out=tuple(range(exact_steps.IMAGES)))
-        found = measured(dataclasses.replace(few, sources=(there,)))
-        assert found == sorted(found) and len(found) == 3
-        return {marks[image] for _, image in found}
-
-    numbers = list(range(exact_steps.IMAGES))
-    assert chosen(numbers) == chosen(numbers[::-1]) != {"mark 0", "mark 1", "mark 2"}
-    assert measured(training_data) == training_data.held_out
 
 
 def test_an_image_whose_mask_is_zero_where_it_is_cropped_can_be_compared():

@@ -1,6 +1,5 @@
 """The three parts of the images: assigned by content, with near-duplicates in the same part."""
 
-import dataclasses
 import io
 import random
 import re
@@ -16,7 +15,6 @@ from images.runs import parts
 from reslora.content_hash import content_mark
 from reslora.errors import InvalidArgument
 from reslora.experiment.hashed_split import cut, too_few
-from reslora.experiment.record import facts_of
 from reslora.images.data.dataset import FEATURES, ImageDataset
 from reslora.images.experiment import split
 from reslora.images.experiment.split import BITS, features_of, groups_of, parts_of
@@ -163,20 +161,6 @@ def test_one_of_several_that_look_alike_chooses_or_compares():
         assert part and len({image // 4 for _, image in part}) == len(part)
         assert all(marks[image] == min(marks[image // 4 * 4 : image // 4 * 4 + 4]) for _, image in part)
     assert len(found.train) == 4 * (30 - len(found.select) - len(found.test)) and found.duplicates == 90
-
-
-def test_no_more_images_choose_than_are_measured():
-    """In the order of the hash; the printed size of the part is that of the measured images."""
-    images = {0: dataset([encoded(picture(number)) for number in range(40)])}
-    whole, found = (
-        parts_of(
-            images,
-            *parts(SHARES.replace(max_validation_images=n), "data", "validation", "experiment"),
-        )
-        for n in (64, 3)
-    )
-    assert len(whole.select) > 3 and found == dataclasses.replace(whole, select=whole.select[:3])
-    assert "3 in the selection split" in str(found) and facts_of(found, ())["split"]["select"] == 3
 
 
 def test_too_few_images_are_refused_in_one_line():

@@ -19,7 +19,6 @@ from images.runs import failed, main, without
 from reslora.images.context import ImageContext
 from reslora.images.model.families import load_family
 from reslora.images.output.card import TAGS, card_of
-from reslora.images.output.hub import check_upload
 from reslora.options.images import Options
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -175,12 +174,3 @@ def test_a_readme_of_the_users_is_uploaded_as_it_is(run, base_flags, hub, tmp_pa
     flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", tmp_path / "out", "--push_to_hub"]
     assert main(*flags) == 0 and f"{tmp_path}/out/README.md is uploaded as it is" in capsys.readouterr().out
     assert (tmp_path / "out" / "README.md").read_text() == hub.card == "# Mine\n"
-
-
-def test_whose_card_will_be_uploaded_is_said_before_the_training(hub, tmp_path, capsys):
-    flags = Options.of(output_dir=str(tmp_path), hub_model_id="me/run", hub_token=None)
-    check_upload(flags.output)
-    assert capsys.readouterr().out == ""
-    (tmp_path / "README.md").write_text("# Mine\n")
-    check_upload(flags.output)
-    assert f"{tmp_path}/README.md will be uploaded as it is" in capsys.readouterr().out

@@ -64,17 +64,6 @@ def test_a_resumed_run_has_the_best_up_to_its_checkpoint(tmp_path, capsys):
     assert steps(tmp_path) == [2] and not capsys.readouterr().out
 
 
-def test_a_best_adapter_that_is_gone_is_told(tmp_path, capsys):
-    for step, loss in ((1, 0.3), (2, 0.5), (3, 0.2)):
-        validate(tmp_path, step, loss)
-    forget_beaten(tmp_path)
-    go_on_from(tmp_path, 2)
-    assert (
-        best_of(tmp_path) is None
-        and "the adapter of step 1, the best before step 2, is missing" in capsys.readouterr().out
-    )
-
-
 @pytest.mark.parametrize(
     ("losses", "over"),
     [([3.0, 4.0, 5.0], True), ([3.0, 4.0, 2.9], False), ([5.0, 4.0, 3.0, 3.5, 3.4], True), ([3.0, 2.0, 2.5], False)],
