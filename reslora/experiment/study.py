@@ -104,7 +104,7 @@ class ArmStudy(Study):
         self.took(time.monotonic() - started)
         self.race()
 
-    def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
+    def export(self, learner: Learner, schedule: Schedule) -> dict[str, float]:
         """Write nothing, and return no differences."""
         return {}
 
@@ -240,7 +240,7 @@ class ExperimentStudy(ABC):
         """Return whether an arm's exported files exist and are those of its checkpoint at this step."""
         folder = self.schedule.folder_of(arm)
         record = read_object(folder / EXPORTS)
-        files = ("peft", *record.get("difference_of_255", ()))
+        files = ("peft", *record.get("read_back", ()))
         return record.get(EXPORTED) == step and all((folder / name).exists() for name in files)
 
     @abstractmethod

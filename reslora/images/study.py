@@ -118,10 +118,10 @@ class ImageStudy(Study):
             learner.trained.loss, self.training_data, self.sampler, context.accelerator, context.stop, shared
         )
 
-    def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
+    def export(self, learner: Learner, schedule: Schedule) -> dict[str, float]:
         """Write the trained method's files.
 
-        Returns, for each file, the largest difference of any pixel from the merged model's image, of 255.
+        Returns, for each file, the largest relative difference of a layer from the merged model.
         """
         return broadcast_from_main(
             lambda: export_method(learner, self.training_data, self.sampler, schedule, self.context)

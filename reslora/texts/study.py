@@ -335,7 +335,7 @@ class TextStudy(Study):
             return self.texts.validation(self.options, learner.denoiser, self.check)["loss"]
         return None
 
-    def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
+    def export(self, learner: Learner, schedule: Schedule) -> dict[str, float]:
         """Evaluate the adapter unmerged and merged, export it, write predictions and, last, `results.json`."""
         options, texts, model, folder = self.options, self.texts, learner.denoiser, self.context.folder
         best = options.validation.save_best and broadcast_from_main(lambda: to_export(folder, schedule.steps))

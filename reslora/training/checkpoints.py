@@ -165,7 +165,7 @@ def already_trained(
                 problem = f"{folder} {state}, and {path.name}, which holds the adapter, is missing"
                 raise InvalidArgument(flag, problem, "choose another --output_dir")
             merge_anew[method] = path
-        elif all((folder / name).exists() for name in record.get("difference_of_255", ["none"])):
+        elif all((folder / name).exists() for name in record.get("read_back", ["none"])):
             finished.append(method)
             notes += notes_of(options, folder, record)
     return finished, merge_anew, notes
@@ -346,17 +346,17 @@ def past_of(asked: TrainOptions | Grid, identity: Identity) -> dict:
 
 
 def write_exports(
-    folder: Path, options: TrainOptions, identity: Identity, schedule: Schedule, differences: dict[str, int]
+    folder: Path, options: TrainOptions, identity: Identity, schedule: Schedule, differences: dict[str, float]
 ) -> None:
     """Write `exports.json`, which marks a method as finished.
 
-    It contains the settings and, for each file, the largest pixel difference (0 to 255) from the merged model's image.
+    It contains the settings and, for each file, the largest relative difference of a layer from the merged model.
     """
     record: dict[str, Any] = {
         "step": schedule.steps,
         "num_train_epochs": options.training.num_train_epochs,
         "by_epochs": schedule.by_epochs,
-        "difference_of_255": differences,
+        "read_back": differences,
         **{name: options[name] for name in named_by("merged", options)},
         "shown": {name: options[name] for name in named_by("shown", options)},
         **past_of(options, identity),

@@ -95,9 +95,8 @@ class Study(ABC):
         """
 
     @abstractmethod
-    def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
+    def export(self, learner: Learner, schedule: Schedule) -> dict[str, float]:
         """Write the trained method's files. Every process calls this.
 
-        Returns, for each file, the largest difference of a pixel value (0 to 255) between an image generated with the
-        file and the merged model's image.
+        Returns, for each file that was read back, the largest relative difference of a layer from the merged model.
         """

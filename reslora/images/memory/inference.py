@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ...calibration import BUDGET
 from ...methods.registry import METHODS
+from ...options.images import ValidationOptions
 from ...regression import Gram
 from ..data.class_images import missing_class_images
 from ..data.size import Size
@@ -19,7 +20,7 @@ from ..model.families.base import Conditions, Family
 from ..model.quantising import block_layers
 from ..model.stored import IN_MEMORY
 from ..output.sampling import shared
-from ..prompts import Prompt, prompts_of, resolved
+from ..prompts import prompts_of, resolved
 from .components import empty_denoiser
 from .meta_tensors import tensor_bytes
 from .phases import ACTIVATIONS, ADAPTER, AUTOENCODER, BASE, ENCODERS, EXACT, MERGE, OPTIMIZER, Held, Phase, Rehearsal
@@ -57,7 +58,7 @@ def sampling(rehearsal: Rehearsal, step: Phase) -> Phase | None:
     `step`: the phase of a training step, whose weights and optimizer state stay in memory.
     """
     options = rehearsal.options
-    if not (options.validation.validation_prompt and options.validation.num_validation_images):
+    if not samples(options.validation):
         return None
     denoiser = rehearsal.stage.place(
         empty_denoiser(rehearsal.model, rehearsal.dtype, options.model.base_precision)
@@ -69,7 +70,7 @@ def sampling(rehearsal: Rehearsal, step: Phase) -> Phase | None:
 
 
 def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phase:
-    """Return the phase that merges, exports and generates samples in float32.
+    """Return the phase that merges, exports and, with prompts, generates samples in float32.
 
     `step`: the phase of a training step, whose weights and optimizer state stay in memory. `free`: bytes of the device
     that are free before the run.
@@ -81,8 +82,10 @@ def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phas
     encoders = times * tensor_bytes(*rehearsal.trained_encoders, trained=False)
     found = {name: step.held[name] for name in KEPT}
     found[BASE] = (found[BASE] or 0) + encoders - encoders // times  # they are converted in place
-    draw = partial(drawing, rehearsal, exact, torch.float32, contextlib.nullcontext)
-    activations = rehearsal.known("activations of sampling in float32", draw)
+    activations: int | None = 0
+    if samples(rehearsal.options.validation):
+        draw = partial(drawing, rehearsal, exact, torch.float32, contextlib.nullcontext)
+        activations = rehearsal.known("activations of sampling in float32", draw)
     plain = rehearsal.dtype == torch.float32 and rehearsal.context.holds_base
     if not plain or rehearsal.options.validation.save_best:
         left = (free - step.total) // 2 if rehearsal.stage.device.type == "cuda" else 0
@@ -119,6 +122,11 @@ def merging(rehearsal: Rehearsal, exact: nn.Module) -> int:
     )
 
 
+def samples(options: ValidationOptions) -> bool:
+    """Return whether a run generates samples."""
+    return bool(options.validation_prompt and options.num_validation_images)
+
+
 def drawing(
     rehearsal: Rehearsal,
     denoiser: nn.Module,
@@ -127,14 +135,11 @@ def drawing(
 ) -> int:
     """Return the peak memory of activations, in bytes, of the denoiser and the decoder while they generate images."""
     options, family = rehearsal.options, rehearsal.family
-    images = options.validation.num_validation_images if options.validation.validation_prompt else 1
-    prompts = [
-        resolved(prompt, options.data, options.validation, family)
-        for prompt in prompts_of(options.validation) or [Prompt("")]
-    ]
+    images = options.validation.num_validation_images
+    prompts = [resolved(prompt, options.data, options.validation, family) for prompt in prompts_of(options.validation)]
     most = 0
     for prompt, alike in itertools.groupby([(prompt, 0) for prompt in prompts], key=shared):
-        count = min(options.training.train_batch_size, len(list(alike)) * max(1, images))
+        count = min(options.training.train_batch_size, len(list(alike)) * images)
         size = Size(prompt.height or 0, prompt.width or 0)
         guided = count * passes(family, prompt.guidance_scale)
         with precision():

@@ -14,6 +14,7 @@ from ...plots.figures import comparison, loss_curves
 from ...runtime.log import read_log
 from ...runtime.sample_folders import by_step, shows
 from ...training.best import Best
+from .reading_back import ROUNDING
 from .reports import FINISHED
 
 COLUMNS = 9  # largest number of steps that the comparison figure shows
@@ -107,10 +108,10 @@ def print_summary(adapter: MethodOptions, output_options: OutputOptions) -> None
         best = record.get("best")
         of = f"{Best(output, **best)}, which has the lowest validation loss, {best['loss']:.5f}" if best else ""
         lines.append(f"  {method + '/':<36}{of}".rstrip())
-        for name, difference in record["difference_of_255"].items():
-            lines.append(f"    {name:<34}{uses.get(name, ''):<62}read back: {difference}/255")
-    lines.append(
-        "Each was read back by stock diffusers or PEFT; its image may differ from the merged model's by 2/255 (fp32)."
-    )
+        for name, difference in record["read_back"].items():
+            found = f"differs by {difference:.0e}" if difference else "equal"
+            lines.append(f"    {name:<34}{uses.get(name, ''):<62}read back: {found}")
+    lines.append("Each was read back by diffusers, PEFT or safetensors and compared with the merged model's tensors;")
+    lines.append(f"a relative difference below {ROUNDING:.0e} is the rounding of float32.")
     lines.append("Look at the run: python -m app")
     print("\n".join(lines))

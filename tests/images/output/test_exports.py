@@ -1,9 +1,11 @@
 """The output of a run: documented files, exports that stock libraries read, figures, and the folder on the Hub."""
 
-import contextlib
-import dataclasses
+import copy
 import errno
 import json
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,17 +14,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
-from pipelines import image_folder
-from safetensors.torch import load_file
+from pipelines import FAMILIES, image_folder
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from suites import quick
 
-from images.runs import failed, final_weights, main, training_state, without
+from images.runs import RESUME, cut, failed, final_weights, main, only, printed, training_state, without
 from reslora.errors import RunFailed
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
-from reslora.images.context import ImageContext
 from reslora.images.output import exports as results
-from reslora.images.prompts import Prompt
+from reslora.images.output import reading_back
 from reslora.images.settings import build_parser
-from reslora.options.images import Options
 from reslora.runtime.log import read_log
 
 
@@ -99,8 +101,7 @@ def test_other_adapters_train_and_export(brief_flags, tmp_path):
     assert main(*flags, "--method", "adalora", "loha", "lokr", "--output_dir", tmp_path / "out") == 0
     for method in ("adalora", "loha", "lokr"):
         record = json.loads((tmp_path / "out" / method / "exports.json").read_text())
-        assert {"peft", "unet"} <= set(record["difference_of_255"])
-        assert max(record["difference_of_255"].values()) <= 2
+        assert {"peft", "unet"} <= set(record["read_back"]) and max(record["read_back"].values()) < 1e-6
 
 
 # -- samples and figures ---------------------------------------------------------------------------------------------
@@ -126,70 +127,132 @@ def test_prompts_in_other_scripts_and_fewer_images_than_a_batch(brief_flags, cap
 # -- exports that do not match ---------------------------------------------------------------------------------------
 
 
+def rewrite(path: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None], **metadata: str) -> None:
+    """Write a safetensors file again, with each tensor that `change` returns."""
+    with safe_open(path, "pt") as file:
+        changed = {name: change(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
+        found = file.metadata() | metadata
+    save_file({name: value for name, value in changed.items() if value is not None}, path, found)
+
+
+def scaled(text: str, factor: float) -> Callable[[Path], None]:
+    return lambda path: rewrite(path, lambda name, value: value * factor if text in name else value)
+
+
+def dropped(text: str) -> Callable[[Path], None]:
+    return lambda path: rewrite(path, lambda name, value: None if text in name else value)
+
+
+def double_alpha(path: Path) -> None:
+    """Double the alpha of PEFT's configuration, or of diffusers' header."""
+    if path.suffix == ".json":
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+        return
+    with safe_open(path, "pt") as file:
+        packed = json.loads(file.metadata()["lora_adapter_metadata"])
+    changed = {name: 2 * value if name.endswith("lora_alpha") else value for name, value in packed.items()}
+    rewrite(path, lambda _, value: value, lora_adapter_metadata=json.dumps(changed))
+
+
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_k"
+KOHYAS = f"lora_unet_{LAYER.replace('.', '_')}"
+PEFT, MERGED = "peft/adapter_model.safetensors", "diffusion_pytorch_model.safetensors"
+SLIGHTLY = 1 + 1e-5
+DAMAGES = {
+    "stable_diffusion": [
+        (DIFFUSERS_FILE, scaled(f"{LAYER}.lora_B", SLIGHTLY)),
+        (DIFFUSERS_FILE, dropped(LAYER)),
+        (DIFFUSERS_FILE, dropped(f"{LAYER}.lora_B")),
+        (DIFFUSERS_FILE, double_alpha),
+        (KOHYA_FILE, scaled(f"{KOHYAS}.lora_down", SLIGHTLY)),
+        (KOHYA_FILE, scaled(".alpha", 2.0)),
+        (KOHYA_FILE, dropped(KOHYAS)),
+        (KOHYA_FILE, dropped(f"{KOHYAS}.lora_up")),
+        (PEFT, scaled(f"{LAYER}.lora_A", SLIGHTLY)),
+        (PEFT, dropped(f"{LAYER}.lora_A")),
+        ("peft/adapter_config.json", double_alpha),
+        ("peft/text_encoder/adapter_config.json", double_alpha),
+        (f"unet/{MERGED}", scaled("conv_in.bias", 2.0)),
+        (f"unet/{MERGED}", dropped(f"{LAYER}.weight")),
+        ("text_encoder/model.safetensors", scaled("fc1.bias", math.nan)),
+        ("text_encoder/model.safetensors", dropped("fc1.bias")),
+    ],
+    "z_image": [
+        (COMFYUI_FILE, scaled("layers.0.attention.to_k.lora_B", SLIGHTLY)),
+        (COMFYUI_FILE, dropped("layers.0.attention.to_k")),
+        (COMFYUI_FILE, dropped("layers.0.attention.to_k.lora_B")),
+    ],
+}
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("value", "word"), [(float("nan"), "finite"), (1.0, "/255")])
-def test_an_export_that_does_not_draw_what_the_merged_model_draws_fails(
-    brief_flags, capsys, tmp_path, monkeypatch, value, word
-):
-    """The export is damaged here; a black image of NaN must not count as equal."""
-    load = StableDiffusionPipeline.load_lora_weights
+@pytest.mark.parametrize("family", DAMAGES)
+def test_every_damage_of_a_written_file_is_noticed(brief_flags, tmp_path, monkeypatch, family):
+    """A tensor that is slightly different or missing, or another alpha; the files themselves are equal."""
+    flags = [*brief_flags, "--lora_alpha", "3", "--output_dir", tmp_path / "out"]
+    if family == "stable_diffusion":
+        flags += ["--train_text_encoder", "--no-cache_text_embeddings"]
+    else:
+        flags += ["--pretrained_model_name_or_path", FAMILIES[family](tmp_path / "model")]
+    unnoticed = [file for file, _ in DAMAGES[family]]
 
-    def spoil(pipeline, *args, **more):
-        load(pipeline, *args, **more)
-        for name, parameter in pipeline.unet.named_parameters():
-            if "lora_B" in name:
-                parameter.data.fill_(value)
+    def read_back(parts: dict, *args) -> dict:
+        for file, damage in DAMAGES[family]:
+            path = tmp_path / "out" / "lora" / file
+            content = path.read_bytes()
+            damage(path)
+            assert path.read_bytes() != content
+            with pytest.raises(RunFailed, match=re.escape(f"lora/{file.split('/')[0]}: ")):
+                reading_back.read_back(copy.deepcopy(parts), *args)
+            path.write_bytes(content)
+            unnoticed.remove(file)
+        return reading_back.read_back(parts, *args)
 
-    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", spoil)
-    line = failed(capsys, *brief_flags, "--output_dir", tmp_path / "out")
-    assert "lora/pytorch_lora_weights.safetensors" in line and word in line
-    assert not (tmp_path / "out" / "lora" / "exports.json").exists()
-
-
-# -- the comparison by itself ------------------------------------------------------------------------------------------
-
-
-class Picture:
-    """A denoiser that stands for its image, and a sampler of such denoisers."""
-
-    def __init__(self, value: float, chaos: int = 0) -> None:
-        self.value, self.chaos = value, chaos
-
-    config = pipeline = None
-    family = SimpleNamespace(takes_guidance=False, unguided=1.0)
-
-    def eval(self) -> "Picture":
-        return self
-
-    def wanted(self, prompts: list[Prompt], images: int) -> list[tuple[Prompt, int]]:
-        return [(dataclasses.replace(prompts[0], guidance_scale=4.0), 7)] * images
-
-    def draw(self, denoiser: "Picture", prompts: list[Prompt], images: int) -> list[np.ndarray]:
-        """Return the image; `chaos`: its change for every millionth by which the guidance changes."""
-        nudged = ((prompts[0].guidance_scale or 4.0) / 4 - 1) * 1e6
-        return [np.full((2, 2, 3), (denoiser.value + self.chaos * round(nudged)) / 255)] * len(prompts) * images
+    monkeypatch.setattr(results, "read_back", read_back)
+    assert main(*flags) == 0 and not unnoticed
+    assert max(json.loads((tmp_path / "out" / "lora" / "exports.json").read_text())["read_back"].values()) < 1e-7
 
 
-def folder_of(path: Path) -> Path:
-    (path / "lora").mkdir()
-    return path / "lora"
+def test_a_run_whose_files_differ_fails_and_writes_them_again(brief_flags, capsys, tmp_path, monkeypatch):
+    write = results.write_formats
+    damage = scaled(".alpha", 2.0)
+    monkeypatch.setattr(results, "write_formats", lambda *args: [write(*args), damage(tmp_path / "lora" / KOHYA_FILE)])
+    line = failed(capsys, *brief_flags, "--output_dir", tmp_path)
+    assert f"lora/{KOHYA_FILE}: " in line and "read back with a relative difference of" in line
+    assert not (tmp_path / "lora" / "exports.json").exists() and not (tmp_path / "loss.png").exists()
+    monkeypatch.undo()
+    lines = printed(*brief_flags, *RESUME, "--output_dir", tmp_path)
+    assert all(only(lines, f"  {file} ", "read back: equal") for file in (DIFFUSERS_FILE, KOHYA_FILE, "peft", "unet"))
 
 
-def compared(folder: Path, monkeypatch, drawn: float, read: float, chaos: int = 0, told: list | None = None) -> dict:
-    """Return the result of `export_method` if the merged model generates one value, and an export another."""
-    for path in (folder / "exports.json", folder.parent / "loss.png"):
-        path.write_text("{}")  # of an earlier merge
-    monkeypatch.setattr(results, "exact_parts", lambda *_: {"unet": Picture(drawn)})
-    monkeypatch.setattr(results, "in_float32", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(results, "write_formats", lambda *_: None)
-    monkeypatch.setattr(results, "read_back", lambda *_: [("peft", Picture(read))])
-    monkeypatch.setattr(results, "kohya_metadata", lambda *_: {})
-    shown = {"validation_prompt": ["red disc"], "num_validation_images": 1, "train_text_encoder": False}
-    flags = Options.of(**shown, validation_prompt_options=None, save_best=False, output_dir=str(folder.parent))
-    told = [] if told is None else told
-    trained, accelerator = SimpleNamespace(loss=None), SimpleNamespace(print=told.append)
-    learner = SimpleNamespace(method=folder.name, name=folder.name, trained=trained)
-    return results.export_method(learner, None, Picture(0, chaos), None, ImageContext(flags, None, accelerator, None))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("file", [DIFFUSERS_FILE, "unet/diffusion_pytorch_model.safetensors"])
+def test_a_truncated_file_fails(brief_flags, capsys, tmp_path, monkeypatch, file):
+    write = results.write_formats
+    monkeypatch.setattr(results, "write_formats", lambda *args: [write(*args), cut(tmp_path / "lora" / file)])
+    line = failed(capsys, *brief_flags, "--output_dir", tmp_path)
+    assert f"lora/{file.partition('/')[0]}: cannot be read back" in line
+
+
+@pytest.mark.parametrize("what", quick(["weights", "pixels"], "weights"))
+def test_training_that_has_diverged_exports_nothing(brief_flags, capsys, tmp_path, monkeypatch, what):
+    def diverged(*args: object) -> dict:
+        parts = exact(*args)
+        if what == "weights":
+            next(value for name, value in parts["unet"].named_parameters() if "lora_B" in name).data[0, 0] = math.nan
+        return parts
+
+    exact = results.exact_parts
+    monkeypatch.setattr(results, "exact_parts", diverged)
+    if what == "pixels":
+        monkeypatch.setattr(results.Sampler, "draw", lambda *args: [np.ones((2, 2, 3)), np.full((2, 2, 3), np.nan)])
+    line = failed(capsys, *brief_flags, "--output_dir", tmp_path)
+    assert what in line and "not finite: training has diverged; start again with a lower --learning_rate" in line
+    assert not (tmp_path / "lora" / DIFFUSERS_FILE).exists()
+
+
+# -- files of an earlier training --------------------------------------------------------------------------------------
 
 
 def test_earlier_adapters_stay_until_the_new_ones_are_there(tmp_path, monkeypatch):
@@ -234,52 +297,6 @@ def test_a_disk_too_full_for_merged_weights_has_the_adapters_already(monkeypatch
     with pytest.raises(OSError, match="No space"):
         results.write_formats({"unet": None}, "lora", {}, context)
     assert written == ["adapters"]
-
-
-@pytest.mark.parametrize("difference", [0, 1, 2, -2])
-def test_exports_may_differ_by_two_of_255(tmp_path, monkeypatch, difference):
-    assert compared(folder_of(tmp_path), monkeypatch, 100, 100 + difference) == {"peft": abs(difference)}
-
-
-@pytest.mark.parametrize("difference", [3, -3, 155, -100])
-def test_exports_that_differ_by_more_fail(tmp_path, monkeypatch, difference):
-    with pytest.raises(RunFailed, match=f"lora/peft: its image differs by {abs(difference)}/255"):
-        compared(folder_of(tmp_path), monkeypatch, 100, 100 + difference)
-    assert not (tmp_path / "lora" / "exports.json").exists() and not (tmp_path / "loss.png").exists()
-
-
-def test_a_model_that_rounding_alone_moves_is_exported_and_a_line_says_so(tmp_path, monkeypatch):
-    """Such as LoRA at 6e-3 on the bundled U-Net: images cannot verify the file, but the training is not lost."""
-    folder, told = folder_of(tmp_path), []
-    assert compared(folder, monkeypatch, 100, 150, chaos=3, told=told) == {"peft": 50}
-    assert "rounding alone moves it by 3/255" in told[-1] and "--learning_rate" in told[-1]
-    with pytest.raises(RunFailed, match="its image differs by 50/255"):
-        compared(folder, monkeypatch, 100, 150, chaos=2)
-
-
-@pytest.mark.parametrize(("unguided", "takes", "lowest"), [(1.0, False, 1.0), (0.0, False, 0.0), (1.0, True, 0.0)])
-def test_rounding_is_imitated_without_guidance_too(unguided, takes, lowest):
-    """The scale is a millionth above the highest one that has no effect."""
-    family = SimpleNamespace(takes_guidance=takes, unguided=unguided)
-    sampler = SimpleNamespace(family=family, wanted=lambda prompts, _: [(prompts[0], 7)])
-    nudged = results.nudge(Prompt("a", guidance_scale=0.0), sampler)
-    assert nudged.guidance_scale == pytest.approx(lowest + 1e-6, abs=1e-9)
-
-
-@pytest.mark.parametrize(("drawn", "read", "who"), [(float("nan"), 1, "lora"), (1, float("inf"), "lora/peft")])
-def test_pixels_that_are_not_finite_fail_on_either_side(tmp_path, monkeypatch, drawn, read, who):
-    with pytest.raises(RunFailed, match=f"^{who}: .*not finite.*diverged"):
-        compared(folder_of(tmp_path), monkeypatch, drawn, read)
-    assert (tmp_path / "lora" / "exports.json").exists() == (
-        who == "lora"
-    )  # until something of another merge is written
-
-
-def test_every_image_must_be_finite(tmp_path, monkeypatch):
-    draw = Picture.draw
-    monkeypatch.setattr(Picture, "draw", lambda *given: [*draw(*given), np.full((2, 2, 3), np.nan)])
-    with pytest.raises(RunFailed, match=r"^lora: .*not finite.*diverged"):
-        compared(folder_of(tmp_path), monkeypatch, 1, 1)
 
 
 @pytest.mark.exhaustive

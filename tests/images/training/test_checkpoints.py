@@ -115,7 +115,7 @@ def test_missing_named_checkpoint_is_an_error(base_flags, capsys, tmp_path):
 @pytest.mark.parametrize("words", [("--max_train_steps", "6"), ("--num_train_epochs", "5"), ("--max_train_steps", "4")])
 def test_a_finished_method_without_its_checkpoints_is_not_trained_over(tmp_path, words):
     """They were removed to save disk space. With the same steps, an exported file is missing too."""
-    record = {"step": 4, "num_train_epochs": 100, "by_epochs": False, "difference_of_255": {"unet": 0}}
+    record = {"step": 4, "num_train_epochs": 100, "by_epochs": False, "read_back": {"unet": 0}}
     write_json(tmp_path / "lora" / "exports.json", record)
     flags = parse_args(["--output_dir", str(tmp_path), "--method", "lora", *words])
     with pytest.raises(
