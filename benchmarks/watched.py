@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -28,14 +29,9 @@ def probe(record: Path, script: str, flags: list[str]) -> None:
     began, marks = time.perf_counter(), []
 
     def record_step(*_) -> None:
-        """Record the time since the start, and the memory in use and at its peak, in bytes."""
-        import torch
-
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        marks.append((time.perf_counter() - began, torch.cuda.memory_allocated() if cuda else resident(), peak))
+        """Record the time since the start, and the peak of resident memory in bytes."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        marks.append((time.perf_counter() - began, peak))
 
     after_import("torch.optim.optimizer", lambda module: module.register_optimizer_step_post_hook(record_step))
     sys.argv = [script, *flags]
@@ -91,57 +87,25 @@ class PeakAnonymous(threading.Thread):
         return self.peak
 
 
-def resident() -> int:
-    """Return this process's resident memory in bytes; 0 if unknown."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
 class Watched:
-    """The record of `probe` about a script: the end of each step, and memory at that time."""
+    """The record of `probe` about a script: its time to the first step, and its memory until the last one."""
 
     def __init__(self, script: Path, flags: list[str], folder: Path):
         record, log = folder / "marks.json", folder / "log.txt"
         command = [sys.executable, str(Path(__file__).resolve()), str(record), str(script), *flags]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        began = time.perf_counter()
         with log.open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder)
             peak = PeakAnonymous(process.pid)
             peak.start()
-            _, status, usage = os.wait4(process.pid, 0)
+            status = process.wait()
             self.peak_anonymous = peak.end()
-        self.seconds = time.perf_counter() - began
         if status:
-            process.returncode = os.waitstatus_to_exitcode(status)
             sys.exit(f"{script} failed:\n{log.read_text()[-2000:]}")
-        process.returncode = 0  # already waited for
-        marks = json.loads(record.read_text())
-        self.ends, self.resident, self.peaks = (list(column) for column in zip(*marks, strict=True))
-        self.peak_at_last_step = self.peaks[-1]
-        self.peak_of_process = usage.ru_maxrss * 1024
-
-    def durations(self, skip: tuple[int, ...] = ()) -> list[float]:
-        """Return the seconds of each step after the warm-up, without steps that follow one in `skip`."""
-        pairs = zip(self.ends, self.ends[1:], strict=False)
-        return [b - a for step, (a, b) in enumerate(pairs, 1) if step >= WARM_UP and step not in skip]
-
-    @property
-    def step(self) -> float:
-        """Return the median seconds of a step."""
-        return statistics.median(self.durations())
-
-    @property
-    def until_first_step(self) -> float:
-        """Return the seconds until the first step."""
-        return self.ends[0] - self.step
-
-    def figures(self) -> dict:
-        """Return seconds and bytes for the results."""
-        names = ("step", "until_first_step", "seconds", "peak_at_last_step", "peak_of_process")
-        return {name: getattr(self, name) for name in names}
+        ends, peaks = zip(*json.loads(record.read_text()), strict=True)
+        step = statistics.median(b - a for a, b in itertools.pairwise(ends[WARM_UP - 1 :]))
+        self.until_first_step = ends[0] - step
+        self.peak_at_last_step = peaks[-1]
 
 
 if __name__ == "__main__":

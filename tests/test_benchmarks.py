@@ -78,7 +78,7 @@ def test_merging_at_scale_is_kept_and_drawn(results, monkeypatch):
 
 @pytest.mark.exhaustive
 def test_growth_with_the_data_is_measured(results, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["trainer.py", "scale", "--images", "3", "--captions", "--steps", "7"])
+    monkeypatch.setattr(sys, "argv", ["trainer.py", "--images", "3", "--captions", "--steps", "7"])
     trainer.main()
     found = kept(results, "trainer/scale")
     assert [(row["data"], row["run"]) for row in found["scale"]] == [
