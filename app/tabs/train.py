@@ -48,6 +48,8 @@ class TrainTab(ControlTab):
         super().__init__(parts)
         self.flags: dict[str, gr.components.Component] = {}
         self.defaults = form.defaults({})
+        # By name, because the server may have other options after a restart. A fixed secret, because the form has none.
+        self.kept = gr.BrowserState({}, storage_key="reslora-train", secret="reslora", render=False)
         self.watch_panel()
         with gr.Row():
             with gr.Column(scale=3, min_width=340):
@@ -94,8 +96,6 @@ class TrainTab(ControlTab):
                 "Start from the settings of", choices=list(form.PRESETS), value=next(iter(form.PRESETS)),
                 elem_id="begin", min_width=220,
             )  # fmt: skip
-        # By name, because the server may have other options after a restart. A fixed secret, because the form has none.
-        self.kept = gr.BrowserState({}, storage_key="reslora-train", secret="reslora")
         with gr.Row():
             self.model = open_choice(
                 "Base model", choices=list(PIPELINES), value=DEFAULT, elem_id="model", min_width=220,
@@ -205,6 +205,7 @@ class TrainTab(ControlTab):
         """Connect the components."""
         self.control(page.run, page.seen)
         inputs = self.form
+        self.kept.render()  # here, because the browser makes the parts of a tab only when the tab is opened
         changes = [part.change for part in self.form[:-1]]
         page.blocks.load(self.recall, [self.kept, *self.form], self.form, preprocess=False, **QUIET)
         following = [self.flags[name] for name in form.FOLLOWING]
