@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from why_report import Kept, to_lora
 
-from reslora.experiment.statistics import coverage_in_words, level_of
+from reslora.experiment.statistics import level_of
+from reslora.experiment.verdicts import coverage_in_words
 
 SHORTCUT, ALPHA, PLACEBO, OTHER = "#e8590c", "#1971c2", "#868e96", "#2f9e44"
 KINDS = {"shortcut": SHORTCUT, "larger alpha": ALPHA, "placebo": PLACEBO, "other method": OTHER}

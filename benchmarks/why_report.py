@@ -14,15 +14,8 @@ from measured import ROOT
 from why import AGAIN, EXPERIMENTS, KEPT, Experiment
 
 from reslora.experiment.record import ENDED_AS, Verdict
-from reslora.experiment.statistics import (
-    arrays_of,
-    coverage_in_words,
-    judge,
-    level_of,
-    rerun,
-    tested,
-    verdict_of,
-)
+from reslora.experiment.statistics import judge, level_of, rerun
+from reslora.experiment.verdicts import Words, coverage_in_words, tested, verdict_of
 from reslora.images.model.families import load_family
 from reslora.images.model.loading import Model
 from reslora.images.refusals import read_index
@@ -168,7 +161,10 @@ def to_lora(record: Mapping) -> list[Verdict]:
 
 def compare(record: Mapping, tests: Mapping[str, np.ndarray], references: Mapping[str, str]) -> list[Verdict]:
     """Compare labels with their references, corrected for these pairs and for evaluations of the test split."""
-    return [verdict_of(*test) for test in judge(arrays_of(tests), references.items(), record["readings"])]
+    seeds = sorted({arm["seed"] for arm in record["arms"]})
+    images = next(arm["test"]["images"] for arm in record["arms"] if arm["test"])
+    words = Words(seeds=seeds, units=images)
+    return [verdict_of(pair, words) for pair in judge(tests, references.items(), record["readings"])]
 
 
 def when(experiment: Experiment, record: Mapping) -> str:

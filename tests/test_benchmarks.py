@@ -88,9 +88,9 @@ def test_growth_with_the_data_is_measured(results, monkeypatch):
     assert first[0] == "3 images, first run" and "s to the first step" in first[1]
 
 
-def simulated(results, monkeypatch, name: str, **settings) -> dict:
-    few = {"SEEDS": (2, 3), "IMAGES": (10,), "VARIANCES": ((1, 0, 0.1),), "FEW_VARIANCES": ((1, 0, 0.1),)}
-    for constant, value in (few | {"ESTIMATED": 3} | settings).items():
+def simulated(results, monkeypatch, name: str) -> dict:
+    few = {"SEEDS": (2, 3), "LABELS": (2, 3), "IMAGES": 10, "VARIANCES": ((1, 0.1, 0.1), (0.3, 0.3, 1)), "ESTIMATED": 3}
+    for constant, value in few.items():
         monkeypatch.setattr(experiment_statistics, constant, value)
     monkeypatch.setattr(sys, "argv", ["experiment_statistics.py", name, "--experiments", "60"])
     experiment_statistics.main()
@@ -99,34 +99,26 @@ def simulated(results, monkeypatch, name: str, **settings) -> dict:
     return found
 
 
-def test_the_experiments_statistics_are_simulated_beside_other_ways(results, monkeypatch):
-    found = simulated(results, monkeypatch, "claims")
-    ways = {"ours", "satterthwaite", "t over seeds", "bootstrap"}
-    for draw in ("normal", "skewed"):
-        for rows in (found[draw][comparisons] for comparisons in ("1", "4")):
-            assert [row["seeds"] for row in rows] == [2, 3] and all(set(row["claims"]) == ways for row in rows)
-    low, high = found["range_of_claims"]["normal, 1 compared, 3 to 8 seeds"]["bootstrap"]
-    assert low == high == found["normal"]["1"][1]["claims"]["bootstrap"] > 0.1  # which knows nothing of few seeds
+@pytest.mark.parametrize("name", ["noisy", "rerun"])
+def test_each_rule_of_the_statistics_is_simulated_next_to_another_one(results, monkeypatch, name):
+    found = simulated(results, monkeypatch, name)
+    for column in ("any", "another"):
+        values = [row[column] for row in found["rows"] if column in row]
+        assert found["ranges"][column] == [min(values), max(values)]
+    assert found["ranges"]["another"][1] > found["ranges"]["any"][1]
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["spread", "readings", "choosing"])
-def test_each_rule_of_the_statistics_is_simulated_beside_its_absence(results, monkeypatch, name):
-    found = simulated(results, monkeypatch, name, LABELS=(2, 3))
-    if name == "spread":
-        assert found["most_claims"]["one spreads 10 times as much"]["pooled"] > 0.1
-        alike = [row["half_width_over_pooled"] for row in found["rows"] if (row["seeds"], row["times"]) == (2, 1)]
-        assert all(row["own"] > 2 * row["moderated"] for row in alike)
-    elif name == "readings":
-        assert found["most_claims"]["ours"] < found["most_claims"]["no correction"]
-    else:
-        assert all(set(row["claims"]) >= {"all", "ours"} for row in found["rows"])
-        assert found["most_claims"]["ours"] < 0.2
+@pytest.mark.parametrize("name", [name for name in experiment_statistics.TABLE if name not in ("noisy", "rerun")])
+def test_every_setting_is_simulated(results, monkeypatch, name):
+    ranges = simulated(results, monkeypatch, name)["ranges"]
+    assert ranges["any"][1] > 0.1 if name == "unseen" else ranges["any"][1] < 0.12  # of 60 experiments
 
 
 @pytest.mark.exhaustive
-def test_sizes_are_simulated(results, monkeypatch):
-    rows = simulated(results, monkeypatch, "power", LABELS=(2,))["rows"]
-    assert [row["seeds"] for row in rows] == [2, 3] and all(row["stated_high_over_low"] > 1 for row in rows)
-    rows = simulated(results, monkeypatch, "expected", LABELS=(2,))["rows"]
+def test_sizes_and_coverage_are_simulated(results, monkeypatch):
+    rows = simulated(results, monkeypatch, "power")["rows"]
+    assert {row["seeds"] for row in rows} == {3} and all(0.5 < row["power"] <= 1 for row in rows)
+    rows = simulated(results, monkeypatch, "expected")["rows"]
     assert all(row["expected_over_true"] < 1.01 * row["claimed_over_true"] for row in rows)
+    assert simulated(results, monkeypatch, "coverage")["ranges"]["covered"][0] > 0.85

@@ -40,7 +40,7 @@ from ..options.unused import is_read
 from ..options.values import as_typed
 from ..seeds import derive
 from ..shortcuts import NAMES, PLAIN
-from .statistics import REFERENCE
+from .verdicts import REFERENCE
 
 NEAR = 3  # number of learning rates around the best one at which further seeds are trained first
 # shortcuts for which --pre_num counts blocks
@@ -221,9 +221,8 @@ def check_values(grid: Grid) -> None:
             problem = f"no method of --method {' '.join(grid.methods)} uses several values"
             fix = "add reslora with --shortcut block or middle, or give one value"
             raise InvalidArgument(f"{grid.flag(name)} {as_typed(grid.varied[name])}", problem, fix)
-    experiment, compared = grid.base.experiment, [*labels, *averages_of_labels(grid, labels)]
-    names = [label.name for label in compared]
-    known = dict.fromkeys([*names, *grid.methods])
+    experiment = grid.base.experiment
+    known = dict.fromkeys([*(label.name for label in labels), *grid.methods])
     if experiment.reference and experiment.reference not in known:
         problem = f"is not compared here{did_you_mean(experiment.reference, known)}"
         raise InvalidArgument(f"--reference {experiment.reference}", problem, f"give one of {', '.join(known)}")

@@ -44,3 +44,11 @@ def too_few(tested: int, unit: str, enough: float = 1) -> list[str]:
     wider = f", or with --test_split {enough:g}" if enough <= LARGEST else ""
     number = f"{tested} {unit}s compare" if tested > 1 else f"1 {unit} compares"
     return [f"only {number}: so few seldom show that a difference is real; begin anew with more {unit}s{wider}"]
+
+
+def few_to_choose(selected: int, unit: str) -> list[str]:
+    """Return a warning if the selection part is too small to choose by; empty otherwise."""
+    if selected >= FEW:
+        return []
+    number = f"{selected} {unit}s choose" if selected > 1 else f"1 {unit} chooses"
+    return [f"only {number} learning rates and checkpoints: another one may be better; give a larger --select_split"]

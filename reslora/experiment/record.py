@@ -45,6 +45,10 @@ class TestLosses(TypedDict):
     """Loss of each image (mean over noises and timesteps) or example."""
     by_timestep: NotRequired[list[float | None]]
     """Mean loss over images and noises at each of the experiment's `timesteps`."""
+    groups: NotRequired[list[str]]
+    """Group of each image, if images come in groups that resemble each other."""
+    order: NotRequired[list[int]]
+    """Places of the images in the order in which they were taken, if they have no groups."""
     similarities: NotRequired[dict[str, float]]
     """Similarities of images by --metric_model; metrics of texts, such as accuracy, are in `figures`."""
     figures: NotRequired[dict[str, float]]
@@ -115,6 +119,7 @@ class Verdict(TypedDict):
     reference: str
     seeds: int
     images: int
+    """Number of test images, or of their groups."""
     conclusion: Literal["better", "worse", "not shown", "cannot tell"]
     sentence: str
     difference: float
@@ -134,6 +139,8 @@ class Verdict(TypedDict):
     """p value corrected for all pairs of methods and all evaluations on the test split; significant below 0.05."""
     detectable: float | None
     """Minimum detectable effect with 80% power; None with fewer than three seeds, which do not determine it."""
+    detectable_interval: NotRequired[tuple[float, float] | None]
+    """80% interval of `detectable`, which a few seeds determine only roughly."""
     expected: float | None
     """Expected difference in new experiments after a significant result; None otherwise."""
     of_gain: float | None
@@ -211,6 +218,10 @@ class Parts(Protocol):
         """Items of the test part."""
 
     @property
+    def groups(self) -> Sequence[str]:
+        """Group of each item of the test part; empty without groups."""
+
+    @property
     def duplicates(self) -> int:
         """Number of near-duplicates, which are left out or moved to the part of their duplicate."""
 
@@ -254,6 +265,8 @@ class Experiment(Facts):
     """Number of evaluations on the test split."""
     read: NotRequired[list[list]]
     """Arms of the latest evaluation on the test split, each as [label, learning rate, seed, step]."""
+    family: NotRequired[dict[str, list]]
+    """All pairs of labels that were ever compared, in `methods` and `averages`: p values are corrected for all."""
     test_seconds: NotRequired[float]
     """Time of all tests and exports, in seconds; with several processes, the sum over these."""
     as_of: NotRequired[int]

@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from ..formatting import enumerated, pluralize
+from ..formatting import enumerated, is_or_are, pluralize
 from ..io import replacing
 from ..methods.registry import METHODS
 from ..options.values import listed
 from ..plots.charts import MINUS, Axes, Row, Series, chart, escape, forest
+from .choice import is_chosen
 from .record import ENDED_AS, ONE_RATE, Arm, Best, Experiment, Verdict, as_of_now
-from .statistics import REFERENCE, coverage_in_words, is_chosen, level_of, mean_of, percents, rerun, tested
+from .statistics import level_of, rerun
 from .theme import SCRIPT, STYLE
+from .verdicts import REFERENCE, coverage_in_words, mde_in_words, mean_of, percents, tested
 
 NOTHING = "&mdash;"
 OPEN = ("Verdicts", "Images")
@@ -26,20 +28,21 @@ OPEN = ("Verdicts", "Images")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 READING = (
     "A difference is a method's loss minus its reference's, on {unit}s that were used neither to train nor to choose; "
-    "lower is better. Both have the same seeds and {unit}s. The {coverage} interval contains the mean difference for "
-    "new seeds and new {unit}s of this kind in {coverage} of experiments; however often seeds are added, all intervals "
-    "of a method together do so in 95%. A single new seed, on these {unit}s, differs more: in 19 of 20 cases it is "
-    "within the range under <i>One more seed</i>. A method is better or worse if p is below 0.05; p is corrected for "
-    "all pairs of methods (Holm, Shaffer) and for the number of evaluations on the test split. If a difference is not "
-    "significant, there may still be one within the interval: one as large as the minimum detectable effect (MDE) is "
-    "found in 4 of 5 such experiments. Significant differences are too large on average, because only large ones "
-    "become significant: <i>Expected</i> is what new experiments will find. <i>Of the gain</i> is the difference as a "
+    "lower is better. Both have the same seeds and {unit}s. A verdict is about the methods at their chosen learning "
+    "rates. The {coverage} interval contains the mean difference for new seeds and new {unit}s of this kind in "
+    "{coverage} of experiments; however often seeds are added, all intervals of a method together do so in 95%. A "
+    "single new seed, on these {unit}s, is in 19 of 20 cases within the range under <i>One more seed</i>. A method is "
+    "better or worse if p is below 0.05; p is corrected for all pairs that were ever compared (Holm), and for the "
+    "number of evaluations on the test split. If a difference is not significant, there may still be one within the "
+    "interval: one as large as the minimum detectable effect (MDE) is found in 4 of 5 such experiments; a few seeds "
+    "determine it only roughly. Significant differences are too large on average, because only large ones become "
+    "significant: <i>Expected</i> is what new experiments will find. <i>Of the gain</i> is the difference as a "
     "percentage of what training gains over the model before it."
 )
 UNCERTAIN = {
     "better": "It is better than {reference}: chance makes such a difference in at most 5 of 100 experiments.",
     "worse": "It is worse than {reference} on the test {unit}s, although the selection split chose it.",
-    "not shown": "This experiment does not show whether it is better than {reference}: use either, or add seeds.",
+    "not shown": "This experiment does not show whether it is better than {reference}: add seeds to find out.",
     "cannot tell": "It cannot be told from {reference}: that needs two or more seeds and test {unit}s.",
 }
 """Sentence about the best run, by the conclusion of its method's verdict."""
@@ -149,7 +152,16 @@ def titled(label: str) -> str:
 
 def summary_of(verdicts: Sequence[Verdict]) -> str:
     """Return a sentence about verdicts without a ranking: with one seed, or in an older file."""
-    references = few(list(dict.fromkeys(verdict["reference"] for verdict in verdicts)))
+    kinds = dict.fromkeys(verdict["reference"] for verdict in verdicts)
+    if len(kinds) > 1:
+        shown = [verdict for verdict in verdicts if verdict["conclusion"] in ("better", "worse")]
+        if 0 < len(shown) < 3:
+            pairs = [
+                f"{titled(each['label'])} is {each['conclusion']} than {titled(each['reference'])}" for each in shown
+            ]
+            return enumerated(pairs)
+        return f"{len(shown) or 'none'} of {len(verdicts)} differences {is_or_are(len(shown) or 1)} significant"
+    references = few(list(kinds))
     better = [verdict["label"] for verdict in verdicts if verdict["conclusion"] == "better"]
     if better:
         return f"{few(better)} {'is' if len(better) == 1 else 'are'} better than {references}"
@@ -167,7 +179,7 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
     verdicts = experiment["verdicts"]
     rows = []
     for verdict in verdicts:
-        detectable, expected, gain = verdict["detectable"], verdict.get("expected"), verdict.get("of_gain")
+        expected, gain = verdict.get("expected"), verdict.get("of_gain")
         p = verdict["p_holm"]
         rows.append(
             [
@@ -179,7 +191,7 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
                 f"{signed(gain)}%" if gain is not None else NOTHING,
                 between(verdict["rerun"]),
                 NOTHING if p is None else f"{p:.3f}" if p >= 0.001 else "&lt; 0.001",
-                f"{percents(detectable)[0]}%" if detectable is not None else "not known",
+                mde_in_words(verdict).removeprefix("about ") or "not known",
                 f"{verdict['seeds']} &times; {verdict['images']}",
             ]
         )
@@ -192,7 +204,7 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
     )
     kinds = dict.fromkeys(arm["method"] for arm in experiment["arms"])
     methods = in_lines(f"{kind}: {METHODS[kind].help}" for kind in kinds if kind in METHODS)
-    numbers = f"{sentences}{methods}<p>{reading}</p>{table('Verdicts', names, rows)}"
+    numbers = f"{sentences}{methods}<p>{reading}</p>{table('Verdicts', names, rows, cards=True)}"
     return verdict_plot(experiment) + (folded("All numbers, and how to read them", numbers) if verdicts else "")
 
 
@@ -253,7 +265,9 @@ def lead(experiment: Experiment, unit: str) -> str:
     said = certainty(experiment, best["label"], unit)
     if any(note.startswith(ONE_RATE) for note in experiment["notes"]):
         said += " All methods had this learning rate only: at their own best rates they may compare otherwise."
-    return f'<p class="lead"><b>{escape(what)}.</b> {escape(said)}</p>'
+    if len({arm["seed"] for arm in experiment["arms"]}) > 1:
+        return f'<p class="lead"><b>{escape(what)}.</b> {escape(said)}</p>'
+    return f'<p class="lead">{escape(what)}. {escape(said)}</p>'
 
 
 def what_to_use(experiment: Experiment, about: About) -> str:
@@ -293,10 +307,9 @@ def certainty(experiment: Experiment, label: str, unit: str) -> str:
     best = ranking["best"] if ranking else []
     others = [name for name in best if name != label]
     if others and label in best:
-        does = "do" if len(others) > 1 else "does"
         return (
-            f"It has the lowest loss on the selection split; as far as this experiment can tell, {few(others)} "
-            f"{does} as well."
+            f"It has the lowest loss on the selection split; this experiment does not show a difference from "
+            f"{few(others)}."
         )
     for verdict in experiment["verdicts"]:
         if verdict["label"] == label:
@@ -437,20 +450,28 @@ def beside_loss(arm: Arm) -> dict[str, float]:
     return test.get("similarities", {}) | test.get("figures", {}) if test else {}
 
 
-def table(title: str, names: Iterable[str], rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> str:
-    """Return a table that scrolls horizontally if it is too wide; the cells are HTML. Empty without rows."""
+def table(
+    title: str, names: Sequence[str], rows: Sequence[Sequence[str]], marked: Iterable[int] = (), cards: bool = False
+) -> str:
+    """Return a table that scrolls horizontally if it is too wide; the cells are HTML. Empty without rows.
+
+    With `cards`, each row is a list on a narrow screen.
+    """
     if not rows:
         return ""
-    marked = set(marked)
+    marked, kind = set(marked), " class=cards" * cards
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     body = "".join(
         f'<tr{" class=chosen" * (place in marked)}><th scope="row">{first}</th>'
-        + "".join(f"<td{' class=long' * (len(cell) > 60 and '<' not in cell)}>{cell}</td>" for cell in rest)
+        + "".join(
+            f"<td{' class=long' * (len(cell) > 60 and '<' not in cell)} data-name='{name}'>{cell}</td>"
+            for name, cell in zip(names[1:], rest, strict=True)
+        )
         + "</tr>"
         for place, (first, *rest) in enumerate(rows)
     )
     return (
-        f'<div class="scroll tall" role="region" aria-label="{escape(title)}" tabindex="0"><table>'
+        f'<div class="scroll tall" role="region" aria-label="{escape(title)}" tabindex="0"><table{kind}>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -1,5 +1,6 @@
 """Write `experiment.json` and the report after every arm; at the end choose, test, compare and export."""
 
+import itertools
 import json
 import time
 from collections import Counter
@@ -15,11 +16,13 @@ from ..methods.registry import METHODS
 from ..runtime.folder_lock import check_held
 from . import record
 from .arms import Arm, Losses, rates_of
+from .choice import choose
 from .record import EXPERIMENT, READINGS, read_experiment
 from .report import best_in_words, start_in_words, write_report
 from .schedule import ENDED, ArmSchedule
-from .statistics import choose, compare, level_of
+from .statistics import level_of
 from .study import COMPARING, ExperimentStudy
+from .verdicts import LEAST_GROUPS, compare
 from .worker_pool import Job, WorkerPool
 
 REPORT = "report.html"
@@ -50,6 +53,11 @@ class Results:
         noted = [row for row in rows if isinstance(row, dict)]
         self.readings: int = max(there.get("readings", 0), len(rows), *(row.get("readings", 0) for row in noted))
         self.read: list[list] = there.get("read") or (noted[-1].get("read") if noted else None) or []
+        self.seen: list[list] = [row["read"] for row in noted if row.get("read")]
+        # without the record, all pairs of methods that were read together count as compared
+        pairs = (itertools.combinations(sorted(_by_label(rows)), 2) for rows in self.seen)
+        self.family: dict[str, list] = there.get("family") or {"methods": [*set(itertools.chain(*pairs))]}
+        self.alike = False
         self.base = there.get("base")
         self.test_seconds: float = there.get("test_seconds", 0.0)
         arms, chosen = set(self.schedule.arms()), there.get("chosen", {})
@@ -97,6 +105,7 @@ class Results:
             "beforehand": len(self.beforehand()),
             "readings": self.readings,
             "read": self.read,
+            "family": self.family,
             "test_seconds": round(self.test_seconds, 3),
             "process": this_process(),
         }
@@ -128,7 +137,8 @@ class Results:
         records = [schedule.record(arm, test) for arm, test in self.tests.items()]
         unit = self.study.about.unit
         reading, reference = max(1, self.readings), schedule.reference
-        self.verdicts, self.ranking = compare(records, self.chosen, unit, reading, self.base, reference)
+        found = compare(records, self.chosen, unit, reading, self.base, reference, schedule.against, self.family)
+        self.verdicts, self.ranking, self.family, self.alike = found
         self.notes = [*self.beforehand(), *self.afterwards(losses, trained), *diverged]
         exported = [arm for arm in trained if self.study.is_exported(arm, self.step_of(arm))]  # the others diverged
         self.best = self.export(exported) if exported else None
@@ -151,7 +161,8 @@ class Results:
         again. An evaluation whose results are all on disk is not counted either.
         """
         read = [[arm.label, arm.rate, arm.seed, self.step_of(arm)] for arm in to_read]
-        if read != self.read and not all(self.study.is_tested(arm, self.step_of(arm)) for arm in to_read):
+        untested = any(not self.study.is_tested(arm, self.step_of(arm)) for arm in to_read)
+        if read != self.read and (untested or self.is_new(read)):
             self.readings, self.read = self.readings + 1, read
             check_held()
             facts = {"readings": self.readings, "read": self.read}
@@ -159,6 +170,17 @@ class Results:
                 # starts with a newline, because a killed process may have left an incomplete line
                 file.write(f"\n{json.dumps(facts)}\n")
             self.amend(**facts)
+
+    def is_new(self, read: Sequence[Sequence]) -> bool:
+        """Return whether a method is read with other seeds, or another rate or step, than in every earlier evaluation.
+
+        Fewer methods are no new evaluation, because all pairs that were ever compared stay in the family. Fewer seeds
+        are one: they may have been chosen by their results.
+        """
+        earlier = [_by_label(rows) for rows in self.seen]
+        return bool(earlier) and any(
+            all(rows != found.get(label) for found in earlier) for label, rows in _by_label(read).items()
+        )
 
     def amend(self, **facts: object) -> None:
         """Change only the keys `facts` of `experiment.json`, and retain the conclusions of an earlier start."""
@@ -291,11 +313,28 @@ class Results:
         references = self.references()
         if references and references.isdisjoint(arm.label for arm in trained):
             yield f"nothing to compare with: no learning rate of {schedule.reference} is chosen"
+        yield from self.grouped()
         if self.readings > 1:  # the user may have seen earlier results before extending the experiment
             read = f"the test split was evaluated {self.readings} times, as runs were added"
             level = f"{100 * level_of(self.readings):.2g}%"
             total = "the levels of all evaluations add up to at most 5%"
             yield f"{read}: this time at a significance level of {level}; {total}"
+
+    def grouped(self) -> Iterator[str]:
+        """Yield notes about groups of test items."""
+        test = next(iter(self.tests.values()), None)
+        unit, groups = self.study.about.unit, Counter(test.get("groups", ()) if test else ())
+        if groups and len(groups) < LEAST_GROUPS:
+            few = f"only {pluralize(len(groups), 'group')} of {unit}s in the test split"
+            yield f"{few}: verdicts need at least {LEAST_GROUPS}; begin anew with a larger --test_split or more groups"
+        if single := [name for name, number in groups.items() if number == 1]:
+            yield f"groups with one test {unit} each, which count like any other group: {', '.join(single)}"
+        if self.alike:
+            yield (
+                f"the test split looks grouped: methods differ alike on {unit}s that were taken one after another "
+                "(by time or file name). Give their groups by a column `group` of the metadata or by "
+                "--test_groups folder, in a new experiment; without groups, too many differences are significant"
+            )
 
     def advice(self, label: str) -> Iterator[str]:
         """Yield what may lower a method's loss: learning rates beyond those that were tried, and more steps."""
@@ -342,3 +381,11 @@ class Results:
         if average := self.schedule.labels[label].average:
             found["average"] = str(average)
         return found
+
+
+def _by_label(read: Sequence[Sequence]) -> dict[str, list]:
+    """Return the learning rate, seed and step of each arm of an evaluation, by label."""
+    found: dict[str, list] = {}
+    for label, *rest in read:
+        found.setdefault(label, []).append(rest)
+    return {label: sorted(rows) for label, rows in found.items()}

@@ -41,7 +41,8 @@ from .arms import (
     references_of,
     shortcut_in_words,
 )
-from .statistics import choose
+from .choice import choose
+from .verdicts import ALL
 
 ENDED = "arm.json"  # how an arm has ended; written last
 
@@ -84,6 +85,8 @@ class ArmSchedule:
         self.chosen_rates: dict[tuple, float | None] = {}
         self.lowest: dict[Arm, float] = {}
         self.reference = reference_of(self.grid, list(self.labels.values()))
+        named = self.grid.base.experiment.reference
+        self.against: str = self.grid.base.experiment.against or ("reference" if named else ALL)
 
     @property
     def folder(self) -> Path:

@@ -28,7 +28,7 @@ from ..training.schedule import Schedule
 from ..training.state import Learner
 from ..training.study import Study
 from .arms import Arm
-from .hashed_split import too_few
+from .hashed_split import few_to_choose, too_few
 from .record import Facts, Parts, TestLosses
 from .report import About, duration
 from .schedule import ArmSchedule
@@ -190,6 +190,18 @@ class ExperimentStudy(ABC):
     def test_ids(self) -> list[str]:
         """Identifier of each image or example in the test split."""
 
+    @property
+    def test_order(self) -> list[int]:
+        """Places of the test items in the order in which they were made; empty if it is unknown."""
+        return []
+
+    @property
+    def test_items(self) -> dict[str, Any]:
+        """The test items of `TestLosses`, with their groups or their order."""
+        groups, order = self.parts.groups, self.test_order
+        more = {"groups": list(groups)} if groups else {"order": order} if order else {}
+        return {"images": self.test_ids} | more
+
     @abstractmethod
     def facts(self) -> Facts:
         """Return the properties that `experiment.json` stores about the experiment as a whole."""
@@ -202,8 +214,10 @@ class ExperimentStudy(ABC):
         """
 
     def too_few(self) -> list[str]:
-        """Return a warning if the test split is too small."""
-        return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
+        """Return warnings if the selection or test split is too small."""
+        groups, unit = len(set(self.parts.groups)), self.about.unit
+        few = too_few(groups or len(self.parts.test), "group" if groups else unit, self.parts.enough)
+        return [*few_to_choose(len(self.parts.select), unit), *few]
 
     def say(self, phase: str, name: str = "") -> None:
         """Write the current phase to the run's status; `name`: the arm that it is about, if it is about one."""
@@ -254,7 +268,7 @@ class ExperimentStudy(ABC):
 
     def base(self) -> TestLosses:
         """Return the losses before training with the identifiers of the images or examples."""
-        return {"images": self.test_ids} | self.base_losses()  # type: ignore[return-value]
+        return self.test_items | self.base_losses()  # type: ignore[return-value]
 
     def evaluate(self, arm: Arm, step: int, test: bool, export: bool) -> str:
         """Test and export a compared arm, and return a note if its export has diverged; empty otherwise.
@@ -265,7 +279,7 @@ class ExperimentStudy(ABC):
 
         def write_tested(measured: dict) -> None:
             """Write the losses and other metrics on the test split to `test.json`."""
-            write_json(path, {"step": step, "images": self.test_ids} | measured)
+            write_json(path, {"step": step} | self.test_items | measured)
 
         try:
             self.test_and_export(arm, step, write_tested if test else None, export)

@@ -14,6 +14,7 @@ body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 sy
 main { max-width: 1340px; margin: 0 auto; padding: 20px 16px 48px; }
 header p { color: var(--soft); margin: 0; } header .lead { color: var(--text); font-size: 1.1rem; }
 h1 { font-size: clamp(1.3rem, 1rem + 1.6vw, 2rem); line-height: 1.25; margin: 4px 0 10px; overflow-wrap: anywhere; }
+h1 { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; }
 h2 { font-size: 1.15rem; margin: 36px 0 10px; }
 p { margin: 8px 0; max-width: 75ch; overflow-wrap: anywhere; }
 /* A shadow at an edge beyond which the table goes on. */
@@ -25,6 +26,12 @@ p { margin: 8px 0; max-width: 75ch; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 12px; text-align: left; vertical-align: top; border-top: 1px solid var(--edge); }
 td, thead th { white-space: nowrap; }
+/* On a narrow screen, each row of the verdicts is a card. */
+@media (max-width: 640px) { .cards thead { display: none; } .cards tr, .cards th, .cards td { display: block; }
+  .cards td { display: flex; justify-content: space-between; gap: 12px; border: 0; padding: 3px 12px;
+    white-space: normal; }
+  .cards td::before { content: attr(data-name); color: var(--soft); }
+  .cards tbody th { white-space: normal; overflow-wrap: anywhere; } .scroll:has(.cards) { max-height: none; } }
 .reason { white-space: normal; width: 15rem; font-size: .85rem; overflow-wrap: anywhere; }
 td.long { white-space: normal; min-width: 15rem; overflow-wrap: anywhere; }
 thead th { border-top: 0; color: var(--soft); font-weight: 600; }

@@ -399,6 +399,10 @@ class ExperimentOptions(SharedExperimentOptions):
         "checkpoints")
     test_split: float | None = again(help="fraction of the images that is held out to compare methods; use 0.3 if "
         "there are few images")
+    test_groups: str | None = option(None,
+        "folder: the images of a folder, such as photos of one session, resemble each other. They are in the same "
+        "split, and the folders rather than the images are compared. A column `group` of the metadata does the same",
+        choices=("folder",))
 
 
 @group

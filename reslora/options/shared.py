@@ -105,6 +105,10 @@ class SharedExperimentOptions:
     reference: str | None = free(None,
         "method with which the others are compared; if options vary, also one variant of a method, by its name in the "
         "report, such as 'lora rank 4'", or_else="lora, or the first variant of a single other method", metavar="NAME")
+    against: str | None = free(None,
+        "reference: compare every method with the reference only, which shows smaller differences. all: compare all "
+        "pairs, to find the best methods. Averages are compared with their own method only",
+        choices=("reference", "all"), or_else="reference if --reference is given, else all")
     extend_rates: bool = free(False,
         "if the best learning rate is the lowest or highest, try the next one, up to three times")
     racing: bool | None = free(None,

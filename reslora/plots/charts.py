@@ -7,6 +7,7 @@ only the lines of a `line_chart` have colors of their own.
 import html
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -289,19 +290,25 @@ class Row:
 MINUS = "\N{MINUS SIGN}"
 FOREST_ROW = 46
 FOREST_TOP = 8
+FOREST_LINE, FOREST_CHARACTERS = 17, 58
+"""Height of a further line of a row, and characters that fit into a line."""
 
 
 def forest(title: str, rows: Sequence[Row], axis: str) -> str:
     """Return a forest plot: intervals below each other, with a line at zero and an axis; empty without rows.
 
-    The name and values of a row are above its interval, so that both are legible on a narrow screen. A value beyond
-    all intervals and their margin is an arrow at the edge.
+    The name and values of a row are above its interval, so that both are legible on a narrow screen. A name that does
+    not fit next to the values has lines of its own. A value beyond all intervals and their margin is an arrow at the
+    edge.
     """
     if not rows:
         return ""
     inside = [value for row in rows if row.ends for value in row.ends] or [row.value for row in rows]
     low, high = _padded(min(0.0, *inside), max(0.0, *inside), 0.05)
-    bottom = FOREST_TOP + FOREST_ROW * len(rows)
+    lines, tops = [_lines_of(row) for row in rows], [FOREST_TOP]
+    for each in lines:
+        tops.append(tops[-1] + FOREST_ROW + FOREST_LINE * (len(each) - 1))
+    bottom = tops[-1]
     frame = replace(REPORT, height=bottom + REPORT.bottom, left=16, right=16, top=FOREST_TOP)  # half a tick label
     place = Places(frame, (low, high), (0, 1))
     parts = [
@@ -310,16 +317,27 @@ def forest(title: str, rows: Sequence[Row], axis: str) -> str:
         for x in ticks(low, high, MaxNLocator(5))
         for number in [f"{x:+.6g}".replace("-", MINUS) if x else "0"]
     ]
-    parts += [_of_row(row, FOREST_TOP + FOREST_ROW * number, place) for number, row in enumerate(rows)]
+    parts += [_of_row(*each, place) for each in zip(rows, lines, tops, strict=False)]
     middle = (frame.left + frame.width - frame.right) / 2
     parts.append(f'<text x="{middle}" y="{frame.height - 6}" text-anchor="middle">{escape(axis)}</text>')
     return _figure(title, frame, "".join(parts), [row.name for row in rows])
 
 
-def _of_row(row: Row, top: float, place: Places) -> str:
-    frame, y = place.frame, top + 30
-    text = f'<text class="name" x="{frame.left}" y="{top + 16}">{escape(row.name)}</text>'
-    text += f'<text x="{frame.width - frame.right}" y="{top + 16}" text-anchor="end">{escape(row.text)}</text>'
+def _lines_of(row: Row) -> list[str]:
+    """Return the lines of a row's name; the last one is empty unless the values fit next to it."""
+    fits = len(row.name) + 2 + len(row.text) <= FOREST_CHARACTERS
+    return [row.name] if fits else [*textwrap.wrap(row.name, FOREST_CHARACTERS), ""]
+
+
+def _of_row(row: Row, lines: Sequence[str], top: float, place: Places) -> str:
+    frame, last = place.frame, top + 16 + FOREST_LINE * (len(lines) - 1)
+    y = last + 14
+    text = "".join(
+        f'<text class="name" x="{frame.left}" y="{top + 16 + FOREST_LINE * number}">{escape(line)}</text>'
+        for number, line in enumerate(lines)
+        if line
+    )
+    text += f'<text x="{frame.width - frame.right}" y="{last}" text-anchor="end">{escape(row.text)}</text>'
     low, high = place.across
     if not low <= row.value <= high:
         x, back = (place.x(high), -8) if row.value > high else (place.x(low), 8)

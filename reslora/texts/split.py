@@ -40,6 +40,8 @@ class Parts(Generic[T]):
     """Value of --test_split with which the test part has ENOUGH examples; 1 if no value is enough."""
     trained: int = 0
     """Number of training examples, after limits and without examples that are too long."""
+    groups: Sequence[str] = ()
+    """Examples have no groups."""
 
     def __str__(self) -> str:
         numbers = f"{self.trained} for training, {len(self.select)} in the selection split ({self.files[0]})"

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from reslora.experiment.statistics import choose, compare
+from reslora.experiment.choice import choose
+from reslora.experiment.verdicts import compare
 
 LABELS = {"lora": (0, 2e-4), "lora_x2": (0.1, 1e-4), "reslora block(4)": (-1.5, 1e-4), "loha": (1.6, 8e-4)}
 """What each does to the loss, in percent, and where its best rate is."""
@@ -29,7 +30,7 @@ def experiment(folder: Path | None) -> dict:
     images = [f"{image:08x}" for image in range(IMAGES)]
     base = {"images": images, "by_timestep": [0.4 - 0.25 * timestep**2 for timestep in TIMESTEPS]}
     base["losses"] = (0.34 * np.linspace(0.7, 1.3, IMAGES)).tolist()
-    verdicts, ranking = compare(arms, chosen, base=base)
+    verdicts, ranking = compare(arms, chosen, base=base)[:2]
     return {
         "format": 1,
         "settings": {"method": ["lora", "<b>reslora</b>"], "learning_rate": list(RATES), "validation_prompt": PROMPTS},

@@ -16,7 +16,8 @@ from waiting import LIMIT
 
 from experiment import examples
 from reslora.experiment import report
-from reslora.experiment.statistics import choose, rerun
+from reslora.experiment.choice import choose
+from reslora.experiment.statistics import rerun
 from reslora.images.experiment.report_sections import IMAGES
 from reslora.images.settings import parse_args
 from reslora.options.images import Options
@@ -351,7 +352,11 @@ def test_what_to_use_says_how_sure_it_is_and_how_each_file_is_used(experiment, f
 @pytest.mark.parametrize(
     ("best", "conclusion", "words"),
     [
-        (["a", "b", "c", "d"], "not shown", "It has the lowest loss on the selection split; as far as"),
+        (
+            ["a", "b", "c", "d"],
+            "not shown",
+            "It has the lowest loss on the selection split; this experiment does not show",
+        ),
         (["a"], "not shown", "This experiment does not show whether it is better than LoRA"),
     ],
 )

@@ -8,8 +8,8 @@ import pytest
 
 from reslora.errors import InvalidArgument
 from reslora.experiment.arms import Arm
+from reslora.experiment.choice import choose
 from reslora.experiment.schedule import ArmSchedule
-from reslora.experiment.statistics import choose
 from reslora.images.settings import parse_args
 
 RATES = ("--learning_rate", "2e-4", "1e-4", "4e-4")

@@ -36,6 +36,8 @@ MOST_REPEATS = 1000  # in a folder's name; a larger number is probably a year or
 ALIKE = 0.98  # least fraction of a reference image that a crop to its image's aspect ratio keeps, without a warning
 LEAST_SIDE = 8  # in pixels: an autoencoder encodes 8 x 8 pixels into one latent
 ONE_BY_ONE = "name the folders one by one with --train_data_dir, none inside another"
+GROUP = "group"
+"""Column of metadata files with the group of an image: images of one session or subject, which resemble each other."""
 COLUMNS = ("image_column", "caption_column", "conditioning_image_column")
 """Options that name columns; metadata.jsonl and .csv have the other two, caption files have none."""
 FEATURES = datasets.Features(
@@ -70,6 +72,8 @@ class ImageDataset:
     """Whether these are class images."""
     masked: Sequence[bool] = ()
     """Whether each image has a mask or an alpha channel; empty without --masked_loss."""
+    groups: Sequence[str] = ()
+    """The group of each image, from the column GROUP of the metadata; empty without it."""
     columns: Sequence[str] = ()
     """The options, such as image_column, whose columns were read."""
     label: str = ""
@@ -99,7 +103,8 @@ class ImageDataset:
 
         return dataclasses.replace(
             self, rows=self.rows.select(indices), captions=selected(self.captions), sizes=selected(self.sizes),
-            marks=selected(self.marks), masked=selected(self.masked), left_out=(*self.left_out, *left_out),
+            marks=selected(self.marks), masked=selected(self.masked), groups=selected(self.groups),
+            left_out=(*self.left_out, *left_out),
         )  # fmt: skip
 
     def open(self, index: int) -> PIL.Image.Image:
@@ -142,6 +147,8 @@ class Found:
     """The metadata file that the rows were read from, in the same order; None if the captions were not in one."""
     files: Sequence[Path] = ()
     """The image file of each row, if a folder was read. A path that is not UTF-8 is changed in `rows`, but not here."""
+    groups: Sequence[str] = ()
+    """The group of each row; empty if the metadata have no column GROUP."""
     places: Sequence[Path] = ()
     """Folders; an image that a row names by its path must be in one of them. Empty if this was checked already."""
 
@@ -207,9 +214,11 @@ def usable(
         what = f"{pluralize(len(others), 'reference image')} cropped to the aspect ratio of the image"
         found.notes.append(f"warning: {what}, such as that of {example}")
     rows = found.rows.select(keep)
+    groups = [found.groups[index] for index in keep] if found.groups else ()
     return ImageDataset(
-        rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked, columns=columns
-    )
+        rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked, groups=groups,
+        columns=columns,
+    )  # fmt: skip
 
 
 def sample(folders: Sequence[ImageDataset], data: DataOptions, training: TrainingOptions) -> list[ImageDataset]:
@@ -372,7 +381,8 @@ def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> F
 
     `datasets` reads these layouts too, but its errors do not name the line.
     """
-    files, captions, lines, where = [], [], [], f"{data_flag(data)}, {path.name}"
+    files, captions, lines, groups = [], [], [], list[str]()
+    where = f"{data_flag(data)}, {path.name}"
     others: dict[str, list[Path | None]] = {ours: [] for ours in others_of(data, training)}
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -382,6 +392,7 @@ def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> F
         place, row = f"{where} line {line}", row if isinstance(row, dict) else {}
         files.append(file_inside(path.parent, row.get("file_name"), place, "file_name"))
         lines.append(f"line {line}")
+        groups.append(str(row.get(GROUP) or ""))
         for flag, column in (("caption", data.caption_column), ("conditioning_image", data.conditioning_image_column)):
             if column is not None and column not in row:
                 problem = f"{place} has the columns {', '.join(map(repr, sorted(row)))}"
@@ -393,7 +404,12 @@ def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> F
             named = row.get(column)
             others[ours].append(file_inside(path.parent, named, place, column) if named else None)
     _check_listed_once(files, where, lines)
-    return _as_found(files, captions, others)
+    if any(groups) and not all(groups):
+        place = lines[groups.index("")]
+        raise InvalidArgument(
+            f"{where} {place}", f"no {GROUP}, but other images have one", "fill it in, or remove the column"
+        )
+    return dataclasses.replace(_as_found(files, captions, others), groups=groups if any(groups) else ())
 
 
 def _check_listed_once(files: Sequence[Path], where: str, lines: Sequence[str]) -> None:
@@ -447,6 +463,7 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
         fix = "name another column" + (", or write captions into .txt files" if layout == "webdataset" else "")
         raise InvalidArgument(f"--caption_column {caption}", "holds no text", fix)
     others = {ours: name for ours, name in others_of(data, training).items() if name in rows.column_names}
+    groups = list(map(str, rows[GROUP])) if GROUP in rows.column_names else []
     if folder.is_dir() and (layout == "json" or names_files(rows, image)):
 
         def file_of_row(number: int, column: str) -> Path:
@@ -459,7 +476,7 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
             ours: [file_of_row(number, column) if name else None for number, name in enumerate(rows[column])]
             for ours, column in others.items()
         }
-        return dataclasses.replace(_as_found(files, texts, named), notes=notes)
+        return dataclasses.replace(_as_found(files, texts, named), notes=notes, groups=groups)
     try:
         images = rows.select_columns([image, *others.values()])
         images = images.rename_columns({image: "image"} | {column: ours for ours, column in others.items()})
@@ -474,7 +491,7 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
     if layout is None and not (data.dataset_name and data.train_data_dir):  # else: part of a folder
         notes += _passed_over(rows, everything, data) + hidden_images_line(unlisted(rows, hidden_images(folder)))
     caches = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE, model.cache_dir] if layout is None else []
-    return Found(rows, problems, notes, places=[folder, *(Path(cache) for cache in caches if cache)])
+    return Found(rows, problems, notes, groups=groups, places=[folder, *(Path(cache) for cache in caches if cache)])
 
 
 def _captions(value: object, in_files: bool) -> list | str:

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 
 from ...experiment.record import Experiment, Verdict
-from ...experiment.statistics import tested
+from ...experiment.verdicts import tested
 from ...io import replacing
 from ...plots.charts import MINUS, escape
 from .gallery import tile

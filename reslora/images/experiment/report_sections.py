@@ -5,9 +5,9 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...experiment.choice import is_chosen
 from ...experiment.record import Experiment
 from ...experiment.report import About, labels_of, start_in_words
-from ...experiment.statistics import is_chosen
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...formatting import enumerated
 from ...plots.charts import Axes, Series, chart

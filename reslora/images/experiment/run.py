@@ -56,7 +56,7 @@ from ..schedule import schedule_of, steps_of
 from .arm_study import TEST_NOISES, ImageArmStudy
 from .losses_by_image import write_thumbnails
 from .report_sections import IMAGES
-from .split import Parts, check_count, content_of, parts_of, training_images, with_parts
+from .split import Parts, check_count, content_of, order_of, parts_of, training_images, with_parts
 
 MIN_EVALUATIONS, MAX_EVALUATIONS = 4, 10  # default number of measurements of a run on the selection split
 MEASURING = 1 / 8  # at most this fraction of the time of training, but MIN_EVALUATIONS measurements in any case
@@ -128,7 +128,8 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         arm_schedule = ArmSchedule(asked, began)
         study = ImageArmStudy(schedule, identity, context, pipeline, training_data)
         arm_schedule.estimated = bool(orders and orders.number)  # one process prints the estimate
-        measured = f"every {pluralize(schedule.validation_steps, 'step')}"
+        often = schedule.validation_steps < schedule.steps
+        measured = f"every {pluralize(schedule.validation_steps, 'step')}" if often else "at the last step"
         context.accelerator.print(
             f"{arm_schedule.runs_in_words()}; {pluralize(schedule.steps, 'step')}, measured {measured}; {parts}"
         )
@@ -397,6 +398,11 @@ class ImageExperiment(ExperimentStudy):
     def test_ids(self) -> list[str]:
         """Content hash of each test image."""
         return [self.study.training_data.sources[source].images.marks[number] for source, number in self.parts.test]
+
+    @functools.cached_property
+    def test_order(self) -> list[int]:
+        """Places of the test images in the order in which they were taken."""
+        return order_of(training_images(self.study.training_data.sources), self.parts.test)
 
     def facts(self) -> Facts:
         """Return versions, split sizes, the measured timesteps and the identity of the experiment."""

@@ -1,18 +1,22 @@
 """Split images into training, selection and test parts as a function of their content.
 
 An image and its near-duplicates (re-encoded, scaled, with another caption) are in the same part. The selection and test
-parts contain only one image of such a group, so that copies do not count as independent images. The part depends only
+parts contain only one image of such a group, so that copies do not count as independent images. Images of one session
+or subject (a column `group`, or --test_groups folder) are in the same part, too. The part depends only
 on a hash of the image's content: adding an image can only change the part of its near-duplicates, not of other images.
 Exceptions: an empty part, or a test part of one image out of five or more, takes the next image in the order of the
 hash.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -55,10 +59,14 @@ class Parts:
     duplicates: int
     """Number of near-duplicates: left out, or in the training part together with the image that they resemble."""
     enough: float
-    """The smallest --test_split that gives enough images for a comparison."""
+    """The smallest --test_split that gives enough images, or groups, for a comparison."""
+    groups: tuple[str, ...] = ()
+    """Group of each image of the test part; empty if the images have no groups."""
 
     def __str__(self) -> str:
         held_out = f"{len(self.select)} in the selection split, {len(self.test)} in the test split"
+        if self.groups:
+            held_out += f" in {pluralize(len(set(self.groups)), 'group')}"
         more = f"{pluralize(self.duplicates, 'near-duplicate')}, none in another split than the original"
         return f"images: {self.trained} for training, {held_out}; {more}"
 
@@ -76,21 +84,74 @@ def parts_of(
     groups = groups_of(marks, features_of_all(images, flat, data_flag(data)))
     named = ([images[flat[each][0]].name(flat[each][1]) for each in group[:2]] for group in groups if len(group) > 1)
     check_count(len(groups), data, next(named, []))
-    known = [min(marks[image] for image in group) for group in groups]
+    names = names_of(images, flat, experiment.test_groups)
+    units = joined(groups, names)
+    check_count(len(units), data, named=bool(names))
+    known = [min(marks[image] for group in unit for image in group) for unit in units]
     cuts = cut(known, experiment.select_split or 0, experiment.test_split or 0)
-    train = [image for number in cuts[0] for image in groups[number]]
-    select, test = ([min(groups[number], key=marks.__getitem__) for number in part] for part in cuts[1:])
+    train = [image for number in cuts[0] for group in units[number] for image in group]
+    select, test = (
+        [min(group, key=marks.__getitem__) for number in part for group in units[number]] for part in cuts[1:]
+    )
     select = select[: validation.max_validation_images]
+    of_test = tuple(names[units[number][0][0]] for number in cuts[2] for _ in units[number]) if names else ()
     parts = [tuple(flat[image] for image in part) for part in (train, select, test)]
     trained = len({marks[image] for image in train})
     duplicates = len(set(marks)) - len(groups)
-    return Parts(parts[0], parts[1], parts[2], trained, duplicates, enough=enough_of(known))
+    return Parts(parts[0], parts[1], parts[2], trained, duplicates, enough_of(known), of_test)
+
+
+def names_of(images: Mapping[int, ImageDataset], flat: Sequence[Image], by: str | None) -> list[str]:
+    """Return the name of each image's group: its folder with --test_groups folder; empty without groups.
+
+    Raises `InvalidArgument` if the images are not files, or if only some sources have the column `group`.
+    """
+    if by:
+        found = [Path(images[source].name(number)) for source, number in flat]
+        if not all(path.is_file() for path in found):
+            raise InvalidArgument(f"--test_groups {by}", "the images are not files", "give a column group instead")
+        return [str(path.parent) for path in found]
+    if not any(source.groups for source in images.values()):
+        return []
+    if not all(source.groups for source in images.values()):
+        problem = "only some folders of images have a column group"
+        raise InvalidArgument("--train_data_dir", problem, "add it to the metadata of the others, or remove it")
+    return [images[source].groups[number] for source, number in flat]
+
+
+def joined(groups: list[list[int]], names: Sequence[str]) -> list[list[list[int]]]:
+    """Return the units of the split: near-duplicates with a common name; each alone if there are no names."""
+    if not names:
+        return [[group] for group in groups]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names), len(groups))}
+    links = [(number, numbers[names[image]]) for number, group in enumerate(groups) for image in group]
+    rows, columns = np.array(links).T
+    size = len(groups) + len(numbers)
+    count, unit = connected_components(coo_array((np.ones(len(rows)), (rows, columns)), shape=(size, size)), False)
+    return [[groups[place] for place in np.flatnonzero(unit[: len(groups)] == number)] for number in range(count)]
+
+
+def order_of(images: Mapping[int, ImageDataset], chosen: Sequence[Image]) -> list[int]:
+    """Return the places of images in the order in which they were taken: by EXIF time, or else by file name."""
+
+    def key(image: Image) -> tuple:
+        """Return an image's time, and its name with numbers as numbers."""
+        name, time = images[image[0]].name(image[1]), None
+        if Path(name).is_file():
+            with PIL.Image.open(name) as opened:
+                time = opened.getexif().get(PIL.ExifTags.Base.DateTime)
+        parts = re.split(r"(\d+)", name)
+        return str(time or ""), [int(part) if part.isdecimal() else part for part in parts], parts
+
+    keys = list(map(key, chosen))
+    return sorted(range(len(chosen)), key=keys.__getitem__)
 
 
 def content_of(parts: Parts, images: Mapping[int, ImageDataset]) -> str:
     """Return a hash of the images' content in each part; the order of the images does not matter."""
     found = (parts.train, parts.select, parts.test)
-    marks = [sorted(images[source].marks[number] for source, number in part) for part in found]
+    marks: list = [sorted(images[source].marks[number] for source, number in part) for part in found]
+    marks += [parts.groups] if parts.groups else []
     return f"{derive('parts', marks):016x}"
 
 
@@ -99,8 +160,14 @@ def training_images(sources: Sequence[Source]) -> dict[int, ImageDataset]:
     return {number: source.images for number, source in enumerate(sources) if not source.images.of_class}
 
 
-def check_count(images: int, options: DataOptions, alike: Sequence[str] = ()) -> None:
-    """Raise `InvalidArgument` if a part would be empty. `alike`: names of two near-duplicates, as an example."""
+def check_count(images: int, options: DataOptions, alike: Sequence[str] = (), named: bool = False) -> None:
+    """Raise `InvalidArgument` if a part would be empty.
+
+    `alike`: names of two near-duplicates, as an example. `named`: whether `images` is a number of groups.
+    """
+    if images < 3 and named:
+        problem = f"only {pluralize(images, 'group')} of images, and training, selection and test split need others"
+        raise InvalidArgument(data_flag(options), problem, "give at least 3, better 30 or more")
     if images < 3:
         example = f" ({' and '.join(alike)} look alike)" if alike else ""
         number = f"only {pluralize(images, 'image')} without near-duplicates{example}"

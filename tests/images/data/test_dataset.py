@@ -45,6 +45,27 @@ def test_caption_files_beside_a_table_are_told_because_they_are_not_read(tmp_pat
     assert only(list(found.notes), told) == f"2 images {told}.{layout}"
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_column_group_names_the_group_of_each_image(tmp_path, suffix):
+    folder = image_folder(tmp_path / "images", count=3)
+    path, names = folder / f"metadata.{suffix}", ["a", "b", "a"]
+    (folder / "metadata.jsonl").unlink()
+
+    def write(names: list[str | None]) -> None:
+        rows = [{"file_name": f"{number}.png", "text": "t", "group": name} for number, name in enumerate(names)]
+        lines = [json.dumps(row) for row in rows]
+        if suffix == "csv":
+            lines = ["file_name,text,group", *(",".join(value or "" for value in row.values()) for row in rows)]
+        path.write_text("\n".join(lines))
+
+    write(names)
+    found = gather(folder)
+    assert found.groups == names and list(found.select([2, 1]).groups) == ["a", "b"]
+    write(["a", None, "a"])
+    with pytest.raises(InvalidArgument, match=r"metadata.* line [23]: no group, but other images have one; fill it in"):
+        gather(folder)
+
+
 def test_parquet_shards_hold_images_too(tmp_path):
     """As `push_to_hub` and `to_parquet` write them."""
     folder = tmp_path / "p" / "data"
@@ -192,7 +213,7 @@ def test_images_that_metadata_does_not_list_are_counted(brief_flags, tmp_path):
     layout = "jsonl"
     folder = image_folder(tmp_path / "p", 5, layout=layout)
     metadata = folder / f"metadata.{layout}"
-    metadata.write_text("\n".join(metadata.read_text().splitlines()[:3]))
+    metadata.write_text("\n".join(metadata.read_text().splitlines()[: 0 + 3]))
     lines = printed(*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
     assert "2 images" in only(lines, metadata.name)
 

@@ -1,8 +1,10 @@
 """The three parts of the images: assigned by content, with near-duplicates in the same part."""
 
+import dataclasses
 import io
 import random
 import re
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,7 +17,7 @@ from images.runs import parts
 from reslora.content_hash import content_mark
 from reslora.errors import InvalidArgument
 from reslora.experiment.hashed_split import cut, too_few
-from reslora.images.data.dataset import FEATURES, ImageDataset
+from reslora.images.data.dataset import FEATURES, ImageDataset, sample, usable
 from reslora.images.experiment import split
 from reslora.images.experiment.split import BITS, features_of, groups_of, parts_of
 from reslora.options.images import Options
@@ -168,3 +170,57 @@ def test_too_few_images_are_refused_in_one_line():
     with pytest.raises(InvalidArgument, match="images: only 2 images without near-duplicates") as error:
         parts_by_content([encoded(image), encoded(picture(1)), encoded(image, "JPEG")])
     assert "\n" not in str(error.value) and "(image 0 and image 2 look alike)" in str(error.value)
+
+
+def in_groups(names: list[str], near_duplicate: bool = False) -> tuple[ImageDataset, split.Parts]:
+    """Return images with these groups, and their parts. The last image may resemble the first one."""
+    contents = [encoded(picture(number)) for number in range(len(names))]
+    if near_duplicate:
+        contents[-1] = encoded(picture(0), "JPEG")
+    images = dataclasses.replace(dataset(contents), groups=names)
+    return images, parts_of({0: images}, SHARES.data, SHARES.validation, SHARES.experiment)
+
+
+def test_images_of_a_group_are_in_one_part_and_all_of_them_are_tested():
+    names = [f"day {number // 4}" for number in range(48)]
+    images, found = in_groups(names)
+    parts = [{names[number] for _, number in part} for part in (found.train, found.select, found.test)]
+    assert all(parts) and len(set.union(*parts)) == sum(map(len, parts)) == 12
+    assert found.groups == tuple(names[number] for _, number in found.test) and len(found.test) == 4 * len(parts[2])
+    assert f"{len(found.test)} in the test split in {len(parts[2])} groups" in str(found)
+    without = dataclasses.replace(found, groups=())
+    assert split.content_of(found, {0: images}) != split.content_of(without, {0: images})
+
+
+def test_groups_that_share_a_near_duplicate_are_one_group():
+    names = [f"day {number // 4}" for number in range(48)]
+    _, found = in_groups(names, near_duplicate=True)
+    (part,) = (part for part in (found.train, found.select, found.test) if (0, 0) in part or (0, 47) in part)
+    assert {names[number] for _, number in part} >= {"day 0", "day 11"}
+
+
+def test_a_folder_is_a_group(tmp_path):
+    for number in range(12):
+        folder = tmp_path / f"session {number // 2}"
+        folder.mkdir(exist_ok=True)
+        picture(number).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a picture")
+    options = SHARES.replace(train_data_dir=str(tmp_path), test_groups="folder")
+    images = usable(options.model, options.data, options.training, options.output)
+    (images,) = sample([images], options.data, options.training)
+    found = parts_of({0: images}, *parts(options, "data", "validation", "experiment"))
+    assert all(name.startswith(str(tmp_path / "session")) for name in found.groups) and len(found.test) % 2 == 0
+    order = split.order_of({0: images}, [(0, number) for number in range(12)])
+    assert [Path(images.name(number)).stem for number in order] == [str(number) for number in range(12)]
+
+
+def test_groups_that_cannot_be_used_are_refused_in_one_line():
+    with pytest.raises(InvalidArgument, match="only 2 groups of images, and training") as error:
+        in_groups(["a", "b"] * 6)
+    assert "\n" not in str(error.value)
+    images = dataset([encoded(picture(number)) for number in range(6)])
+    grouped = dataclasses.replace(dataset([encoded(picture(number)) for number in range(6, 12)]), groups=["a"] * 6)
+    with pytest.raises(InvalidArgument, match="only some folders of images have a column group"):
+        parts_of({0: images, 1: grouped}, SHARES.data, SHARES.validation, SHARES.experiment)
+    with pytest.raises(InvalidArgument, match="--test_groups folder: the images are not files"):
+        parts_of({0: images}, *parts(SHARES.replace(test_groups="folder"), "data", "validation", "experiment"))
