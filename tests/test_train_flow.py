@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImagePipeline
-from PIL import Image
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 sys.path.insert(0, str(ASSETS / "make"))
@@ -48,10 +47,8 @@ def new_vae() -> AutoencoderKL:
 
 
 @pytest.fixture
-def run(tmp_path, tokenizer, monkeypatch):
+def run(tmp_path, tokenizer):
     """Train tiny models in a folder."""
-    monkeypatch.setattr(training, "draw", lambda pipeline, prompts: [Image.new("RGB", (4, 4))])
-    monkeypatch.setattr(training, "sample_prompts", lambda examples: examples.captions[:1])
     torch.manual_seed(1)
     tokens = caption_tokens(tokenizer, CAPTIONS)
     every = tokens[:, None, None].repeat(1, len(training.STYLES), 2, 1)

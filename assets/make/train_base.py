@@ -5,8 +5,7 @@
     python assets/make/train_base.py --init assets/pipeline   # without checkpoints: go on from the shipped weights
 
 The learning rate is steady until the last --cooldown steps, where it falls to 0 for the weights that are shipped, on
-fewer variants of each picture. A longer run continues from before the cooldown. Losses go to loss.jsonl, pictures of
-fixed prompts to samples/.
+fewer variants of each picture. A longer run continues from before the cooldown. Losses go to loss.jsonl.
 """
 
 import argparse

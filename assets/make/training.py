@@ -17,7 +17,6 @@ from captions import VALIDATION_PROMPTS, is_held_out, is_known, words
 from checkpoint import load_checkpoint, save_checkpoint
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -29,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that both trainings have; the defaults of --output, --vae, --batch and --steps are theirs."""
     parser.add_argument("--data", default="assets/build", help="what make_data.py wrote")
     parser.add_argument("--sets", default=list(SETS), nargs="+", choices=SETS)
-    parser.add_argument("--subjects", type=int, help="learn so many captions only, validation prompts first")
     parser.add_argument(
         "--captions_of",
         metavar="FOLDER",
@@ -50,28 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report_every", type=int, default=500, help="steps between held-out losses")
     parser.add_argument("--save_minutes", type=float, default=3)
     parser.add_argument("--seed", type=int, default=0)
-
-
-def draw(
-    pipeline: DiffusionPipeline, prompts: list[str], seed: int = 0, steps: int = 25, guidance: float = 4.0
-) -> list[Image.Image]:
-    """One picture of 64x64 for each prompt; picture i comes from seed + i."""
-    setting = {"num_inference_steps": steps, "guidance_scale": guidance, "height": 64, "width": 64}
-    pictures = []
-    for first in range(0, len(prompts), 20):
-        part = list(prompts[first : first + 20])
-        generator = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
-        pictures += pipeline(part, generator=generator, **setting).images
-    return pictures
-
-
-def contact_sheet(pictures: list[Image.Image], columns: int = 8, zoom: int = 2) -> Image.Image:
-    """The pictures in rows of `columns`, without their captions."""
-    side = pictures[0].width * zoom
-    sheet = Image.new("RGB", (columns * side, -(-len(pictures) // columns) * side), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture.resize((side, side), Image.NEAREST), (i % columns * side, i // columns * side))
-    return sheet
 
 
 @dataclass
@@ -130,12 +106,6 @@ def load_sets(args: argparse.Namespace) -> tuple[torch.Tensor, list[dict], int]:
         rows += [row | {"set": name} for row in its_rows]
     known_words = {word for row in rows if is_known(row) for word in words(row["text"])}
     known = [i for i, row in enumerate(rows) if is_known(row)]
-    if args.subjects:
-        captions = list(dict.fromkeys([*VALIDATION_PROMPTS, *(rows[i]["text"] for i in known)]))
-        others = captions[len(VALIDATION_PROMPTS) :]
-        wanted = args.subjects - len(VALIDATION_PROMPTS)
-        learnt = {*VALIDATION_PROMPTS, *(others[i * len(others) // wanted] for i in range(wanted))}
-        known = [i for i in known if rows[i]["text"] in learnt]
     if args.captions_of:
         learnt = {*VALIDATION_PROMPTS, *(row["text"] for row in load_pictures(args.captions_of)[1])}
         known = [i for i in known if rows[i]["text"] in learnt]
@@ -154,7 +124,7 @@ def make_examples(args: argparse.Namespace, vae: AutoencoderKL, tokenize) -> Exa
     captions, sets = ([row[key] for row in rows] for key in ("text", "set"))
     styles = ["plain"] * args.variants + list(STYLES[1:])
     weights = sum(parameter.double().sum().item() for parameter in vae.parameters())
-    made_of = repr((weights, args.sets, args.subjects, captions[:known], styles, args.seed))
+    made_of = repr((weights, args.sets, captions[:known], styles, args.seed))
     cache = Path(args.data) / f"latents-{zlib.crc32(made_of.encode()):08x}.pt"
     if not cache.is_file():
         latents = encode_variants(pictures, rows, vae, styles, args.seed)
@@ -242,15 +212,6 @@ def held_out_losses(loss_of, examples: Examples) -> dict[str, float]:
     return losses
 
 
-def sample_prompts(examples: Examples) -> list[str]:
-    """16 validation prompts, 8 of them in every set, 16 spread over the other known captions, 8 held-out captions."""
-    others = [caption for caption in examples.captions[: examples.known] if caption not in VALIDATION_PROMPTS]
-    sets = dict.fromkeys(examples.sets) if len(set(examples.sets)) > 1 else ()
-    in_sets = [styled_caption(caption, of=name) for name in sets for caption in VALIDATION_PROMPTS[:8]]
-    spread = others[:: max(1, len(others) // 16)][:16]
-    return [*VALIDATION_PROMPTS, *in_sets, *spread, *examples.captions[examples.known :][:8]]
-
-
 def new_optimizer(parameters: list, args: argparse.Namespace) -> tuple:
     """AdamW, with a learning rate that warms up over 300 steps and falls to zero over the cooldown."""
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -278,13 +239,9 @@ def report(
     judged: tuple[Callable, Examples],
     args: argparse.Namespace,
 ) -> None:
-    """Writes the losses of a step and, now and then, samples; the pipeline as well after the last step."""
-    output, examples = Path(args.output), judged[1]
+    """Writes the losses of a step; the pipeline as well after the last step."""
+    output = Path(args.output)
     losses = {"train": sum(recent) / len(recent), **held_out_losses(*judged)}
-    if step % (4 * args.report_every) == 0 or step == args.steps:
-        sheet = contact_sheet(draw(pipeline, sample_prompts(examples)))
-        (output / "samples").mkdir(exist_ok=True)
-        sheet.save(output / "samples" / f"{step:06}.png")
     if step == args.steps:
         save_pipeline(pipeline, output / "pipeline")
     with (output / "loss.jsonl").open("a", encoding="utf-8") as log:

@@ -213,7 +213,7 @@ def test_images_that_metadata_does_not_list_are_counted(brief_flags, tmp_path):
     layout = "jsonl"
     folder = image_folder(tmp_path / "p", 5, layout=layout)
     metadata = folder / f"metadata.{layout}"
-    metadata.write_text("\n".join(metadata.read_text().splitlines()[: 0 + 3]))
+    metadata.write_text("\n".join(metadata.read_text().splitlines()[:3]))
     lines = printed(*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
     assert "2 images" in only(lines, metadata.name)
 

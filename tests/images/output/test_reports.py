@@ -72,7 +72,7 @@ def test_a_loss_is_read_in_the_next_step_or_before_it_is_saved(brief_flags, tmp_
 @pytest.mark.exhaustive
 def test_a_loss_that_is_not_finite_is_named_and_not_saved(brief_flags, tmp_path, capsys, steps):
     steps(lambda step, loss: loss * float("nan") if step == 2 else loss)
-    flags = [*brief_flags, "--max_train_steps", "5", "--checkpointing_steps", str(2)]
+    flags = [*brief_flags, "--max_train_steps", "5", "--checkpointing_steps", "2"]
     line = failed(capsys, *flags, "--output_dir", tmp_path / "out")
     assert "loss nan at step 2; start in another --output_dir with a lower --learning_rate" in line
     assert "intact" not in line
