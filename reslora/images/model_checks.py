@@ -72,7 +72,7 @@ def check_base_precision(options: ModelOptions, dtype: torch.dtype, accelerator:
         raise InvalidArgument(argument, problem, "give another precision, or leave it out") from None
 
 
-def check_blocks_to_swap(options: ModelOptions, model: Model, accelerator: Accelerator) -> None:
+def check_blocks_to_swap(options: ModelOptions, model: Model, context: ImageContext) -> None:
     """Raise `InvalidArgument` for more --blocks_to_swap than the denoiser has.
 
     On a CPU, print that the option has no effect.
@@ -83,8 +83,8 @@ def check_blocks_to_swap(options: ModelOptions, model: Model, accelerator: Accel
     if options.blocks_to_swap > known:
         problem = f"the {model.family.denoiser} of {model.family.name} has {known} blocks"
         raise InvalidArgument(argument, problem, f"give {known} or fewer")
-    if accelerator.device.type == "cpu":
-        accelerator.print(f"{argument}: saves no memory, because there is no GPU")
+    if context.accelerator.device.type == "cpu":
+        context.print_once(f"{argument}: saves no memory, because there is no GPU")
 
 
 def check_pipeline(
@@ -256,7 +256,7 @@ def check_encoders(pipeline: DiffusionPipeline, context: ImageContext) -> None:
         stays = [name for name in family.frozen_text_parts if name.startswith("text_encoder")]
         trains = " and ".join(part.name for part in context.encoders)
         left = f"; {', '.join(stays)} stays as it is" if stays else ""
-        context.accelerator.print(f"--train_text_encoder: {trains} in addition to the {family.denoiser}{left}")
+        context.print_once(f"--train_text_encoder: {trains} in addition to the {family.denoiser}{left}")
 
 
 def check_learning_rates(pipeline: DiffusionPipeline, context: ImageContext) -> None:

@@ -4,7 +4,7 @@ from ..experiment.schedule import ArmSchedule
 from ..formatting import pluralize
 from ..options.grid import Grid
 from ..options.images import Options
-from ..runtime.processes import on_all, say
+from ..runtime.processes import broadcast_from_main, on_all, say
 from ..runtime.signals import StopRequest
 from .accelerator import start_accelerator
 from .data.folders import load_folders
@@ -30,7 +30,7 @@ def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
         accelerator = start_accelerator(options)
     images = on_all(lambda: load_folders(options.model, options.data, options.training, options.output))
     context = resolve_context(options, accelerator, stop)
-    check_before_loading(images, context)
+    broadcast_from_main(lambda: check_before_loading(images, context))
     if isinstance(asked, Grid):
         with stop.at_once():
             time_first_steps(asked, images, context)

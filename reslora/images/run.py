@@ -1,8 +1,6 @@
 """A run: options -> model -> images -> encoded data -> samples -> each method trained and exported -> figures."""
 
 import contextlib
-import dataclasses
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,14 +16,14 @@ from ..runtime.folder_lock import locked
 from ..runtime.processes import all_gather, broadcast_from_main, on_all
 from ..runtime.signals import NOT_BEGUN, StopRequest
 from ..runtime.status import Status
-from ..training.checkpoints import OF_CLASS, Identity, check_length, plan_resume
+from ..training.checkpoints import OF_CLASS, Identity, Resume, check_length, plan_resume
 from ..training.loop import train_method
 from ..training.sharding import cuts_base, units_of
 from ..training.state import check_optimizer
 from ..training.trackers import note_settings, start_trackers
 from .accelerator import start_accelerator
 from .context import ImageContext
-from .data.class_images import load_class_images, missing_class_images
+from .data.class_images import generate_missing, load_class_images, missing_class_images
 from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
 from .data.samples import TrainingData
@@ -33,7 +31,7 @@ from .data.training_data import load_training_data, note_images, print_folder_co
 from .initial_lora import read_start, with_start
 from .memory.components import outline
 from .memory.plan import check_memory
-from .model.loading import find_model
+from .model.loading import Model, find_model
 from .model.lora_files.reducing import in_short
 from .model.objective import Objective, objective_of
 from .model_checks import (
@@ -61,27 +59,11 @@ def run(options: Options, stop: StopRequest) -> None:
     """Train, merge and export every method of the options, and write figures and a summary."""
     with contextlib.ExitStack() as stack:
         kinds, context, identity = begin(options, stop, stack, lambda: check_folder(options))
-        resume = broadcast_from_main(lambda: plan_resume(context.options, identity))
-        for line in resume.notes:
-            context.accelerator.print(line)
-        if resume.finished == context.options.adapter.method and broadcast_from_main(
-            (context.folder / FINISHED).is_file
-        ):
-            broadcast_from_main(lambda: show(context))
+        resume = broadcast_from_main(lambda: make_plan(kinds, context, identity))
+        if resume is None:
             return
-        if context.options.output.push_to_hub:
-            broadcast_from_main(lambda: check_upload(context.options.output))
-        check_before_loading(kinds, context)
-        resuming = bool(resume.finished or any(resume.checkpoints.values()))
-        pipeline, training_data = encode(kinds, context, resuming)
-        print_large_batch(training_data, context)
-        print_folder_counts(training_data, context)
-        free_encoder(pipeline, context)
-        schedule = schedule_of(training_data.updates(context.accelerator.num_processes), context)
-        broadcast_from_main(lambda: check_length(context.options, resume, schedule.steps))
-        check_averages(context.options, schedule.steps)
-        note_settings(context.options, steps_of(schedule), context.accelerator)
-        study = ImageStudy(schedule, identity, context, pipeline, training_data)
+        pipeline, training_data = prepare(kinds, context, resume)
+        study = build(pipeline, training_data, context, identity, resume)
         for method in context.options.adapter.method:
             if method not in resume.finished:
                 train_method(method, resume, study)
@@ -114,6 +96,45 @@ def begin(
     return kinds, context, identity_of(kinds, context)
 
 
+def make_plan(kinds: Sequence[ImageDataset], context: ImageContext, identity: Identity) -> Resume | None:
+    """Return what is left to train, after all checks that need no weights; None for a run that is finished.
+
+    Only the main process calls this, and broadcasts the result.
+    """
+    resume = plan_resume(context.options, identity)
+    for line in resume.notes:
+        context.accelerator.print(line)
+    if resume.finished == context.options.adapter.method and (context.folder / FINISHED).is_file():
+        show(context)
+        return None
+    if context.options.output.push_to_hub:
+        check_upload(context.options.output)
+    check_before_loading(kinds, context)
+    return resume
+
+
+def prepare(
+    kinds: Sequence[ImageDataset], context: ImageContext, resume: Resume
+) -> tuple[DiffusionPipeline, TrainingData]:
+    """Return the pipeline, with what samples need of it, and the encoded images and captions."""
+    pipeline, training_data = encode(kinds, context, resume.resuming)
+    print_large_batch(training_data, context)
+    print_folder_counts(training_data, context)
+    free_encoder(pipeline, context)
+    return pipeline, training_data
+
+
+def build(
+    pipeline: DiffusionPipeline, training_data: TrainingData, context: ImageContext, identity: Identity, resume: Resume
+) -> ImageStudy:
+    """Return the study of the run, whose length is now known."""
+    schedule = schedule_of(training_data.updates(context.accelerator.num_processes), context)
+    check_length(context.options, resume, schedule.steps)
+    check_averages(context.options, schedule.steps)
+    note_settings(context.options, steps_of(schedule), context.accelerator)
+    return ImageStudy(schedule, identity, context, pipeline, training_data)
+
+
 def encode(
     kinds: Sequence[ImageDataset], context: ImageContext, resuming: bool, track: bool = True
 ) -> tuple[DiffusionPipeline, TrainingData]:
@@ -133,35 +154,35 @@ def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> t
     """Return the training images, followed by the class images if there are any, and the context."""
     images = on_all(lambda: load_folders(options.model, options.data, options.training, options.output))
     context = resolve_context(options, accelerator, stop)
-    if broadcast_from_main(lambda: missing_class_images(context.options.data, context.options.output)):
-        # Generating class images takes minutes, so all checks run before it. They run again afterwards and print their
-        # notes only then.
-        told, unheard = io.StringIO(), dataclasses.replace(context)
-        try:
-            with contextlib.redirect_stdout(told):
-                check_before_loading(images, unheard)
-                on_all(lambda: load_and_check(unheard))
-        except Exception:
-            print(told.getvalue(), end="", flush=True)  # the suppressed notes may explain the error
-            raise
-    return [*images, *load_class_images(context)], context
+
+    def generate() -> None:
+        """Generate missing class images. This takes minutes, so all checks of the run are made before it."""
+        if missing_class_images(context.options.data, context.options.output):
+            check_before_loading(images, context)
+            load_and_check(context)
+            generate_missing(context)
+
+    broadcast_from_main(generate)
+    return [*images, *on_all(lambda: load_class_images(context.options))], context
 
 
 def resolve_context(options: Options, accelerator: Accelerator, stop: StopRequest) -> ImageContext:
-    """Return the context: the model, and the options with all defaults resolved.
-
-    This resolves the options whose defaults depend on the model or on accelerate.
-    """
+    """Return the context: the model, and the options with all defaults resolved."""
     model = find_model(options.model, options.output, accelerator)
+    return on_all(lambda: resolve_with(model, options, accelerator, stop))
+
+
+def resolve_with(model: Model, options: Options, accelerator: Accelerator, stop: StopRequest) -> ImageContext:
+    """Return the context; this resolves the options whose defaults depend on the model or on accelerate."""
     check_family(options.adapter, options.training, model)
     check_reads_references(options.data, options.training, options.validation, model)
     start = assistant = None
+    base = options.model.pretrained_model_name_or_path
     if file := options.model.assistant_lora:
-        base = options.model.pretrained_model_name_or_path
-        assistant = on_all(lambda: read_start(file, base, model, "assistant_lora"))
+        assistant = read_start(file, base, model, "assistant_lora")
         accelerator.print(f"--assistant_lora {file}: {in_short({'': assistant.layers})}; active in training only")
     if lora := options.adapter.init_lora:
-        start = on_all(lambda: read_start(lora, options.model.pretrained_model_name_or_path, model))
+        start = read_start(lora, base, model)
         options = with_start(options, start)
         accelerator.print(f"--init_lora {lora}: {in_short({'': start.layers})}")
     options = with_family(options.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
@@ -206,22 +227,20 @@ def identity_of(kinds: Sequence[ImageDataset], context: ImageContext) -> Identit
 
 
 def check_before_loading(kinds: Sequence[ImageDataset], context: ImageContext) -> None:
-    """Validate everything that needs no weights: methods, optimizers, and whether the memory is enough."""
+    """Validate everything that needs no weights: methods, optimizers, and whether the memory is enough.
+
+    Only the main process calls this. A line that was printed before is not printed again.
+    """
     options, model, accelerator = context.options, context.model, context.accelerator
-
-    def check_options() -> None:
-        """Validate the options that affect the model, on all processes."""
-        check_held_out(kinds, context)
-        check_base_precision(options.model, context.dtype, accelerator)
-        check_blocks_to_swap(options.model, model, accelerator)
-        check_pipeline(options.data, options.validation, outline(model), model.family)
-        check_methods(options.adapter, options.training, context)
-        if cuts_base(accelerator):
-            units_of(model.empty_denoiser(), accelerator)
-        check_optimizer(context)
-
-    on_all(check_options)
-    broadcast_from_main(lambda: check_memory(kinds, context))
+    check_held_out(kinds, context)
+    check_base_precision(options.model, context.dtype, accelerator)
+    check_blocks_to_swap(options.model, model, context)
+    check_pipeline(options.data, options.validation, outline(model), model.family)
+    check_methods(options.adapter, options.training, context)
+    if cuts_base(accelerator):
+        units_of(model.empty_denoiser(), accelerator)
+    check_optimizer(context)
+    check_memory(kinds, context)
 
 
 def load_and_check(context: ImageContext) -> tuple[DiffusionPipeline, Objective]:

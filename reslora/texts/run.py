@@ -1,6 +1,7 @@
 """A single run of a language script: options -> examples -> model -> training -> merges -> files."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -20,13 +21,13 @@ from ..options.texts import T, TextOptions, TrainingOptions
 from ..options.unused import report_unread_by_methods, report_unused
 from ..options.values import as_typed
 from ..runtime.folder_lock import locked
-from ..runtime.processes import broadcast_from_main, stop_requested
+from ..runtime.processes import broadcast_from_main, say, stop_requested
 from ..runtime.script import shares_the_cpu
 from ..runtime.signals import NOT_BEGUN, StopRequest
 from ..runtime.status import Status
 from ..seeds import derive
 from ..training.accelerator import new_accelerator, tracker_of
-from ..training.checkpoints import check_length, plan_resume
+from ..training.checkpoints import Resume, check_length, plan_resume
 from ..training.context import Context
 from ..training.loop import train_method
 from ..training.state import check_optimizer
@@ -40,30 +41,36 @@ def run(texts: Texts, options: T, stop: StopRequest) -> None:
     """Train, merge and export the method of the options."""
     report_unread_by_methods(options)
     report_unused(options)
+    (method,) = options.adapter.method
     with contextlib.ExitStack() as stack:
         context = begin(options, stop, stack, lambda: check_folder(options))
         texts.read(options)
         identity = identity_of(texts, options)
         resume = broadcast_from_main(lambda: plan_resume(options, identity, files=texts.files(options)))
         for line in resume.notes:
-            context.accelerator.print(line)
-        (method,) = options.adapter.method
+            say(line)
         if method in resume.finished:
-            context.accelerator.print(f"{context.folder} contains this run, which is finished; nothing to do")
+            say(f"{context.folder} contains this run, which is finished; nothing to do")
             return
-        schedule, resolved = schedule_of(plan_of(texts, options, context.accelerator).updates, options)
-        context = Context(resolved, texts, context.accelerator, stop, status=context.status)
-        with torch.device("meta"):  # before anything is written
-            config_for(texts.empty(resolved), resolved.adapter, schedule.steps, texts.classifier or None)
-        check_optimizer(context)
-        check_averages(resolved, schedule.steps)
-        broadcast_from_main(lambda: check_length(options, resume, schedule.steps))
-        start_trackers(context, "reslora", wandb={"name": options.output.run_name})
-        note_settings(resolved, {}, context.accelerator)
+        study = build(texts, options, context, identity, resume)
         if stop_requested(stop):
             raise Stopped(NOT_BEGUN)
-        train_method(method, resume, TextStudy(schedule, identity, context, texts))
+        train_method(method, resume, study)
         context.accelerator.end_training()
+
+
+def build(texts: Texts, options: T, context: Context, identity: Identity, resume: Resume) -> TextStudy:
+    """Return the study of the run, after all checks that need its length."""
+    schedule, resolved = schedule_of(plan_of(texts, options, context.accelerator).updates, options)
+    context = dataclasses.replace(context, options=resolved, model=texts)
+    with torch.device("meta"):  # before anything is written
+        config_for(texts.empty(resolved), resolved.adapter, schedule.steps, texts.classifier or None)
+    check_optimizer(context)
+    check_averages(resolved, schedule.steps)
+    check_length(options, resume, schedule.steps)
+    start_trackers(context, "reslora", wandb={"name": options.output.run_name})
+    note_settings(resolved, {}, context.accelerator)
+    return TextStudy(schedule, identity, context, texts)
 
 
 def begin(

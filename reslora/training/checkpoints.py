@@ -100,6 +100,13 @@ class Resume:
     """Checkpoints of each method, in the order in which to try them; empty for a method that starts from zero."""
     notes: list[str] = field(default_factory=list)
     """Lines to print about options that have no effect on finished methods."""
+    records: dict[str, dict] = field(default_factory=dict)
+    """The record of each unfinished method's first checkpoint."""
+
+    @property
+    def resuming(self) -> bool:
+        """Whether anything was trained before."""
+        return bool(self.finished or any(self.checkpoints.values()))
 
 
 def plan_resume(
@@ -134,7 +141,8 @@ def plan_resume(
     for method in todo:
         if not checkpoints[method]:
             refuse_afresh(output, folders[method], finished=(folders[method] / EXPORTS).exists())
-    resume = Resume(finished, list(merge_anew), checkpoints, notes)
+    records = {method: read_checkpoint(checkpoints[method][0]) for method in todo if checkpoints[method]}
+    resume = Resume(finished, list(merge_anew), checkpoints, notes, records)
     if options.training.max_train_steps:
         check_length(options, resume, options.training.max_train_steps)
     return resume
@@ -173,9 +181,8 @@ def already_trained(
 
 def check_length(options: TrainOptions, resume: Resume, steps: int) -> None:
     """Raise `InvalidArgument` if an unfinished method was already trained for more than `steps` steps."""
-    for method, found in resume.checkpoints.items():
-        if found and method not in resume.finished:
-            refuse_fewer(options, found[0], read_checkpoint(found[0]), steps)
+    for method, record in resume.records.items():
+        refuse_fewer(options, resume.checkpoints[method][0], record, steps)
 
 
 def refuse_fewer(options: TrainOptions, place: Path, record: dict, steps: int) -> None:

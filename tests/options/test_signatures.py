@@ -16,7 +16,8 @@ SEE_ALL = {
     # a run, which resumes with the same options or is refused
     "reslora/images/context.py": "ImageContext",
     "reslora/images/accelerator.py": "start_accelerator",
-    "reslora/images/run.py": "run begin find_all resolve_context check_folder",
+    "reslora/images/run.py": "run begin find_all resolve_context resolve_with check_folder",
+    "reslora/images/data/class_images.py": "load_class_images",
     "reslora/images/planning.py": "show_plan",
     "reslora/training/checkpoints.py": "settings_of check_past past_of",
     "reslora/training/trackers.py": "note_settings",

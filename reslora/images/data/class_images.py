@@ -21,9 +21,9 @@ from ...checks import check_writable
 from ...errors import InvalidArgument, RunFailed
 from ...formatting import pluralize
 from ...io import replacing
-from ...options.images import DataOptions, OutputOptions
+from ...options.images import DataOptions, Options, OutputOptions
 from ...runtime.folder_lock import guarded
-from ...runtime.processes import LONGEST_WAIT, broadcast_from_main, on_all
+from ...runtime.processes import LONGEST_WAIT
 from ...runtime.signals import NOT_BEGUN
 from ..context import ImageContext
 from ..generators import derive
@@ -38,19 +38,15 @@ LOCK = "class images"  # a path in the folder to lock; the folder's own lock may
 PAUSE = timedelta(seconds=1)  # between two attempts to get the lock
 
 
-def load_class_images(context: ImageContext) -> list[ImageDataset]:
-    """Return the images in --class_data_dir, after generating missing ones; [] without the option."""
-    options = context.options
+def load_class_images(options: Options) -> list[ImageDataset]:
+    """Return the images in --class_data_dir; [] without the option."""
     if options.data.class_data_dir is None:
         return []
-    broadcast_from_main(lambda: generate_missing(context))
     here = options.replace(
         train_data_dir=options.data.class_data_dir, train_data_repeats=[1], train_data_weight=[1.0],
         dataset_name=None, max_train_samples=None,
     )  # fmt: skip
-    found = on_all(
-        lambda: load_folders(here.model, here.data, here.training, here.output, caption=options.data.class_prompt)
-    )
+    found = load_folders(here.model, here.data, here.training, here.output, caption=options.data.class_prompt)
     return [dataclasses.replace(images, of_class=True) for images in found]
 
 

@@ -37,7 +37,7 @@ from ...options.option import in_words
 from ...options.unused import is_read
 from ...runtime.checkpoint_folders import ADAPTERS, EXPORTS, checkpoints_of
 from ...runtime.folder_lock import locked
-from ...runtime.processes import broadcast_from_main, on_all
+from ...runtime.processes import broadcast_from_main
 from ...runtime.sample_folders import by_step
 from ...runtime.signals import StopRequest
 from ...runtime.status import Status
@@ -92,21 +92,31 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
             context = dataclasses.replace(context, status=Status())
         # any of its arms may train the text encoders
         widest = with_options(context, train_text_encoder=any(asked.values("train_text_encoder")))
-        if not orders:
-            broadcast_from_main(lambda: check_folder(asked, identity))
+
+        def check_all() -> None:
+            """Check the folder, and everything that needs no weights."""
+            check_folder(asked, identity)
             largest = max(asked.values("train_batch_size"))
             check_before_loading(kinds, with_options(widest, train_batch_size=largest))
-        check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), plain.data)
-        on_all(lambda: check_variants(asked, context))
+            check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), plain.data)
+            check_variants(asked, context)
+
+        if not orders:
+            broadcast_from_main(check_all)
         alone, resuming = (plain.experiment.arms_at_once or 1) == 1, (folder / EXPERIMENT).exists()
         pipeline, training_data = encode(kinds, widest, resuming, track=bool(orders) or alone)
         for each in asked.variants():
             objective_of(each.model, each.training, context.model.family, pipeline)
-        parts = broadcast_from_main(
-            lambda: parts_of(training_images(training_data.sources), plain.data, plain.validation, plain.experiment)
-        )
-        content = content_of(parts, training_images(training_data.sources))
-        broadcast_from_main(lambda: check_same(asked, identity, content))
+        images = training_images(training_data.sources)
+
+        def split() -> tuple[Parts, str]:
+            """Return the split and its hash, which an earlier part of the experiment must have had."""
+            parts = parts_of(images, plain.data, plain.validation, plain.experiment)
+            content = content_of(parts, images)
+            check_same(asked, identity, content)
+            return parts, content
+
+        parts, content = broadcast_from_main(split)
         processes = context.accelerator.num_processes
         training_data = with_parts(training_data, parts, processes)
         print_large_batch(training_data, context)
@@ -114,10 +124,11 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         variants = {data_key(options): options for options in asked.runs("seed", *ENCODED)}
         data_of = {key: data_of_variant(training_data, options, pipeline, context) for key, options in variants.items()}
         free_encoder(pipeline, context)
-        racing = broadcast_from_main(lambda: ArmSchedule(asked).is_race)
         schedule = schedule_of(training_data.updates(processes), context)
         if not plain.validation.validation_steps:
-            before = broadcast_from_main(lambda: there_of(folder).get("validation_steps"))
+            racing, before = broadcast_from_main(
+                lambda: (ArmSchedule(asked).is_race, there_of(folder).get("validation_steps"))
+            )
             samples = len(parts.select) * TIMESTEPS * SELECT_NOISES
             schedule = with_default_evaluations(schedule, plain.training, racing, samples, before)
         check_evaluations(asked, schedule.steps, schedule.validation_steps, "--validation_steps")

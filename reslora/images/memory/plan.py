@@ -115,9 +115,9 @@ def check_memory(kinds: Sequence[ImageDataset], context: ImageContext) -> None:
         reason = f"this model cannot be run without weights ({first_line(error)})"
         if asked:
             raise InvalidArgument("--plan", reason, "leave it out") from None
-        print(f"the memory is not estimated: {reason}", flush=True)
+        context.print_once(f"the memory is not estimated: {reason}")
         return
-    print(plan, flush=True)
+    context.print_once(str(plan))
     refuse(plan, kinds, context)
 
 
