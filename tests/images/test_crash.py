@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from images.conftest import STEPS
 from images.runs import HALF, RESUME, Watcher, assert_same, final_weights, losses, training_state
-from reslora.runtime.checkpoint_folders import step_of
-from reslora.training.checkpoints import checkpoints_of
+from reslora.runtime.checkpoint_folders import checkpoints_of, step_of
 
 pytestmark = pytest.mark.exhaustive
 
