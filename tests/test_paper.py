@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pipelines
 import pytest
+import torch
 
 import train_llm
 import train_sd
+from reslora.regression import RIDGE
 from reslora.runtime.signals import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +75,9 @@ def test_language_training_is_kept_with_its_merges_and_calibrations(tmp_path, mo
     assert list(found["calibration"]) == ["8", "32", "128", "128 of gsm8k"]
     # The run's own merge read all of the 18 examples as well, which is what 32 and 128 come to here.
     losses = [found["calibration"][count] for count in ("32", "128")]
-    assert losses == pytest.approx([found["table"]["lstsq"]["loss"]] * 2, rel=1e-5)
+    # The fit divides the rounding of float32 by its ridge, and examples may be summed in other batches.
+    rounding = 10 * torch.finfo(torch.float32).eps / RIDGE
+    assert losses == pytest.approx([found["table"]["lstsq"]["loss"]] * 2, rel=rounding)
     assert len(found["norms"]) == 10 and paper.training("svamp", "ms(4)", 1e-2, 0, None) == found
 
 
