@@ -147,14 +147,14 @@ def closed_form(width: int, out: int, rank: int, device: str) -> dict[str, dict[
     found = {}
     for method, shortcut in (("weights", "input"), ("exact", "block")):
         cls = shortcut_class(shortcut)
+        down = [torch.randn(rank, width, device=device) for _ in range(REACH + 1)]
         chain = [
             merging.Factors(
-                name=str(n), a=torch.randn(rank, width, device=device), b=torch.randn(out, rank, device=device),
-                scaling=1.0, weight=lambda: weight,
+                name=str(n), a=down[n], b=torch.randn(out, rank, device=device), scaling=1.0, weight=lambda: weight,
+                before=before, parts=cls.parts(down, n, before), alpha_of_head=1.0,
             )
-            for n in range(REACH + 1)
+            for n, before in enumerate(before_each(len(down), cls.reach(REACH)))
         ]  # fmt: skip
-        cls.relate(chain, before_each(len(chain), cls.reach(REACH)), "repeat")
         with LiveTensors() as live:
             taken = seconds(lambda cls=cls, method=method, chain=chain: cls.merges[method](chain), device)
         found[method] = {"seconds": taken / len(chain), "bytes": live.peak}

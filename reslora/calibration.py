@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .errors import first_line
-from .merging import Factors, Merged
+from .merging import Factors, Merged, Moments
 from .regression import Inputs
 from .shortcuts.base import Shortcut, rows
 from .shortcuts.shared import version_of
@@ -27,13 +27,7 @@ the adapter's size, are not counted.
 class Calibrator:
     """Record the `Moments` of every block while the unmerged model runs on the calibration batches."""
 
-    def __init__(
-        self,
-        plan: list[list[Factors]],
-        merged: list[list[Merged]] | None,
-        shortcut: type[Shortcut],
-        needs_moments: bool,
-    ) -> None:
+    def __init__(self, plan: list[list[Factors]], merged: list[list[Merged]] | None, needs_moments: bool) -> None:
         """Prepare the calibration of the blocks of all chains in `plan`.
 
         `merged` holds the results of a merge that needs no calibration; the calibration then measures the error of that
@@ -42,7 +36,7 @@ class Calibrator:
         self.blocks = {block.name: block for chain in plan for block in chain}
         results = [None] * len(self.blocks) if merged is None else [result for chain in merged for result in chain]
         self.merged = dict(zip(self.blocks, results, strict=True))
-        self.shortcut, self.needs_moments = shortcut, needs_moments
+        self.needs_moments = needs_moments
         self.waiting = dict.fromkeys(self.blocks)
         """Names of the blocks whose moments have not been recorded yet."""
         self.leaders: dict[str, str] = {}
@@ -104,17 +98,13 @@ class Calibrator:
                 handle.remove()
 
     def __call__(self, variant: Shortcut, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
-        """Record one forward pass of a block.
-
-        `x` is the block's input, `own` its own `A x`, and `handed` the shortcut terms (None for a head). For
-        block-shortcuts, `own` and `handed` are the stacked A and the stacked B.
-        """
+        """Record one forward pass of a block; see `Wires.observer`."""
         name, entered, self.entered = variant.name, self.entered, None
         if name not in self.waiting:
             return
         with torch.autocast(x.device.type, enabled=False):
             block = self.blocks[name]
-            block.moments = block.moments or self.shortcut.moments(block, self.merged[name], self.needs_moments)
+            block.moments = block.moments or Moments.of(block, self.merged[name], self.needs_moments)
             tokens = rows(x)
             tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
             if self.needs_moments and block.moments.stand_in is not None:

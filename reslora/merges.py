@@ -38,7 +38,7 @@ class Merge:
 MERGES = {
     "none": Merge("merge_none"),
     "input": Merge("merge_input", needs_norms=True),
-    "weights": Merge("merge_weights"),
+    "weights": Merge("merge_weights_input"),
     "lstsq": Merge("merge_lstsq", needs_moments=True),
 }
 """Merge methods by name; a shortcut may define others (`reslora.shortcuts`)."""

@@ -37,8 +37,6 @@ class Factors:
     """Matrices (r x p) that multiply x_{n-1}, x_{n-2}, ...: A_n (`input`), or A_{n-1}, A_{n-2}, ... (`middle`)."""
     alpha_of_head: float = 0.0
     """alpha* of the block if it is a head: 1 if a head repeats its input (x_{n-1} := x_n), else 0."""
-    fold: Callable[[Factors, list[float]], Merged] | None = None
-    """Function that returns a block as plain LoRA, given the alphas in `x_{n-k} ~ alpha_{n-k} x_n`."""
 
     def stand_in(self) -> torch.Tensor:
         """Return S, the sum of `parts` (r x p): S x are the shortcut terms if all blocks have the same input x."""
@@ -85,6 +83,18 @@ class Moments:
     rows: int = 0
     output: float = 0.0
     miss: float = 0.0
+
+    @classmethod
+    def of(cls, block: Factors, merged: Merged | None, fits: bool) -> Moments:
+        """Create the moments of a block, for a fit of the gap if `fits`, else for the error of `merged`.
+
+        `merged` is None if the merge needs the norms that the calibration measures.
+        """
+        if not block.parts:
+            return cls()
+        if fits:
+            return cls(block.stand_in())
+        return cls(merged.a - block.a if merged is not None and merged.a is not block.a else None)
 
     def add(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None, norm: torch.Tensor) -> None:
         """Add the moments of one forward pass with the input `x` (T x p).
@@ -169,14 +179,35 @@ def merge_input(chain: list[Factors]) -> list[Merged]:
     return merged
 
 
-def merge_weights(chain: list[Factors]) -> list[Merged]:
+def merge_weights_input(chain: list[Factors]) -> list[Merged]:
+    """Return A_n and `B_n (1 + alpha*)` of each block n, with alphas from the norms of merged weights (Eqs. 10-11)."""
+
+    def fold(block: Factors, alphas: list[float]) -> Merged:
+        return block.scaled(alphas[0] if alphas else block.alpha_of_head)
+
+    return _front_to_back(chain, fold)
+
+
+def merge_weights_middle(chain: list[Factors]) -> list[Merged]:
+    """Return `A_n + sum_k alpha_{n-k} A_{n-k}` and B_n of each block n, with alphas from merged weights (Eq. 13).
+
+    The alphas are those of Eq. 11, which the paper defines for the shortcut `input`. The paper's formula for `middle`
+    (under Eq. 13) needs f*_n, which is known only after block n is merged.
+    """
+
+    def fold(block: Factors, alphas: list[float]) -> Merged:
+        terms = [alpha * part.to(block.a) for alpha, part in zip(alphas, block.parts, strict=True)]
+        return Merged(block.a + sum(terms) if terms else block.a, block.b, alphas)
+
+    return _front_to_back(chain, fold)
+
+
+def _front_to_back(chain: list[Factors], fold: Callable[[Factors, list[float]], Merged]) -> list[Merged]:
     """Merge a chain from its first block to its last, with alphas from the norms of merged weights (merge_bw).
 
     Let f*_j be the Frobenius norm of the *merged* weight of block j. The approximation `x_{n-k} ~ alpha_{n-k} x_n`
-    uses `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}` (Eqs. 10-11). If the chain has no block n-k-1, alpha_{n-k} is 1.
-
-    The paper defines this ratio for the shortcut `input`. It is used for `middle` too, because the paper's formula for
-    `middle` (under Eq. 13) needs f*_n, which is known only after block n is merged.
+    uses `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}` (Eqs. 10-11). If the chain has no block n-k-1, alpha_{n-k} is 1. `fold`
+    returns a block as plain LoRA, given these alphas for k = 1..m; a head has none.
 
     Raises `ValueError` for a frozen weight with NaN or infinity.
     """
@@ -185,7 +216,7 @@ def merge_weights(chain: list[Factors]) -> list[Merged]:
     for block in chain:
         ratios = [_ratio(norms[k - 1], norms[block.before[0]]) if k > 0 else 1.0 for k in block.before]
         used = {k - 1 for k in block.before if k > 0} | {k for k in block.before[:1] if k > 0}
-        result = block.fold(block, ratios)
+        result = fold(block, ratios)
         result.notes += tuple(_zero_norm(chain[j]) for j in sorted(used) if norms[j] == 0)
         merged.append(result)
         weight = block.weight()
@@ -265,8 +296,11 @@ def relative_error(block: Factors, merged: Merged) -> float:
     """Return `|merged - unmerged| / |unmerged LoRA output|` on the calibration batches, from the block's moments.
 
     Both outputs are B times an r-wide vector, so each squared norm is the trace of moments times the Gram matrix of B.
+    `Moments.measure` measures the outputs themselves for a merge with another rank.
     """
     moments = block.moments
+    if moments.output:
+        return (moments.miss / moments.output) ** 0.5
     if isinstance(moments.handed_handed, float):
         return 0.0  # no shortcut term is added here, or the merge is exact
     b = _precise(block.b)

@@ -21,7 +21,7 @@ from .checks import is_whole
 from .config import ResLoraConfig
 from .formatting import pluralize
 from .merges import Merge
-from .merging import Factors, Merged
+from .merging import Factors, Merged, relative_error
 from .shortcuts import shortcut_class
 from .wiring import Connection, attach_wires, connected, connection_of
 
@@ -240,7 +240,7 @@ def merge(
         written: dict[LoraLayer, Merged] = {}
         for chain, chain_factors, results in zip(connection.chains, plan, merged, strict=False):
             for block, factors, result in zip(chain, chain_factors, results, strict=True):
-                error = None if calibration is None else connection.shortcut.error(factors, result)
+                error = None if calibration is None else relative_error(factors, result)
                 blocks.append(BlockReport(block.name, block.role, result.alpha, result.a.shape[0], error))
                 written[layers[block.name]] = ranks.prepared(layers[block.name], result, adapter_name)
                 notes += result.notes
@@ -270,7 +270,12 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
         return "none"
     means = connection.wires.norms.means().values()
     recorded = bool(means) and all(map(math.isfinite, means))
-    resolved = shortcut.resolve(name, calibration is not None, recorded)
+    if "exact" in shortcut.merges:
+        resolved = "exact"
+    elif name == merges.AUTO:
+        resolved = "lstsq" if calibration is not None else "input" if recorded else "weights"
+    else:
+        resolved = name
     row = shortcut.merges[resolved]
     if name == merges.AUTO and calibration is None and any(each.needs_moments for each in shortcut.merges.values()):
         message = f"merging by {resolved!r} because calibration= is missing; the more accurate 'lstsq' needs it"
@@ -308,20 +313,21 @@ def _check_factors(layers: dict[str, LoraLayer], connection: Connection) -> None
 
 
 def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) -> list[Factors]:
-    adapter = connection.adapter_name
-    before = before_each(len(chain), connection.config.reach)
-    found = [
+    adapter, config, shortcut = connection.adapter_name, connection.config, connection.shortcut
+    down = [layers[block.name].lora_A[adapter].weight.detach() for block in chain]
+    return [
         Factors(
             name=block.name,
-            a=layers[block.name].lora_A[adapter].weight.detach(),
+            a=down[n],
             b=layers[block.name].lora_B[adapter].weight.detach(),
             scaling=layers[block.name].scaling[adapter],
             weight=functools.partial(base_weight, layers[block.name]),
+            before=before,
+            parts=shortcut.parts(down, n, before),
+            alpha_of_head=float(shortcut.repeats_heads and config.head == "repeat"),
         )
-        for block in chain
+        for n, (block, before) in enumerate(zip(chain, before_each(len(chain), config.reach), strict=True))
     ]
-    connection.shortcut.relate(found, before, connection.config.head)
-    return found
 
 
 def base_weight(layer: LoraLayer) -> torch.Tensor:
@@ -344,7 +350,7 @@ def _merge_chains(
     merged = None if merge_chain.needs_norms or merge_chain.needs_moments else [merge_chain(chain) for chain in plan]
     notes: list[str] = []
     if calibration is not None:
-        calibrator = Calibrator(plan, merged, connection.shortcut, merge_chain.needs_moments)
+        calibrator = Calibrator(plan, merged, merge_chain.needs_moments)
         notes = calibrator.read(base, connection.wires, calibration)
     elif merge_chain.needs_norms:
         means = connection.wires.norms.means()

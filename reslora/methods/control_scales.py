@@ -14,7 +14,7 @@ from torch import nn
 from ..chains import base_model, lora_layers
 from ..config import ResLoraConfig
 from ..model import connect, disconnect
-from ..shortcuts.base import Shortcut, rows
+from ..shortcuts.base import Shortcut
 from ..tracing import evaluating
 from ..wiring import connected
 from .controls import DEFAULT, Settings
@@ -44,15 +44,10 @@ class Gauge:
     squares: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
 
     def __call__(self, variant: Shortcut, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
-        """Record one forward pass of a block: its input `x`, its own A x (`own`) and the shortcut terms (`handed`).
-
-        For the `block` shortcut, `own` and `handed` are the stacked A and the stacked B.
-        """
-        if variant.carries:
-            h = own if handed is None else own + handed
-        else:
-            h = rows(x) @ own.to(x).t()
-            own = h[:, : len(own) // (1 + len(variant.others()))]
+        """Record one forward pass of a block; see `Wires.observer`."""
+        h = own
+        if handed is not None:
+            h = own + handed if variant.carries else torch.cat([own, handed], dim=1)
         for place, value in enumerate((h, own)):
             dtype = torch.promote_types(value.dtype, torch.float32)
             self.squares[variant.name][place] += torch.linalg.vector_norm(value, dtype=dtype).item() ** 2

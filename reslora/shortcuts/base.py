@@ -20,8 +20,8 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
 from ..chains import Before
-from ..merges import AUTO, MERGES, Merge
-from ..merging import Factors, Merged, Moments, relative_error
+from ..merges import MERGES, Merge
+from ..merging import Factors, Merged
 from .shared import SharedProduct, autocasts, sharded, version_of
 from .state import State, Wires
 
@@ -69,6 +69,8 @@ class Shortcut(LoraVariant):
     """Whether blocks pass activations to later blocks and record norms, which needs a `State` for each forward pass."""
     raises_rank: ClassVar[bool] = False
     """Whether a merge raises the rank of blocks."""
+    repeats_heads: ClassVar[bool] = False
+    """Whether a head can add its own input again (`ResLoraConfig.head`)."""
     merges: ClassVar[Mapping[str, Merge]] = MERGES
     """The merge methods of this shortcut, by their names in the merge report."""
 
@@ -101,55 +103,26 @@ class Shortcut(LoraVariant):
         """Return the widths of the slices that `_products` returns: for the block's own A, then for `others`."""
         return (rank,) * (1 + len(self.others()))
 
-    # -- merging: used by the methods of `reslora.merging` -------------------------------------------------------------
+    # -- merging and calibration ---------------------------------------------------------------------------------------
 
     @classmethod
-    def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
-        """Return the merge method that the option `method` (not `none`) selects.
+    def parts(cls, chain: Sequence[torch.Tensor], n: int, before: Sequence[int]) -> Sequence[torch.Tensor]:
+        """Return the matrices (r x p) that multiply x_{n-1}, x_{n-2}, ... in the shortcut terms of block n.
 
-        `calibrated`: whether calibration batches are given. `recorded`: whether norms were recorded during training.
+        `chain` has the A of all blocks, and `before` the indices n-1, n-2, ... Empty if no such terms exist.
         """
-        if method == AUTO:
-            return "lstsq" if calibrated else "input" if recorded else "weights"
-        return method
-
-    @classmethod
-    def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
-        """Set the fields `before` and `fold` of every block of a chain; subclasses also set `parts`."""
-        for block, taken in zip(chain, before, strict=True):
-            block.before, block.fold = taken, cls.fold
-
-    @classmethod
-    def fold(cls, block: Factors, alphas: list[float]) -> Merged:
-        """Return `block` as plain LoRA, given `x_{n-k} ~ alphas[k-1] x_n` (Eqs. 10-11, 13); a head has no alphas."""
-        raise NotImplementedError
-
-    @classmethod
-    def moments(cls, block: Factors, merged: Merged | None, needs_moments: bool) -> Moments:
-        """Create the moments of a block, to which `measure` adds.
-
-        `merged`: the block's merge result, or None if the merge needs the calibration.
-        """
-        if needs_moments and block.before:
-            return Moments(block.stand_in())
-        changed = merged is not None and merged.a is not block.a
-        return Moments(merged.a - block.a if changed else None)
+        return ()
 
     def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
         """Add one forward pass to the block's moments.
 
-        `x` is the input (tokens x p), `own` is A_n x, and `handed` are the shortcut terms.
+        `x` is the input (tokens x p), `own` is A_n x, and `handed` are the shortcut terms (see `Wires.observer`).
         """
         block.moments.add(x, own, handed, torch.linalg.vector_norm(self.normed(x, own)))
 
     def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """Return the tensor whose norm is f_n: the block's input `x` (tokens x p), or its `A_n x_n` (tokens x r)."""
         return x
-
-    @classmethod
-    def error(cls, block: Factors, merged: Merged) -> float:
-        """Return `|merged - unmerged| / |unmerged LoRA output|` on the calibration batches."""
-        return relative_error(block, merged)
 
     # -- what PEFT calls -----------------------------------------------------------------------------------------------
 

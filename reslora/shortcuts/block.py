@@ -11,7 +11,7 @@ from torch import nn
 
 from ..chains import Before
 from ..merges import MERGES, Merge
-from ..merging import Factors, Merged, Moments
+from ..merging import Factors, Merged
 from .base import Shortcut, add_scaled, cast, inside_checkpoint, rows
 from .shared import autocasts
 from .state import State, Wires, refuse_replica
@@ -67,7 +67,9 @@ class BlockShortcut(Shortcut):
         state, scaling = self._sharing(), module.scaling[active_adapter]
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         if self.wires.observer is not None:
-            self.wires.observer(self, x, self._stack(lora_a, self.others(), x), self._stacked_b(lora_b, x))
+            (products,) = self._multiply(lora_a, rows(cast(x, lora_a.weight)))
+            own, *handed = products.split(lora_a.out_features, dim=1)
+            self._observe(x, own, torch.cat(handed, dim=1) if handed else None)
         if x.numel() // x.shape[-1] > self.most_rows:
             change = self._change(state, lora_a, lora_b, x)
             hidden = rows(module.lora_dropout[active_adapter](cast(x, lora_a.weight)))
@@ -123,33 +125,14 @@ class BlockShortcut(Shortcut):
         """Return one width, that of all A stacked: `[B_n, ..., B_{n-m}]` multiplies the complete product."""
         return ((1 + len(self.before)) * rank,)
 
-    @classmethod
-    def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
-        """Return `exact`, the only merge method besides `none`."""
-        return "exact"
-
-    @classmethod
-    def moments(cls, block: Factors, merged: Merged | None, needs_moments: bool) -> Moments:
-        """Create the block's moments without `stand_in`: the exact merge fits nothing."""
-        return Moments()
-
     def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
-        """Add one forward pass to the block's moments, with the error of the merge if the merge was truncated.
-
-        `x` is the input (tokens x p). `own` and `handed` are the A and the B of the block and the earlier blocks, each
-        stacked as one matrix.
-        """
-        block.moments.add(x, x @ own[:1].to(x).t(), None, torch.linalg.vector_norm(x))
-        if merged.a.shape != own.shape:
-            whole = x @ own.to(x).t() @ handed.to(x).t()
-            cut = x @ merged.a.to(x).t() @ merged.b.to(x).t()
-            block.moments.measure(whole, cut - whole)
-
-    @classmethod
-    def error(cls, block: Factors, merged: Merged) -> float:
-        """Return the relative error of the truncation; 0 if the merge was not truncated."""
-        moments = block.moments
-        return (moments.miss / moments.output) ** 0.5 if moments.output > 0 else 0.0
+        """Add one forward pass to the block's moments, with the error of the merge unless its rank is complete."""
+        block.moments.add(x, own, None, torch.linalg.vector_norm(x))
+        if len(merged.a) != (1 + len(self.before)) * len(block.a):
+            a = torch.cat([block.a.to(x), *(a.weight.to(x) for a, _ in self.before)])
+            b = torch.cat([block.b.to(x), *(b.weight.to(x) for _, b in self.before)], dim=1)
+            whole = x @ a.t() @ b.t()
+            block.moments.measure(whole, x @ merged.a.to(x).t() @ merged.b.to(x).t() - whole)
 
 
 def rows_for_a_first(lora_a: nn.Linear, lora_b: nn.Linear, blocks: int) -> float:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from ..chains import Before
-from ..merging import Factors, Merged
 from .base import OWN, Shortcut, add_product
 from .state import Wires
 
@@ -18,6 +17,8 @@ class InputShortcut(Shortcut):
     x_{n-1} is not stored: block n-1 computes `[A_{n-1}; A_n] x_{n-1}` in one product and passes on the r-wide second
     half.
     """
+
+    repeats_heads = True
 
     def __init__(self, wires: Wires, name: str, source: str | None, following: nn.Linear | None, head: str) -> None:
         """Initialize the variant of one block.
@@ -71,17 +72,6 @@ class InputShortcut(Shortcut):
         return () if self.following is None else (self.following,)
 
     @classmethod
-    def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
-        """Set `parts` (A_n, which multiplies x_{n-1}) and `alpha_of_head` of every block.
-
-        A head that repeats its input is merged exactly with alpha* = 1.
-        """
-        super().relate(chain, before, head)
-        for block in chain:
-            block.parts = [block.a for _ in block.before]
-            block.alpha_of_head = 1.0 if head == "repeat" else 0.0
-
-    @classmethod
-    def fold(cls, block: Factors, alphas: list[float]) -> Merged:
-        """Return A_n and `B_n (1 + alpha*)` (Eqs. 7, 10-11)."""
-        return block.scaled(alphas[0] if alphas else block.alpha_of_head)
+    def parts(cls, chain: Sequence[torch.Tensor], n: int, before: Sequence[int]) -> Sequence[torch.Tensor]:
+        """Return A_n, which multiplies x_{n-1}; empty for a head."""
+        return [chain[n] for _ in before]

@@ -1,13 +1,13 @@
 """The middle-shortcut, ResLoRA_ms: a block also adds the A x of earlier blocks."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ..chains import Before
-from ..merging import Factors, Merged
+from ..merges import MERGES, Merge
 from .base import OWN, Shortcut, add_product, cast, passes, rows
 from .state import Wires
 
@@ -20,6 +20,8 @@ class MiddleShortcut(Shortcut):
 
     Block n of a chain has at most n earlier blocks, so m is 0 in the head.
     """
+
+    merges: ClassVar = MERGES | {"weights": Merge("merge_weights_middle")}
 
     def __init__(self, wires: Wires, name: str, sources: list[str], takes_sum: bool, gives: Sequence[str]) -> None:
         """Initialize the variant of one block.
@@ -78,19 +80,9 @@ class MiddleShortcut(Shortcut):
         return (lora_a(x),)
 
     @classmethod
-    def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
-        """Set `parts` of every block: A_{n-1}, A_{n-2}, ..., which multiply x_{n-1}, x_{n-2}, ..."""
-        super().relate(chain, before, head)
-        for block in chain:
-            block.parts = [chain[k].a for k in block.before]
-
-    @classmethod
-    def fold(cls, block: Factors, alphas: list[float]) -> Merged:
-        """Return `A_n + sum_k alpha_{n-k} A_{n-k}` (Eq. 13) and B_n."""
-        if not alphas:
-            return Merged(block.a, block.b, [])  # a head
-        total = sum(alpha * part.to(block.a) for alpha, part in zip(alphas, block.parts, strict=True))
-        return Merged(block.a + total, block.b, alphas)
+    def parts(cls, chain: Sequence[torch.Tensor], n: int, before: Sequence[int]) -> Sequence[torch.Tensor]:
+        """Return A_{n-1}, A_{n-2}, ..., which multiply x_{n-1}, x_{n-2}, ..."""
+        return [chain[k] for k in before]
 
     def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """Return `A_n x_n` (tokens x r), whose norm is f_n (Eq. 12)."""

@@ -123,7 +123,10 @@ class Wires:
     def __init__(self, names: list[str], window: int) -> None:
         self.threads = _Threads()
         self.norms = NormWindow(names, window)
-        self.observer: Any = None  # called as observer(variant, x, own, handed) during calibration
+        # Called during calibration as observer(variant, x, own, handed): x is the input of the block, own is A_n x_n
+        # (batch * tokens x r), and handed has the shortcut terms, None without any. B multiplies `own + handed`; with
+        # the shortcut `block`, handed has the A_{n-k} x_n next to each other, and the stacked B multiply both.
+        self.observer: Any = None
 
     def begin(self, module: nn.Module, args: tuple) -> None:
         """Create a state for a forward pass, which may be a nested one; a forward pre-hook of the base model."""
