@@ -370,8 +370,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Load what `save_adapter` wrote into a model with a matching adapter, connected if the saved model was connected.
 
-    Raises `ValueError` if files are missing or damaged, if names or shapes differ, or if the adapter is a control
-    method's of an earlier version, with averaged or fading terms; the model is unchanged then.
+    Raises `ValueError` if files are missing or damaged, if names or shapes differ, or if a matched alpha of an earlier
+    version fades; the model is unchanged then.
     """
     if connection_of(base_model(model)) is not None:
         checkpoint.load(model, directory)
@@ -386,8 +386,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         if name not in saved or name not in state or saved[name].shape != state[name].shape:
             raise ValueError(f"{path} does not fit the model's adapter; the first difference is {name}")
     control = json.loads(metadata.get(_CONTROL, "{}"))
-    if control.get("mean") or control.get("factor", 1) != 1:
-        raise ValueError(f"{path} has averaged or fading shortcut terms: load it with commit {checkpoint.LAST_AMENDED}")
+    if control.get("factor", 1) != 1:
+        raise ValueError(f"{path} has a fading alpha: load it with commit {checkpoint.LAST_AMENDED}")
     if control:
         controls.put_on(model, control)
     with torch.no_grad(), initial.frozen_weights_follow(model):
