@@ -1,11 +1,11 @@
-"""Tables and plots of the results of `paper.py run`, between the marks in RESULTS.md; used by `paper.py report`."""
+"""Tables and plots of the results of `paper.py run`, between the marks of RESULTS.md and benchmarks/reports/."""
 
 from __future__ import annotations
 
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -21,7 +21,7 @@ from reslora.io import read_object
 from reslora.merges import MERGES as FOR_LINKS
 
 matplotlib.use("Agg")
-REPORT = ROOT / "RESULTS.md"
+REPORTS = [ROOT / "RESULTS.md", *sorted((ROOT / "benchmarks" / "reports").glob("*.md"))]
 COLORS = {
     "lora": "#8a8f98",
     "lora_x2": "#1971c2",
@@ -35,13 +35,15 @@ PAPER_COST = {"is": 1.07, "bs(4)": 1.79, "ms(4)": 1.36}
 
 
 def write(experiments: dict) -> None:
-    """Fill every marked part of RESULTS.md, `<!-- name -->` to `<!-- /name -->`; missing results are reported there."""
-    text = REPORT.read_text(encoding="utf-8")
-    for name in re.findall(r"<!-- ([a-z0-9_-]+) -->", text):
-        content, pattern = part(name, experiments), rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
-        text = re.sub(pattern, lambda m, content=content: f"{m[1]}\n{content}\n{m[2]}", text, flags=re.DOTALL)
-    REPORT.write_text(text, encoding="utf-8")
-    print(f"{REPORT.name} and the plots in {RESULTS.relative_to(ROOT)} are up to date")
+    """Fill every marked part of each report, `<!-- name -->` to `<!-- /name -->`, also where results are missing."""
+    for report in REPORTS:
+        text = report.read_text(encoding="utf-8")
+        for name in re.findall(r"<!-- ([a-z0-9_-]+) -->", text):
+            content, pattern = part(name, experiments), rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
+            content = content.replace("](", f"]({'../' * (len(report.relative_to(ROOT).parts) - 1)}")
+            text = re.sub(pattern, lambda m, content=content: f"{m[1]}\n{content}\n{m[2]}", text, flags=re.DOTALL)
+        report.write_text(text, encoding="utf-8")
+    print(f"RESULTS.md, its reports and the plots in {RESULTS.relative_to(ROOT)} are up to date")
 
 
 def part(name: str, experiments: dict) -> str:
@@ -49,7 +51,7 @@ def part(name: str, experiments: dict) -> str:
     found = records()
     special = {
         "cost": cost_table, "speed": speed_tables, "not-run": lambda: not_run(experiments), "limits": limits_table,
-        "merging": merging_table, "why": lambda: why_tables(found),
+        "merging": merging_table, "merging-plot": merging_plot, "why": lambda: why_tables(found),
         "counted": counted, "summary": summary_table, "alpha": alpha_table,
         "again": again_table,
         "forest": lambda: plot_of(found, "every comparison with LoRA", why_plots.forest, "why-forest.png"),
@@ -297,19 +299,48 @@ def retained(found: list[dict]) -> list[str]:
     return [kept(found, "loss", merge) for merge in ("input", "weights", "lstsq")]
 
 
-def merging_table() -> str:
-    """Return a table of the fraction that each merge retains, for all tasks."""
-    rows = []
+def merged_runs() -> Iterator[tuple[str, str, list[dict]]]:
+    """Yield each task, its shortcut (`is` or `ms(4)`), and the runs that were merged by every method."""
     for task in ("svamp", "sst2", "pipeline"):
         for variant, found in results_of(task, ("is", "ms(4)")).items():
-            rows.append([task, variant, str(len(found)), *retained(found)])
+            yield task, variant, found
     for name, experiment in OF_WHY.items():
         runs = read_object(AGAIN / f"{name}.json").get("runs", [])
         for label in sorted({run["label"] for run in runs if "lstsq" in run["table"]}):
             found = [run for run in runs if run["label"] == label]
-            variant = "is" if "input" in label else "ms(4)"
-            rows.append([experiment.shows.partition(",")[0], variant, str(len(found)), *retained(found)])
+            yield experiment.shows.partition(",")[0], "is" if "input" in label else "ms(4)", found
+
+
+def merging_table() -> str:
+    """Return a table of the fraction that each merge retains, for all tasks."""
+    rows = [[task, variant, str(len(found)), *retained(found)] for task, variant, found in merged_runs()]
     return table(["task", "shortcut", "seeds", "`input`", "`weights`", "`lstsq`"], rows) if rows else NOT_RUN
+
+
+def merging_plot() -> str:
+    """Return a plot of the table of merges: a row for each task and shortcut, a point for each merge."""
+    cells = {f"{task}, {variant}": retained(found) for task, variant, found in merged_runs()}
+    measured = {label: row for label, row in cells.items() if "—" not in row}
+    rows = [(label, [float(cell.split()[0].rstrip("%")) for cell in row]) for label, row in measured.items()]
+    if not rows:
+        return NOT_RUN
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(rows) + 1.2))
+    low, high = -50, 150
+    places = range(len(rows), 0, -1)
+    for number, (merge, color, marker) in enumerate(
+        (("input", "#868e96", "s"), ("weights", "#e8590c", "D"), ("lstsq", "#1971c2", "o"))
+    ):
+        values = [min(max(values[number], low), high) for _, values in rows]
+        axes.scatter(values, places, color=color, marker=marker, label=f"--merge {merge}", zorder=3)
+    axes.axvline(100, color="#1f2933", linewidth=1)
+    axes.axvline(0, color="#1f2933", linewidth=1, linestyle=":")
+    axes.set_yticks(list(places), [label for label, _ in rows])
+    axes.set_xlim(low - 5, high + 5)
+    axes.set_xlabel("how much of the loss from dropping the shortcuts the merge avoids, in percent")
+    axes.grid(axis="y", color="#e9ecef")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    figure.tight_layout()
+    return f"![what each merge retains]({saved(figure, 'merging.png')})"
 
 
 def calibration(results: dict[str, list[dict]]) -> str:

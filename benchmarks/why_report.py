@@ -93,17 +93,25 @@ def counted() -> str:
     ]
     if not found:
         return NOT_RUN
-    effects = []
-    for kind in ("images", "examples"):
-        sizes = [verdict["detectable"] for unit, verdict in found if unit == kind and verdict["detectable"]]
-        if sizes:
-            name = "images" if kind == "images" else "text"
-            effects.append(f"{min(sizes):.2f}% to {max(sizes):.2f}% for {name}")
+    effects, sizes = [], []
+    for kind, name in (("images", "images"), ("examples", "text")):
+        those = [verdict for unit, verdict in found if unit == kind]
+        if detectable := [verdict["detectable"] for verdict in those if verdict["detectable"]]:
+            effects.append(f"{min(detectable):.2f}% to {max(detectable):.2f}% for {name}")
+        if kind == "images":
+            by_shortcut = {
+                shortcut: np.mean([v["relative"] for v in those if v["label"].startswith(f"reslora {shortcut}")])
+                for shortcut in ("input", "block", "middle")
+            }
+            means = ", ".join(f"{mean:+.2f}% for `{shortcut}`" for shortcut, mean in by_shortcut.items())
+            sizes.append(f"On images the shortcuts end above LoRA on average ({means})")
+        above = sum(verdict["relative"] > 0 for verdict in those)
+        sizes.append(f"{above} of {len(those)} estimates for {name} are above LoRA's loss")
     below, above = (sum(verdict["conclusion"] == which for _, verdict in found) for which in ("better", "worse"))
     return (
         f"In {len(found)} comparisons of a shortcut with LoRA, the shortcut ended significantly below LoRA {below} "
-        f"times and significantly above LoRA {above} times. Relative to LoRA's test loss, the minimum "
-        f"detectable effect (80% power) is {' and '.join(effects)}."
+        f"times and significantly above LoRA {above} times. {'; '.join(sizes)}. Relative to LoRA's test loss, the "
+        f"minimum detectable effect (80% power) is {' and '.join(effects)}."
     )
 
 

@@ -9,6 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY = "https://github.com/OWNER/reslora-sd/blob/main"
 PAGES = {
     "RESULTS.md": "results.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md",
+    "benchmarks/reports/comparisons.md": "results-comparisons.md",
+    "benchmarks/reports/repetition.md": "results-repetition.md", "benchmarks/reports/speed.md": "results-speed.md",
+    "benchmarks/reports/amendments.md": "results-amendments.md",
     "assets/README.md": "bundled.md", "assets/accelerate/README.md": "accelerate.md",
 }  # fmt: skip
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s]+)([^)\s]*\))")

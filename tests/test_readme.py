@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
 SITE_ONLY = ("index.md", "api.md")  # a home page, and what mkdocstrings makes of docstrings
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS, *(ROOT / "assets").rglob("*.md")])
+REPORTS = sorted((ROOT / "benchmarks" / "reports").glob("*.md"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS, *(ROOT / "assets").rglob("*.md"), *REPORTS])
 # What a reader has and the checkout hasn't: a model on the hub, a finished run.
 STAND_INS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "assets/pipeline",
@@ -138,6 +139,6 @@ def test_readme_fits_a_few_screens_and_leads_to_every_page():
     ("document", "heading"), [(README, "What we found"), (ROOT / "docs" / "method.md", "What was measured")]
 )
 def test_figures_are_in_results(document, heading):
-    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    results = "".join(report.read_text(encoding="utf-8") for report in [ROOT / "RESULTS.md", *REPORTS])
     figures = re.findall(r"\b\d+\.\d+\b", section(document, heading))
     assert figures and not [figure for figure in figures if figure not in results]
