@@ -407,8 +407,7 @@ def test_a_checkpoint_that_cannot_be_loaded_sets_no_others_aside(keep, tmp_path,
     assert [step_of(path) for path in checkpoints_of(tmp_path)] == [1]
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("limit", "kept"), [(None, [4, 3, 2, 1]), (1, [4]), (3, [4, 3, 2])])
+@pytest.mark.parametrize(("limit", "kept"), [(None, [4, 3, 2, 1]), (1, [4])])
 def test_no_more_checkpoints_stay_than_the_limit_allows(keep, tmp_path, limit, kept):
     for step in (1, 2, 3, 4):
         keep(step, checkpoints_total_limit=limit)
@@ -416,7 +415,6 @@ def test_no_more_checkpoints_stay_than_the_limit_allows(keep, tmp_path, limit, k
     assert len(list(tmp_path.glob("checkpoint-*"))) == len(kept)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("batch", "accumulation", "processes", "same"),
     [(1, 8, 1, True), (2, 2, 2, True), (4, 2, 2, False)],
