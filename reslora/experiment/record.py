@@ -296,6 +296,12 @@ def methods_of(experiment: Mapping[str, Any]) -> set[str]:
     return {arm["method"] for arm in experiment.get("arms", ())}
 
 
+def between_methods(experiment: Experiment) -> list[Verdict]:
+    """Return the verdicts that compare two methods, without those about effects of options."""
+    labels = {arm["label"] for arm in experiment["arms"]}
+    return [each for each in experiment["verdicts"] if {each["label"], each["reference"]} <= labels]
+
+
 def as_of_now(experiment: Experiment) -> Experiment:
     """Return the experiment with running arms shown as waiting if the process that runs them was killed."""
     if not has_ended(experiment.get("process", this_process())):

@@ -72,7 +72,10 @@ class Results:
         """
         labels = {arm.label for arm in judged}
         self.chosen = {label: choice for label, choice in there["chosen"].items() if label in labels}
-        self.verdicts = [each for each in there["verdicts"] if {each["label"], each["reference"]} <= labels]
+        if labels == set(there["chosen"]):  # verdicts about effects of options are about all of them
+            self.verdicts = there["verdicts"]
+        else:
+            self.verdicts = [each for each in there["verdicts"] if {each["label"], each["reference"]} <= labels]
         ranked = there.get("ranking")
         if ranked and {*ranked["best"], *(each["label"] for each in ranked["worse"])} <= labels:
             self.ranking = ranked

@@ -18,6 +18,7 @@ from experiment import examples
 from reslora.experiment import report
 from reslora.experiment.choice import choose
 from reslora.experiment.statistics import rerun
+from reslora.experiment.verdicts import compare
 from reslora.images.experiment.report_sections import IMAGES
 from reslora.images.settings import parse_args
 from reslora.options.images import Options
@@ -380,3 +381,25 @@ def test_a_run_that_was_stopped_early_is_shown_at_its_last_loss(experiment, fold
     assert "A dot off the line is a run that was stopped early, at its last loss." in words
     assert headline_of(found, "image") == headline_of(experiment, "image")
     assert "stopped early" not in words_of(page(experiment, folder))
+
+
+def test_effects_of_two_options_have_a_plot_and_no_other_section_about_them(experiment, folder):
+    """Long names are in lines of their own, and the numbers are below them."""
+    arms = [
+        arm
+        | {"label": f"lora lora_dropout={one} optimizer={other}", "values": {"lora_dropout": one, "optimizer": other}}
+        for arm in experiment["arms"]
+        if arm["label"] == "lora"
+        for one in (0, 0.1)
+        for other in ("adamw", "prodigy")
+    ]
+    chosen = {arm["label"]: experiment["chosen"]["lora"] for arm in arms}
+    verdicts, ranking = compare(arms, chosen, base=experiment["base"])[:2]
+    found = experiment | {"arms": arms, "chosen": chosen, "verdicts": verdicts, "ranking": ranking}
+    content = page(found | {"best": None}, folder)
+    assert "<h1>none of 3 differences is significant</h1>" in content
+    words = words_of(content)
+    assert all(verdict["sentence"] in words for verdict in verdicts) and "the sum of both effects" in words
+    names = re.findall(r'<text class="name" x="\d+" y="(\d+)">lora_dropout=0.1 with optimizer=prodigy', content)
+    values = [int(y) for y in re.findall(r'y="(\d+)" text-anchor="end">', content)]
+    assert names and int(names[0]) not in values and "data-name=" in content

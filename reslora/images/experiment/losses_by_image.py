@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from ...experiment.record import Experiment, Verdict
+from ...experiment.record import Experiment, Verdict, between_methods
 from ...experiment.verdicts import tested
 from ...io import replacing
 from ...plots.charts import MINUS, escape
@@ -37,7 +37,7 @@ def write_thumbnails(folder: Path, images: Iterable[tuple[str, Callable[[], PIL.
 
 def best_verdict(experiment: Experiment) -> Verdict | None:
     """Return the verdict with the largest improvement over its reference; None without verdicts."""
-    return min(experiment["verdicts"], key=lambda verdict: verdict["relative"], default=None)
+    return min(between_methods(experiment), key=lambda verdict: verdict["relative"], default=None)
 
 
 def differences(experiment: Experiment) -> list[tuple[str, float]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...experiment.choice import is_chosen
-from ...experiment.record import Experiment
+from ...experiment.record import Experiment, between_methods
 from ...experiment.report import About, labels_of, start_in_words
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...formatting import enumerated
@@ -38,7 +38,7 @@ def timestep_chart(experiment: Experiment) -> str:
     }
     places = {label: place for place, label in enumerate(labels_of(experiment))}
     found = []
-    for verdict in experiment["verdicts"]:
+    for verdict in between_methods(experiment):
         label, reference = verdict["label"], verdict["reference"]
         both = [seed for name, seed in measured if name == label and (reference, seed) in measured]
         series = Series(label, places[label])
@@ -49,7 +49,7 @@ def timestep_chart(experiment: Experiment) -> str:
             series.line += [(timestep, statistics.fmean(percent))] if percent else []
         found.append(series)
     found += base_series(experiment, measured, len(places))
-    references = enumerated(dict.fromkeys(verdict["reference"] for verdict in experiment["verdicts"]))
+    references = enumerated(dict.fromkeys(verdict["reference"] for verdict in between_methods(experiment)))
     axes = Axes(f"Difference to {references}, in percent", "timestep (1 is pure noise)", "percent", zero=True)
     figure = chart(found, axes)
     note = "Below zero the method is better. A line is the mean over seeds, a dot is one seed (hollow: above the edge)."
@@ -62,7 +62,7 @@ def base_series(experiment: Experiment, measured: Mapping[tuple[str, int], list[
     `measured`: the losses by timestep of each (label, seed). `number`: the line's number, which sets its color. Empty
     if either loss is unknown.
     """
-    base, verdicts = experiment.get("base"), experiment["verdicts"]
+    base, verdicts = experiment.get("base"), between_methods(experiment)
     theirs = [losses for (name, _), losses in measured.items() if verdicts and name == verdicts[0]["reference"]]
     if not base or not theirs:
         return []
