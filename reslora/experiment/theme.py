@@ -13,7 +13,7 @@ STYLE = """
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }
 main { max-width: 1340px; margin: 0 auto; padding: 20px 16px 48px; }
 header p { color: var(--soft); margin: 0; } header .lead { color: var(--text); font-size: 1.1rem; }
-h1 { font-size: clamp(1.3rem, 1rem + 1.6vw, 2rem); line-height: 1.25; margin: 4px 0 10px; overflow-wrap: anywhere; }
+h1 { font-size: clamp(1.05rem, .7rem + 1.5vw, 2rem); line-height: 1.25; margin: 4px 0 10px; overflow-wrap: anywhere; }
 h1 { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; }
 h2 { font-size: 1.15rem; margin: 36px 0 10px; }
 p { margin: 8px 0; max-width: 75ch; overflow-wrap: anywhere; }

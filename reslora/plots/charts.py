@@ -290,8 +290,8 @@ class Row:
 MINUS = "\N{MINUS SIGN}"
 FOREST_ROW = 46
 FOREST_TOP = 8
-FOREST_LINE, FOREST_CHARACTERS = 17, 58
-"""Height of a further line of a row, and characters that fit into a line."""
+FOREST_LINE, FOREST_CHARACTERS = 17, 48
+"""Height of a further line of a row, and characters of a name that fit into a line."""
 
 
 def forest(title: str, rows: Sequence[Row], axis: str) -> str:
@@ -325,7 +325,7 @@ def forest(title: str, rows: Sequence[Row], axis: str) -> str:
 
 def _lines_of(row: Row) -> list[str]:
     """Return the lines of a row's name; the last one is empty unless the values fit next to it."""
-    fits = len(row.name) + 2 + len(row.text) <= FOREST_CHARACTERS
+    fits = len(row.name) + len(row.text) < FOREST_CHARACTERS
     return [row.name] if fits else [*textwrap.wrap(row.name, FOREST_CHARACTERS), ""]
 
 
