@@ -155,11 +155,9 @@ def summary_of(verdicts: Sequence[Verdict]) -> str:
     kinds = dict.fromkeys(verdict["reference"] for verdict in verdicts)
     if len(kinds) > 1:
         shown = [verdict for verdict in verdicts if verdict["conclusion"] in ("better", "worse")]
-        if 0 < len(shown) < 3:
-            pairs = [
-                f"{titled(each['label'])} is {each['conclusion']} than {titled(each['reference'])}" for each in shown
-            ]
-            return enumerated(pairs)
+        if len(shown) == 1:
+            (each,) = shown
+            return f"{titled(each['label'])} is {each['conclusion']} than {titled(each['reference'])}"
         return f"{len(shown) or 'none'} of {len(verdicts)} differences {is_or_are(len(shown) or 1)} significant"
     references = few(list(kinds))
     better = [verdict["label"] for verdict in verdicts if verdict["conclusion"] == "better"]
