@@ -200,17 +200,13 @@ class GenerateTab(Tab):
             for drawn in self.studio.generate(run, choices, request, path_of(reference)):
                 done.append(drawn)
                 files.append((self.save(drawn), f"{drawn.source['weights']} · seed {drawn.request.seed}"))
-                yield {self.gallery: list(files), self.made: self.settings_of(done)}
+                yield {self.gallery: list(files), self.made: gr.update(value=views.settings_rows(done), visible=True)}
         except Cancelled:
             yield {self.status: views.notice(f"Cancelled after {len(done)} of {pluralize(wanted, 'image')}.")}
             return
         # Yield all values again instead of `skip`: an API client gets the last ones.
         said = views.notice(f"{len(done)} of {pluralize(wanted, 'image')} done")
-        yield files, said, request.seed, self.settings_of(done)
-
-    def settings_of(self, images: list[Drawn]) -> dict:
-        """Return the update of the table with the settings of generated images."""
-        return gr.update(value=views.settings_rows(images), visible=True)
+        yield files, said, request.seed, views.settings_rows(done)
 
     def save(self, drawn: Drawn) -> str:
         """Save a generated image, with its settings, as a PNG file; return the path of Gradio's copy.
