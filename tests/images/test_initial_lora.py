@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
 
 from images.model.lora_files.loras import names, random_factors, random_lora, read, tiny, update
 from images.runs import RESUME, assert_same, final_weights, main, refused, without
@@ -14,7 +13,6 @@ from reslora.export import Factors, write_diffusers, write_kohya, write_peft
 from reslora.images.initial_lora import add_adapter, config_of, expression_of, read_start, with_start
 from reslora.images.model.families import load_family
 from reslora.images.model.loading import Model
-from reslora.methods.adapters import ADAPTER_NAME
 from reslora.options.images import Options
 
 STARTS = [("lora", "kohya.safetensors"), ("lora", "peft"), ("lora", "diffusers.safetensors")]
@@ -154,22 +152,6 @@ def test_another_lora_or_none_does_not_go_on(run, flags, files, capsys, tmp_path
     own = json.loads((run / "config.json").read_text())
     same = ["--rank", own["rank"], "--lora_alpha", own["lora_alpha"], "--target_modules", *own["target_modules"]]
     assert "--init_lora: " in refused(capsys, *without(flags, "--init_lora"), *same, *more)
-
-
-@pytest.mark.exhaustive
-def test_text_encoders_start_from_zero_beside_it(flags, files, tmp_path):
-    """At the rank of most of its layers; every exported format has both."""
-    more = ["--output_dir", tmp_path / "out", "--train_text_encoder", "--max_train_steps", 1]
-    assert main(*without(flags, "--max_train_steps"), *more) == 0
-    checkpoint, known = tmp_path / "out" / "lora" / "checkpoint-1", names("stable_diffusion")
-    denoiser, encoder = (load_file(place / ADAPTER_NAME) for place in (checkpoint, checkpoint / "text_encoder"))
-    for name, factors in some_lora()["unet"].items():
-        assert 0 < float((denoiser[f"{name}.lora_A.default.weight"] - factors.down).abs().max()) < 5e-3
-    ups = [value for name, value in encoder.items() if ".lora_B." in name]
-    assert ups and all(up.shape[1] == 2 and 0 < float(up.abs().max()) < 5e-3 for up in ups)
-    found = read(tmp_path / "out" / "lora", known)
-    assert len(found) == len(some_lora()["unet"]) + len(ups)
-    torch.testing.assert_close(read(tmp_path / "out" / "lora" / "peft", known), found)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import QwenImageEditPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
-from pipelines import qwen_image_edit, random_image, tiny_clip_of_images
+from pipelines import qwen_image_edit, random_image
 
 from images.runs import main
 from images.test_edit_models import packed, pair_folders, stirred, training_data_of, without_pairs
@@ -139,13 +139,3 @@ def test_text_states_belong_to_caption_and_reference(place, tmp_path):
         one, other = (data.texts[caption, mark[0]]["states"] for data, mark in zip((before, after), marks, strict=True))
         assert one.shape != other.shape or not one.equal(other)
     assert marks[0][1:] == marks[1][1:]
-
-
-@pytest.mark.exhaustive
-def test_an_experiment_measures_samples_of_test_images_with_their_references(place, tmp_path):
-    """For the selection split, the test split and unrelated prompts: all have their text states."""
-    flags = [*place.flags, "--method", "lora", "reslora", "--seed", "0", "1", "--max_train_steps", "2"]
-    flags += ["--validation_prompt", "blue box", "--test_split", "0.3", "--select_split", "0.3"]
-    flags += ["--metric_model", tiny_clip_of_images(tmp_path / "clip"), "--validation_prompt", "red", "blue box"]
-    assert main(*flags, "--output_dir", tmp_path / "out") == 0
-    assert json.loads((tmp_path / "out" / "experiment.json").read_text())["verdicts"]

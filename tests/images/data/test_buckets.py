@@ -8,7 +8,6 @@ from pipelines import FAMILIES, image_folder, random_image
 from images.runs import RESUME, assert_same, final_weights, killed_after, losses, main, only, printed
 from reslora.images.data.buckets import bucket_of, kept, ladder, own_bucket, step_of
 from reslora.images.data.size import Size
-from reslora.images.output.calibration_file import read_calibration
 
 SHAPES = [2 ** (-1 + 2 * number / 500) for number in range(501)]  # from 1:2 to 2:1
 
@@ -109,20 +108,6 @@ def test_a_run_in_buckets_that_goes_on_ends_with_the_same_bytes(family, shapes, 
     assert main(*flags_for(model, shapes, parts, *SIDES, *RESUME)) == 0
     assert_same(final_weights(parts, step=6), final_weights(whole, step=6))
     assert losses(parts) == losses(whole)
-
-
-@pytest.mark.exhaustive
-def test_sdxl_is_told_the_size_of_each_bucket(shapes, tmp_path):
-    model = FAMILIES["sdxl"](tmp_path / "model")
-    assert main(*flags_for(model, shapes, tmp_path / "out", "--max_train_steps", 1)) == 0
-    batches = read_calibration(tmp_path / "out" / "reslora" / "calibration.safetensors")
-    told = {}
-    for batch in batches:
-        for ids in batch["added_cond_kwargs"]["time_ids"].tolist():
-            told[tuple(ids[:2])] = tuple(ids[4:])
-            factor = ids[4] / batch["sample"].shape[2]
-            assert ids[5] == factor * batch["sample"].shape[3]
-    assert told == {(48, 64): (40, 56), (64, 48): (56, 40), (48, 48): (48, 48)}
 
 
 @pytest.mark.parametrize(

@@ -70,20 +70,6 @@ def test_hidden_files_are_no_images(tmp_path):
 # -- class images ------------------------------------------------------------------------------------------------------
 
 
-def test_class_images_in_one_of_kohyas_folders_are_no_images_to_be_learnt(tmp_path):
-    """From the second start on, the folder has generated images, but the training data is that of the first start."""
-    folder, of_class = tmp_path / "p", tmp_path / "p" / "1_red box"
-    flags = ["--class_data_dir", str(of_class), "--class_prompt", "red box"]
-    image_folder(folder / "10_red disc", 2, layout="none")
-    (before,) = gather(folder, *flags)
-    image_folder(of_class, 3, layout="none")
-    (found,) = gather(folder, *flags)
-    assert found.fingerprint == before.fingerprint and found.label == before.label
-    assert not [note for note in found.notes if "1_red box" in note]
-    (drawn,) = gather(of_class, *flags, caption="red box")
-    assert len(drawn) == 3 and not drawn.notes  # its name says no repeats, and none are missed
-
-
 @pytest.mark.parametrize("flag", ["--class_data_dir", "--output_dir"])
 @pytest.mark.parametrize(("named", "other"), [("../p", "{}/p/1_box"), ("../link", "{}/p/1_box")])
 def test_folders_are_the_same_however_they_are_written(tmp_path, monkeypatch, flag, named, other):

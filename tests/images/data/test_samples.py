@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import PIL.Image
 import pytest
 import torch
 from pipelines import image_folder, stable_diffusion
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 from images import exact_steps
 from images.runs import FAMILY, assert_same, digests, losses, main, read_by
 from reslora.images.data.batch import Batch
-from reslora.images.data.plan import Draw, Plan
+from reslora.images.data.plan import Plan
 from reslora.images.data.samples import (
     VALIDATION_DRAWS,
     CalibrationSamples,
@@ -160,26 +159,6 @@ def test_an_image_is_measured_with_the_same_noises_whichever_others_are():
 
 
 # -- crops and mirror images -------------------------------------------------------------------------------------------
-
-
-def one_image(latents: SimpleNamespace | None, images: SimpleNamespace) -> list[Batch]:
-    """Return 200 training samples of a single image."""
-    flags = Options.of(
-        seed=0, noise_offset=0.0, cache_text_embeddings=False, masked_loss=False, center_crop=False, random_flip=True,
-        image_interpolation_mode="box",
-    )  # fmt: skip
-    size, objective = Size(16, 16), SimpleNamespace(draw=lambda draws, tokens: torch.rand((), generator=draws))
-    source = Source(images, latents, (0,), (), (size,))
-    samples = TrainingSamples(TrainingData((source,), {}, objective, {size: (1, 2, 2)}, FAMILY, **read_by(flags)))
-    return [samples[Draw(0, 0, size, position)] for position in range(200)]
-
-
-def test_without_kept_latents_every_sample_has_a_crop_of_its_own_and_half_are_mirrored():
-    """The image is dark on the left and twice as wide as the crop, so 0 to 16 pixels lie left of the crop."""
-    image = PIL.Image.linear_gradient("L").transpose(PIL.Image.Transpose.TRANSPOSE).resize((64, 32)).convert("RGB")
-    samples = one_image(None, SimpleNamespace(captions=[["box"]], open=lambda index: image, paired=False))
-    assert 70 < sum(bool(sample.pixels[0, 0, 0] > sample.pixels[0, 0, -1]) for sample in samples) < 130
-    assert {int(sample.sizes[3]) for sample in samples} == set(range(17))
 
 
 # -- what noises are for -----------------------------------------------------------------------------------------------

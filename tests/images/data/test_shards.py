@@ -58,32 +58,6 @@ def test_a_damaged_webdataset_is_refused(tmp_path, capsys):
     assert "p" in refused(capsys, "--train_data_dir", tmp_path / "p", "--cache_dir", tmp_path / "cache", quiet=False)
 
 
-@pytest.mark.parametrize("suffixes", [("caption",), ("txt", "caption")])
-def test_kohyas_captions_in_a_webdataset_are_read(tmp_path, suffixes):
-    """`datasets` does not decode their suffix; if both exist, the .txt is used, as with files next to images."""
-    texts = ["box".encode("utf-16"), "rötlich".encode(), b"\xff\xfe\xff"]
-    members = {}
-    for number, text in enumerate(texts):
-        members[f"{number}.png"] = png(number)
-        members |= {f"{number}.{suffix}": text if suffix == "caption" else b"as text" for suffix in suffixes}
-    found = gather(webdataset(tmp_path / "p" / "0.tar", members), "--cache_dir", str(tmp_path / "cache"))
-    if "txt" in suffixes:
-        assert found.captions == [["as text"]] * 3
-    else:
-        assert found.captions == [["box"], ["rötlich"]]
-        assert found.left_out == ("image 2: its caption is not UTF-8",)
-
-
-def test_captions_in_a_webdataset_are_those_beside_images(tmp_path):
-    """Without byte order marks and line ends, of which tokenizers may make unknown words."""
-    texts = [b"\xef\xbb\xbfred disc\r\n", b"blue box\n"]
-    members = {
-        f"{n}.{kind}": content for n, text in enumerate(texts) for kind, content in (("png", png(n)), ("txt", text))
-    }
-    found = gather(webdataset(tmp_path / "p" / "0.tar", members), "--cache_dir", str(tmp_path / "cache"))
-    assert found.captions == [["red disc"], ["blue box"]]
-
-
 def test_an_archive_that_is_cut_between_its_files_is_noted(tmp_path):
     """tarfile ends there without an error, and so does `datasets`."""
     members = {f"{number}.{kind}": content for number in range(3) for kind, content in contents(number)}

@@ -91,21 +91,6 @@ def test_kohyas_folders_say_repeats_and_captions(tmp_path):
     assert letters.label == f"{tmp_path}/p/2_a_b (1 of 1 image with its name as caption: a_b)"
 
 
-def test_a_number_alone_says_no_repeats_and_that_is_told(tmp_path):
-    image_folder(tmp_path / "p" / "10", 2, layout="txt")
-    (found,) = gather("--train_data_dir", tmp_path / "p")
-    assert (len(found), found.repeats) == (2, 1)
-    only(found.notes, f"{tmp_path / 'p'}: the name 10 sets no repeats; name it 10_ to use each image 10 times an epoch")
-
-
-def test_metadata_says_more_than_kohyas_names(tmp_path):
-    folder = kohyas(tmp_path / "p")
-    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "2_a_b/0.png", "text": "red disc"}))
-    (found,) = gather("--train_data_dir", folder)
-    assert (found.captions, found.repeats) == ([["red disc"]], 1)
-    only(found.notes, f"whose repeats are not used: to use them, give {folder} as")
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from pipelines import FAMILIES, image_folder
+from pipelines import FAMILIES
 
 from images.memory.rehearsed import consume_request, resolved
 from reslora.images.context import ImageContext
 from reslora.images.memory.components import empty_denoiser
-from reslora.images.memory.inference import drawing_class_images, exporting
+from reslora.images.memory.inference import exporting
 from reslora.images.memory.meta_tensors import tensor_bytes
 from reslora.images.memory.phases import ACTIVATIONS, ADAPTER, BASE, EXACT, GRADIENTS, OPTIMIZER, Phase, Rehearsal
 from reslora.images.memory.plan import guess, plan_of
@@ -74,26 +74,6 @@ def test_an_export_whose_base_is_loaded_from_disk_is_planned_with_it(model, data
     exact = tensor_bytes(empty_denoiser(context.model, torch.float32))
     for rehearsal.context in (swapped, assisted):
         assert exporting(rehearsal, "lora", step, 0).held[EXACT] == exact
-
-
-@pytest.mark.exhaustive
-def test_class_images_are_drawn_by_the_whole_pipeline_with_the_base_that_is_trained(data, tmp_path):
-    model, flags = FAMILIES["z_image"](tmp_path / "model"), ["--class_prompt", "a disc", "--num_class_images", "2"]
-    flags += ["--class_data_dir", str(tmp_path / "class"), "--guidance_scale", "5"]
-    found = {}
-    for precision in ("no", "fp8"):
-        images, context = resolved(model, data, tmp_path / "out", *flags, "--base_precision", precision)
-        rehearsal = Rehearsal(images, context)
-        drawing = drawing_class_images(rehearsal)
-        assert drawing.held[BASE] == rehearsal.training("lora").held[BASE] and drawing.held[ACTIVATIONS] > 0
-        pipeline = context.model.load_pipeline(torch.float32, torch.device("cpu"), encoders=True)
-        for name, part in (("text encoders", pipeline.text_encoder), ("autoencoder", pipeline.vae)):
-            assert drawing.held[name] == sum(value.nbytes for value in (*part.parameters(), *part.buffers()))
-        found[precision] = drawing.held[BASE]
-    assert found["fp8"] < found["no"]
-    assert plan_of(images, context, None).phases[0] == drawing
-    image_folder(tmp_path / "class", 2)
-    assert drawing_class_images(rehearsal) is None
 
 
 def assert_planned(planned: Phase, rehearsal: Rehearsal, context: ImageContext) -> None:

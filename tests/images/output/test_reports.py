@@ -45,30 +45,6 @@ def trained(output: Path) -> list[int]:
     return [row["step"] for row in read_log(output / "lora" / "log.jsonl") if row["split"] == "train"]
 
 
-class Unread:
-    """A loss that records when it is read."""
-
-    def __init__(self, step: int, loss: object, events: list[str]) -> None:
-        self.step, self.loss, self.events = step, loss, events
-        events.append(f"step {step}")
-
-    def __float__(self) -> float:
-        self.events.append(f"read {self.step}")
-        return float(self.loss)
-
-
-@pytest.mark.exhaustive
-def test_a_loss_is_read_in_the_next_step_or_before_it_is_saved(brief_flags, tmp_path, steps):
-    events: list[str] = []
-    steps(lambda step, loss: Unread(step, loss, events))
-    flags = [*brief_flags, "--max_train_steps", "5", "--checkpointing_steps", "3", "--validation_steps", "100"]
-    assert main(*flags, "--output_dir", tmp_path / "out") == 0
-    assert events == [
-        "step 1", "step 2", "read 1", "step 3", "read 2", "read 3", "step 4", "step 5", "read 4", "read 5"
-    ]  # fmt: skip
-    assert trained(tmp_path / "out") == [1, 2, 3, 4, 5]
-
-
 @pytest.mark.exhaustive
 def test_a_loss_that_is_not_finite_is_named_and_not_saved(brief_flags, tmp_path, capsys, steps):
     steps(lambda step, loss: loss * float("nan") if step == 2 else loss)

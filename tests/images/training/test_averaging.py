@@ -1,7 +1,6 @@
 """Averages of checkpoints: the mean by hand, which one is exported, resumed runs, two processes, and refusals."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from reslora.io import read_object
 from reslora.methods.adapters import attach, save_adapter, trained_state
 from reslora.methods.registry import AdapterSettings, adapter_config
 from reslora.training.averaging import put_average
-from reslora.training.best import averages_at, best_of, keep_adapter, keep_if_best, to_export
+from reslora.training.best import averages_at, best_of, to_export
 from reslora.training.stopping import Requests
 from reslora.training.trained import Trained
 
@@ -51,23 +50,6 @@ def test_factors_are_averaged(model, tmp_path, method):
     for name, value in found.items():
         by_hand = sum(weight * each[name] for weight, each in zip(WEIGHTS, saved, strict=True))
         torch.testing.assert_close(value, by_hand, rtol=1e-14, atol=1e-15)
-
-
-def test_the_lowest_loss_is_exported(tmp_path, monkeypatch):
-    monkeypatch.setattr("reslora.training.best.save_adapter", lambda part, place: None)
-    learner = SimpleNamespace(step=4, trained=SimpleNamespace(places=lambda path: []))
-    keep_if_best(learner, tmp_path, 0.5)
-
-    def average(name: str, step: int, loss: float) -> None:
-        record = {"step": step, "loss": loss, "average": name, "checkpoints": [2, 4]}
-        keep_adapter(learner, tmp_path / "best" / name.replace(":", "-"), record)
-
-    average("last:2", 4, 0.5)
-    average("ema:0.9", 4, float("nan"))
-    assert to_export(tmp_path, 4) == best_of(tmp_path)  # of equal ones, the single step
-    average("last:2", 4, 0.4)
-    assert to_export(tmp_path, 4).average == "last:2"
-    assert to_export(tmp_path, 6) == best_of(tmp_path)  # the averages are those of an earlier end
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

@@ -299,12 +299,3 @@ def test_families_whose_encoders_do_not_train_are_refused(capsys, tmp_path, data
     line = refused(capsys, *words, FLAG)
     assert f"the text encoder of {family} is not trained" in line
     assert all(name in line for name in ENCODERS) and not (tmp_path / "out").exists()
-
-
-@pytest.mark.exhaustive
-def test_an_encoder_of_one_layer_has_no_shortcut(tmp_path, data, capsys):
-    model = FAMILIES["stable_diffusion"](tmp_path / "model")
-    words = ["--pretrained_model_name_or_path", model, "--train_data_dir", data, "--output_dir", tmp_path / "out"]
-    words += ["--method", "reslora", "--resolution", "32", "--rank", "2", "--num_inference_steps", "1", FLAG]
-    line = refused(capsys, *words, quiet=False)
-    assert "--method reslora, text_encoder" in line and "finds no link" in line
