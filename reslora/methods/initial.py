@@ -27,10 +27,11 @@ INITIAL = ("lora_initial_A", "lora_initial_B")
 
 
 def store(model: nn.Module) -> None:
-    """Store the factors of a model that PEFT has just initialized as the initial ones; they are not trained."""
+    """Store the factors that PEFT has just initialized, in at least float32; they are not trained."""
     for layer in lora_layers(base_model(model), DEFAULT).values():
         for part, name in zip((layer.lora_A, layer.lora_B), INITIAL, strict=True):
-            value = part[DEFAULT].weight.detach().clone()
+            weight = part[DEFAULT].weight.detach()
+            value = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
             setattr(layer, name, nn.ParameterDict({DEFAULT: nn.Parameter(value, requires_grad=False)}))
         layer.other_param_names = (*layer.other_param_names, *INITIAL)
 
