@@ -6,6 +6,7 @@ model = attach(unet, config, ResLoraConfig(shortcut="input"))     # `config` is 
 save_adapter(model, "checkpoint"), load_adapter(model, "checkpoint")
 """
 
+import copy
 import json
 import math
 import os
@@ -104,12 +105,16 @@ def attach(
             )
     # Models of transformers have `add_adapter` too, but are wrapped by default.
     in_place = in_place or (hasattr(model, "add_adapter") and not isinstance(model, PreTrainedModel))
+    subtracted = isinstance(config, LoraConfig) and changes_base(config)
+    if subtracted and any(value.is_meta for value in model.parameters()):
+        config = copy.copy(config)  # a model without weights has none to decompose; the adapter's shapes are the same
+        config.init_lora_weights = True
     adapted = _add(model, config, in_place)
     # PEFT would train the divisor of AdaLoRA's scaling if the base is in half precision, and never saves it.
     for name, value in adapted.named_parameters() if isinstance(config, AdaLoraConfig) else ():
         if ".ranknum." in name:
             value.requires_grad_(False)
-    if isinstance(config, LoraConfig) and changes_base(config):
+    if subtracted:
         initial.store(adapted)
     if shortcuts is not None:
         connect(adapted, shortcuts, example_inputs=example_inputs)
