@@ -47,6 +47,8 @@ from reslora.io import read_object
 SEEDS, LABELS, IMAGES = (2, 3, 5, 8), (2, 3, 5), 20
 VARIANCES = ((1, 0.1, 1), (0.3, 0.3, 1), (0.05, 1, 0.3))
 """Of a seed, an image, and both together."""
+QUIET = 1, 0.05, 0.1
+"""Variances with which seeds differ far more than images."""
 FIRST = level_of(1)
 ESTIMATED = 80
 """Experiments whose stated sizes are looked at."""
@@ -250,7 +252,8 @@ def unseen(experiments: int) -> list[dict]:
     equal. Or its effects of seeds are exponential or lognormal, and the other method has none.
     """
     rows = []
-    for seeds, variances, kind in itertools.product(SEEDS, VARIANCES, ("outliers", "exponential", "lognormal")):
+    settings = itertools.product((*SEEDS, 12), (*VARIANCES, QUIET), ("outliers", "exponential", "lognormal"))
+    for seeds, variances, kind in settings:
         random = np.random.default_rng(seeds)
         losses = losses_of(random, (experiments, seeds, IMAGES), variances, [int(kind == "outliers")] * 2)
         shape = experiments, seeds, 1

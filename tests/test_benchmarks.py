@@ -122,3 +122,17 @@ def test_sizes_and_coverage_are_simulated(results, monkeypatch):
     rows = simulated(results, monkeypatch, "expected")["rows"]
     assert all(row["expected_over_true"] < 1.01 * row["claimed_over_true"] for row in rows)
     assert simulated(results, monkeypatch, "coverage")["ranges"]["covered"][0] > 0.85
+
+
+def test_the_stored_rates_are_those_of_the_documents_and_at_most_5_percent(monkeypatch):
+    stored = BENCHMARKS / "results"
+    monkeypatch.setattr(experiment_statistics, "RESULTS", stored)
+    assert experiment_statistics.table() in (BENCHMARKS.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
+    found = {name: json.loads((stored / f"experiment/statistics_{name}.json").read_text())["ranges"] for name in
+             experiment_statistics.SIMULATIONS}  # fmt: skip
+    for name in experiment_statistics.TABLE:
+        assert (found[name]["any"][1] <= 0.05) == (name != "unseen"), name
+    assert (
+        found["coverage"]["covered"][0] >= 0.95
+        and 0.75 <= found["power"]["power"][0] < found["power"]["power"][1] <= 0.9
+    )

@@ -178,9 +178,13 @@ def detectable(effects: Effects, level: float, reading_level: float) -> tuple[fl
         return float(np.quantile(-np.minimum.reduce([low, *ends]), POWER))
 
     true = squares * degrees[:, None] / random.chisquare(degrees[:, None], (3, SIMULATED))
-    known = effect(np.broadcast_to(squares, true.shape)) / (error_of(effects.squares, effects.number) or 1)
-    least, most = known * np.quantile(error_of(true, effects.number), (0.1, 0.9))
-    return effect(true), float(least), float(most)
+    about = effect(true)
+    some, students = true[:, :300, None], special.stdtrit(degrees, level / 2)[:, None, None]
+    shares = random.chisquare(degrees[:, None, None], (3, 1, 400)) / degrees[:, None, None]
+    needed = error_of(students**2 * some * shares, effects.number)  # ranks hardly matter here
+    needed += error_of(some, effects.number) * random.standard_normal(400)
+    least, most = np.quantile(np.quantile(needed, POWER, axis=1), (0.1, 0.9))
+    return about, float(least), float(most)
 
 
 def follow(differences: np.ndarray) -> float:
