@@ -6,7 +6,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from reslora.methods.registry import METHODS
 
 from .bases import DEFAULT, PIPELINES, bundled
@@ -39,6 +39,9 @@ def downloads_of(run: Run) -> list[Download]:
     exported = [weights for weights in run.weights() if weights.kind in ("file", "merged")]
     found = [one for one in (of_weights(run, weights) for weights in exported) if one.files]
     for method in () if run.unreadable else run.methods:
+        if file := run.inside(method, LYCORIS_FILE):
+            label, place = f"{METHODS[method].title}: {LYCORIS_FILE} (ComfyUI, Forge)", file.as_posix()
+            found.append(Download(label, file, (file,), place, f"{COMFYUI}; in Forge: models/Lora."))
         files = files_below(run, method, "peft")
         if files and (root := run.inside(method, "peft")):
             place = root.as_posix()

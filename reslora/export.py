@@ -36,12 +36,13 @@ from .io import replacing, replacing_both, serialized, write_tensors
 from .ranks import changes_base, commonest, declare_scaling, whole
 from .wiring import connection_of
 
-DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE = (
+DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, LYCORIS_FILE = (
     "pytorch_lora_weights.safetensors",
     "kohya.safetensors",
     "comfyui.safetensors",
+    "lycoris.safetensors",
 )
-"""File names of exported LoRA. The first is the name that diffusers looks for; the other two are this project's."""
+"""File names of exported LoRA. The first is the name that diffusers looks for; the others are this project's."""
 PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 OF_A_MODEL = re.compile(
     r"(generation_)?config\.json|(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
@@ -197,7 +198,7 @@ def write_folded(
     for name, factors in layers.items():
         tensors[f"{name}.{down}.weight"] = factors.down
         tensors[f"{name}.{up}.weight"] = factors.up * factors.scale
-    write_tensors(path, tensors, {"format": "pt", "sshs_model_hash": _tensors_hash(tensors), **(metadata or {})})
+    write_tensors(path, tensors, {"format": "pt", "sshs_model_hash": tensors_hash(tensors), **(metadata or {})})
 
 
 def write_kohya(
@@ -219,7 +220,7 @@ def write_kohya(
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(commonest(factors.rank for factors in layers.values())),
         "ss_network_alpha": str(alpha),
-        "sshs_model_hash": _tensors_hash(tensors),
+        "sshs_model_hash": tensors_hash(tensors),
         **{key: str(value) for key, value in (metadata or {}).items()},
     }
     write_tensors(path, tensors, header)
@@ -278,10 +279,8 @@ def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
     for name, layer in lora_layers(base, adapter_name).items():
         if adapter_name not in layer.lora_A or not _adds(layer, adapter_name):
             raise ValueError(f"{name} is not plain LoRA on a linear or convolution layer; use export_peft")
-        if type(base).__name__ == "CLIPTextModel" and not name.startswith("text_model."):
-            name = f"text_model.{name}"  # newer transformers drop this prefix, which files have
         down, up = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
-        found[name] = Factors(down, up, layer.scaling[adapter_name])
+        found[name_in_files(base, name)] = Factors(down, up, layer.scaling[adapter_name])
     if changes_base(config):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} changed the frozen weights, and readers of this file "
@@ -290,7 +289,13 @@ def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
     return found
 
 
-def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
+def name_in_files(base: nn.Module, name: str) -> str:
+    """Return a layer's name in LoRA files: they have the prefix `text_model.`, which newer transformers drop."""
+    dropped = type(base).__name__ == "CLIPTextModel" and not name.startswith("text_model.")
+    return f"text_model.{name}" if dropped else name
+
+
+def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
     """Return the SHA-256 of a safetensors file without its header; model managers identify LoRA files by this hash."""
     return hashlib.sha256(serialized(tensors)[1]).hexdigest()
 

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "reslora"
 LAYERS = {
     "io": "io formatting errors checks attributes content_hash",
     "core": "config chains tracing wiring guards shortcuts merging merges regression calibration model ranks export "
-    "checkpoint",
+    "checkpoint lycoris",
     "methods": "methods",
     "runtime": "runtime plots bundled json_lines losses seeds options.argument_parser options.values",
     "options": "options",

@@ -139,6 +139,8 @@ class Method:
 
     None if there is no equivalent plain LoRA: then only PEFT's format and merged weights can be exported.
     """
+    lycoris: bool = False
+    """Whether LyCORIS's format holds the method; see `reslora.lycoris`."""
     shortcuts: bool = False
     """Whether the method connects blocks by shortcuts, which are merged after training."""
     measured: bool = False
@@ -199,15 +201,15 @@ METHODS = {
         ),
         Method(
             "dora", "DoRA", "LoRA that trains direction and magnitude of weights apart", "#e64980",
-            partial(lora, use_dora=True), None,
+            partial(lora, use_dora=True), None, lycoris=True,
         ),
         Method(
             "loha", "LoHa", "two LoRAs, multiplied entry by entry", "#9c36b5",
-            partial(lycoris, kind="LoHaConfig"), None, quantised=False, trains_b=False,
+            partial(lycoris, kind="LoHaConfig"), None, lycoris=True, quantised=False, trains_b=False,
         ),
         Method(
             "lokr", "LoKr", "a small matrix, repeated with other factors (Kronecker product)", "#0c8599",
-            partial(lycoris, kind="LoKrConfig"), None, quantised=False, trains_b=False,
+            partial(lycoris, kind="LoKrConfig"), None, lycoris=True, quantised=False, trains_b=False,
         ),
         Method(
             "oft", "OFT", "rotates the input of layers instead of adding to it", "#862e9c", oft,

@@ -15,7 +15,13 @@ from app.working_files import WorkingFiles
 @pytest.fixture
 def library(tmp_path):
     folder = write_run(tmp_path / "runs" / "run", pretrained_model_name_or_path="owner/model") / "reslora"
-    names = ["pytorch_lora_weights.safetensors", "kohya.safetensors", "comfyui.safetensors", "trainer.pt"]
+    names = [
+        "pytorch_lora_weights.safetensors",
+        "kohya.safetensors",
+        "comfyui.safetensors",
+        "trainer.pt",
+        "lycoris.safetensors",
+    ]
     names += ["peft/adapter_model.safetensors", "peft/adapter_config.json", "peft/text_encoder/adapter_config.json"]
     names += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
     for name in names:
@@ -32,8 +38,10 @@ def test_each_has_its_path_and_lines_of_python_that_compile(library):
         "ResLoRA: comfyui.safetensors (ComfyUI)",
         "ResLoRA: kohya.safetensors (kohya, ComfyUI, A1111)",
         "ResLoRA: pytorch_lora_weights.safetensors (diffusers)",
+        "ResLoRA: lycoris.safetensors (ComfyUI, Forge)",
         "ResLoRA: peft (PEFT)",
     ]
+    assert "models/loras" in found.pop("ResLoRA: lycoris.safetensors (ComfyUI, Forge)").use
     for one in found.values():
         assert one.place.startswith(f"{run.folder}/reslora/")
         lines = one.use.splitlines()[-3:]

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...experiment.choice import is_chosen
 from ...experiment.record import Experiment, between_methods
 from ...experiment.report import About, labels_of, start_in_words
-from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from ...formatting import enumerated
 from ...plots.charts import Axes, Series, chart
 from ..output.exports import PEFT_FOLDER
@@ -75,6 +75,7 @@ COMFYUI = 'ComfyUI: put it into models/loras, and choose it in the node "Load Lo
 USES = {
     KOHYA_FILE: f"{COMFYUI} A1111 and Forge: models/Lora, at weight 1.",
     COMFYUI_FILE: COMFYUI,
+    LYCORIS_FILE: f"{COMFYUI} Forge: models/Lora, at weight 1.",
     DIFFUSERS_FILE: "diffusers: pipeline.load_lora_weights('{folder}')",
     PEFT_FOLDER: "PEFT: PeftModel.from_pretrained(DENOISER, '{folder}/peft'), with the pipeline's denoiser; "
     "with --train_text_encoder, its text encoders too, each from '{folder}/peft/text_encoder*'",

@@ -27,7 +27,7 @@ from ...experiment.report import About
 from ...experiment.schedule import ArmSchedule
 from ...experiment.study import TIMED_STEPS, ExperimentStudy, print_estimate, race, train_arm
 from ...experiment.worker_pool import Orders
-from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from ...formatting import pluralize
 from ...io import read_object, remove_leftovers, replacing
 from ...methods.registry import METHODS
@@ -456,12 +456,12 @@ class ImageExperiment(ExperimentStudy):
         They replace those of an earlier export.
         """
         folder, into = self.schedule.folder_of(arm), self.schedule.folder
-        formats = (*self.study.context.model.family.lora_files, DIFFUSERS_FILE, PEFT_FOLDER)
+        formats = (*self.study.context.model.family.lora_files, DIFFUSERS_FILE, LYCORIS_FILE, PEFT_FOLDER)
         names = [name for name in formats if (folder / name).exists()]
         for name in names:
             with replacing(into / name) as temporary:
                 copy = shutil.copytree if (folder / name).is_dir() else shutil.copyfile
                 copy(folder / name, temporary)
-        for file in {DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE} - set(names):
+        for file in {DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, LYCORIS_FILE} - set(names):
             (into / file).unlink(missing_ok=True)
         return names

@@ -17,10 +17,10 @@ from ... import export
 from ...attributes import override_attributes
 from ...chains import Chains, chains
 from ...errors import Diverged, RunFailed, first_line
-from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from ...io import Damaged, check_checksums, remove, replacing, write_json
 from ...methods.adapters import load_adapter
-from ...methods.registry import METHODS
+from ...methods.registry import METHODS, Method
 from ...model import MergeReport, merge
 from ...runtime.checkpoint_folders import EXPORTS
 from ...runtime.folder_lock import check_held
@@ -37,6 +37,7 @@ from ..model.families.base import Family
 from ..model.lora_files.writing import peft_folder
 from ..prompts import prompts_of
 from .calibration_file import write_calibration
+from .lycoris_file import write_lycoris_file
 from .merged_weights import write_merged
 from .reading_back import PEFT_FOLDER, Parts, read_back, values_of
 from .reports import FINISHED, MERGED, save_images
@@ -260,7 +261,7 @@ def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
 def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: ImageContext) -> None:
     """Write every format that the method supports; a disk too full for merged weights has the small files already."""
     family, folder = context.model.family, context.folder_of(method)
-    write_adapters(parts, folder, family, metadata if METHODS[method].plain_lora else None)
+    write_adapters(parts, folder, family, METHODS[method], metadata)
     for name, part in parts.items() if context.writes_merged else ():
         if name == family.denoiser:
             write_merged(part, folder / name, context.model.stored_denoiser())
@@ -268,8 +269,8 @@ def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: 
             export.export_merged(part, folder / name)
 
 
-def write_adapters(parts: Parts, folder: Path, family: Family, metadata: dict[str, str] | None) -> None:
-    """Write PEFT's folder and, if `metadata` is given, plain LoRA files.
+def write_adapters(parts: Parts, folder: Path, family: Family, method: Method, metadata: dict[str, str]) -> None:
+    """Write PEFT's folder, and the method's plain LoRA files or its file in LyCORIS's format.
 
     There is a LoRA file for each of the family's formats, and each contains all modules. Files that an earlier training
     wrote in other formats are removed last, so that a full disk does not lose them.
@@ -278,10 +279,13 @@ def write_adapters(parts: Parts, folder: Path, family: Family, metadata: dict[st
         for name, part in parts.items():
             export.export_peft(part, peft_folder(temporary, name, family))
     written: set[str] = set()
-    if metadata is not None:
+    if method.plain_lora:
         write_lora(parts, folder, family, metadata)
         written = {*family.lora_files, DIFFUSERS_FILE}
-    for file in {DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE} - written:
+    elif method.lycoris:
+        write_lycoris_file(parts, folder / LYCORIS_FILE, family, metadata)
+        written = {LYCORIS_FILE}
+    for file in {DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, LYCORIS_FILE} - written:
         (folder / file).unlink(missing_ok=True)
 
 

@@ -8,7 +8,7 @@ import huggingface_hub
 from huggingface_hub import CommitOperationAdd
 
 from ...errors import InvalidArgument, RunFailed, first_line
-from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from ...io import read_object
 from ...options.images import MethodOptions, OutputOptions, ValidationOptions
 from ...runtime.checkpoint_folders import EXPORTS
@@ -20,7 +20,7 @@ from .summary import write_comparison
 # Besides these files, only the figures and the model card are uploaded: the folder may contain settings, latents, names
 # of training images, notes, or the images themselves.
 UPLOADED_OF_METHOD = (
-    *(DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, "peft/**/*"),
+    *(DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, LYCORIS_FILE, "peft/**/*"),
     *("chains.json", "merge.json", "log.jsonl", "samples/step-*/*", "merged/*"),
 )
 

@@ -15,13 +15,15 @@ from ... import export
 from ...attributes import override_attributes
 from ...chains import base_model, lora_layers
 from ...errors import RunFailed, first_line
-from ...export import DIFFUSERS_FILE, Factors
+from ...export import DIFFUSERS_FILE, LYCORIS_FILE, Factors
+from ...lycoris import merged_weight
 from ...methods.adapters import remove_adapters
 from ...methods.registry import METHODS
 from ..context import ImageContext
 from ..model.families.base import Family
 from ..model.lora_files.writing import peft_folder
 from ..model.stored import Stored, empty_model, stored_weights
+from .lycoris_file import file_layers, read_lycoris_file
 from .merged_weights import merged_tensors
 
 PEFT_FOLDER = "peft"
@@ -53,6 +55,8 @@ def read_back(parts: Parts, method: str, pipeline: DiffusionPipeline, context: I
         for part, module in parts.items():
             stored = context.model.stored_denoiser() if part == family.denoiser else None
             check(part, partial(of_merged, module, folder / part, stored))
+    if METHODS[method].lycoris:
+        check(LYCORIS_FILE, partial(of_lycoris, parts, folder / LYCORIS_FILE, family))
     updates = updates_of(parts) if METHODS[method].plain_lora else {}
     values = values_of(parts)
     for module in parts.values():
@@ -98,6 +102,19 @@ def of_lora(updates: Mapping[str, Factors], parts: Parts, pipeline: DiffusionPip
     loaded = updates_of(parts)
     pipeline.unload_lora_weights()
     return by_name(updates, loaded, lambda name: relative_update(updates[name], loaded[name]))
+
+
+def of_lycoris(parts: Parts, path: Path, family: Family) -> Differences:
+    """Return the differences of the updates in LyCORIS's format, computed by LyCORIS's formula from the tensors."""
+    layers, found = file_layers(parts, family), read_lycoris_file(path)
+
+    def difference(name: str) -> float:
+        """Return the relative difference of a layer's update from PEFT's own."""
+        layer, weight = layers[name].module, layers[name].module.get_base_layer().weight.double()
+        update = export.merged_value(layer, "weight", weight) - weight
+        return relative(update, merged_weight(layers[name].placed(found[name]), weight) - weight)
+
+    return by_name(layers, found, difference)
 
 
 def of_peft(values: Mapping[str, torch.Tensor], parts: Parts, folder: Path, family: Family) -> Differences:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from ...io import read_object, replacing
 from ...methods.registry import METHODS
 from ...options.images import MethodOptions, OutputOptions, ValidationOptions
@@ -97,6 +97,7 @@ def print_summary(adapter: MethodOptions, output_options: OutputOptions) -> None
         DIFFUSERS_FILE: "diffusers: pipeline.load_lora_weights(folder)",
         KOHYA_FILE: "ComfyUI, A1111/Forge, kohya",
         COMFYUI_FILE: "ComfyUI",
+        LYCORIS_FILE: "ComfyUI, Forge, kohya with LyCORIS",
         "peft": "PeftModel.from_pretrained(denoiser, folder)",
         "unet": "merged weights: UNet2DConditionModel.from_pretrained(folder)",
         "text_encoder": "merged weights: the text encoder's from_pretrained(folder)",

@@ -21,10 +21,11 @@ from suites import quick
 
 from images.runs import RESUME, cut, failed, final_weights, main, only, printed, training_state, without
 from reslora.errors import RunFailed
-from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from reslora.images.output import exports as results
 from reslora.images.output import reading_back
 from reslora.images.settings import build_parser
+from reslora.methods.registry import METHODS
 from reslora.runtime.log import read_log
 
 
@@ -258,7 +259,7 @@ def test_training_that_has_diverged_exports_nothing(brief_flags, capsys, tmp_pat
 def test_earlier_adapters_stay_until_the_new_ones_are_there(tmp_path, monkeypatch):
     """A full disk loses none of them; afterwards, files of formats that are no longer written are removed."""
     family, config = SimpleNamespace(denoiser="unet", lora_files=(KOHYA_FILE,)), "adapter_config.json"
-    files = [DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, f"peft/{config}", f"peft/text_encoder/{config}"]
+    files = [DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, LYCORIS_FILE, f"peft/{config}", f"peft/text_encoder/{config}"]
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("earlier")
@@ -276,12 +277,12 @@ def test_earlier_adapters_stay_until_the_new_ones_are_there(tmp_path, monkeypatc
         return [file for file in files if (tmp_path / file).is_file()]
 
     with pytest.raises(OSError, match="No space"):
-        results.write_adapters({"unet": "full"}, tmp_path, family, {})
+        results.write_adapters({"unet": "full"}, tmp_path, family, METHODS["lora"], {})
     assert there() == files and {(tmp_path / file).read_text() for file in files} == {"earlier"}
     with pytest.raises(OSError, match="No space"):
-        results.write_adapters({"unet": "new"}, tmp_path, family, {})
-    assert there() == files[:4]
-    results.write_adapters({"unet": "new"}, tmp_path, family, None)
+        results.write_adapters({"unet": "new"}, tmp_path, family, METHODS["lora"], {})
+    assert there() == [*files[:4], f"peft/{config}"]
+    results.write_adapters({"unet": "new"}, tmp_path, family, METHODS["oft"], {})
     assert there() == [f"peft/{config}"]
 
 
