@@ -124,6 +124,7 @@ def test_layers_that_the_output_does_not_depend_on_do_not_end_them(flags, tmp_pa
 def test_both_have_the_same_initial_factors(flags, tmp_path):
     """Two processes train like one process with twice the batch size."""
     words = ["--method", "lora", "--init_lora_weights", "pissa_niter_2", "--num_validation_images", "0"]
+    words += ["--blocks_to_swap", "0"]
     forked(SCRIPT, *flags, *words, "--output_dir", str(tmp_path / "two"), folder=tmp_path)
     assert main(*flags, *words, "--train_batch_size", "4", "--output_dir", tmp_path / "one") == 0
     two, one = (final_weights(tmp_path / name, "lora", STEPS) for name in ("two", "one"))
