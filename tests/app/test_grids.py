@@ -69,9 +69,7 @@ def test_cells_are_single_drawings(studio, run, x, y, single):
     ("name", "text", "said"),
     [
         ("colour", "1", "X: no setting has this name; choose one of checkpoint, "),
-        ("strength", " , ", r"X \(strength\): give the values, such as 0 0.5 1"),
         ("strength", "0 half", r"X \(strength\): half is not a number from -2 to 2"),
-        ("seed", "1 -1", r"X \(seed\): -1 is not a whole number from 0 to"),
         ("seed", " ".join(map(str, range(65))), f"X .seed.: 65 values are more than the {MOST}"),
     ],
 )
@@ -87,7 +85,6 @@ def test_an_axis_that_says_nothing_is_refused_in_a_line(name, text, said):
         (("seed", "1"), ("seed", "2"), START, "X and Y are both seed"),
         (("seed", "1 2 3 4 5 6 7 8 9"), ("steps", "1 2 3 4 5 6 7 8"), START, "9 x 8 values are 72 cells: at most 64"),
         (("checkpoint", "3"), ("seed", "1"), START, "lora has no checkpoint at step 3; it has checkpoints at 2, 4"),
-        (("checkpoint", "2"), ("seed", "1"), "base model", "The base model has no checkpoints: choose"),
         (("merge", "input"), ("method", "lora"), START, "The merge method applies only to ResLoRA"),
     ],
 )

