@@ -7,6 +7,7 @@ from pathlib import Path
 
 from reslora.formatting import pluralize
 from reslora.options.values import listed
+from reslora.runtime.log import of_split
 
 from . import form, launcher
 from .activity import activity_of, why_ended
@@ -20,6 +21,9 @@ from .views import NAMES, bad, embedded, escape, notice
 
 MOST = 48
 """Maximum number of runs' cards on the page; the search field finds the other runs."""
+SAMPLES = 4
+"""Maximum number of samples on a card."""
+NO_SAMPLES = '<div class="empty">no samples</div>'
 NOTHING_QUEUED = (
     "Nothing is running or waiting. A training that you start under Train while another one runs waits here."
 )
@@ -88,13 +92,15 @@ def settings_of(entry: Entry, run: Run) -> dict[str, object]:
     """Return an entry's settings; those not given are the values of its run or, before it starts, the defaults."""
     given = {name: value for name, value in entry.settings.items() if value not in launcher.EMPTY}
     named = given.get("model", DEFAULT)
-    if run.config:
-        config: dict[str, object] = {name: " ".join(map(str, listed(run.config.get(name)))) for name in SHOWN}
-        base = run.word(form.MODEL) or ""
-        return config | {"model": bundled(base) or base} | given
-    if entry.resume:  # its run was removed, and so are its settings
-        return given
+    if entry.resume or run.config:
+        return shown_settings(run) | given
     return form.defaults({form.MODEL: named, "optimizer": given.get("optimizer")}) | {"model": named} | given
+
+
+def shown_settings(run: Run) -> dict[str, object]:
+    """Return the settings of a run that its row in the queue shows."""
+    base = run.word(form.MODEL) or ""
+    return {name: " ".join(map(str, listed(run.config.get(name)))) for name in SHOWN} | {"model": bundled(base) or base}
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
@@ -123,43 +129,57 @@ def state_of(manager: RunManager, run: Run) -> Hashable:
 
 @cached_by(state_of, 4 * MOST)
 def card(manager: RunManager, run: Run) -> str:
-    """Return a run's card as HTML: newest sample, status, time of the last change, and notes."""
+    """Return a run's card as HTML: newest samples, status, time of the last change, steps and losses, and notes."""
     name, status, owned = escape(run.name), manager.jobs.status(run), manager.library.owns(run)
     done, total = run.progress
     kind, script = isinstance(run, Experiment), language_script(run)
     facts = [
-        "experiment" if kind else ", ".join(NAMES[method] for method in run.methods),
+        f"experiment, {done:,} of {pluralize(total, 'run')}" if kind else "",
         f"a language model, by {script}" if script else "",
-        f"{done:,} of {pluralize(total, 'run' if kind else 'step')}" if total else "",
         NO_CONFIG if run.unreadable else "",
     ]
     why = why_ended(run, status, manager.jobs.last_line(run))
     opens = f"Open {run.name} under Compare"
     buttons = "" if isinstance(run, LanguageRun) else button("open", "Open", opens)
-    buttons += button("trash", "Delete", f"Move {run.name} to the trash") if owned else ""
+    if owned:
+        buttons += button("rename", "Rename", f"Rename {run.name}")
+        buttons += button("trash", "Delete", f"Move {run.name} to the trash")
     notes = (
         f'<textarea rows="2" maxlength="{LONGEST_NOTES}" aria-label="notes on {name}" data-was="{escape(run.notes)}" '
         f'placeholder="no notes">\n{escape(run.notes)}</textarea><p class="told" role="status"></p>'
     )
+    methods = "" if kind else "".join(f"<p>{escape(progress(run, method))}</p>" for method in run.methods)
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(last_change(run.folder)))
     return (
-        f'<div class="run" role="group" aria-label="{name}" data-name="{name}">{picture(run)}'
+        f'<div class="run" role="group" aria-label="{name}" data-name="{name}">{pictures(run)}'
         f'<p class="name" title="{name}">{name}</p><p>{badge(status)} <span class="when">{since}</span></p>'
-        f"<p>{escape(' · '.join(filter(None, facts)))}</p>{bad(why)}{notes if owned else ''}"
+        f"<p>{escape(' · '.join(filter(None, facts)))}</p>{methods}{bad(why)}{notes if owned else ''}"
         f'<div class="buttons">{buttons}</div></div>'
     )
 
 
-def picture(run: Run) -> str:
-    """Return as HTML the newest sample of the last method that has a readable sample."""
+def progress(run: Run, method: str) -> str:
+    """Return a method's name, steps and last loss, such as `LoRA: 60 of 200 steps, loss 0.0312`."""
+    last, total = next(reversed(of_split(run.log(method), "train")), {}), run.steps_of(method)
+    parts = [f"{last.get('step', 0):,} of {pluralize(total, 'step')}"] if total else []
+    parts += [f"loss {last['loss']:.4f}"] if last else []
+    return f"{NAMES[method]}: {', '.join(parts)}" if parts else NAMES[method]
+
+
+def pictures(run: Run) -> str:
+    """Return as HTML up to `SAMPLES` different samples of a run."""
+    found: dict[str, None] = {}
     for path in newest_samples(run):
         with contextlib.suppress(Exception):  # such as a damaged image
-            return f'<img {embedded(path)} alt="newest sample of {escape(run.name)}">'
-    return '<div class="empty">no samples</div>'
+            found[embedded(path)] = None
+        if len(found) == SAMPLES:
+            break
+    images = "".join(f'<img {image} alt="sample of {escape(run.name)}">' for image in found)
+    return f'<div class="samples{" one" if len(found) < 2 else ""}">{images or NO_SAMPLES}</div>'
 
 
 def newest_samples(run: Run) -> Iterator[Path]:
-    """Yield one sample per method, from the last method to the first: the first image of the method's newest step.
+    """Yield the samples of each method's newest step, from the last method to the first.
 
     For an experiment, yield a sample of each chosen run at its chosen step.
     """
@@ -167,8 +187,7 @@ def newest_samples(run: Run) -> Iterator[Path]:
         yield from run.chosen_samples()
     steps = list(reversed(run.steps()))
     for method in reversed(run.methods):
-        samples = next((images for step in steps if (images := run.samples(method, step))), {})
-        yield from list(samples.values())[:1]
+        yield from next((images for step in steps if (images := run.samples(method, step))), {}).values()
 
 
 def trash(manager: RunManager) -> str:

@@ -56,6 +56,9 @@ element.addEventListener("click", event => {
   const found = { do: part.dataset.do, name: nameOf(part) };
   const byPointer = event.detail > 0;
   if (byPointer && pressed && (pressed.do !== found.do || pressed.name !== found.name)) return;
+  if (found.do === "trash" && !confirm(`Move ${found.name} to the trash?`)) return;
+  if (found.do === "rename") found.to = prompt(`New name of ${found.name}:`, found.name);
+  if (found.do === "rename" && (!found.to || found.to === found.name)) return;
   trigger("acted", found);
 });
 element.addEventListener("input", event => {

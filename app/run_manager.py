@@ -1,10 +1,11 @@
-"""Write notes on runs and experiments, delete them, and restore deleted ones.
+"""Write notes on runs and experiments, rename and delete them, and restore deleted ones.
 
 A deleted run is moved to its own folder in `.trash` of the runs folder. Names from a browser are only compared with the
 names of the listed folders, never used as paths.
 """
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from reslora.images.data.listing import TRASH
@@ -16,7 +17,7 @@ from .runs import IN_PLACE, LONGEST_NOTES, NOTES, Run, RunError, pick
 
 
 class RunManager:
-    """Changes notes, deletes and restores the runs and experiments of a runs folder."""
+    """Changes notes, renames, deletes and restores the runs and experiments of a runs folder."""
 
     def __init__(self, jobs: Jobs) -> None:
         self.jobs, self.library = jobs, jobs.library
@@ -56,11 +57,7 @@ class RunManager:
         """Move a run to the trash, and return a sentence that reports it.
 
         Raises `RunError` if the run is training or waits in the queue."""
-        with self.jobs.changing() as entries, self.jobs.lock, IN_PLACE:
-            run = self.find(name)
-            self.jobs.refuse_active(run)
-            if any(entry.name == run.name and not entry.ends for entry in entries):
-                raise RunError(f"{run.name} waits in the queue; remove it there first.")
+        with self.idle(name) as run, IN_PLACE:
             trash = self.library.folder / TRASH
             if trash.is_symlink():
                 raise RunError(f"{TRASH} in the folder of runs is a link; remove the link first.")
@@ -73,6 +70,28 @@ class RunManager:
                     place.rmdir()
                 raise RunError(f"{run.name} cannot be moved ({error.strerror}); it was not changed.") from None
         return f"{run.name} is in the trash ({TRASH} in the folder of runs)."
+
+    def rename(self, name: str, new: str) -> str:
+        """Rename a run's folder, and return a sentence that reports it.
+
+        Raises `RunError` for an invalid or existing name, and if the run is training or waits in the queue."""
+        with self.idle(name) as run, IN_PLACE:
+            target = self.jobs.new_folder(new)
+            try:
+                run.folder.rename(target)
+            except OSError as error:
+                raise RunError(f"{run.name} cannot be renamed ({error.strerror}); it was not changed.") from None
+        return f"{run.name} is now {target.name}."
+
+    @contextlib.contextmanager
+    def idle(self, name: object) -> Iterator[Run]:
+        """Yield a run that cannot be started meanwhile. Raises `RunError` if it is training or waits in the queue."""
+        with self.jobs.changing() as entries, self.jobs.lock:
+            run = self.find(name)
+            self.jobs.refuse_active(run)
+            if any(entry.name == run.name and not entry.ends for entry in entries):
+                raise RunError(f"{run.name} waits in the queue; remove it there first.")
+            yield run
 
     def trashed(self) -> dict[str, Path]:
         """Return the folders of the runs in the trash, newest first, by the name of the parent folder in the trash."""

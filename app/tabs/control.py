@@ -8,6 +8,7 @@ from .. import views
 from ..folders import BUNDLED
 from ..handlers import NO_PROGRESS
 from ..jobs import RUNNING, Entry
+from ..lists import shown_settings
 from ..runs import Run
 from .base import STATUS, Tab
 
@@ -52,7 +53,9 @@ class ControlTab(Tab):
     def do_resume(self, name: str) -> str:
         """Resume a stopped run or experiment, or add it to the queue; return a notice."""
         run = self.jobs.find(name, self.kind)
-        return views.notice(self.outcome_of(self.jobs.add(Entry(run.name, self.what, resume=True))))
+        return views.notice(
+            self.outcome_of(self.jobs.add(Entry(run.name, self.what, shown_settings(run), resume=True)))
+        )
 
     def outcome_of(self, entry: Entry) -> str:
         """Return a sentence on an entry that was added to the queue: its state and, for a new run, its images."""

@@ -60,6 +60,8 @@ class RunsTab(ListTab):
             return gr.skip(), gr.skip(), gr.skip(), *self.opened(name)
         if what == "trash":
             line = self.manager.throw_away(name)
+        elif what == "rename":
+            line = self.manager.rename(name, event._data.get("to"))
         elif what == "restore":
             line = self.manager.restore(name)
         else:

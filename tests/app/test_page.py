@@ -780,7 +780,7 @@ def line_up(page) -> None:
 
 
 def put_in_order(page, runs: Path) -> None:
-    """Notes are stored and survive an update while one types; a run is deleted, restored and opened."""
+    """Notes are stored and survive an update while one types; a run is deleted, restored, renamed and opened."""
     page.get_by_role("tab", name="Runs").click()
     sent: list[str] = []
     page.on("request", lambda request: sent.append(request.post_data or ""))
@@ -793,6 +793,15 @@ def put_in_order(page, runs: Path) -> None:
     wait_until_told(page, "saved", NOTES_TOLD)
     assert (runs / "watched" / "notes.txt").read_text() == "the best so far"
     assert len([data for data in sent if "save_notes" in data and "the best so far" in data]) == 1
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    page.get_by_role("button", name="Move watched to the trash").click()
+    page.once("dialog", lambda dialog: dialog.accept("seen"))
+    page.get_by_role("button", name="Rename watched").click()
+    page.locator("#runs-answer").get_by_text("watched is now seen").wait_for()
+    page.once("dialog", lambda dialog: dialog.accept("watched"))
+    page.get_by_role("button", name="Rename seen").click()
+    page.locator("#runs-answer").get_by_text("seen is now watched").wait_for()
+    page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Move watched to the trash").click()
     page.locator("#runs-answer").get_by_text("watched is in the trash").wait_for()
     assert not (runs / "watched").exists()

@@ -74,7 +74,31 @@ def test_what_trains_waits_or_is_elsewhere_is_not_thrown_away(manager, tmp_path)
     assert manager.trashed() == {} and (tmp_path / "runs" / "two" / "config.json").is_file()
 
 
-def test_cards_show_the_newest_sample_and_escape_all_else(manager, tmp_path):
+def test_a_run_is_renamed_unless_it_trains_waits_or_the_name_is_taken(manager, tmp_path):
+    manager.write_notes("one", "", "good")
+    assert "one is now 1st" in manager.rename("one", "1st") and manager.find("1st").notes == "good"
+    assert "already exists" in refused(manager.rename, "1st", "two")
+    for name in (*HOSTILE, None):
+        refused(manager.rename, "1st", name)
+        refused(manager.rename, name, "new")
+    with manager.jobs.changing() as entries:
+        entries.append(Entry("1st", resume=True))
+    assert "waits in the queue" in refused(manager.rename, "1st", "new")
+    assert sorted(run.name for run in manager.library.everything()) == ["1st", "elsewhere", "two", "which"]
+
+
+def test_a_resumed_run_in_the_queue_keeps_its_values_when_it_is_deleted(manager):
+    entry = Entry("one", "run", lists.shown_settings(manager.find("one")), resume=True, state="failed", line="why")
+    with manager.jobs.changing() as entries:
+        entries.append(entry)
+    before = lists.queue(manager.jobs)
+    assert "learning rate" in before
+    for name in ("two", "one"):
+        manager.throw_away(name)
+        assert lists.queue(manager.jobs) == before
+
+
+def test_cards_show_the_newest_samples_and_escape_all_else(manager, tmp_path):
     attack = "<script>${x} {{y}}"
     write_run(tmp_path / "runs" / attack)
     (tmp_path / "runs" / attack / "notes.txt").write_text(f"</textarea>{attack}")
@@ -83,8 +107,8 @@ def test_cards_show_the_newest_sample_and_escape_all_else(manager, tmp_path):
     shown = lists.runs(manager, "")
     for text in ("<script>", "${", "{{", "</textarea>&lt;", str(tmp_path)):
         assert text not in shown, text
-    assert shown.count('class="run"') == 4 and shown.count("<img ") == 3 and shown.count("no samples") == 1
-    assert shown.count('data-do="trash"') == 3 and "Restore one" in shown and "LoRA, ResLoRA · 8 of 8 steps" in shown
+    assert shown.count('class="run"') == 4 and shown.count("<img ") == 11 and shown.count("no samples") == 1
+    assert shown.count('data-do="trash"') == 3 and "Restore one" in shown and "<p>LoRA: 4 of 4 steps, loss " in shown
     assert lists.runs(manager, "TEXTAREA").count(
         'class="run"'
     ) == 1 and "No name and no notes of a run contain this" in lists.runs(manager, "zzz")
@@ -97,7 +121,7 @@ def test_cards_show_the_newest_sample_and_escape_all_else(manager, tmp_path):
 def test_the_card_of_a_language_run_says_what_it_is_and_opens_nothing(manager):
     write_language_run(manager.library.folder / "glue")
     shown = lists.runs(manager, "glue")
-    assert "ResLoRA · a language model, by train_glue.py" in shown
+    assert "<p>a language model, by train_glue.py</p><p>ResLoRA</p>" in shown
     assert "Open glue" not in shown and "Move glue to the trash" in shown
     assert "glue was trained by train_glue.py" in refused(RunsTab.opened, manager, "glue")
     assert "in the trash" in manager.throw_away("glue")
