@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from reslora.images.data.caption_files import caption_files, read_caption
@@ -15,8 +15,6 @@ from .image_folders import Image, Images, defaults
 from .runs import RunError
 
 COLUMN = defaults().data.caption_column
-Rows = dict[int | str, Sequence[str]]
-"""New captions by the number of a table's row, or by the file name of an image that gets a row."""
 Captions = Mapping[str, Sequence[str]]
 """New captions by the image's name."""
 BETWEEN = "\n\n"
@@ -28,15 +26,15 @@ def with_captions(images: Images, captions: Captions) -> dict[Path, bytes | None
 
     Raises `RunError` if a caption cannot be stored, or the file of one cannot be decoded.
     """
+    found = {image: [clean(text).strip() for text in captions[image.name]] for image in images.find(captions)}
     files: dict[Path, bytes | None] = {}
-    tables: dict[Path, dict[Image, list[str]]] = {}
-    for image in images.find(captions):
-        texts = [clean(text).strip() for text in captions[image.name]]
-        if image.table:
-            tables.setdefault(image.table, {})[image] = texts
+    for table in {image.table for image in found}:
+        changed = {image: texts for image, texts in found.items() if image.table == table}
+        if table:
+            files[table] = with_rows(table, changed)
         else:
-            files[caption_file(image)] = BETWEEN.join(texts).encode()
-    return files | {table: with_rows(table, changed) for table, changed in tables.items()}
+            files |= {caption_file(image): BETWEEN.join(texts).encode() for image, texts in changed.items()}
+    return files
 
 
 def caption_file(image: Image) -> Path:
@@ -52,36 +50,24 @@ def with_rows(table: Path, changed: Mapping[Image, Sequence[str]], dropped: Sequ
 
     `dropped`: images whose rows are removed. The other rows keep their values.
     """
-    mark, text = table.read_bytes().startswith(codecs.BOM_UTF8), table.read_text(encoding="utf-8-sig")
-    rows: Rows = {}
-    for image, texts in changed.items():
-        name = Path(os.path.relpath(image.path, table.parent)).as_posix()
-        rows[name if image.row is None else image.row] = texts
-    edited = (csv_with if table.suffix == ".csv" else json_lines_with)(text, rows, {image.row for image in dropped})
-    return edited.encode("utf-8-sig" if mark else "utf-8")
-
-
-def json_lines_with(text: str, rows: Rows, dropped: Container[int | None]) -> str:
-    """Return the text of a metadata.jsonl with new captions, and without the rows with the numbers in `dropped`."""
-    lines: dict[int | str, str] = dict(enumerate(line for line in text.split("\n") if line.strip()))
-    for key, captions in rows.items():
-        values = json.loads(lines[key]) if key in lines else {"file_name": key, COLUMN: None}
-        is_list = len(captions) > 1 or (isinstance(values[COLUMN], list) and captions)
-        values[COLUMN] = list(captions) if is_list else next(iter(captions), None)
-        lines[key] = json.dumps(values, ensure_ascii=False)
-    return "".join(f"{line}\n" for key, line in lines.items() if key not in dropped)
-
-
-def csv_with(text: str, rows: Rows, dropped: Container[int | None]) -> str:
-    """Return the text of a metadata.csv with new captions, and without the rows with the numbers in `dropped`."""
-    columns, *cells = filter(None, csv.reader(io.StringIO(text)))
-    lines: dict[int | str, list[str]] = dict(enumerate(cells))
-    place = len(columns) - 1 - columns[::-1].index(COLUMN)  # the trainer reads the last column of a name
-    for key, captions in rows.items():
-        values = lines.setdefault(key, [key if column == "file_name" else "" for column in columns])
-        values += [""] * (len(columns) - len(values))
-        values[place] = next(iter(captions), "")
+    text, columns = table.read_text(encoding="utf-8-sig"), []
+    if is_csv := table.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text.lstrip()), restval="")
+        columns, rows = list(reader.fieldnames or ()), list(reader)
+    else:
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    for image, captions in changed.items():
+        if image.row is None:
+            rows.append({"file_name": Path(os.path.relpath(image.path, table.parent)).as_posix()})
+        rows[-1 if image.row is None else image.row][COLUMN] = captions[0] if len(captions) == 1 else list(captions)
+    gone = {image.row for image in dropped}
+    rows = [row for number, row in enumerate(rows) if number not in gone]
     file = io.StringIO()
-    kept = (values for key, values in lines.items() if key not in dropped)
-    csv.writer(file, lineterminator="\n").writerows([columns, *kept])
-    return file.getvalue()
+    if is_csv:
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    marked = table.read_bytes().startswith(codecs.BOM_UTF8)
+    return file.getvalue().encode("utf-8-sig" if marked else "utf-8")

@@ -1,12 +1,12 @@
 """Write captions with an image-text model: run `reslora-caption` on links to the images, then store its texts."""
 
+import contextlib
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.formatting import pluralize
@@ -17,35 +17,19 @@ from .image_folders import Image
 from .launcher import environment
 from .runs import RunError
 
-FOLDER = "models"
-"""Folder of the runs folder with the user's models."""
-PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 MODELS = "models"
 """Folder, in the folder of runs, of image-text models."""
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 EVERY = 0.5
 """Seconds between two counts of the written captions."""
 
 
-@dataclass
-class Job:
-    """The captions of a folder that are being written."""
-
-    folder: str
-    images: Sequence[Image]
-    options: Sequence[str]
-    done: int = 0
-    stopped: bool = False
-    line: str = ""
-    """What was done, once it has ended."""
-    error: str = ""
-
-
 class Captioning:
-    """Writes the captions of one folder at a time, in a thread: closing the page does not stop it."""
+    """Writes the captions of one folder at a time."""
 
     def __init__(self, edits: ImageEdits) -> None:
         self.edits, self.jobs = edits, edits.jobs
-        self.job: Job | None = None
+        self.stopped = threading.Event()
 
     def models(self) -> dict[str, Path]:
         """Return the image-text models in the folder `models` of the runs folder, by name."""
@@ -53,10 +37,14 @@ class Captioning:
         found = {path.parent for file in PROCESSORS for path in place.glob(f"[!.]*/{file}")}
         return {path.name: path for path in sorted(found) if (path / "config.json").is_file()}
 
-    def start(self, folder: str, model: str, prompt: str = "", prefix: str = "", overwrite: bool = False) -> Job:
-        """Start to write captions, and return the job; images with a caption are left out unless `overwrite`.
+    def write(
+        self, folder: str, model: str, prompt: str = "", prefix: str = "", overwrite: bool = False
+    ) -> Iterator[tuple[str, float]]:
+        """Write captions, and yield lines about the progress, each with the completed fraction; the last is the result.
 
-        Raises `RunError` for an invalid model, if no image needs a caption, and while another folder is captioned.
+        Images with a caption are left out unless `overwrite`. If the iterator is closed, or after `stopped` is set, the
+        captions that are written so far are stored. Raises `RunError` for an invalid model, if no image needs a
+        caption, if the model fails, and while captions are being written.
         """
         named = str(model or "").strip()
         path = self.models().get(named)
@@ -68,85 +56,58 @@ class Captioning:
         given = {"model": path or named, "prompt": prompt, "prefix": prefix}
         options = [f"--{name}={text}" for name, text in given.items() if str(text or "").strip()]
         with self.edits.changing(folder) as images:
-            if self.job and not (self.job.line or self.job.error):
-                raise RunError(f"The captions of {self.job.folder} are being written; wait for them, or stop it first.")
-            waiting = [image for image in images.images.values() if image.size]
-            if overwrite is not True:
-                waiting = [image for image in waiting if not any(image.captions)]
-            if not waiting:
-                raise RunError("Every image has a caption; check Replace existing captions to write new ones.")
-            self.job = job = Job(folder, waiting, options)
-        self.jobs.captioning = threading.Thread(target=self.work, args=(job,), daemon=True)
-        self.jobs.captioning.start()
-        return job
+            found = [image for image in images.images.values() if image.size]
+            waiting = [image for image in found if overwrite is True or not any(image.captions)]
+        if not waiting:
+            raise RunError("Every image has a caption; check Replace existing captions to write new ones.")
+        if not self.jobs.captioning.acquire(blocking=False):
+            raise RunError("Captions are being written; wait for them, or stop it first.")
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.jobs.captioning.release)
+            self.stopped.clear()
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="captions-")))
+            texts = {}
+            for number, image in enumerate(waiting):
+                link = place / f"{number:06d}{image.path.suffix}"
+                link.symlink_to(image.path.resolve())
+                texts[image] = link.with_suffix(".txt")
+            try:
+                for done in self.run(place, options):
+                    progress = f"{done:,} of {pluralize(len(texts), 'caption')}" if done else "loading the model"
+                    yield f"{folder}: {progress}", done / len(texts)
+            finally:
+                line = self.store(folder, texts)
+            yield line, 1.0
 
-    def work(self, job: Job) -> None:
-        """Run the command in a temporary folder, and store what it wrote."""
-        try:
-            with tempfile.TemporaryDirectory(prefix="captions-") as place:
-                images = Path(place, "images")
-                images.mkdir()
-                for number, image in enumerate(job.images):
-                    (images / f"{number:06d}{image.path.suffix}").symlink_to(image.path.resolve())
-                reason = self.run(job, images)
-                texts = [images / f"{number:06d}.txt" for number in range(len(job.images))]
-                found = {
-                    image.name: [text.read_text(encoding="utf-8").strip()]
-                    for image, text in zip(job.images, texts, strict=True) if text.is_file()
-                }  # fmt: skip
-            line = self.store(job, found)
-            if reason and not job.stopped:
-                raise RunError(f"{reason} {line}" if found else reason)
-            job.line = f"Stopped. {line}" if job.stopped else line
-        except OSError as error:
-            job.error = f"The captions cannot be written ({error.strerror})."
-        except RunError as error:
-            job.error = str(error)
-
-    def run(self, job: Job, images: Path) -> str:
-        """Run `reslora-caption` on a folder; return why it failed, or an empty string."""
-        log = images.with_name("log")
-        with log.open("w") as output:
+    def run(self, images: Path, options: Sequence[str]) -> Iterator[int]:
+        """Run `reslora-caption` on a folder, and yield the number of captions. Raises `RunError` if it fails."""
+        with tempfile.TemporaryFile("w+", errors="replace") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "reslora.caption", str(images), *job.options], stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, cwd=images.parent, env=environment(),
+                [sys.executable, "-m", "reslora.caption", str(images), *options], stdin=subprocess.DEVNULL,
+                stdout=log, stderr=subprocess.STDOUT, cwd=images, env=environment(),
             )  # fmt: skip
-            while process.poll() is None:
-                job.done = sum(1 for _ in images.glob("*.txt"))
-                if self.jobs.closed.is_set() or job.stopped:
-                    process.terminate()
-                time.sleep(EVERY)
-        if process.returncode == 0:
-            return ""
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return self.jobs.without_folders((lines or ["The captions could not be written."])[-1])[:300]
+            try:
+                while (failed := process.poll()) is None and not (self.jobs.closed.is_set() or self.stopped.is_set()):
+                    yield sum(1 for _ in images.glob("*.txt"))
+                    time.sleep(EVERY)
+            finally:
+                process.terminate()
+                process.wait()
+            log.seek(0)
+            if failed:
+                lines = [line for line in log if line.strip()]
+                raise RunError(self.jobs.without_folders((lines or ["The captions could not be written."])[-1])[:300])
 
-    def store(self, job: Job, found: dict[str, list[str]]) -> str:
+    def store(self, folder: str, texts: dict[Image, Path]) -> str:
         """Store the captions of images whose captions are as they were, and return a line about them."""
-        with self.edits.changing(job.folder) as images:
-            was = {image.name: image.captions for image in job.images}
-            same = {
-                name: text for name, text in found.items()
-                if name in images.images and images.images[name].captions == was[name]
-            }  # fmt: skip
+        with self.edits.changing(folder) as images:
+            same = {}
+            for image, path in texts.items():
+                now = images.images.get(image.name)
+                if now and now.captions == image.captions and path.is_file():
+                    same[image.name] = [path.read_text(encoding="utf-8").strip()]
             if same:
-                self.edits.write_captions(images, same, "a model's")
-        left = len(job.images) - len(same)
+                self.edits.write_captions(images, same, f"a model's {pluralize(len(same), 'caption')}")
+        left = len(texts) - len(same)
         rest = f" {pluralize(left, 'image')} left as they were." if left else ""
-        return f"{job.folder}: {pluralize(len(same), 'caption')} written.{rest}"
-
-    def follow(self, job: Job) -> Iterator[int]:
-        """Yield the number of captions until the job has ended. Raises `RunError` if it failed."""
-        while not (job.line or job.error):
-            yield job.done
-            time.sleep(EVERY)
-        if job.error:
-            raise RunError(job.error)
-
-    def stop(self) -> str:
-        """Stop the job after the captions that are written, and return a sentence about it."""
-        job = self.job
-        if job is None or job.line or job.error:
-            return "No captions are being written."
-        job.stopped = True
-        return f"{job.folder}: the captions that are written so far are stored."
+        return f"{folder}: {pluralize(len(same), 'caption')} written.{rest}"

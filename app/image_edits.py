@@ -16,11 +16,11 @@ from reslora.io import replacing
 from reslora.options.prompts import clean
 
 from .caption_files import BETWEEN, Captions, with_captions, with_rows
-from .folders import Folder, new_place
+from .folders import new_place
 from .image_folders import Image, Images, read
 from .jobs import Jobs
 from .looks import Looks
-from .runs import RunError, pick
+from .runs import RunError
 
 REPLACE, BEFORE, AFTER, ADD_TAG, REMOVE_TAG = "Replace", "Put before", "Put after", "Add tag", "Remove tag"
 EVERYTHING, LEFT_OUT, WITHOUT_CAPTION, ALIKE = "All images", "Skipped by training", "Without caption", "Duplicates"
@@ -61,40 +61,53 @@ class Change:
     """A change of a folder's files that can be undone."""
 
     line: str
-    """Description of the change on the Undo button."""
+    """Description of the change."""
+    after: dict[Path, bytes | None]
+    """Content of each file after the change; None for a removed one."""
     before: dict[Path, bytes | Path | None] = field(default_factory=dict)
     """Content of each file before the change: None for a new file, a path in the trash for a removed one."""
-    after: dict[Path, bytes | None] = field(default_factory=dict)
-    """Content of each file after the change; None for a removed one."""
 
-    def write(self, path: Path, content: bytes | None, backup: Path) -> None:
-        """Replace a file, or move it to `backup` if `content` is None."""
-        if content is None:
-            backup.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(backup)
-            self.before[path] = backup
-        else:
-            before = content_of(path)
-            with replacing(path) as temporary:
-                temporary.write_bytes(content)
-            self.before[path] = before
-        self.after[path] = content
+    def write(self, folder: Path) -> None:
+        """Write the files, and move removed ones to the trash; if one of them fails, change none."""
+        trash = new_place(folder)
+        try:
+            for path, content in self.after.items():
+                before: bytes | Path | None = content_of(path)
+                if content is None:
+                    before = trash / path.relative_to(folder)
+                    before.parent.mkdir(parents=True, exist_ok=True)
+                    path.rename(before)
+                else:
+                    put(path, content)
+                self.before[path] = before
+        except OSError:
+            self.restore()
+            raise
 
     def undo(self) -> None:
         """Restore all files, or raise `RunError` and restore none if one of them was changed since."""
         for path, content in self.after.items():
             if content_of(path) != content:
                 raise RunError(f"{path.name} was changed later, so nothing was restored; removed images are in .trash.")
+        self.restore()
+
+    def restore(self) -> None:
+        """Restore the files that were written or removed."""
         for path, content in self.before.items():
             if content is None:
                 path.unlink()
             elif isinstance(content, bytes):
-                with replacing(path) as temporary:
-                    temporary.write_bytes(content)
+                put(path, content)
             else:
                 content.rename(path)
                 with contextlib.suppress(OSError):  # it has other files
                     os.removedirs(content.parent)
+
+
+def put(path: Path, content: bytes) -> None:
+    """Replace a file."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def content_of(path: Path) -> bytes | None:
@@ -115,11 +128,7 @@ class ImageEdits:
         return read(self.folders.find(name))
 
     def shown(self, images: Images, which: str, words: str = "") -> list[Image]:
-        """Return the images that the filter `which` selects and whose name or caption contains `words`.
-
-        Raises `RunError` for an unknown filter."""
-        if which not in FILTERS:
-            raise RunError(f"There is no such filter; choose one of: {', '.join(FILTERS)}.")
+        """Return the images that the filter `which` selects and whose name or caption contains `words`."""
         alike, found = self.looks.alike(images), list(images.images.values())
         if which == LEFT_OUT:
             found = [image for image in found if self.looks.problem(image)]
@@ -129,7 +138,7 @@ class ImageEdits:
             firsts = {first for first, _ in alike.values()}
             found = [image for image in found if image.name in alike or image.name in firsts]
             found.sort(key=lambda image: (alike.get(image.name, (image.name, ""))[0], image.name in alike))
-        words = str(words or "").casefold()
+        words = words.casefold()
         return [image for image in found if words in image.name.casefold() or words in text_of(image).casefold()]
 
     # -- changes -------------------------------------------------------------------------------------------------------
@@ -150,57 +159,48 @@ class ImageEdits:
             except OSError as error:
                 raise RunError(f"Nothing was changed: {error.strerror or first_line(error)}.") from None
 
-    def write(self, folder: Folder, line: str, files: dict[Path, bytes | None]) -> None:
+    def write(self, images: Images, line: str, files: dict[Path, bytes | None]) -> None:
         """Replace files, and move those without content to the trash; if one of them fails, change none."""
-        change, trash = Change(line), new_place(folder.path)
-        try:
-            for path, content in files.items():
-                change.write(path, content, trash / path.relative_to(folder.path))
-        except OSError:
-            change.undo()
-            raise
-        self.changes.setdefault(folder.path, deque(maxlen=MOST)).append(change)
+        change = Change(line, files)
+        change.write(images.folder.path)
+        self.changes.setdefault(images.folder.path, deque(maxlen=MOST)).append(change)
+
+    def write_captions(self, images: Images, captions: Captions, line: str) -> None:
+        """Write captions; `line` describes the change."""
+        self.write(images, line, with_captions(images, captions))
 
     def save_caption(self, folder: str, name: str, was: str, text: str) -> str:
         """Write `text` as the caption of one image, and return the caption as stored.
 
         Raises `RunError` if the current caption is not `was`, the caption that the user saw.
         """
-        if not isinstance(was, str) or not isinstance(text, str):
-            raise RunError("A caption is text; nothing was written.")
         with self.changing(folder) as images:
             (image,) = images.find([name])
             now = text_of(image)
-            if in_box(now) != in_box(was):
+            if now != was:
                 raise RunError(f"{name} was changed in the meantime; nothing was written. Its caption is now {now!r}")
-            text = clean(in_box(text)).strip()
-            captions = [part for part in text.split(BETWEEN) if part.strip()] if len(image.captions) > 1 else [text]
-            self.write(images.folder, f"the caption of {name}", with_captions(images, {name: captions}))
-        return BETWEEN.join(map(str.strip, captions))
+            text = clean(text).strip()
+            captions = [part.strip() for part in text.split(BETWEEN) if part.strip()] if image.captions[1:] else [text]
+            self.write_captions(images, {name: captions}, f"the caption of {name}")
+        return BETWEEN.join(captions)
 
     def change_captions(self, folder: str, names: list[str], operation: str, text: str, other: str = "") -> str:
         """Change the captions of the named images, and return a sentence that reports it.
 
         `operation`: Replace (`text` by `other`), Put before, Put after, Add tag or Remove tag."""
-        change = pick(OPERATIONS, operation, f"Choose one of: {', '.join(OPERATIONS)}.")
-        text, other = str(text or ""), str(other or "")
         if not text.strip():
             raise RunError("No words to use: enter words or a tag first.")
         with self.changing(folder) as images:
             found: dict[str, list[str]] = {}
             for image in images.find(names):
-                captions = [change(caption, text, other).strip() for caption in image.captions or ("",)]
+                captions = [OPERATIONS[operation](caption, text, other).strip() for caption in image.captions or ("",)]
                 if captions != list(image.captions or ("",)):
                     found[image.name] = captions
             if not found:
                 return "No caption had to be changed."
-            return f"Changed: {self.write_captions(images, found, operation.lower() + ',')}."
-
-    def write_captions(self, images: Images, captions: Captions, what: str) -> str:
-        """Write captions, and return the change's description, which begins with `what`."""
-        line = f"{what} {pluralize(len(captions), 'caption')}".strip()
-        self.write(images.folder, line, with_captions(images, captions))
-        return line
+            line = f"{operation.lower()}, {pluralize(len(found), 'caption')}"
+            self.write_captions(images, found, line)
+        return f"Changed: {line}."
 
     def throw_away(self, folder: str, names: list[str]) -> str:
         """Move the named images to the folder's trash, and return a sentence that reports it.
@@ -217,13 +217,8 @@ class ImageEdits:
             for table in {image.table for image in chosen.values() if image.table}:
                 files[table] = with_rows(table, {}, [image for image in chosen.values() if image.table == table])
             line = f"{pluralize(len(paths), 'image')} moved to the trash"
-            self.write(images.folder, line, files | dict.fromkeys(files_of_only(chosen, images)))
+            self.write(images, line, files | dict.fromkeys(files_of_only(chosen, images)))
         return f"{line[0].upper()}{line[1:]} (.trash in the folder, which training ignores)."
-
-    def last(self, folder: Folder) -> str:
-        """Return the description of the folder's last change; empty if there is none to undo."""
-        changes = self.changes.get(folder.path)
-        return changes[-1].line if changes else ""
 
     def undo(self, folder: str) -> str:
         """Undo the last change of a folder, and return a sentence that reports it.
@@ -231,15 +226,11 @@ class ImageEdits:
         Raises `RunError` if one of its files was changed later. The next call then undoes the change before it.
         """
         with self.changing(folder) as images:
-            if not self.last(images.folder):
+            if not (changes := self.changes.get(images.folder.path)):
                 return "There is nothing to undo."
-            change = self.changes[images.folder.path].pop()
+            change = changes.pop()
             change.undo()
-            return f"Undone: {change.line}."
-
-    def check(self, images: Images) -> Iterator[int]:
-        """Open every image to find damaged images and duplicates; yield the number of images opened so far."""
-        return self.looks.check(list(images.images.values()))
+        return f"Undone: {change.line}."
 
 
 def files_of_only(names: Container[str], images: Images) -> list[Path]:
@@ -252,10 +243,5 @@ def files_of_only(names: Container[str], images: Images) -> list[Path]:
 
 
 def text_of(image: Image) -> str:
-    """Return all captions of an image as one text, joined by `BETWEEN`."""
-    return BETWEEN.join(image.captions)
-
-
-def in_box(text: str) -> str:
-    """Return a text with line feeds as line ends, as an HTML text box has them."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    """Return all captions of an image as one text, joined by `BETWEEN`, with the line ends of an HTML text box."""
+    return BETWEEN.join(image.captions).replace("\r\n", "\n").replace("\r", "\n")

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +67,8 @@ class Images:
     fixed: str = ""
     """Why captions cannot be edited, such as an unreadable table; empty if they can be edited."""
 
-    def find(self, names: object) -> list[Image]:
+    def find(self, names: Collection[str]) -> list[Image]:
         """Return the images with these names. Raises `RunError` if `names` is empty or an image no longer exists."""
-        names = list(dict.fromkeys(map(str, names))) if isinstance(names, Iterable) else []
         if gone := [name for name in names if name not in self.images]:
             raise RunError(f"{gone[0][:80]} is no longer in this folder; reload the folder.")
         if not names:

@@ -130,7 +130,7 @@ class Jobs:
         self.began: set[str] = set()  # runs seen training, or stopped, since this process started them
         self.lock = threading.Lock()
         self.closed = threading.Event()
-        self.captioning: threading.Thread | None = None  # the thread that writes captions with a model
+        self.captioning = threading.Lock()  # held while a model writes captions
         self.busy, self.looked = False, -math.inf
 
     # -- what may start, and by which command --------------------------------------------------------------------------
@@ -546,8 +546,7 @@ class Jobs:
     def close(self) -> None:
         """End the threads; wait until captions that a model has written so far are stored."""
         self.closed.set()
-        if self.captioning:
-            self.captioning.join(CLOSING)
+        self.captioning.acquire(timeout=CLOSING)
 
     def _look_again(self) -> None:
         """Poll the queue until `closed` is set."""

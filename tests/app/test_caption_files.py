@@ -44,11 +44,13 @@ def test_other_rows_and_columns_of_a_table_stay(tmp_path):
     (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     write(folder, {"1.png": ["thé"]})
     content = (folder / "metadata.jsonl").read_bytes()
+    rows = [json.loads(line) for line in lines if line]
     assert content.startswith(b"\xef\xbb\xbf")
-    assert content.decode("utf-8-sig").split("\n")[:3] == [lines[0], lines[2].replace("café", "thé"), lines[3]]
+    written = [json.loads(line) for line in content.decode("utf-8-sig").splitlines()]
+    assert written == [rows[0], rows[1] | {"text": "thé"}, rows[2]]
     write(folder, {"0.png": ["c"], "2.png": ["now"]})
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text("utf-8-sig").splitlines()]
-    assert [row["text"] for row in rows] == [["c"], "thé", "now"]
+    assert [row["text"] for row in rows] == ["c", "thé", "now"]
 
 
 def test_a_csv_with_lines_in_cells_keeps_its_other_rows(tmp_path):

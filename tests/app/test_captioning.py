@@ -1,8 +1,11 @@
 """Captions by an image-text model: which images are captioned, which captions stay, and undo."""
 
+import threading
+
 import pytest
 from images.test_captioning import blip
 from pipelines import image_folder
+from waiting import wait_until
 
 from app.captioning import Captioning
 from app.folders import BUNDLED
@@ -25,11 +28,8 @@ def captions(captioning, name="set") -> dict:
     return {image.name: image.captions for image in captioning.edits.look(name).images.values()}
 
 
-def written(captioning, name="set", **options) -> str:
-    job = captioning.start(name, options.pop("model", "blip"), "", "sks", **options)
-    for _ in captioning.follow(job):
-        pass
-    return job.line
+def written(captioning, name="set", model="blip", **options) -> str:
+    return list(captioning.write(name, model, "", "sks", **options))[-1][0]
 
 
 @pytest.mark.exhaustive
@@ -57,28 +57,33 @@ def test_a_model_writes_the_captions_that_are_missing_and_all_of_them_when_asked
 def test_only_listed_models_and_folders_that_may_change_are_captioned(captioning, monkeypatch):
     for model in ("", "/etc", "../models/blip", "blip", None):
         with pytest.raises(RunError, match="Give an image-text model"):
-            captioning.start("set", model)
+            written(captioning, model=model)
     with pytest.raises(RunError, match="bundled images cannot be changed"):
-        captioning.start(BUNDLED, "owner/model", overwrite=True)
-    monkeypatch.setattr(captioning, "work", lambda job: None)  # it goes on
-    captioning.start("set", "owner/model")
-    with pytest.raises(RunError, match="captions of set are being written"):
-        captioning.start("set", "owner/model")
-    assert "stored" in captioning.stop() and captioning.job.stopped
+        written(captioning, BUNDLED, "owner/model", overwrite=True)
+    monkeypatch.setattr(captioning, "run", lambda *_: iter([0]))
+    other = captioning.write("set", "owner/model")
+    next(other)
+    with pytest.raises(RunError, match="Captions are being written"):
+        written(captioning, model="owner/model")
+    other.close()
+    assert written(captioning, model="owner/model") == "set: 0 captions written. 1 image left as they were."
 
 
 def test_what_is_written_is_stored_when_the_application_is_closed(captioning, monkeypatch, tmp_path):
     """But not over a caption that was written by hand in the meantime."""
 
-    def run(job, images) -> str:
+    def run(images, options):
         for number in range(2):
             (images / f"{number:06d}.txt").write_text("sks dog")
         (tmp_path / "data" / "set" / "1.txt").write_text("mine")
+        yield 2
         captioning.jobs.closed.wait(10)
-        return "terminated"
 
     monkeypatch.setattr(captioning, "run", run)
-    captioning.start("set", "owner/model", overwrite=True)
+    thread = threading.Thread(target=written, args=(captioning, "set", "owner/model"), kwargs={"overwrite": True})
+    thread.start()
+    wait_until(captioning.jobs.captioning.locked, "the captions")
     captioning.jobs.close()
     found = captions(captioning)
     assert (found["0.png"], found["1.png"]) == (("sks dog",), ("mine",))
+    thread.join()
