@@ -156,7 +156,7 @@ class DatasetTab(Tab):
         with gr.Row(elem_classes="cards"):
             ticks = [self.card(images, image, alike.get(image.name, ("", ""))[1]) for image in part]
         if last > 1:
-            slider = gr.Slider(1, last, page, step=1, label="Page", elem_id="page")
+            slider = gr.Slider(1, last, page, step=1, label="Page", interactive=True, elem_id="page")
             slider.change(int, slider, self.page, **QUIET)
 
         def picked(ticked: tuple[bool, ...]) -> list[str]:
@@ -185,7 +185,7 @@ class DatasetTab(Tab):
         look, problem, key = looks.of(image), looks.problem(image), f"{images.folder.path}/{image.name}"
         seen, draft = self.drafts.get(key, (text_of(image),) * 2)
         with gr.Column(min_width=190, elem_classes=["card", "bad"] if problem or alike else ["card"]):
-            tick = gr.Checkbox(False, label=name, container=False)
+            tick = gr.Checkbox(False, label=name, container=False, interactive=True)
             for picture in look.pictures if look else ():
                 gr.Image(picture, show_label=False, interactive=False, buttons=["fullscreen"], height=200)
             size = " x ".join(map(str, image.size or ()))
