@@ -169,9 +169,8 @@ def to_lora(record: Mapping) -> list[Verdict]:
 
 def compare(record: Mapping, tests: Mapping[str, np.ndarray], references: Mapping[str, str]) -> list[Verdict]:
     """Compare labels with their references, corrected for these pairs and for evaluations of the test split."""
-    seeds = sorted({arm["seed"] for arm in record["arms"]})
     images = next(arm["test"]["images"] for arm in record["arms"] if arm["test"])
-    words = Words(seeds=seeds, units=images)
+    words = Words(seeds=sorted({arm["seed"] for arm in record["arms"]}), units=images)
     return [verdict_of(pair, words) for pair in judge(tests, references.items(), record["readings"])]
 
 
@@ -199,7 +198,7 @@ def section(title: str, record: dict, unit: str = "images") -> str:
     lines = [f"**{title}.** {len(ended)} of {len(arms)} planned runs have ended. {unit.capitalize()}: {parts}."]
     tests = tested(arms, record["chosen"])
     if tests:
-        lines += [label_table(record, tests), rerun_line(tests), pair_table(record, tests)]
+        lines += [label_table(record, tests), rerun_line(record, tests), pair_table(record, tests)]
     return "\n\n".join(filter(None, lines))
 
 
@@ -219,7 +218,7 @@ def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
     return "\n".join(rows)
 
 
-def rerun_line(tests: dict[str, np.ndarray]) -> str:
+def rerun_line(record: dict, tests: dict[str, np.ndarray]) -> str:
     """Return how many values of a seed lie in the intervals that the other seeds predict, for all seeds and labels."""
     references = {label: "lora" for label in tests if label != "lora"}
     seeds = min(len(losses) for losses in tests.values())
@@ -228,7 +227,7 @@ def rerun_line(tests: dict[str, np.ndarray]) -> str:
     of_mean, of_one, losses_of_one = [], [], []
     for seed in range(seeds):
         others = {label: np.delete(losses, seed, axis=0) for label, losses in tests.items()}
-        for verdict in compare({"readings": 1}, others, references):
+        for verdict in compare(record | {"readings": 1}, others, references):
             again = 100 * (tests[verdict["label"]][seed].mean() / tests["lora"][seed].mean() - 1)
             if np.isfinite(again) and verdict["interval"] and verdict["rerun"]:
                 of_mean.append(within(again, verdict["interval"]))
