@@ -299,21 +299,21 @@ def test_in_a_browser(browser, text, folder):
     shown.goto((folder / "report.html").as_uri())
     assert shown.evaluate("document.documentElement.scrollWidth") <= 420
     slider, pair = shown.locator("#slider"), shown.locator(".pair")
-    assert slider.input_value() == "50" and shown.locator(".pair .left").inner_text() == "lora"
-    assert shown.locator(".pair .right").inner_text() == "reslora block(4)"
+    assert slider.input_value() == "50" and shown.locator(".pair .left").inner_text() == "LoRA"
+    assert shown.locator(".pair .right").inner_text() == "ResLoRA block(4)"
     slider.focus()
     for key, value in (("ArrowRight", 51), ("ArrowLeft", 50), ("Home", 0), ("End", 100)):
         slider.press(key)
         assert pair.evaluate("pair => getComputedStyle(pair).getPropertyValue('--at')") == f"{value}%"
-        assert slider.get_attribute("aria-valuetext") == f"{value}% lora"
+        assert slider.get_attribute("aria-valuetext") == f"{value}% LoRA"
     box = pair.bounding_box()
     pair.click(position={"x": box["width"] / 4, "y": 30})
     assert slider.input_value() == "25"
     before = shown.locator(".under").get_attribute("src")
-    shown.locator("#right").select_option("loha")
+    shown.locator("#right").select_option("LoHa")
     shown.locator("#prompt").select_option(examples.PROMPTS[1])
     assert shown.locator(".under").get_attribute("src") != before
-    assert shown.locator(".under").get_attribute("alt") == f"{examples.PROMPTS[1]}: loha"
+    assert shown.locator(".under").get_attribute("alt") == f"{examples.PROMPTS[1]}: LoHa"
     loaded = "async image => (await image.decode(), image.naturalWidth)"  # not the width of the one before
     assert shown.locator(".under").evaluate(loaded) == 512
     unnamed = "[...document.querySelectorAll('img, svg:not([aria-hidden])')].filter(e => !e.alt && !e.ariaLabel).length"

@@ -7,7 +7,7 @@ from PIL import Image
 
 from ...errors import first_line
 from ...experiment.record import Arm, Experiment
-from ...experiment.report import start_in_words
+from ...experiment.report import start_in_words, titled
 from ...io import read_object
 from ...plots.charts import escape
 from ...runtime.checkpoint_folders import EXPORTED, EXPORTS
@@ -56,7 +56,7 @@ def columns_of(experiment: Experiment, folder: Path, prompts: Sequence[str]) -> 
     found = []
     for label in experiment["chosen"]:
         for arm, step, place in chosen_samples(experiment, folder, label, prompts):
-            found.append((label, f"seed {arm['seed']}, step {step}", place))
+            found.append((titled(label), f"seed {arm['seed']}, step {step}", place))
             break
     bases = (samples_of(arm, folder, prompts).get(0) for arm in experiment["arms"])
     base = next(filter(None, bases), None)
@@ -94,9 +94,10 @@ def samples_of(arm: Arm, folder: Path, prompts: Sequence[str]) -> dict[int, Path
 
 
 def best_of(experiment: Experiment) -> str | None:
-    """Return the method with the lowest loss on the selection split; None if there is none."""
+    """Return the title of the method with the lowest loss on the selection split; None if there is none."""
     chosen = experiment["chosen"]
-    return min(chosen, key=lambda label: chosen[label]["loss"], default=None)
+    best = min(chosen, key=lambda label: chosen[label]["loss"], default=None)
+    return None if best is None else titled(best)
 
 
 def slider(columns: list[tuple[str, str, Path]], prompts: list[str], best: str | None) -> str:

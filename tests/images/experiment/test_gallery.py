@@ -30,7 +30,7 @@ def test_no_image_is_shown_under_a_prompt_that_it_was_not_drawn_of(tmp_path):
     both = gallery(experiment(["a cat", "a fox"], "one", "two"), tmp_path)
     assert "seed 0, step 4" in both and both.count("<img src=") == 2 and both.count("no image") == 2
     other = gallery(experiment(["a fish", "a fox"], "one", "two"), tmp_path)
-    assert "seed 1, step 2" in other and 'alt="a fox: lora"' in other and 'alt="a fox: before training"' in other
+    assert "seed 1, step 2" in other and 'alt="a fox: LoRA"' in other and 'alt="a fox: before training"' in other
     assert other.count("<img src=") == 2 and other.count("no image") == 2
     assert gallery(experiment(["a fish"], "one", "two"), tmp_path) == ""
 
