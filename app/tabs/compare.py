@@ -129,10 +129,10 @@ class CompareTab(Tab):
         return self.list_files(run), run.results()
 
     def filled_in(self, run: Run) -> dict:
-        """Return the downloads, with the last method's first file selected, and the linked layers, by component."""
+        """Return the downloads, with the last method's first LoRA file selected, and the linked layers."""
         labels = self.list_files(run)
-        mine = (label for label in labels if label.startswith(f"{views.NAMES[run.methods[-1]]}:"))
-        chosen = next(mine, None) or next(iter(labels), None)
+        mine = [label for label in labels if label.startswith(f"{views.NAMES[run.methods[-1]]}:")]
+        chosen = next((label for label in mine if ".safetensors" in label), next(iter(mine or labels), None))
         place, use = self.how_to_use(run.name, chosen)
         title = "File" if labels else "File (there are none yet: they are written when a method has been trained)"
         file = gr.update(choices=labels, value=chosen, label=title)

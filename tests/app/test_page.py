@@ -349,19 +349,22 @@ def move_the_slider(page) -> None:
 
 
 def take_along(page, runs: Path) -> None:
-    """The first file of the last method is offered; another file has other lines, and is downloaded."""
+    """The first LoRA file of the last method is offered; another file has other lines, and is downloaded."""
     told = "document.querySelector('#use textarea')?.value.includes('{}')"
-    page.wait_for_function(told.format("DiffusionPipeline"))
-    page.locator("#file input").fill("ResLoRA: kohya.safetensors (kohya, ComfyUI, A1111)")
+    page.wait_for_function(told.format("ComfyUI/models/loras"))
+    page.locator("#file input").fill("ResLoRA: pytorch_lora_weights.safetensors (diffusers)")
     page.locator("#file input").press("Enter")
     page.wait_for_function(
-        "document.querySelector('#place textarea, #place input')?.value.endsWith('kohya.safetensors')"
+        "document.querySelector('#place textarea, #place input')?.value.endsWith('pytorch_lora_weights.safetensors')"
     )
-    page.wait_for_function(told.format("ComfyUI/models/loras"))
+    page.wait_for_function(told.format("DiffusionPipeline"))
     with page.expect_download() as download:
         page.locator("#take").click()
-    assert download.value.suggested_filename == "tiny-reslora-kohya.safetensors"
-    assert Path(download.value.path()).read_bytes() == (runs / "tiny" / "reslora" / "kohya.safetensors").read_bytes()
+    assert download.value.suggested_filename == "tiny-reslora-pytorch_lora_weights.safetensors"
+    assert (
+        Path(download.value.path()).read_bytes()
+        == (runs / "tiny" / "reslora" / "pytorch_lora_weights.safetensors").read_bytes()
+    )
 
 
 def enlarge_and_scroll(page) -> None:
