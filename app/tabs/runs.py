@@ -61,7 +61,7 @@ class RunsTab(ListTab):
         if what == "trash":
             line = self.manager.throw_away(name)
         elif what == "rename":
-            line = self.manager.rename(name, event._data.get("to"))
+            line = self.manager.rename(name, getattr(event, "to", None))
         elif what == "restore":
             line = self.manager.restore(name)
         else:

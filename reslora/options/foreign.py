@@ -17,7 +17,10 @@ KOHYA = {
     "save_state": DEFAULT,
     "sdpa": DEFAULT,
 }
-DIFFUSERS = {"instance_prompt": "captions in --train_data_dir: .txt files, or images in a subfolder named 1_PROMPT"}
+DIFFUSERS = {
+    "instance_prompt": "captions in --train_data_dir: .txt files, or images in a subfolder named 1_PROMPT",
+    "use_dora": "--method dora",
+}
 
 
 def foreign_names(table: Mapping[str, Option]) -> dict[str, tuple[str, str]]:

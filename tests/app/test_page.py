@@ -15,6 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import browsers
+import gradio as gr
 import numpy as np
 import PIL.Image
 import pytest
@@ -91,7 +92,9 @@ def test_no_two_parts_have_one_id_and_none_is_told_of_progress_that_it_hides(tmp
     ids = [part.elem_id for part in demo.blocks.values() if getattr(part, "elem_id", None)]
     assert sorted(ids) == sorted(set(ids))
     hidden = [event for event in demo.fns.values() if event.targets and event.show_progress == "hidden"]
-    assert hidden and all(event.show_progress_on == [] for event in hidden)
+    searching = [event for event in hidden if event.show_progress_on != []]
+    rendered = [part for event in searching for part in event.outputs]  # by `gr.render`, into one column
+    assert hidden and all(isinstance(part, gr.Column) for part in rendered) and len(rendered) == len(searching)
 
 
 # -- a running application ---------------------------------------------------------------------------------------------
