@@ -12,6 +12,7 @@ from app.grids import MOST, axis, grid, suggestion, table
 from app.library import Library
 from app.runs import BASE, RunError, Weights
 from app.studio import Studio
+from reslora.methods.registry import METHODS
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32, guidance=3.0)
 START = "LoRA: merged weights"
@@ -41,8 +42,9 @@ def grid_of(run, x, y, start=START):
         (("strength", "0.5, 1"), ("seed", "7 8"), lambda x, y: (START, {"strength": x, "seed": y})),
         (("guidance", "1 4.5"), ("steps", "1 3"), lambda x, y: (START, {"guidance": x, "steps": y})),
         (("method", "lora reslora"), ("prompt", "red disc\n\nblue box "),
-            lambda x, y: (f"{x}: merged weights", {"prompt": y})),
-        (("checkpoint", "2 4"), ("method", "lora reslora"), lambda x, y: (f"{y}: unmerged, step {x}", {})),
+            lambda x, y: (f"{METHODS[x].title}: merged weights", {"prompt": y})),
+        (("checkpoint", "2 4"), ("method", "lora reslora"),
+            lambda x, y: (f"{METHODS[y].title}: unmerged, step {x}", {})),
         (("merge", "input none"), ("checkpoint", "4 2"), lambda x, y: (f"ResLoRA: step {y} merged by {x}", {})),
         (("method", "lora base"), ("none", ""), lambda x, y: (START if x == "lora" else "base model", {})),
     ],
@@ -89,7 +91,7 @@ def test_an_axis_that_says_nothing_is_refused_in_a_line(name, text, said):
     ],
 )
 def test_a_grid_that_cannot_be_drawn_is_refused_before_anything_is(run, x, y, start, said):
-    method = start.partition(": ")[0] if ": " in start else ""
+    method = "lora" if start == START else ""
     weights = BASE if start == BASE.label else Weights(start, "file", method, run.folder)
     with pytest.raises(RunError, match=f"^{said}"):
         grid(run, weights, REQUEST, axis("X", *x), axis("Y", *y))

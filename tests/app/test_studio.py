@@ -21,6 +21,7 @@ from app.generation_request import Request
 from app.library import Library
 from app.runs import BASE, RunError, Weights
 from app.studio import MERGE_CHOICES, Cancelled, Studio
+from reslora.methods.registry import METHODS
 
 REQUEST = Request(prompt="red disc", steps=3, seed=5, width=64, height=64)
 EXPORTS = ("merged weights", "kohya.safetensors", "pytorch_lora_weights.safetensors")
@@ -71,7 +72,7 @@ def test_all_of_a_request_is_told_to_the_pipeline_by_the_names_that_it_knows():
 def test_every_form_of_the_merged_weights_draws_the_same(studio, run):
     base = one(studio, run, BASE.label)
     for method in ("lora", "reslora"):
-        forms = [one(studio, run, f"{method}: {name}") for name in EXPORTS]
+        forms = [one(studio, run, f"{METHODS[method].title}: {name}") for name in EXPORTS]
         assert np.abs(forms[0] - base).max() > 8
         for other in forms[1:]:
             assert np.abs(other - forms[0]).max() <= 2
@@ -327,7 +328,7 @@ def test_one_file_is_taken_at_a_time(tmp_path, names):
 )
 @pytest.mark.parametrize("change", ["missing", "not finite"])
 def test_checkpoints_that_are_not_whole_are_refused_by_name(studio, run, tmp_path, method, file, change):
-    weights = run.find_weights(f"{method}: unmerged, step 4")
+    weights = run.find_weights(f"{METHODS[method].title}: unmerged, step 4")
     folder = shutil.copytree(weights.path, tmp_path / "checkpoint-4")
     tensors = load_file(folder / file)
     key = next(name for name in sorted(tensors) if "to_k" in name and "lora_A" in name)

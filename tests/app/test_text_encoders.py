@@ -11,6 +11,7 @@ from app.generation_request import Request
 from app.library import Library
 from app.runs import BASE, Weights
 from app.studio import Studio
+from reslora.methods.registry import METHODS
 
 LAYERS = {"num_hidden_layers": 3}
 
@@ -54,7 +55,7 @@ def apart(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
 @pytest.mark.parametrize("method", ["lora", "reslora"])
 def test_every_form_draws_with_the_encoders_that_belong_to_it(studio, run, method):
     _, base = drawn(studio, run, BASE)
-    image, states = drawn(studio, run, run.find_weights(f"{method}: merged weights"))
+    image, states = drawn(studio, run, run.find_weights(f"{METHODS[method].title}: merged weights"))
     assert apart(states, base) > 1e-2
     files = [weights for weights in run.weights() if weights.method == method and weights.kind == "file"]
     assert len(files) == (2 if (run.folder.parents[1] / "model" / "unet").is_dir() else 1)
@@ -62,7 +63,7 @@ def test_every_form_draws_with_the_encoders_that_belong_to_it(studio, run, metho
         seen, found = drawn(studio, run, weights)
         torch.testing.assert_close(found, states, rtol=1e-4, atol=1e-5)
         assert np.abs(seen - image).max() <= 2
-    _, unmerged = drawn(studio, run, run.find_weights(f"{method}: unmerged, step 3"))
+    _, unmerged = drawn(studio, run, run.find_weights(f"{METHODS[method].title}: unmerged, step 3"))
     assert apart(unmerged, base) > 1e-2
     if method == "lora":
         torch.testing.assert_close(unmerged, states, rtol=1e-4, atol=1e-5)
