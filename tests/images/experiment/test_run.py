@@ -482,7 +482,8 @@ def test_arms_that_vary_are_trained_with_their_own_values(flags, tmp_path):
     assert sum(note in line for line in found["notes"]) == 1 and any(note in line for line in lines)
     names = [f"lora train_batch_size={size} snr_gamma={gamma}" for size in (2, 1) for gamma in (0, 5)]
     assert list(found["chosen"]) == names and found["references"] == names
-    assert {verdict["reference"] for verdict in found["verdicts"]} == {names[0]} and len(found["verdicts"]) == 3
+    effects = {"train_batch_size=2", "snr_gamma=0", "the sum of both effects"}
+    assert {verdict["reference"] for verdict in found["verdicts"]} == effects and len(found["verdicts"]) == 3
     words = ("--train_batch_size", "1", "--snr_gamma", "5", "--seed", "0", "1")
     printed(*own, *words, "--output_dir", tmp_path / "plain")
     place = "seed-1/adapters/step-000002/adapter.safetensors"

@@ -59,7 +59,7 @@ def test_exports_of_text_encoders_that_train_in_half_precision_are_planned(model
     planned = exporting(rehearsal, "lora", step, 0).held
     half = tensor_bytes(rehearsal.pipeline.text_encoder, trained=False)
     exact = tensor_bytes(empty_denoiser(context.model, torch.float32))
-    assert rehearsal.unknown == [] and planned[ACTIVATIONS] > 0
+    assert rehearsal.unknown == [] and planned[ACTIVATIONS] == 0  # without prompts, no image is generated
     assert planned[BASE] == step.held[BASE] + half and planned[EXACT] == exact + 2 * half
 
 
