@@ -3,6 +3,7 @@
 import math
 
 from reslora.experiment.hashed_split import FEW, LEAST
+from reslora.experiment.report import titled
 from reslora.experiment.schedule import ArmSchedule
 from reslora.formatting import enumerated, pluralize
 from reslora.options.grid import Grid
@@ -51,7 +52,9 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None) -> tuple:
         advice.append("Fewer than three seeds seldom show a difference.")
     known = {*schedule.labels, *(label.method for label in schedule.labels.values())}
     if schedule.reference not in known:
-        advice.append(f"There is nothing to compare with: verdicts need {schedule.reference} among the methods.")
+        advice.append(
+            f"There is nothing to compare with: verdicts need {titled(schedule.reference)} among the methods."
+        )
     told = " ".join([f"Experiment of {pluralize(len(schedule.arms()), 'run')}: {', '.join(facts)}.", *advice])
     return notice(told), words, found
 

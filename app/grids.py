@@ -24,6 +24,8 @@ MOST = 64
 LARGEST_CELL = 512
 """Maximum width and height in pixels of a cell in the image of the complete grid."""
 RESLORA = "reslora"
+BY_TITLE = {method.title: name for name, method in METHODS.items()}
+"""Names of the methods by their titles, which the form shows."""
 Place = tuple[int, int]
 """Row and column of a cell."""
 
@@ -38,7 +40,9 @@ class Axis:
     @property
     def labels(self) -> list[str]:
         """Headings of the rows or columns."""
-        if self.name in (NONE, "prompt", "method"):
+        if self.name == "method":
+            return [METHODS[value].title if value in METHODS else str(value) for value in self.values]
+        if self.name in (NONE, "prompt"):
             return [str(value) for value in self.values]
         return [
             f"{self.name} {value:g}" if isinstance(value, float) else f"{self.name} {value}" for value in self.values
@@ -67,14 +71,19 @@ def suggestion(run: Run | None, name: str) -> str:
         return SUGGESTED.get(name, "")
     checkpoints = {weights.step for method in run.methods for weights in run.checkpoints(method)}
     merges = list(filter(run.allows, MERGE_CHOICES))
-    known = {"checkpoint": sorted(checkpoints), "method": run.methods, "merge": merges}
-    return "\n".join(run.prompts) if name == "prompt" else " ".join(map(str, known.get(name, ())))
+    known = {"checkpoint": " ".join(map(str, sorted(checkpoints))), "method": ", ".join(titles(run))}
+    return (known | {"merge": " ".join(merges), "prompt": "\n".join(run.prompts)}).get(name, "")
+
+
+def titles(run: Run) -> list[str]:
+    """Return the titles of a run's methods."""
+    return [METHODS[method].title for method in run.methods]
 
 
 def axis(which: str, name: object, text: object) -> Axis:
     """Return the axis `which` (X or Y) for the setting `name`, with the values in the typed `text`.
 
-    Prompts are typed one per line, other values with spaces between them.
+    Prompts are typed one per line, methods by their titles with commas between them, and other values with spaces.
 
     Raises `RunError` for an unknown setting, missing values, and numbers that are invalid or outside the limits.
     """
@@ -83,7 +92,10 @@ def axis(which: str, name: object, text: object) -> Axis:
     if name not in AXES:
         raise RunError(f"{which}: no setting has this name; choose one of {', '.join(AXES)}.")
     typed = str(text or "").replace("\0", "")
-    words = [line.strip() for line in typed.splitlines()] if name == "prompt" else typed.replace(",", " ").split()
+    if name == "method":
+        words = [BY_TITLE.get(word.strip(), word.strip()) for word in typed.replace(",", "\n").splitlines()]
+    else:
+        words = list(map(str.strip, typed.splitlines())) if name == "prompt" else typed.replace(",", " ").split()
     words = list(dict.fromkeys(word for word in words if word))
     if not words:
         example = SUGGESTED.get(name, "a line each" if name == "prompt" else "words")
@@ -141,7 +153,7 @@ def weights_of(run: Run | None, start: Weights, chosen: dict) -> Weights:
     if not method:
         raise RunError("The base model has no checkpoints: choose weights of a trained method.")
     if method not in run.methods:
-        raise RunError(f"This run has no method {method[:40]}; it has {', '.join(run.methods)}.")
+        raise RunError(f"This run has no method {method[:40]}; it has {', '.join(titles(run))}.")
     if "merge" in named:
         return merged(run, checkpoint_of(run, RESLORA, named.get("checkpoint"), start.step), named["merge"])
     if "checkpoint" in named:
@@ -157,11 +169,11 @@ def checkpoint_of(run: Run, method: str, word: str | None, otherwise: int | None
     """
     known = {str(weights.step): weights for weights in run.checkpoints(method)}
     if not known:
-        raise RunError(f"{method} has no checkpoints in this run.")
+        raise RunError(f"{METHODS[method].title} has no checkpoints in this run.")
     found = known.get(str(otherwise), next(iter(known.values()))) if word is None else known.get(word)
     if found is None:
         have = ", ".join(sorted(known, key=int))
-        raise RunError(f"{method} has no checkpoint at step {word[:20]}; it has checkpoints at {have}.")
+        raise RunError(f"{METHODS[method].title} has no checkpoint at step {word[:20]}; it has checkpoints at {have}.")
     return found
 
 
@@ -180,9 +192,10 @@ def same_form(run: Run, start: Weights, method: str) -> Weights:
     no such weights."""
     of_method = {weights.label: weights for weights in run.weights() if weights.method == method}
     form = start.label.partition(": ")[2] if start.method else "merged weights"
-    if (label := f"{METHODS[method].title}: {form}") not in of_method:
+    title = METHODS[method].title
+    if (label := f"{title}: {form}") not in of_method:
         have = ", ".join(label.partition(": ")[2] for label in of_method) or "nothing yet"
-        raise RunError(f"{method} has no {form} in this run; it has {have}.")
+        raise RunError(f"{title} has no {form} in this run; it has {have}.")
     return of_method[label]
 
 

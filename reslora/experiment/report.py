@@ -1,6 +1,7 @@
 """Write `report.html`, the self-contained report of an experiment. All text from files and users is escaped."""
 
 import math
+import re
 import shlex
 import statistics
 from collections import Counter
@@ -94,7 +95,8 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
         for title, content in sorted(sections, key=lambda section: section[0] not in OPEN)
         if content
     )
-    notes = in_lines([*experiment["notes"], *of_two_seeds(experiment)])
+    told = (with_titles(experiment, note) for note in experiment["notes"])
+    notes = in_lines([*told, *of_two_seeds(experiment)])
     notes = f"<p>As of {pluralize(as_of, 'run')}:</p>{notes}" if as_of and notes else notes
     split = experiment["split"]
     arms = pluralize(len(experiment["arms"]), "run")
@@ -150,6 +152,13 @@ def titled(label: str) -> str:
     return f"{METHODS[method].title}{space}{variant}" if method in METHODS else label
 
 
+def with_titles(experiment: Experiment, text: str) -> str:
+    """Return a sentence of the experiment's file with the names of methods as they are written in texts."""
+    labels = sorted(map(re.escape, labels_of(experiment)), key=len, reverse=True)
+    found = rf"(?<!--method )(?<![\w/.-])({'|'.join(labels)})(?![\w/.-])"
+    return re.sub(found, lambda match: titled(match[1]), text) if labels else text
+
+
 def summary_of(verdicts: Sequence[Verdict]) -> str:
     """Return a sentence about verdicts without a ranking: with one seed, or in an older file."""
     kinds = dict.fromkeys(verdict["reference"] for verdict in verdicts)
@@ -181,7 +190,7 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
         p = verdict["p_holm"]
         rows.append(
             [
-                escape(verdict["label"]),
+                escape(titled(verdict["label"])),
                 badge(verdict["conclusion"]),
                 f"{signed(verdict['relative'])}%",
                 between(verdict["interval"]),
@@ -197,11 +206,11 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
     names = ["Method", "Verdict", "Difference", f"{coverage} interval", "Expected", "Of the gain", "One more seed"]
     names += ["p (corrected)", "MDE", f"Seeds &times; {unit}s"]
     sentences, reading = (
-        in_lines(verdict["sentence"] for verdict in verdicts),
+        in_lines(with_titles(experiment, verdict["sentence"]) for verdict in verdicts),
         READING.format(unit=unit, coverage=coverage),
     )
     kinds = dict.fromkeys(arm["method"] for arm in experiment["arms"])
-    methods = in_lines(f"{kind}: {METHODS[kind].help}" for kind in kinds if kind in METHODS)
+    methods = in_lines(f"{titled(kind)}: {METHODS[kind].help}" for kind in kinds if kind in METHODS)
     numbers = f"{sentences}{methods}<p>{reading}</p>{table('Verdicts', names, rows, cards=True)}"
     return verdict_plot(experiment) + (folded("All numbers, and how to read them", numbers) if verdicts else "")
 
@@ -369,7 +378,7 @@ def chosen_table(experiment: Experiment) -> str:
         losses = finite(tests.get(label, ()))
         numbers += [number(statistics.fmean(losses)) if losses else NOTHING, between(rerun(losses, least=0), number)]
         kind = [str(arm["rank"]) if arm else NOTHING, wired]
-        rows.append([escape(label), *numbers, *kind, *costs_of(experiment, label), at_end])
+        rows.append([escape(titled(label)), *numbers, *kind, *costs_of(experiment, label), at_end])
     base = mean_of(experiment.get("base"))
     if rows and base is not None:
         selected = number(experiment.get("base_select"))
@@ -411,7 +420,7 @@ def arm_table(experiment: Experiment, about: About) -> str:
         memory, figures = arm["memory_bytes"], beside_loss(arm)
         rows.append(
             [
-                escape(arm["label"]),
+                escape(titled(arm["label"])),
                 rate(arm["learning_rate"]),
                 str(arm["seed"]),
                 badge(arm["status"]) + reason,
@@ -525,7 +534,7 @@ def select_charts(experiment: Experiment, losses: str = "") -> str:
         failed = {arm["learning_rate"] for arm in arms if arm["status"] == "failed"}
         arms = [arm for arm in arms if arm["select_by_step"] and arm["learning_rate"] not in failed]
         choice = experiment["chosen"].get(label)
-        tried, steps = Series(label, place), Series(label, place)
+        tried, steps = Series(titled(label), place), Series(titled(label), place)
         for learning_rate in sorted({arm["learning_rate"] for arm in arms}):
             here = [arm for arm in arms if arm["learning_rate"] == learning_rate]
             curves = [curve_of(arm) for arm in here if arm["status"] != "stopped"]
@@ -605,11 +614,11 @@ def missing(experiment: Experiment) -> str:
     lines: list[str] = []
     for status, what in (("running", "in training"), ("waiting", "not trained yet"), ("failed", "failed")):
         counted = Counter(arm["label"] for arm in experiment["arms"] if arm["status"] == status)
-        lines += [f"{label}: {pluralize(arms, 'run')} {what}" for label, arms in counted.items()]
+        lines += [f"{titled(label)}: {pluralize(arms, 'run')} {what}" for label, arms in counted.items()]
     compared = {verdict["label"] for verdict in experiment["verdicts"]}
     references = {verdict["reference"] for verdict in experiment["verdicts"]}
     compared |= references or set(experiment.get("references", [REFERENCE]))
-    lines += [f"{label}: not compared" for label in labels_of(experiment) if label not in compared]
+    lines += [f"{titled(label)}: not compared" for label in labels_of(experiment) if label not in compared]
     return in_lines(lines)
 
 

@@ -131,7 +131,7 @@ def test_a_plan_warns_of_what_keeps_differences_from_being_shown(library, tmp_pa
     (inside / "0.png").unlink()
     assert "3 to 8 of 54 images are the test split:" in warned() and "test split" not in warned(test_split="0.2")
     assert "test split" not in warned("") and "choose one from the list" in warned("other")
-    assert "verdicts need lora among the methods" in warned("", method=["lora_x2", "reslora"])
+    assert "verdicts need LoRA among the methods" in warned("", method=["lora_x2", "reslora"])
     goes_on = told(Jobs(library, tmp_path / "data"), "which", {"seed": "0 1 2"}, "mine")
     assert "runs" in goes_on and "test split" not in goes_on  # it has images of its own
 

@@ -41,12 +41,12 @@ def grid_of(run, x, y, start=START):
     [
         (("strength", "0.5, 1"), ("seed", "7 8"), lambda x, y: (START, {"strength": x, "seed": y})),
         (("guidance", "1 4.5"), ("steps", "1 3"), lambda x, y: (START, {"guidance": x, "steps": y})),
-        (("method", "lora reslora"), ("prompt", "red disc\n\nblue box "),
+        (("method", "LoRA, ResLoRA"), ("prompt", "red disc\n\nblue box "),
             lambda x, y: (f"{METHODS[x].title}: merged weights", {"prompt": y})),
-        (("checkpoint", "2 4"), ("method", "lora reslora"),
+        (("checkpoint", "2 4"), ("method", "LoRA, ResLoRA"),
             lambda x, y: (f"{METHODS[y].title}: unmerged, step {x}", {})),
         (("merge", "input none"), ("checkpoint", "4 2"), lambda x, y: (f"ResLoRA: step {y} merged by {x}", {})),
-        (("method", "lora base"), ("none", ""), lambda x, y: (START if x == "lora" else "base model", {})),
+        (("method", "LoRA, base"), ("none", ""), lambda x, y: (START if x == "lora" else "base model", {})),
     ],
     ids=["strength-seed", "guidance-steps", "method-prompt", "checkpoint-method", "merge-checkpoint", "one-axis"],
 )  # fmt: skip
@@ -86,7 +86,7 @@ def test_an_axis_that_says_nothing_is_refused_in_a_line(name, text, said):
     [
         (("seed", "1"), ("seed", "2"), START, "X and Y are both seed"),
         (("seed", "1 2 3 4 5 6 7 8 9"), ("steps", "1 2 3 4 5 6 7 8"), START, "9 x 8 values are 72 cells: at most 64"),
-        (("checkpoint", "3"), ("seed", "1"), START, "lora has no checkpoint at step 3; it has checkpoints at 2, 4"),
+        (("checkpoint", "3"), ("seed", "1"), START, "LoRA has no checkpoint at step 3; it has checkpoints at 2, 4"),
         (("merge", "input"), ("method", "lora"), START, "The merge method applies only to ResLoRA"),
     ],
 )

@@ -474,8 +474,8 @@ def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
     values = "document.querySelector('#values-{} textarea, #values-{} input')?.value === '{}'"
     page.locator("#axis-y input").click()
     page.get_by_role("option", name="method", exact=True).click()
-    page.wait_for_function(values.format("y", "y", "lora reslora"))
-    page.locator("#values-y textarea, #values-y input").fill("reslora lora")
+    page.wait_for_function(values.format("y", "y", "LoRA, ResLoRA"))
+    page.locator("#values-y textarea, #values-y input").fill("ResLoRA, LoRA")
     page.locator("#axis-y input").focus()
     page.keyboard.press("Tab")
     page.locator("#axis-x input").focus()
@@ -489,7 +489,7 @@ def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
     page.locator("#xy button.tile").nth(1).click()
     shown = page.locator("#zoom img")
     page.wait_for_function("document.querySelector('#zoom img')?.naturalWidth === 32")
-    for key, alt in (("ArrowRight", "reslora · strength 1"), ("ArrowDown", "lora · strength 1")):
+    for key, alt in (("ArrowRight", "ResLoRA · strength 1"), ("ArrowDown", "LoRA · strength 1")):
         page.keyboard.press(key)
         assert shown.get_attribute("alt") == alt == page.locator("#zoom p").inner_text()
     page.keyboard.press("Escape")

@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 
 from ...experiment.record import Experiment, Verdict, between_methods
+from ...experiment.report import titled
 from ...experiment.verdicts import tested
 from ...io import replacing
 from ...plots.charts import MINUS, escape
@@ -64,7 +65,7 @@ def by_image(experiment: Experiment, folder: Path) -> str:
     found, verdict = differences(experiment), best_verdict(experiment)
     if not found or verdict is None:
         return ""
-    label, reference = escape(verdict["label"]), escape(verdict["reference"])
+    label, reference = escape(titled(verdict["label"])), escape(titled(verdict["reference"]))
     ends = found if len(found) <= 2 * SHOWN else [*found[:SHOWN], *found[-SHOWN:]]
     better = sum(percent < 0 for _, percent in found)
     note = (

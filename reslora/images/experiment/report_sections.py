@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...experiment.choice import is_chosen
 from ...experiment.record import Experiment, between_methods
-from ...experiment.report import About, labels_of, start_in_words
+from ...experiment.report import About, labels_of, start_in_words, titled
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from ...formatting import enumerated
 from ...plots.charts import Axes, Series, chart
@@ -41,7 +41,7 @@ def timestep_chart(experiment: Experiment) -> str:
     for verdict in between_methods(experiment):
         label, reference = verdict["label"], verdict["reference"]
         both = [seed for name, seed in measured if name == label and (reference, seed) in measured]
-        series = Series(label, places[label])
+        series = Series(titled(label), places[label])
         for place, timestep in enumerate(experiment["timesteps"]):
             pairs = [(measured[label, seed][place], measured[reference, seed][place]) for seed in both]
             percent = [100 * (ours / theirs - 1) for ours, theirs in pairs if theirs]
@@ -49,7 +49,7 @@ def timestep_chart(experiment: Experiment) -> str:
             series.line += [(timestep, statistics.fmean(percent))] if percent else []
         found.append(series)
     found += base_series(experiment, measured, len(places))
-    references = enumerated(dict.fromkeys(verdict["reference"] for verdict in between_methods(experiment)))
+    references = enumerated(dict.fromkeys(titled(each["reference"]) for each in between_methods(experiment)))
     axes = Axes(f"Difference to {references}, in percent", "timestep (1 is pure noise)", "percent", zero=True)
     figure = chart(found, axes)
     note = "Below zero the method is better. A line is the mean over seeds, a dot is one seed (hollow: above the edge)."
