@@ -1,7 +1,7 @@
 """Fine-tune text-to-image models with LoRA and ResLoRA, and compare the two image by image.
 
     accelerate launch train_sd.py
-    accelerate launch train_sd.py --model MODEL --data IMAGES
+    accelerate launch train_sd.py --pretrained_model_name_or_path MODEL --train_data_dir IMAGES
 
 The first form trains the bundled 64x64 pipeline on the bundled images, in a few minutes on two CPU cores. The second
 trains any model of the families in reslora/images/model/families. All options of diffusers'
