@@ -94,7 +94,7 @@ class RunManager:
             yield run
 
     def trashed(self) -> dict[str, Path]:
-        """Return the folders of the runs in the trash, newest first, by the name of the parent folder in the trash."""
+        """Return the folders of the runs in the trash, newest first; the keys are the names of their parent folders."""
         trash = self.library.folder / TRASH
         places = [] if self.library.is_single or trash.is_symlink() else reversed(children(trash))
         found = {place.name: children(place) for place in places}

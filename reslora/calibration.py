@@ -80,7 +80,7 @@ class Calibrator:
 
     @contextmanager
     def _watching(self, base: nn.Module, wires: Wires) -> Iterator[None]:
-        """Record the inputs of all connected blocks inside this context, in their dtype before PEFT casts it."""
+        """Record the inputs of all connected blocks inside this context, in their dtypes before PEFT's cast."""
 
         def record_input(module: nn.Module, args: tuple) -> None:
             """Record the block's input, in its dtype before PEFT casts it."""

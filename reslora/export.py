@@ -114,7 +114,7 @@ def export_kohya(
 ) -> Path:
     """Write one file with kohya's keys (`lora_unet_..._to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`).
 
-    All layers get the same alpha a, because diffusers applies the most frequent alpha to every layer. The up-weight of
+    All layers get the same alpha a, because diffusers applies the most frequent alpha to every layer. The B of
     layer n, with the scale s_n and the rank r_n, is multiplied by s_n r_n / a. `rename` maps a layer's diffusers name
     to kohya's name. `metadata` holds strings to add to the file's header (`ss_...`), which also contains kohya's hash
     of the tensors. If text encoders were trained too, pass a dict from key prefixes (`lora_unet`, `lora_te`) to the
@@ -206,8 +206,8 @@ def write_kohya(
 ) -> None:
     """Write a file in kohya's format; the keys of `layers` are kohya's names (`lora_unet_...`). See `export_kohya`."""
     scaled = {name: factors.scale * factors.rank for name, factors in layers.items()}
-    # alpha is float32 whatever the adapter's dtype, and the up-weights are divided by exactly the stored number. The
-    # sign goes into the up-weights: some programs do not support a negative alpha.
+    # alpha is float32 whatever the adapter's dtype, and every B is divided by exactly the stored number. The
+    # sign goes into B: some programs do not support a negative alpha.
     written = torch.tensor(abs(commonest(scaled.values())) or 1.0, dtype=torch.float32)
     alpha = written.item()
     tensors = {}

@@ -183,7 +183,7 @@ def _with_mask(model: nn.Module, call: Callable) -> Callable:
     current = threading.local()  # one forward pass per thread; a recomputed block has the mask among its arguments
 
     def store_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Store the attention mask of the forward pass that begins."""
+        """Store the attention mask of the forward pass that is starting."""
         current.mask = kwargs.get("attention_mask")
 
     def call_with_mask(module: nn.Module, *args: object) -> Any:
@@ -291,7 +291,7 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
 
 
 def _check_factors(layers: dict[str, LoraLayer], connection: Connection) -> None:
-    """Raise `ValueError` if an A or B is on the meta device or not finite, or if the merge cannot write to it.
+    """Raise `ValueError` if an A or B is on the meta device, is not finite, or cannot be overwritten by the merge.
 
     Parametrized weights cannot be written: they are computed each time they are read.
     """

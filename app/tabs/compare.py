@@ -72,7 +72,7 @@ class CompareTab(Tab):
         self.place = gr.Textbox(label="Path", max_lines=1, elem_id="place", **common)
         self.use = gr.Textbox(label="Load it with", lines=3, max_lines=8, elem_id="use", **common)
         self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers, self.verdict]
-        # Time of the last change, not the new step: the user may have moved the slider since the page's request.
+        # Holds the time of the last change. It does not set the step: the user may have moved the slider.
         self.new = gr.Textbox(visible="hidden", elem_id="new")
         self.watched, self.of_run = (
             [self.step, self.beside, self.new],
@@ -166,7 +166,7 @@ class CompareTab(Tab):
         return *self.compare(name, step, beside), gr.skip() if found == (beside or []) else found
 
     def look_at_two(self, name: str, step: float, beside: object, *chosen: object) -> dict:
-        """Return two images of the grid to swipe between, with their difference, by component.
+        """Return the new values of the swipe between two images of the grid, and of their difference, by component.
 
         `chosen`: the titles of two columns, and a prompt. Those that do not exist become the first and the last column,
         and the first prompt.

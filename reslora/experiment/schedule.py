@@ -176,7 +176,7 @@ class ArmSchedule:
         return Arm(source, arm.rate, arm.seed) if source else None
 
     def choosing_arms(self, label: str) -> list[Arm]:
-        """Return a method's arms of the seeds that choose its learning rate, in order of learning rate and seed.
+        """Return the arms by which a method's learning rate is chosen, in order of learning rate and seed.
 
         In a race these are only the arms that have ended, and those that may still be trained.
         """

@@ -232,7 +232,7 @@ class RankAllocator:
     def read_ranks(self) -> None:
         """Set the allocated ranks to those of the present weights: E is zero for all others.
 
-        Weights that were loaded or averaged after the latest allocation may have more ranks, and an export would drop
+        Loaded or averaged weights may have ranks that the latest allocation has removed, and an export would drop
         them.
         """
         parameters = self.tuner.model.named_parameters()

@@ -258,7 +258,7 @@ def _of_series(series: Series, place: Places) -> str:
 
 
 def _dot(x: float, y: float, number: int, hollow: bool = False, tooltip: str = "") -> str:
-    """Return a dot; its shape distinguishes series if colors do not."""
+    """Return a marker; its shape distinguishes series whose colors look alike."""
     shapes = (
         "m-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0-6.4 0",
         "m-3-3h6v6h-6z",

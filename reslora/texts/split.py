@@ -93,7 +93,7 @@ def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares:
     if len(found) < least or not (select or wanted[0]):
         trained = f"{pluralize(len(found), 'example')} for training"
         problem = f"{trained} and {len(select)} for the selection split are too few, without near-duplicates"
-        raise InvalidArgument("this experiment", problem, "give more examples that differ not only in numbers and case")
+        raise InvalidArgument("this experiment", problem, "give examples that differ in more than numbers and case")
     training_part, chosen, tested = ({found[number] for number in numbers} for numbers in cut(found, *wanted))
     select += _one_of_each([example for example in train if keys[example] in chosen], keys)
     test += _one_of_each([example for example in train if keys[example] in tested], keys)

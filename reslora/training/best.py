@@ -114,7 +114,7 @@ def go_on_from(folder: Path, step: int) -> None:
     if before and (kept is None or before["loss"] < kept.loss):
         print(
             f"{folder}: the adapter of step {before['step']}, the best before step {step}, is missing: "
-            "--save_best stores the best one from now on",
+            "--save_best stores the best of the later steps",
             flush=True,
         )
 

@@ -32,8 +32,9 @@ ORIGINAL = {f"{ours}.{{}}.{a}": f"{theirs}.{{}}.{b}" for ours, theirs in BLOCKS.
 class Krea2(WithQwenAutoencoder):
     """Krea 2, trained as in diffusers' train_dreambooth_lora_krea2.py, but without `text_fusion.projector`.
 
-    That layer has only one output. The pipeline pads text states to the maximum length. Here they are not padded, which
-    is equivalent, because text has no positions and the pipeline masks the padding.
+    That layer has only one output. The pipeline pads text states to the maximum length. The loss uses text
+    states without padding. This is equivalent, because the pipeline masks the padding, and text has no
+    positions.
     """
 
     name = "krea2"
