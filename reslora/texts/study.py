@@ -202,8 +202,8 @@ def expected_times(training: TrainingOptions, schedule: Schedule, parts: Parts, 
 class TextReports(Reports):
     """The log and the trackers of a method; a row of training losses is the mean over --logging_steps.
 
-    The last row is the mean over the steps without a row of their own. After a resume, means whose first steps were before
-    it are left out.
+    The last row is the mean over the steps without a row of their own. After a resume, means that began before it are
+    left out.
     """
 
     def __init__(self, every: float, steps: int, *args: Any) -> None:
