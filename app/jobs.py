@@ -66,7 +66,7 @@ class Busy(RunError):
 
 
 class NameTaken(RunError):
-    """Raised if a run or experiment with the name of a new one exists."""
+    """Raised if the name of a new run or experiment is taken."""
 
 
 def folder_name(name: str) -> str:

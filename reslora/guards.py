@@ -143,7 +143,7 @@ class _Guard:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method, or raise `RuntimeError` if the call concerns the connected adapter.
 
-        Methods that remove adapters are always called; if they remove the connected one, after its shortcuts.
+        Methods that remove adapters are always called. Before the connected adapter, its shortcuts are removed.
         """
         method = self.previous or functools.partial(getattr(type(self.module), self.verb), self.module)
         connection = live_connection(base_model(self.module))

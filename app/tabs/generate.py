@@ -216,7 +216,7 @@ class GenerateTab(Tab):
         return self.gallery.move_resource_to_block_cache(path)
 
     def progress(self) -> tuple[str, str]:
-        """Return what the current request does, for the images and for the grid."""
+        """Return the progress of the current request as text, twice: for the images and for the grid."""
         shown = views.progress(*self.studio.now) if self.studio.now else ""
         return shown, shown
 

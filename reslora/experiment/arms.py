@@ -233,7 +233,7 @@ def check_values(grid: Grid) -> None:
     if experiment.extend_rates and len(grid.rates) == 1:
         raise InvalidArgument(
             "--extend_rates",
-            "one learning rate does not determine the next one",
+            "one learning rate has no next one",
             "give two or more for --learning_rate",
         )
     if experiment.extend_rates and any(len(rates_of(grid, label)) == 1 for label in labels):

@@ -398,7 +398,7 @@ class ArmSchedule:
         return f"stopped early at step {step}: selection loss {curve[step]:.4f}, {worse}"
 
     def has_time(self) -> bool:
-        """Return whether another arm may start: until --experiment_minutes are over, and always the first one."""
+        """Return whether another arm may start: the first one always, others until --experiment_minutes are over."""
         limit = self.grid.base.experiment.experiment_minutes
         return not (limit and self.has_trained) or time.monotonic() - self.began < 60 * limit
 

@@ -464,7 +464,7 @@ class Options(TrainOptions):
 
     @classmethod
     def more_settings(cls, values: Mapping[str, Any], samples: list[int]) -> dict[str, Any]:
-        """Return the weights of timesteps, and the batch size if images have several resolutions."""
+        """Return the options of loss weights by timestep, and of the batch size for images of several resolutions."""
         found = {"snr_gamma": values["snr_gamma"] or 0}  # None and 0 both weight all timesteps equally
         if values["use_aspect_ratio_buckets"] or len(listed(values["resolution"])) > 1:
             # they all have the same resolution

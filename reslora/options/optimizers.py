@@ -67,7 +67,7 @@ def options_of(words: Sequence[str]) -> dict[str, Any]:
 
 
 def check_installed(optimizer: str, words: Sequence[str], flag: str) -> None:
-    """Raise `InvalidArgument` if an optimizer is not installed, which `flag` names, or for invalid arguments.
+    """Raise `InvalidArgument` if the optimizer that `flag` names is not installed, or has invalid arguments.
 
     Invalid are arguments of a wrong form, and `lr`, because --learning_rate sets it.
     """

@@ -128,7 +128,7 @@ def of_peft(values: Mapping[str, torch.Tensor], parts: Parts, folder: Path, fami
 def by_name(expected: Collection[str], found: Collection[str], measure: Callable[[str], float]) -> Differences:
     """Return `measure(name)` of every name; raises `ValueError` if a name is in only one of the collections."""
     if only := sorted(set(expected) ^ set(found)):
-        raise ValueError(f"{only[0]} is {'missing' if only[0] in expected else 'not in the merged model'}")
+        raise ValueError(f"{only[0]} is missing from the {'file' if only[0] in expected else 'merged model'}")
     return {name: measure(name) for name in expected}
 
 
