@@ -17,13 +17,13 @@ from playwright.sync_api import Page, sync_playwright
 SIZE = {"width": 1280, "height": 860}
 TABS = ("Images", "Train", "Compare", "Generate", "Runs", "Experiment")
 """The tabs of the page; the last one is inside Compare."""
-PARTS = ("h1", "header .limits, header h1 ~ *", ".chart svg .bar", ".chart svg g:last-of-type .name", "#comparing .pair")
+PARTS = ("h1", "header h1 ~ *", ".chart svg .bar", ".chart svg g:last-of-type .name", "#comparing .pair")
 """Elements of a report that docs/experiments.md explains, in the order of their numbers."""
 NUMBER = """(element, number) => {
     const at = element.getBoundingClientRect(), badge = document.createElement("b")
     badge.textContent = number
-    badge.style = `position: absolute; left: ${Math.max(2, at.left - 30)}px; top: ${at.top + Math.min(at.height, 30) / 2 - 13}px; width: 26px;
-        line-height: 26px; border-radius: 50%; background: #111; color: #fff; text-align: center; font-size: 15px`
+    badge.style = `position: absolute; left: ${Math.max(2, at.left - 30)}px;
+        top: ${at.top + Math.min(at.height, 30) / 2 - 13}px; width: 26px; line-height: 26px; border-radius: 50%; background: #111; color: #fff; text-align: center; font-size: 15px`
     document.body.append(badge)
 }"""
 

@@ -127,7 +127,7 @@ class Option:
         return any(get_origin(kind) is list for kind in (self.kind, *get_args(self.kind)))
 
     def several(self, value: Any) -> list | None:
-        """Return `value` if it is a list that has a value of this option for each run; None if it is the value of one run."""
+        """Return `value` if it is a list with a value of this option for each run; None if it is one value."""
         given = isinstance(value, list) and (not self.is_list or any(isinstance(one, list) for one in value))
         return value if self.can_vary and given else None
 
