@@ -22,8 +22,9 @@ PARTS = ("h1", "header h1 ~ *", ".chart svg .bar", ".chart svg g:last-of-type .n
 NUMBER = """(element, number) => {
     const at = element.getBoundingClientRect(), badge = document.createElement("b")
     badge.textContent = number
-    badge.style = `position: absolute; left: ${Math.max(2, at.left - 30)}px;
-        top: ${at.top + Math.min(at.height, 30) / 2 - 13}px; width: 26px; line-height: 26px; border-radius: 50%; background: #111; color: #fff; text-align: center; font-size: 15px`
+    badge.style = `position: absolute; left: ${Math.max(2, at.left - 30)}px; width: 26px; line-height: 26px;
+        top: ${at.top + Math.min(at.height, 30) / 2 - 13}px; background: #111; color: #fff; text-align: center;
+        border-radius: 50%; font-size: 15px`
     document.body.append(badge)
 }"""
 
