@@ -21,7 +21,7 @@ LAYERS = {
     "images: models": "images.model",
     "images: refusals": "images.refusals",
     "images: data": "images.data",
-    "images: what trains": "images.denoising images.initial_lora",
+    "images: what trains": "images.denoising images.initial_lora images.layers",
     "images: output": "images.output",
     "images: checks": "images.model_checks",
     "images: memory": "images.memory",

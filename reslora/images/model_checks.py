@@ -12,6 +12,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ..errors import InvalidArgument, first_line, refused_as
+from ..formatting import pluralize
 from ..methods.adapters import check_rank, narrowest_layer, rank_allocator, targeted
 from ..methods.control_scales import gauged
 from ..methods.links import print_links
@@ -34,6 +35,7 @@ from .data.buckets import named_buckets
 from .data.dataset import ImageDataset, data_flag
 from .data.images import image_size, open_image
 from .initial_lora import add_adapter, config_of, targets_of
+from .layers import layers_of, lora_parameters
 from .model.families import FAMILIES, load_family
 from .model.families.base import Family, Part
 from .model.loading import Model
@@ -291,6 +293,10 @@ def check_targets(denoiser: nn.Module, options: MethodOptions, tell: Callable[[s
         if not count:
             tell(f"--target_modules: 0 layers of the denoiser end in {target}")
     check_layers(denoiser, targets)
+    if options.layers:
+        layers = layers_of(denoiser, options.target_modules[0])
+        size = f"{lora_parameters(layers, options.rank):,} parameters in a LoRA of rank {options.rank}"
+        tell(f"--layers {options.layers}: {pluralize(len(layers), 'layer')}, {size}")
 
 
 def matches(expression: str, name: str) -> bool:

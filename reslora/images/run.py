@@ -29,6 +29,7 @@ from .data.folders import load_folders
 from .data.samples import TrainingData
 from .data.training_data import load_training_data, note_images, print_folder_counts, print_large_batch
 from .initial_lora import read_start, with_start
+from .layers import preset_targets
 from .memory.components import outline
 from .memory.plan import check_memory
 from .model.loading import Model, find_model
@@ -185,6 +186,8 @@ def resolve_with(model: Model, options: Options, accelerator: Accelerator, stop:
         start = read_start(lora, base, model)
         options = with_start(options, start)
         accelerator.print(f"--init_lora {lora}: {in_short({'': start.layers})}")
+    if names := options.adapter.layers:
+        options = options.replace(target_modules=preset_targets(names, options.adapter.target_modules, model))
     options = with_family(options.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
     status = Status(Path(options.output.output_dir), accelerator.device)
     options = with_rank(options, model, accelerator)

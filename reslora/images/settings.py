@@ -44,7 +44,14 @@ def parse_args(argv: Sequence[str] | None = None, description: str = "") -> Opti
 
 def build_parser(description: str = "") -> OptionsParser:
     """Return the parser of train_sd.py."""
-    return OptionsParser(PROG, Options, description)
+    return OptionsParser(PROG, Options, description, {"layers": _layers_page})
+
+
+def _layers_page() -> str:
+    """Return the help of --layers; it imports the families, which takes seconds."""
+    from .layers import page
+
+    return page()
 
 
 def parsed_values(parser: OptionsParser, argv: Sequence[str] | None) -> dict[str, Any]:

@@ -127,7 +127,12 @@ class MethodOptions(SharedMethodOptions):
         help="layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
         "their whole names",
         by_family="those of diffusers' script for the model, such as to_q, to_k, to_v, to_out.0 of U-Nets; without "
-        "Z-Image's refiners and Krea 2's text_fusion.projector, and with FLUX.2's add_*_proj and to_add_out")
+        "Z-Image's refiners and Krea 2's text_fusion.projector, and with FLUX.2's add_*_proj and to_add_out",
+        yields_to="layers")
+    layers: str | None = option(None,
+        "named layers of the denoiser instead of --target_modules, joined by +: attention, mlp, style, content (SDXL), "
+        "all; --help layers prints them by family, with their parameters", metavar="NAME", yields_to="target_modules",
+        needs=Need(lambda options: not options.adapter.init_lora, "leave it out", "--init_lora has its own layers"))
     train_text_encoder: bool = option(False,
         "also train the CLIP text encoders (Stable Diffusion, SDXL, SD 3, Flux.1): their attention gets the same "
         "adapter, with shortcuts between its own layers. T5 is not trained", variable=True)

@@ -3,7 +3,8 @@
 import argparse
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from .. import __version__
@@ -21,13 +22,19 @@ CONFIG = "options from a TOML file, or from a run's config.json"
 class OptionsParser(Parser):
     """Parse the options of a table; the result contains only the options that are given."""
 
-    def __init__(self, prog: str, kind: type[Groups], description: str = "") -> None:
+    def __init__(
+        self,
+        prog: str,
+        kind: type[Groups],
+        description: str = "",
+        pages: Mapping[str, Callable[[], str]] = MappingProxyType({}),
+    ) -> None:
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(
             prog=prog, description=description, formatter_class=raw, argument_default=argparse.SUPPRESS,
             add_help=False, usage=f"{prog} [options]",
         )  # fmt: skip
-        self.kind, self.table = kind, kind.table()
+        self.kind, self.table, self.pages = kind, kind.table(), pages
         self.add_argument(
             "--help",
             "-h",
@@ -35,7 +42,7 @@ class OptionsParser(Parser):
             const="",
             metavar="GROUP",
             action=Help,
-            help=f"print what is most often needed, or all options of a group: {', '.join(kind.titles)}",
+            help=f"print what is most often needed, or all options of a group: {', '.join([*kind.titles, *pages])}",
         )
         self.add_argument("--help-all", nargs=0, action=Help, help="print all options and exit")
         if not kind.switches_take_values:
@@ -90,8 +97,10 @@ class OptionsParser(Parser):
         """
         if not group:
             return short_help(self) if group == "" else self.format_help()
+        if group in self.pages:
+            return self.pages[group]()
         if group not in self.kind.titles:
-            self.error(f"--help {group}: no such group; give one of {', '.join(self.kind.titles)}")
+            self.error(f"--help {group}: no such group; give one of {', '.join([*self.kind.titles, *self.pages])}")
         page = Parser(prog=self.prog, usage=self.usage, add_help=False)
         titled = page.add_argument_group(self.kind.titles[group])
         for option in self.table.values():

@@ -21,6 +21,11 @@ FLOW = {"resolution": 512, "num_inference_steps": 28, "weighting_scheme": "none"
 """Defaults of options that most flow-matching families have in common."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """The projections of the image, and then of the text, in the joint attention of Flux and Stable Diffusion 3."""
+LAYERS = {
+    "attention": rf".*\.attn[12]?\.({'|'.join(map(re.escape, ATTENTION))})",
+    "mlp": r".*\.(ff|ff_context|img_mlp|txt_mlp)\.net\.(0\.proj|2)",
+}
+"""Presets of --layers that most families have in common."""
 Text = Mapping[str, torch.Tensor | list[torch.Tensor]]
 """Text states by name, batch first: a tensor, or a list if captions differ in length."""
 
@@ -90,6 +95,8 @@ class Family:
     """Submodules of the last block in `transformer_blocks` whose output is unused."""
     defaults: ClassVar[Mapping[str, object]] = {}
     """Defaults of options for this family."""
+    layers: ClassVar[Mapping[str, str]] = LAYERS
+    """Presets of --layers, in addition to `all`: regular expressions of complete names of layers."""
     original: ClassVar[Mapping[str, str]] = {}
     """Names of layers in the model's own code, by their names in diffusers, with `{}` for the block's number. Layers of
     diffusers with the same name here are one layer in the model's own code, with their rows in the order of this table.
@@ -97,6 +104,8 @@ class Family:
     published: ClassVar[Mapping[str, object]] = {}
     """The values in the published denoiser's configuration that names of layers depend on and that differ from the
     class's defaults. If several denoisers are published, this is the deepest one's."""
+    largest: ClassVar[Mapping[str, object] | None] = None
+    """The configuration of the largest published denoiser, if `published` is not one that is published."""
     version: tuple[str, str]
     """The base model's name in kohya's metadata, and its architecture in Stability AI's ModelSpec. Families with
     several base models override `model_version` instead."""

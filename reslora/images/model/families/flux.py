@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from .base import ATTENTION, FLOW, Family, Part
+from .base import ATTENTION, FLOW, LAYERS, Family, Part
 
 ORIGINAL = {
     **{f"transformer_blocks.{{}}.attn.{name}": "double_blocks.{}.img_attn.qkv" for name in ATTENTION[:3]},
@@ -48,6 +48,7 @@ class Flux(Family):
     lora_files = ()
     takes_guidance = True
     patch = 2
+    layers: ClassVar = LAYERS | {"mlp": rf"{LAYERS['mlp']}|single_transformer_blocks\.\d+\.proj_(mlp|out)"}
     original = ORIGINAL
     published: ClassVar = {"guidance_embeds": True}
     marks: tuple[str, ...] = ("flux1", "flux-1")

@@ -43,6 +43,10 @@ class Flux2Klein(Family):
     pipeline = Flux2KleinPipeline
     denoiser_class = Flux2Transformer2DModel
     lora_files = ()
+    layers: ClassVar = {
+        "attention": f"{DOUBLE}|{SINGLE}",  # in SINGLE, one layer also computes the first half of the MLP
+        "mlp": r"transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)",
+    }
     original = ORIGINAL
     patch = 2
     latents_per_token = 1
@@ -57,7 +61,7 @@ class Flux2Klein(Family):
     defaults: ClassVar = {
         **FLOW,
         "guidance_scale": 4.0,
-        "target_modules": [f"{DOUBLE}|{SINGLE}"],
+        "target_modules": [layers["attention"]],
     }
 
     def latent_shape(self, pipeline, height, width):

@@ -42,6 +42,7 @@ class Krea2(WithQwenAutoencoder):
     denoiser_class = Krea2Transformer2DModel
     lora_files = (COMFYUI_FILE,)
     unguided = 0.0
+    layers: ClassVar = {"attention": r".*\.attn\.to_([qkv]|out\.0|gate)", "mlp": r".*\.ff\.(gate|up|down)"}
     original = ORIGINAL
     version = ("krea2", "krea-2")
     marks = version

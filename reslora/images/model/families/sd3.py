@@ -44,6 +44,7 @@ class StableDiffusion3(Family):
     lora_files = ()
     original = ORIGINAL
     published: ClassVar = {"num_layers": 38, "dual_attention_layers": tuple(range(38))}
+    largest: ClassVar = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}  # 3.5 large
     marks = ("sd3", "stable-diffusion-3")
     text_names: ClassVar = {
         "text_encoder": ("lora_te1", "text_encoders.clip_l.transformer"),

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from .base import ATTENTION, Part
+from .base import ATTENTION, LAYERS, Part
 from .unet import WithUNet
 
 
@@ -29,6 +29,11 @@ class StableDiffusionXL(WithUNet):
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
         "use_linear_projection": True,
+    }
+    # Blocks of content and style in B-LoRA (Frenkel et al., 2024)
+    layers: ClassVar = LAYERS | {
+        name: rf"up_blocks\.0\.attentions\.{number}{LAYERS['attention']}"
+        for number, name in enumerate(("content", "style"))
     }
     version = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
     marks = ("sdxl", "stable-diffusion-xl")

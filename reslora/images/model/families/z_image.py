@@ -20,13 +20,17 @@ class ZImage(Family):
     thinking = True
     patch = 2
     version = ("z_image", "z-image")
+    # The refiners before the main layers see only text or only the image, and get no adapter.
+    layers: ClassVar = {
+        "attention": r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)",
+        "mlp": r"layers\.\d+\.feed_forward\.w[123]",
+    }
     marks = ("z_image", "zimage", "z-image")
     defaults: ClassVar = {
         **FLOW,
         "resolution": 1024,
         "guidance_scale": 5.0,
-        # The refiners before the main layers see only text or only the image, and get no adapter.
-        "target_modules": [r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)"],
+        "target_modules": [layers["attention"]],
     }
 
     def encode_captions(self, pipeline, captions, longest):
