@@ -37,7 +37,7 @@ from . import launcher
 from .bases import check_sizes
 from .folders import BUNDLED, Folders
 from .launcher import ALONE, REPOSITORY, SCRIPT
-from .library import REPORT, Experiment, LanguageRun, Library, kind_of, language_script, refuse_language
+from .library import REPORT, Experiment, Library, kind_of
 from .log_lock import is_held, locked_file
 from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, pick
 
@@ -206,7 +206,6 @@ class Jobs:
     def resumable(self, name: str, kind: type[Run] = Run) -> Run:
         """Return the run or experiment with this name. Raises `RunError` if it cannot be resumed."""
         run = self.find(name, kind)
-        refuse_language(run)
         if not run.config:
             raise RunError("This run has nothing to resume: start a new run.")
         if not run.folder.is_relative_to(self.library.folder):
@@ -273,9 +272,8 @@ class Jobs:
         return ours or is_held(run.folder / run.log_name) or run.process is not None
 
     def find(self, name: str, kind: type[Run] = Run) -> Run:
-        """Return the run (of any trainer) or experiment with this name. Raises `RunError` if there is none."""
-        library = self.library
-        return library.find_experiment(name) if kind is Experiment else library.find_any(name, Run, LanguageRun)
+        """Return the run or experiment with this name. Raises `RunError` if there is none."""
+        return self.library.find_experiment(name) if kind is Experiment else self.library.find(name)
 
     def stop(self, name: str, kind: type[Run] = Run, only: bool = False) -> str:
         """Ask a trainer to save and exit, and return a sentence about it.
@@ -346,8 +344,6 @@ class Jobs:
         done, total = run.progress
         if run.process is None:
             return f"{run.name} is starting or ending; try again when it is training."
-        if script := language_script(run):
-            return f"{run.name} is trained by {script}, which cannot save or sample on request."
         if total and done == total:
             return f"{run.name} has finished its training steps."
         if request == SAMPLE and run.config and not run.prompts:

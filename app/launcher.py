@@ -22,7 +22,6 @@ from reslora.options.vary import values_to_vary
 
 from . import form
 from .bases import DEFAULT, bundled, model_of
-from .library import refuse_language
 from .runs import Run, RunError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -186,7 +185,6 @@ def words_for(folder: Path, settings: dict, images: Path | None, begun: Run | No
     """
     words = [str(SCRIPT), "--output_dir", str(folder)]
     if begun:
-        refuse_language(begun)
         refuse_others(begun, settings, images)
         return [*words, "--config", str(begun.folder / "config.json"), *arguments(with_more(begun, settings), True)]
     if settings.get("method") == []:  # the trainer would use its default

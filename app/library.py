@@ -14,10 +14,11 @@ from reslora.images.experiment.gallery import chosen_samples
 from reslora.options.images import Options
 
 from .folders import children
-from .runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError, cached_by_stamp, number, pick, stamp_of
+from .runs import EXPERIMENT_LOG, LOG_NAME, Run, cached_by_stamp, number, pick, stamp_of
 
 VARYING = tuple(name for name, option in Options.table().items() if option.can_vary)
 REPORT = "report.html"
+NO_RUN = "There is no run of that name; choose one from the list."
 MOST_BESIDE = 3
 """Maximum number of other runs to compare with a run; charts have dash patterns for four runs."""
 
@@ -114,15 +115,6 @@ class Experiment(Run):
         return self.status, stamp_of(self.inside(REPORT))
 
 
-class LanguageRun(Run):
-    """The output folder of `train_llm.py` or `train_glue.py`. The page lists such runs, but cannot resume them."""
-
-    @property
-    def status(self) -> str:
-        """`running`, `finished` (the trainer has written its results) or `stopped`."""
-        return "running" if self.process else "finished" if self.inside("results.json") else "stopped"
-
-
 class Library:
     """The runs and experiments in `folder`. If `folder` itself is a run or an experiment, only this one is listed.
 
@@ -156,21 +148,13 @@ class Library:
         """Return whether the parent folder of a run is the library's folder."""
         return run.folder.parent == self.folder
 
-    def find_any(self, name: object, *kinds: type[Run]) -> Run:
-        """Return the run or experiment with this name and, if classes are given, of one of them.
-
-        Raises `RunError` if there is none."""
-        for run in self.everything():
-            if run.name == name and (not kinds or type(run) in kinds):
-                return run
-        raise RunError("There is no run of that name; choose one from the list.")
+    def find_any(self, name: object) -> Run:
+        """Return the run or experiment with this name. Raises `RunError` if none has it."""
+        return pick({run.name: run for run in self.everything()}, name, NO_RUN)
 
     def find(self, name: object) -> Run:
-        """Return the run of `train_sd.py` with this name. Raises `RunError` if none has it."""
-        run = self.find_any(name, Run, LanguageRun)
-        if isinstance(run, LanguageRun):
-            raise RunError(f"{name} was trained by {language_script(run)}, and appears only under Runs.")
-        return run
+        """Return the run with this name. Raises `RunError` if none has it."""
+        return pick(self.runs(), name, NO_RUN)
 
     def beside(self, run: Run, names: object) -> Run:
         """Return a copy of `run` whose field `beside` has the runs with these names, to compare with it.
@@ -191,41 +175,30 @@ class Library:
 
 
 def kind_of(folder: Path) -> type[Run] | None:
-    """Return the class (`Run`, `Experiment`, `LanguageRun`) of a folder, or None if no trainer has written in it.
+    """Return the class of a folder, `Run` or `Experiment`, or None if `train_sd.py` has not written in it.
 
     An experiment without arms yet is detected by its settings: an option has several values that a run has only one of.
     """
-    if (folder / EXPERIMENT_LOG).is_file() or (folder / EXPERIMENT).is_file():
-        return Experiment
-    config = folder / "config.json"
+    config, kind = folder / "config.json", Run if (folder / LOG_NAME).is_file() else None
     if config.exists():  # also a folder of that name; the page reports it as unreadable
-        return kind_by_settings(config)
-    return Run if (folder / LOG_NAME).is_file() else None
+        kind = kind_by_settings(config)
+        if kind is None:
+            return None
+    is_experiment = (folder / EXPERIMENT_LOG).is_file() or (folder / EXPERIMENT).is_file()
+    return Experiment if is_experiment else kind
 
 
 @cached_by_stamp(256)
-def kind_by_settings(path: Path) -> type[Run]:
-    """Return the class of a run, detected from the settings file `path`."""
+def kind_by_settings(path: Path) -> type[Run] | None:
+    """Return the class of a run, detected from the settings file `path`; None for the run of a language model."""
     run = Run(path.parent.name, path.parent)
+    if "model_name_or_path" in run.config:
+        return None
     options = (Options.table()[name] for name in VARYING)
     several = [value for option in options if len(value := option.several(run.config.get(option.name)) or ()) > 1]
     if any(all(isinstance(one, int | float | str | list) for one in value) for value in several):
         return Experiment
-    return LanguageRun if language_script(run) else Run
-
-
-def language_script(run: Run) -> str:
-    """Return the name of the script that trains this run's language model; empty for other runs."""
-    config = run.config
-    if "model_name_or_path" not in config:
-        return ""
-    return "train_glue.py" if "task_name" in config else "train_llm.py"
-
-
-def refuse_language(begun: Run) -> None:
-    """Raise `RunError` if `begun` is the run of a language model, which the page cannot resume."""
-    if script := language_script(begun):
-        raise RunError(f"{begun.name} was started by {script}: resume it with this script on the command line.")
+    return Run
 
 
 def last_change(folder: Path) -> float:

@@ -14,7 +14,7 @@ from .activity import activity_of, why_ended
 from .bases import DEFAULT, bundled
 from .folders import BUNDLED
 from .jobs import GONE, RUNNING, WAITING, Entry, Jobs
-from .library import Experiment, LanguageRun, language_script, last_change
+from .library import Experiment, last_change
 from .run_manager import RunManager
 from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError, cached_by, stamp_of
 from .views import NAMES, bad, embedded, escape, notice
@@ -132,15 +132,13 @@ def card(manager: RunManager, run: Run) -> str:
     """Return a run's card as HTML: newest samples, status, time of the last change, steps and losses, and notes."""
     name, status, owned = escape(run.name), manager.jobs.status(run), manager.library.owns(run)
     done, total = run.progress
-    kind, script = isinstance(run, Experiment), language_script(run)
+    kind = isinstance(run, Experiment)
     facts = [
         f"experiment, {done:,} of {pluralize(total, 'run')}" if kind else "",
-        f"a language model, by {script}" if script else "",
         NO_CONFIG if run.unreadable else "",
     ]
     why = why_ended(run, status, manager.jobs.last_line(run))
-    opens = f"Open {run.name} under Compare"
-    buttons = "" if isinstance(run, LanguageRun) else button("open", "Open", opens)
+    buttons = button("open", "Open", f"Open {run.name} under Compare")
     if owned:
         buttons += button("rename", "Rename", f"Rename {run.name}")
         buttons += button("trash", "Delete", f"Move {run.name} to the trash")

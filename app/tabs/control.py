@@ -8,6 +8,7 @@ from .. import views
 from ..folders import BUNDLED
 from ..handlers import NO_PROGRESS
 from ..jobs import RUNNING, Entry
+from ..library import Experiment
 from ..lists import shown_settings
 from ..runs import Run
 from .base import STATUS, Tab
@@ -40,7 +41,7 @@ class ControlTab(Tab):
 
     def list_names(self) -> list[str]:
         """Return the names of the runs or experiments, newest first."""
-        return [run.name for run in self.library.everything() if type(run) is self.kind]
+        return list(self.library.experiments() if self.kind is Experiment else self.library.runs())
 
     def do_stop(self, name: str, seen: tuple | None = None) -> str:
         """Stop the selected run or, if it is not training, the only active run; return a notice.

@@ -63,14 +63,6 @@ def write_run(folder: Path, steps=(0, 2, 4), methods=("lora", "reslora"), **conf
     return folder
 
 
-def write_language_run(folder: Path, task="task_name", **config) -> Path:
-    """Write the settings of a run of `train_glue.py`, or of `train_llm.py`, which has another flag for the task."""
-    folder.mkdir(parents=True)
-    settings = {"model_name_or_path": "assets/tiny", task: "cola", "method": "reslora", "learning_rate": 3e-3}
-    (folder / "config.json").write_text(json.dumps(settings | config))
-    return folder
-
-
 def write_samples(folder: Path, value: int) -> None:
     folder.mkdir(parents=True)
     for prompt in range(2):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
-from app_runs import HOSTILE, run_by_hand, write_language_run, write_run
+from app_runs import HOSTILE, run_by_hand, write_run
 from waiting import ended, wait_until
 
 from app import experiments, form, launcher, lists, views
@@ -229,28 +229,6 @@ def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):
     assert "run is stopped" in TrainTab.do_stop(tab, "looked-at", ((), (), (), "finished"))
     ended(launcher)
     assert trainings.status(run) == "stopped" and trainings.last_line(run) == "stopped before its training began"
-
-
-@pytest.mark.parametrize(
-    ("script", "task", "kind"), [("train_llm.py", "task", "run"), ("train_glue.py", "task_name", "experiment")]
-)
-def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, task, kind):
-    """Other runs wait for it, and it gets no request that its script does not support."""
-    run = write_language_run(trainings.library.folder / "language", task)
-    if kind == "experiment":
-        (run / "experiment.json").write_text("{}")
-    command = [sys.executable, "-c", LOCKING, str(run / ".lock")]
-    with subprocess.Popen(command, env=launcher.environment()) as process:
-        wait_until(lambda: Run("language", run).process, "the lock", process)
-        with pytest.raises(RunError, match="language is training"):
-            RunManager(trainings).throw_away("language")
-        with pytest.raises(RunError, match="language is training"):
-            trainings.start(Entry("second"))
-        for request in (SAVE, SAMPLE):
-            assert trainings.ask(request) == f"language is trained by {script}, which cannot save or sample on request."
-            assert not (run / request).exists()
-        assert "language was asked to stop" in trainings.stop("language", Experiment if kind == "experiment" else Run)
-        assert ended(process) == 7
 
 
 @pytest.mark.parametrize(

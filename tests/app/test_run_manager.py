@@ -3,14 +3,13 @@
 import json
 
 import pytest
-from app_runs import HOSTILE, write_language_run, write_run
+from app_runs import HOSTILE, write_run
 
 from app import lists
 from app.jobs import Entry, Jobs
 from app.library import Library
 from app.run_manager import RunManager
 from app.runs import EXPERIMENT_LOG, LONGEST_NOTES, RunError
-from app.tabs.runs import RunsTab
 
 
 @pytest.fixture
@@ -116,15 +115,6 @@ def test_cards_show_the_newest_samples_and_escape_all_else(manager, tmp_path):
     assert "no notes" in lists.runs(manager, "two")
     manager.write_notes("two", "", "good")
     assert "good</textarea>" in lists.runs(manager, "two")
-
-
-def test_the_card_of_a_language_run_says_what_it_is_and_opens_nothing(manager):
-    write_language_run(manager.library.folder / "glue")
-    shown = lists.runs(manager, "glue")
-    assert "<p>a language model, by train_glue.py</p><p>ResLoRA</p>" in shown
-    assert "Open glue" not in shown and "Move glue to the trash" in shown
-    assert "glue was trained by train_glue.py" in refused(RunsTab.opened, manager, "glue")
-    assert "in the trash" in manager.throw_away("glue")
 
 
 def test_the_queue_as_it_is_seen(manager):

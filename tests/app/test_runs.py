@@ -4,9 +4,9 @@ import os
 import time
 
 import pytest
-from app_runs import HOSTILE, run_by_hand, write_exports, write_language_run, write_run, write_samples
+from app_runs import HOSTILE, run_by_hand, write_exports, write_run, write_samples
 
-from app.library import LanguageRun, Library
+from app.library import Library
 from app.runs import BASE, RunError, is_complete_png
 
 
@@ -26,25 +26,12 @@ def test_reads_what_the_trainer_wrote(run):
     assert run.status == "finished"
 
 
-def test_an_experiment_is_no_run(tmp_path):
+def test_an_experiment_is_no_run_and_a_language_model_is_not_listed(tmp_path):
     (write_run(tmp_path / "experiment") / "experiment.json").write_text("{}")
     write_run(tmp_path / "run")
+    write_run(tmp_path / "of a language model", model_name_or_path="assets/tiny")
+    assert [run.name for run in Library(tmp_path).everything()] == ["run", "experiment"]
     assert list(Library(tmp_path).runs()) == ["run"]
-
-
-@pytest.mark.parametrize(("script", "task"), [("train_llm.py", "task"), ("train_glue.py", "task_name")])
-def test_a_run_of_a_language_script_is_listed_and_no_more(tmp_path, script, task):
-    folder = write_language_run(tmp_path / "language", task)
-    write_language_run(tmp_path / "which", task, learning_rate=[1e-3, 3e-3])
-    library = Library(tmp_path)
-    assert library.runs() == {} and list(library.experiments()) == ["which"]
-    assert {run.name for run in library.everything()} == {"language", "which"}
-    with pytest.raises(RunError, match=f"language was trained by {script}, and appears only under Runs"):
-        library.find("language")
-    run = library.find_any("language", LanguageRun)
-    assert run.status == "stopped"
-    (folder / "results.json").write_text("{}")
-    assert run.status == "finished" and Library(folder).is_single
 
 
 def test_newest_run_first_and_example_last(tmp_path):
