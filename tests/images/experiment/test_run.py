@@ -511,4 +511,6 @@ def test_pissa_leaves_the_base_model_to_the_next_arm(flags, tmp_path):
         folders = together / "lora/init_lora_weights-gaussian", alone / "lora"
         rows = [read_log(folder / f"lr-0.01/seed-{seed}/log.jsonl") for folder in folders]
         losses = [[(row["step"], row["split"], row["loss"]) for row in log] for log in rows]
-        assert losses[0] == losses[1]
+        # The base model is measured once, here with PiSSA's factors, whose sum is the base weight but for rounding.
+        (*_, measured), (*_, before) = losses[0].pop(0), losses[1].pop(0)
+        assert measured == pytest.approx(before, rel=1e-5) and losses[0] == losses[1]
