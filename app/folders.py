@@ -3,17 +3,14 @@
 Folder names come from a browser. They are only compared with the listed names, never used as paths.
 """
 
-import itertools
 import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from reslora.bundled import ASSETS
-from reslora.images.data.images import is_image
 from reslora.images.data.listing import TRASH
 from reslora.images.settings import BUNDLED_IMAGES
-from reslora.io import all_below
 from reslora.options.prompts import clean
 
 from .bases import bundled
@@ -59,12 +56,6 @@ class Folders:
     def find(self, name: object) -> Folder:
         """Return the folder with this name. Raises `RunError` if no folder on the list has it."""
         return pick(self.all(), name, "There is no such folder of images; choose one from the list.")
-
-    def count(self, name: object, most: int) -> int:
-        """Return the number of images in the named folder, at most `most`; 0 without a name."""
-        files = all_below(self.find(name).path) if name else ()
-        found = (path for path in files if is_image(path) and not path.name.startswith("."))
-        return sum(1 for _ in itertools.islice(found, most))
 
     def of_run(self, run: Run) -> str:
         """Return the name that selects a run's image folder in the form; empty for the bundled images.

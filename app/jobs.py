@@ -1,32 +1,25 @@
 """Start, queue, stop and resume runs and experiments, each trained by a separate process.
 
-Training continues when the page or the application is closed; the trainer's process id is in the run's folder. The
-queue is a file in the runs folder. It is only changed under a lock, so that all threads, and all applications that use
-the same runs folder, agree on the next run.
+Training continues when the page or the application is closed: the trainer's process id is in the run's folder. The
+queue is a file in the runs folder, so that it continues after a restart.
 """
 
 import contextlib
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
-
-from filelock import FileLock, Timeout
-from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from reslora.errors import InvalidArgument
-from reslora.formatting import enumerated
 from reslora.images.data.images import is_image
+from reslora.images.experiment.run import check_same
 from reslora.images.settings import parsed_values, resolve
 from reslora.io import write_json
 from reslora.options.grid import Grid
@@ -36,20 +29,15 @@ from reslora.training.stopping import SAMPLE, SAVE
 from . import launcher
 from .bases import check_sizes
 from .folders import BUNDLED, Folders
-from .launcher import ALONE, REPOSITORY, SCRIPT
+from .launcher import REPOSITORY, SCRIPT
 from .library import REPORT, Experiment, Library, kind_of
-from .log_lock import is_held, locked_file
 from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, pick
 
-FILE, LOCK = "queue.json", ".queue.lock"
+FILE = "queue.json"
 KINDS: dict[str, type[Run]] = {"run": Run, "experiment": Experiment}
 WAITING, RUNNING, FAILED = "waiting", "running", "failed"
-EVERY, FRESH = 2.0, 1.0
-"""Seconds between two polls of the queue; seconds for which the result of `would_wait` is cached."""
-MOST = 100
-LONGEST = 100_000  # characters of one entry in the file
-GONE = "its folder is gone: it was renamed or removed"
-PATIENCE = 120.0  # seconds to wait for the lock: another change of the queue may copy a thousand images
+EVERY = 2.0
+"""Seconds between two polls of the queue."""
 FOLDERS = ("train_data_dir", "conditioning_data_dir", "class_data_dir", "dataset_name")
 """Options that may name a folder of images."""
 BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json", "logs"}
@@ -58,7 +46,7 @@ FEW = 8  # images in the preview
 CLOSING = 10.0  # seconds to wait for captions when the application is closed
 STOP = getattr(signal, "SIGUSR1", signal.SIGTERM)
 """Signal that asks a trainer to save and exit. SIGTERM is only used where SIGUSR1 does not exist, because a second
-SIGTERM (from another application) would end the trainer before it has saved."""
+SIGTERM would end the trainer before it has saved."""
 
 
 class Busy(RunError):
@@ -66,30 +54,23 @@ class Busy(RunError):
 
 
 class NameTaken(RunError):
-    """Raised if the name of a new run or experiment is taken."""
-
-
-def folder_name(name: str) -> str:
-    """Return `name` if it is valid as the name of a visible folder in the runs folder, else raise `ValueError`."""
-    if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
-        raise ValueError(f"the queue has an entry whose name {name!r} cannot be the name of a run")
-    return name
+    """Raised if a run or experiment with the name of a new one exists."""
 
 
 @dataclass
 class Entry:
     """A run or an experiment in the queue; the training command is made from `settings` when the entry starts."""
 
-    __pydantic_config__: ClassVar = ConfigDict(strict=True)
-
-    name: Annotated[str, AfterValidator(folder_name)]
-    kind: Literal["run", "experiment"] = "run"
+    name: str
+    kind: str = "run"
+    """Key in `KINDS`."""
     settings: dict = field(default_factory=dict)
     folder: str | None = None
     """Name of the image folder (see `Folders`); None means the bundled images or, for a resumed run, its own images."""
     resume: bool = False
     """Whether to resume the existing run with this name, from its newest checkpoint and with its own settings."""
-    state: Literal["waiting", "running", "failed", "finished", "stopped"] = WAITING
+    state: str = WAITING
+    """`waiting`, `running`, `failed`, `finished` or `stopped`."""
     line: str = ""
     """Why the entry failed, or the last line of the trainer's log."""
 
@@ -104,19 +85,6 @@ class Entry:
         return self.state not in (WAITING, RUNNING)
 
 
-@dataclass
-class Content:
-    """The content of the queue file."""
-
-    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid")
-
-    version: Literal[1]
-    entries: list[Entry]
-
-
-ENTRY, CONTENT = TypeAdapter(Entry), TypeAdapter(Content)
-
-
 class Jobs:
     """The running, queued and ended runs and experiments of a runs folder."""
 
@@ -128,10 +96,9 @@ class Jobs:
         self.started: dict[str, subprocess.Popen] = {}
         self.asked: set[int] = set()  # processes that were asked to stop
         self.began: set[str] = set()  # runs seen training, or stopped, since this process started them
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # held while the queue changes or a run starts
         self.closed = threading.Event()
         self.captioning = threading.Lock()  # held while a model writes captions
-        self.busy, self.looked = False, -math.inf
 
     # -- what may start, and by which command --------------------------------------------------------------------------
 
@@ -139,41 +106,31 @@ class Jobs:
         """Return the names of all image folders except the bundled images, which are the default."""
         return [name for name, folder in self.images.all().items() if not folder.bundled]
 
-    def command(self, name: str, settings: dict, images: Path | None = None, kind: type[Run] = Run) -> list[str]:
+    def command(
+        self, name: str, settings: dict, folder: str | None = None
+    ) -> tuple[list[str], Options | Grid[Options]]:
         """Return the arguments after `accelerate launch` for a new run, or for more runs in an existing experiment.
 
-        `images`: the folder to train on; None means the default. Raises `RunError` for invalid settings."""
-        return self.planned(name, settings, images, kind)[0]
-
-    def planned(
-        self, name: str, settings: dict, images: Path | None, kind: type[Run]
-    ) -> tuple[list[str], Options | Grid[Options]]:
-        """Return what `command` returns, and the options as the trainer resolves them, with defaults.
-
-        The images do not have to exist yet.
-        """
-        words = launcher.words_for(self.folder_of(name, kind), settings, images, self.begun(name, kind))
+        The second value has the options as the trainer resolves them, with defaults. `folder`: name of the image
+        folder; None means the default. An experiment keeps its images. Raises `RunError` for invalid settings."""
+        begun = self.begun(name)
+        images = self.images.find(folder).path if folder and not begun else None
+        words = launcher.words_for(begun.folder if begun else self.new_folder(name), settings, images, begun)
         try:
             found = resolve(parsed_values(launcher.trainers_parser(), words[1:]))
             check_sizes(found.base if isinstance(found, Grid) else found)
+            if begun and isinstance(found, Grid):
+                check_same(found)
         except InvalidArgument as error:
             raise RunError(self.without_folders(str(error))) from None
-        if kind is Experiment and not isinstance(found, Grid):
-            raise RunError(ALONE)
+        if begun and not isinstance(found, Grid):
+            raise RunError(f"{name} is an experiment: load its settings, or choose another name.")
         return words, found
 
-    def begun(self, name: str, kind: type[Run]) -> Run | None:
-        """Return the existing experiment with this name, to which runs are added; None for a new run or experiment."""
-        found = self.library.experiments().get(name) if kind is Experiment and isinstance(name, str) else None
+    def begun(self, name: object) -> Experiment | None:
+        """Return the experiment with this name, to which runs are added; None for a new run or experiment."""
+        found = next((one for known, one in self.library.experiments().items() if known == name), None)
         return found if found and found.config else None
-
-    def kind_of(self, name: str, settings: dict) -> type[Run]:
-        """Return `Experiment` if an option has several values or an experiment has this name, else `Run`."""
-        return Experiment if self.begun(name, Experiment) or launcher.varies(settings) else Run
-
-    def folder_of(self, name: str, kind: type[Run]) -> Path:
-        """Return the output folder of a new run or experiment, or of an existing experiment that gets more runs."""
-        return self.library.folder / name if self.begun(name, kind) else self.new_folder(name)
 
     def new_folder(self, name: str) -> Path:
         """Return the folder for a new run or experiment. Raises `RunError` for an invalid or existing name."""
@@ -189,14 +146,6 @@ class Jobs:
         if folder.exists() and self.is_active(run):
             raise NameTaken(f"{name} is already starting: choose another name.")
         return folder
-
-    def told_of_start(self, name: str) -> str:
-        """Return a sentence on the run or experiment with this name if it trains or was started here; else ""."""
-        run = next((run for run in self.library.everything() if run.name == name), None)
-        if run is None or (name not in self.started and not self.is_active(run)):
-            return ""
-        where = "its report is under Compare, Experiment" if isinstance(run, Experiment) else "its log is on this page"
-        return f"{name} was started; {where}. To start another run, give another name."
 
     def preview_images(self, folder: str | None) -> list[Path]:
         """Return the images directly in the folder with this name, for the preview."""
@@ -243,13 +192,13 @@ class Jobs:
             raise Busy(f"{run.name} is training; wait until it ends, or stop it first.")
 
     def _launch(self, run: Run, words: list[str]) -> Run:
-        """Start the trainer of a run with its output in the run's log, which stays locked; return the run."""
+        """Start the trainer of a run with its output in the run's log; return the run."""
         self.asked &= {active.process for active in self.all_active()}  # process ids are reused
         self.began.discard(run.name)
         # Requests that the last training did not handle, and the log of a failed start of the other kind.
         for left in {SAVE, SAMPLE, LOG_NAME, EXPERIMENT_LOG} - {run.log_name}:
             (run.folder / left).unlink(missing_ok=True)
-        with locked_file(run.folder / run.log_name) as log:
+        with (run.folder / run.log_name).open("ab") as log:
             # In a new session Ctrl-C in the application's terminal does not reach the trainer.
             self.started[run.name] = subprocess.Popen(
                 [*launcher.launch_words(), *words], stdin=subprocess.DEVNULL, stdout=log,
@@ -268,31 +217,18 @@ class Jobs:
     def is_active(self, run: Run) -> bool:
         """Return whether the run is training or starting."""
         process = self.started.get(run.name)
-        ours = process is not None and process.poll() is None
-        return ours or is_held(run.folder / run.log_name) or run.process is not None
+        return (process is not None and process.poll() is None) or run.process is not None
 
     def find(self, name: str, kind: type[Run] = Run) -> Run:
         """Return the run or experiment with this name. Raises `RunError` if there is none."""
         return self.library.find_experiment(name) if kind is Experiment else self.library.find(name)
 
-    def stop(self, name: str, kind: type[Run] = Run, only: bool = False) -> str:
-        """Ask a trainer to save and exit, and return a sentence about it.
+    def stop(self, run: Run) -> str:
+        """Ask the trainer of a run to save and exit, and return a sentence about it.
 
-        If the named run is training, its trainer is asked. Otherwise:
-        - if `only`, raise `RunError`, so that a run which has started in the meantime is not stopped;
-        - else, ask the active trainer of another run; raise `RunError` if several trainers are active.
-        """
-        looked_at = self.find(name, kind)
-        is_active = self.is_active(looked_at)
-        if only and not is_active:
-            raise RunError(f"{name} has ended; nothing was stopped.")
-        found = [looked_at] if is_active else list(self.all_active())
-        if not found:
-            return "Nothing is training."
-        if len(found) > 1:
-            names = enumerated(run.name for run in found)
-            raise RunError(f"{names} are training; choose the run to stop.")
-        (run,) = found
+        Raises `RunError` if the run is not training."""
+        if not self.is_active(run):
+            raise RunError(f"{run.name} has ended; nothing was stopped.")
         number, process = run.process, self.started.get(run.name)
         if number in self.asked:
             return f"{run.name} was already asked to stop; the trained steps are saved."
@@ -303,9 +239,7 @@ class Jobs:
             done, total = run.progress
             when = "soon" if total and done == total else "after this step"  # it is merging or comparing
             return f"{run.name} was asked to stop {when}; the trained steps are saved."
-        if process is None:  # started by another process of the application
-            return f"{run.name} is starting or ending; if it is training in a moment, stop it then."
-        if run.name in self.began:
+        if process is None or run.name in self.began:
             return f"{run.name} is ending."
         # Training has not begun, so there is nothing to save: end the complete process group.
         self.began.add(run.name)
@@ -327,17 +261,16 @@ class Jobs:
         return None
 
     def ask(self, request: str) -> str:
-        """Ask all active trainers for a checkpoint (`SAVE`) or samples (`SAMPLE`) after the current step.
+        """Ask the active trainer for a checkpoint (`SAVE`) or samples (`SAMPLE`) after the current step.
 
-        Returns a sentence on which trainers were asked, or why none could be asked."""
-        why_not = {run: self.why_not_asked(run, request) for run in self.all_active()}
-        asked = [run for run, why in why_not.items() if not why]
-        for run in asked:
-            (run.folder / request).touch()
-        if not asked:
-            return " ".join(why_not.values()) or "Nothing is training."
+        Returns a sentence about it, or why the trainer was not asked."""
+        if (run := self.active()) is None:
+            return "Nothing is training."
+        if why := self.why_not_asked(run, request):
+            return why
+        (run.folder / request).touch()
         what = {SAVE: "a checkpoint is saved", SAMPLE: "samples are generated"}[request]
-        return f"{enumerated(run.name for run in asked)}: {what} after this step."
+        return f"{run.name}: {what} after this step."
 
     def why_not_asked(self, run: Run, request: str) -> str:
         """Return a sentence on why a run cannot handle the request now; empty if it can."""
@@ -355,7 +288,7 @@ class Jobs:
         status = run.status
         if status == "running":
             self.began.add(run.name)
-            return "stopping" if run.process in {None, *self.asked} else "running"  # it may have just exited
+            return "stopping" if run.process in self.asked else "running"
         return ("stopping" if run.name in self.began else "starting") if self.is_active(run) else status
 
     def log(self, run: Run) -> str:
@@ -380,21 +313,16 @@ class Jobs:
     def entries(self) -> list[Entry]:
         """Return all entries of the queue in order. Raises `RunError` if the queue's file cannot be read."""
         try:
-            return CONTENT.validate_json(self.path.read_bytes()).entries if self.path.is_file() else []
-        except ValidationError as error:
-            why = error.errors()[0]["msg"][:100]
-        except OSError as error:
-            why = error.strerror
-        raise RunError(f"The queue cannot be read ({why}): repair or remove {FILE} in the folder of runs.")
+            content = json.loads(self.path.read_bytes()) if self.path.is_file() else {"entries": []}
+            return [Entry(**entry) for entry in content["entries"]]
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            why = f"The queue cannot be read ({type(error).__name__})"
+            raise RunError(f"{why}: repair or remove {FILE} in the folder of runs.") from None
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[list[Entry]]:
         """Lock the queue and yield its entries; when the `with` block ends without an exception, write the entries."""
-        with writable():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path.with_name(LOCK), timeout=PATIENCE).acquire()
-        with lock:
-            self.looked = -math.inf
+        with self.lock:
             entries = self.entries()
             before = list(map(asdict, entries))
             for entry in entries:  # an entry that has just ended may be resumed or removed
@@ -403,8 +331,10 @@ class Jobs:
             # What has ended is in the list of runs; only a failure is told here, until it is removed.
             after = [asdict(entry) for entry in entries if not entry.ends or entry.state == FAILED]
             if after != before:
-                with writable():
+                try:
                     write_json(self.path, {"version": 1, "entries": after})
+                except OSError as error:
+                    raise RunError(f"The queue cannot be written ({error.strerror}).") from None
 
     # -- the queue: actions --------------------------------------------------------------------------------------------
 
@@ -418,32 +348,19 @@ class Jobs:
             entry.state = RUNNING
             return entry
         with self.changing() as entries:
-            self.refuse_unstorable(entry)
             live = [one.name for one in entries if not one.ends]
             if entry.name in live:
                 raise RunError(f"{entry.name} is already in the queue; choose another name, or remove that entry.")
-            if len(live) >= MOST:
-                raise RunError(f"The queue is full ({MOST} entries): wait until a run ends, or remove an entry.")
-            if live or self.is_busy():
+            if live or self.active():
                 self.command_of(entry)  # refuses what could not start later
                 self.refuse_active(self.run_of(entry))
             else:
                 self.start(entry)
                 entry.state = RUNNING
-            if not (entry.resume or self.begun(entry.name, entry.type)):
+            if not (entry.resume or self.begun(entry.name)):
                 entry.folder = entry.folder or BUNDLED  # so that the queue shows which images are used
             entries[:] = [one for one in entries if one.name != entry.name] + [entry]
         return entry
-
-    def refuse_unstorable(self, entry: Entry) -> None:
-        """Raise `RunError` for an entry that cannot be stored in the file."""
-        try:
-            written = json.dumps(asdict(entry), ensure_ascii=False).encode()
-            ENTRY.validate_json(written)
-        except (TypeError, ValueError, RecursionError):
-            raise RunError("The settings contain a value that cannot be stored.") from None
-        if len(written) > LONGEST:
-            raise RunError("These settings are too long for the queue.")
 
     def remove(self, name: str) -> None:
         """Remove a waiting or ended entry. Raises `RunError` for a running one."""
@@ -454,24 +371,17 @@ class Jobs:
             entries.remove(found)
 
     def stop_entry(self, name: str) -> str:
-        """Ask the trainer of a running entry, and no other trainer, to stop; return a sentence about it."""
-        entry = one_of(self.entries(), name)
-        if entry.state == RUNNING and not self.run_of(entry).folder.is_dir():
-            raise RunError(f"{name}: {GONE}. Restore it, then stop it; otherwise the run ends without a checkpoint.")
-        return self.stop(name, entry.type, only=True)
+        """Ask the trainer of a running entry to stop; return a sentence about it."""
+        return self.stop(self.run_of(one_of(self.entries(), name)))
 
     # -- the queue: automatic start ------------------------------------------------------------------------------------
 
     def would_wait(self) -> bool:
-        """Return whether a new entry would have to wait; cached for `FRESH` seconds, because every open page asks."""
-        if time.monotonic() - self.looked > FRESH:
-            try:
-                entries = self.entries()
-                self.busy = any(entry.state == WAITING for entry in entries) or self.is_busy()
-            except RunError:
-                self.busy = True  # the file cannot be read
-            self.looked = time.monotonic()
-        return self.busy
+        """Return whether a new entry would have to wait."""
+        try:
+            return self.active() is not None or any(entry.state == WAITING for entry in self.entries())
+        except RunError:
+            return True  # the file cannot be read
 
     def advance(self) -> None:
         """Update the states of all entries, and start the first waiting entry if nothing trains.
@@ -482,7 +392,7 @@ class Jobs:
             return
         with self.changing() as entries:
             for entry in entries:
-                if entry.state == WAITING and not self.is_busy():
+                if entry.state == WAITING and not self.active():
                     self.begin(entry)
 
     def look_after(self, entry: Entry) -> None:
@@ -494,7 +404,7 @@ class Jobs:
             entry.state = RUNNING  # also if the application ended before it stored the state
         elif entry.state == RUNNING:
             entry.state = run.status
-            line = self.last_line(run) if run.folder.is_dir() else GONE
+            line = self.last_line(run)
             if isinstance(run, Experiment) and line.endswith(REPORT):  # the last line of a normal end
                 line = run.time_is_over or line
             entry.line = "" if entry.state == "finished" else line
@@ -502,7 +412,6 @@ class Jobs:
     def begin(self, entry: Entry) -> None:
         """Check and start an entry, or store why it failed."""
         try:
-            # The state is stored after the start: if this process ends in between, the locked log shows the trainer.
             self.start(entry)
             entry.state, entry.line = RUNNING, ""
         except Busy:
@@ -514,23 +423,20 @@ class Jobs:
             entry.state, entry.line = FAILED, "It could not be started; see the terminal for details."
 
     def command_of(self, entry: Entry) -> list[str]:
-        """Return the arguments of an entry's training command.
+        """Return the arguments of an entry's training command, and set the kind of a new entry.
 
         Raises `RunError` if the entry's settings or images are invalid, or if the run cannot be resumed."""
         if entry.resume:
             folder = self.resumable(entry.name, entry.type).folder
             words = [str(SCRIPT), "--config", str(folder / "config.json"), "--output_dir", str(folder)]
             return [*words, "--resume_from_checkpoint", "latest"]
-        images = self.images.find(entry.folder).path if entry.folder else None
-        return self.command(entry.name, entry.settings, images, entry.type)
+        words, found = self.command(entry.name, entry.settings, entry.folder)
+        entry.kind = "experiment" if isinstance(found, Grid) else "run"
+        return words
 
     def run_of(self, entry: Entry) -> Run:
         """Return the run or experiment of an entry."""
         return entry.type(entry.name, self.library.folder / entry.name)
-
-    def is_busy(self) -> bool:
-        """Return whether a run or an experiment is training or starting."""
-        return self.active() is not None
 
     def keep_going(self) -> None:
         """Start the thread that polls the queue until `closed` is set, and print how many entries wait."""
@@ -565,14 +471,3 @@ class Jobs:
 def one_of(entries: Sequence[Entry], name: str) -> Entry:
     """Return the entry with this name. Raises `RunError` if there is none."""
     return pick({entry.name: entry for entry in entries}, name, "No entry in the queue has this name.")
-
-
-@contextlib.contextmanager
-def writable() -> Iterator[None]:
-    """Convert errors of locking or writing the queue's file to a `RunError` for the page."""
-    try:
-        yield
-    except Timeout:
-        raise RunError("The queue is locked by another process; try again.") from None
-    except OSError as error:
-        raise RunError(f"The queue cannot be written ({error.strerror}); nothing has been changed.") from None

@@ -21,20 +21,15 @@ from reslora.options.values import listed
 from reslora.options.vary import values_to_vary
 
 from . import form
-from .bases import DEFAULT, bundled, model_of
+from .bases import model_of
 from .runs import Run, RunError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
-ADDED_TO = ("method", "learning_rate", "seed")
-"""Options to which values can be added in an existing experiment."""
-MAY_GROW = (*ADDED_TO, "experiment_minutes", "arms_at_once")
-"""Options that can be changed in an existing experiment."""
 EMPTY = (None, "", [])
 """Values in the form for which the option is not passed to the trainer."""
 LARGEST_RANK = 512
 """Maximum rank without a warning."""
-ALONE = "Several methods make only one run, not an experiment: give several learning rates or seeds."
 
 
 def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
@@ -107,12 +102,6 @@ def parsed(settings: dict) -> dict:
     return found | ({form.MODEL: model_of(model, Path())} if model else {})
 
 
-def varies(settings: dict) -> bool:
-    """Return whether the settings make an experiment: whether an option that may vary has several values."""
-    given = {name: option for name, option in form.known().items() if option.varies and settings.get(name) not in EMPTY}
-    return bool(lines_of(settings)) or any(len(words_of(option, settings[name])) > 1 for name, option in given.items())
-
-
 def read_config(path: Path) -> dict:
     """Return the settings in a TOML file or config.json. Raises `RunError` if the trainer does not accept the file."""
     try:
@@ -133,67 +122,21 @@ def refuse(message: str) -> NoReturn:
     raise RunError(message)
 
 
-def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
-    """Raise `RunError` if settings differ from those of the existing experiment `begun`.
-
-    Options in `MAY_GROW` may differ, and empty settings stand for the experiment's own.
-    """
-    read = [Path(name).resolve() for name in begun.words("train_data_dir")]
-    if images and read != [images.resolve()]:
-        raise RunError(f"{begun.name} was started with other images: choose another name, or select no images.")
-    known, model, otherwise = form.known(), str(settings.get("model") or "").strip(), form.defaults(begun.config)
-    config, lines = form.without_varied(begun.config)
-    fixed = known.keys() - MAY_GROW
-    given = {flag: value for flag, value in settings.items() if flag in fixed and value not in EMPTY}
-    asked, others = parsed(given), []
-    for flag, value in given.items():
-        was = config.get(flag, otherwise[flag])
-        # The form cannot show some values of the command line: it shows those options as empty.
-        if listed(asked.get(flag, was)) != listed(was) and value != form.widget_value(known[flag], was):
-            others.append(f"--vary {lines[flag]}" if flag in lines else form.as_flag(known[flag], was))
-    if (own := lines_of(settings)) and varied(own) != varied(list(lines.values())):
-        others.append(" ".join(["--vary", *lines.values()]) if lines else "no --vary")
-    path = begun.word("pretrained_model_name_or_path") or DEFAULT
-    name = bundled(path) or path
-    if model and model not in (path, name):
-        others.append(f"the model {name}")
-    if others:
-        raise RunError(
-            f"{begun.name} was started with {', '.join(others[:5])}: load its settings, or choose another name."
-        )
-
-
-def with_more(begun: Run, settings: dict) -> dict:
-    """Return the new values of the options in `MAY_GROW` for the existing experiment `begun`.
-
-    The form's methods, learning rates and seeds are added to those of the experiment; other values replace the
-    experiment's. Options that are empty in the form are omitted, so that they do not change.
-    """
-    more = {flag: settings[flag] for flag in MAY_GROW if settings.get(flag) not in EMPTY}
-    asked = parsed(more)
-    for flag in more.keys() & set(ADDED_TO):
-        there = listed(begun.config.get(flag))
-        more[flag] = [*there, *(value for value in listed(asked[flag]) if value not in there)]
-    return more
-
-
 def words_for(folder: Path, settings: dict, images: Path | None, begun: Run | None) -> list[str]:
     """Return the arguments after `accelerate launch` for training in `folder`. Raises `RunError` for invalid settings.
 
-    `begun`: an existing experiment in the folder, to which methods, learning rates and seeds are added; all other
-    settings must be those of the experiment.
+    `begun`: an existing experiment in the folder, whose settings apply where `settings` has none.
     """
     words = [str(SCRIPT), "--output_dir", str(folder)]
     if begun:
-        refuse_others(begun, settings, images)
-        return [*words, "--config", str(begun.folder / "config.json"), *arguments(with_more(begun, settings), True)]
+        words += ["--config", str(begun.folder / "config.json")]
     if settings.get("method") == []:  # the trainer would use its default
         raise RunError("Select at least one method.")
     if images:
         words += ["--train_data_dir", str(images)]
     if model := str(settings.get("model") or "").strip():
-        words += ["--pretrained_model_name_or_path", model_of(model, images)]
-    return words + arguments(settings)
+        words += ["--pretrained_model_name_or_path", model_of(model, images or folder if begun else images)]
+    return words + arguments(settings, with_defaults=begun is not None)
 
 
 def warning(settings: dict) -> str:

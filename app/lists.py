@@ -13,7 +13,7 @@ from . import form, launcher
 from .activity import activity_of, why_ended
 from .bases import DEFAULT, bundled
 from .folders import BUNDLED
-from .jobs import GONE, RUNNING, WAITING, Entry, Jobs
+from .jobs import RUNNING, WAITING, Entry, Jobs
 from .library import Experiment, last_change
 from .run_manager import RunManager
 from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError, cached_by, stamp_of
@@ -83,9 +83,7 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
     facts += [f"{label} {str(value)[:40]}" for label, value in given.items() if value not in (None, "")]
     images = entry.folder if entry.folder in (None, BUNDLED) else f"images: {entry.folder}"
     facts += [images or ""]
-    if entry.state != RUNNING:
-        return [*facts, entry.line]
-    return [*facts, activity_of(run) if run.folder.is_dir() else GONE]
+    return [*facts, activity_of(run) if entry.state == RUNNING else entry.line]
 
 
 def settings_of(entry: Entry, run: Run) -> dict[str, object]:

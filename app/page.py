@@ -13,7 +13,7 @@ from .library import Library
 from .runs import Run
 from .studio import Studio
 from .tabs import TABS
-from .tabs.base import STATUS, Parts, T, Tab, open_choice
+from .tabs.base import Parts, T, Tab, open_choice
 from .tabs.compare import CompareTab
 
 FIRST = "compare"
@@ -22,7 +22,7 @@ EVERY = 2.0
 """Seconds between two polls of the runs folder."""
 RUNS_SEEN = 1
 """Index of the run names in the tuple that `Page.state_of` returns."""
-AT_REST = STATUS
+AT_REST = 3
 """Index in the tuple that `Page.state_of` returns. If an entry before this index changes, all components are updated.
 If only later entries (status, activity, log) change, only the summary and the `live` components are updated."""
 STYLE, *SCRIPTS = (Path(__file__).with_name(name) for name in ("style.css", "zoom.js"))

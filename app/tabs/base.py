@@ -15,9 +15,6 @@ from ..working_files import WorkingFiles
 
 T = TypeVar("T", bound="Tab")
 
-STATUS = 3
-"""Index of the run's status in the polled state, the tuple that `Page.state_of` returns."""
-
 
 def answer_line(value: str = "", **settings) -> gr.HTML:
     """Return a component that shows a button's result or progress; screen readers announce its changes."""

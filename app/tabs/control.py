@@ -11,9 +11,7 @@ from ..jobs import RUNNING, Entry
 from ..library import Experiment
 from ..lists import shown_settings
 from ..runs import Run
-from .base import STATUS, Tab
-
-ACTIVE = ("starting", "running", "stopping")
+from .base import Tab
 
 
 class ControlTab(Tab):
@@ -29,12 +27,12 @@ class ControlTab(Tab):
         """What the buttons stop and resume: `run` or `experiment`."""
         return self.kind.__name__.lower()
 
-    def control(self, which: gr.components.Component, seen: gr.State) -> None:
-        """Connect the buttons. `which` selects the run or experiment; `seen` is the state at the last poll."""
+    def control(self, which: gr.components.Component) -> None:
+        """Connect the buttons; `which` selects the run or experiment."""
         prefix = "train" if self.kind is Run else self.what
         # Queued, although it never has to wait: an unqueued event would not show its error.
         self.stop.click(
-            self.do_stop, [which, seen], self.answer, api_name=f"{prefix}_stop", concurrency_limit=None, **NO_PROGRESS
+            self.do_stop, which, self.answer, api_name=f"{prefix}_stop", concurrency_limit=None, **NO_PROGRESS
         )
         self.resume.click(self.do_resume, which, self.answer, api_name=f"{prefix}_resume", **NO_PROGRESS)
         gr.api(self.list_names, api_name=f"{self.what}s")
@@ -43,13 +41,9 @@ class ControlTab(Tab):
         """Return the names of the runs or experiments, newest first."""
         return list(self.library.experiments() if self.kind is Experiment else self.library.runs())
 
-    def do_stop(self, name: str, seen: tuple | None = None) -> str:
-        """Stop the selected run or, if it is not training, the only active run; return a notice.
-
-        If the selected run was training at the last poll (`seen`), no other run is stopped, even if it has ended since.
-        """
-        trained = seen is not None and seen[STATUS] in ACTIVE
-        return views.notice(self.jobs.stop(name, self.kind, only=trained))
+    def do_stop(self, name: str) -> str:
+        """Stop the selected run or experiment, and return a notice."""
+        return views.notice(self.jobs.stop(self.jobs.find(name, self.kind)))
 
     def do_resume(self, name: str) -> str:
         """Resume a stopped run or experiment, or add it to the queue; return a notice."""

@@ -53,7 +53,7 @@ class ReportTab(ControlTab):
 
     def events(self, page: TabHost) -> None:
         """Connect the components."""
-        self.control(self.which, self.last_look)
+        self.control(self.which)
         shown = [self.last_look, self.which, self.state, self.log, self.report, self.take, self.take_best]
         self.take_best.click(
             self.copy_of_best, self.which, self.best_taken, api_name="download_best", preprocess=False

@@ -203,7 +203,7 @@ class TrainTab(ControlTab):
 
     def events(self, page: TabHost) -> None:
         """Connect the components."""
-        self.control(page.run, page.seen)
+        self.control(page.run)
         inputs = self.form
         self.kept.render()  # here, because the browser makes the parts of a tab only when the tab is opened
         changes = [part.change for part in self.form[:-1]]
@@ -277,7 +277,7 @@ class TrainTab(ControlTab):
         values are included, because they may differ from the experiment's settings.
         """
         *flags, vary, more, defaults = values
-        begun, model = self.jobs.begun(name, Experiment), str(model or "").strip()
+        begun, model = self.jobs.begun(name), str(model or "").strip()
         model = "" if model == DEFAULT and not begun else model
         settings = dict(zip(self.all_names(), flags, strict=True)) | {"model": model}
         methods = [*listed(settings["method"]), *listed(more)]
@@ -291,8 +291,7 @@ class TrainTab(ControlTab):
         """Return an entry of the queue with the form's settings."""
         settings = self.settings(name, model, values)
         given = {flag: value for flag, value in settings.items() if flag == "method" or value not in launcher.EMPTY}
-        kind = self.jobs.kind_of(name, settings)
-        return Entry(name, kind.__name__.lower(), given, without_bundled(folder))
+        return Entry(name, settings=given, folder=without_bundled(folder))
 
     def words(self, name, folder, model, *values) -> list[str]:
         """Return the arguments of the form's training command."""
@@ -312,10 +311,9 @@ class TrainTab(ControlTab):
             told, words, found = experiments.plan(self.jobs, name, settings, without_bundled(folder))
             now = form.defaults(given_in(found))
         except RunError as error:
-            started = self.jobs.told_of_start(name) if isinstance(error, NameTaken) else ""
             told = {self.plan: views.bad(form.without_flags(str(error))), self.command: ""}
-            if started:  # the command on the page is that of the start
-                told = {self.plan: views.notice(started)}
+            if isinstance(error, NameTaken) and name in self.jobs.started:  # the command is that of the start
+                told = {self.plan: views.notice(f"{name} was started. To start another run, give another name.")}
             return updates | told | {self.facts: ""}
         flags = dict(zip(self.all_names(), values[:-3], strict=True))
         for flag in form.FOLLOWING:
@@ -352,7 +350,7 @@ class TrainTab(ControlTab):
         added = self.jobs.add(entry)
         told = self.outcome_of(added) + launcher.warning(entry.settings)
         run = experiment = gr.update()
-        if entry.kind == "experiment":
+        if added.kind == "experiment":
             experiment = gr.update(choices=list(self.library.experiments()), value=name)
             told += " Its report is under Compare, Experiment."
         elif added.state != WAITING:
@@ -381,6 +379,11 @@ class TrainTab(ControlTab):
             told += f" warning: this form cannot set {', '.join(sorted(unknown))}."
         model, (*values, defaults) = word_of_model(name, settings), self.values_of(settings)
         return [views.notice(told), defaults, model or DEFAULT, folder, *values]
+
+    def do_stop(self, name: str) -> str:
+        """Stop what is training, whichever run is selected; return a notice."""
+        active = self.jobs.active()
+        return views.notice(self.jobs.stop(active) if active else "Nothing is training.")
 
     # -- polls ---------------------------------------------------------------------------------------------------------
 

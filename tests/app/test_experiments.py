@@ -9,18 +9,18 @@ import pytest
 from app_runs import HOSTILE, write_run
 from experiment import examples
 
-from app import experiments, form, launcher
+from app import experiments
 from app.jobs import Entry, Jobs
-from app.library import Experiment, Library
+from app.library import Library
 from app.runs import EXPERIMENT_LOG, RunError
 from app.studio import Studio
 from app.tabs.base import Parts
 from app.tabs.report import ReportTab
-from app.tabs.train import TrainTab
 from reslora.experiment.report import write_report
-from reslora.experiment.schedule import ArmSchedule
 from reslora.images.experiment.report_sections import IMAGES
+from reslora.images.experiment.run import identity_record
 from reslora.images.settings import parse_args
+from reslora.training.study import Identity
 
 
 @pytest.fixture
@@ -113,29 +113,6 @@ def test_a_plan_is_counted_by_the_trainers_own_parser(library):
         assert "argument" in plan(library, form | wrong)
 
 
-def test_a_plan_warns_of_what_keeps_differences_from_being_shown(library, tmp_path):
-    """As the trainer does, but before it starts; images in subfolders are counted too."""
-    form = {"method": ["lora", "reslora"], "learning_rate": "1e-4, 3e-4", "seed": "0 1 2"}
-    inside = tmp_path / "data" / "mine" / "10_cat"
-    inside.mkdir(parents=True)
-    (inside.parent / "metadata.jsonl").touch()
-
-    def warned(folder: object = "mine", **settings) -> str:
-        trainings = Jobs(library, tmp_path / "data")
-        return told(trainings, "new", form | settings, folder)
-
-    assert all(word not in warned() for word in ("images", "test split"))  # they may be in tables
-    for number in range(55):
-        (inside / f"{number}.png").touch()
-    assert "test split" not in warned()  # of 55 about 6
-    (inside / "0.png").unlink()
-    assert "3 to 8 of 54 images are the test split:" in warned() and "test split" not in warned(test_split="0.2")
-    assert "test split" not in warned("") and "choose one from the list" in warned("other")
-    assert "verdicts need LoRA among the methods" in warned("", method=["lora_x2", "reslora"])
-    goes_on = told(Jobs(library, tmp_path / "data"), "which", {"seed": "0 1 2"}, "mine")
-    assert "runs" in goes_on and "test split" not in goes_on  # it has images of its own
-
-
 def plan(library: Library, form: dict) -> str:
     return told(Jobs(library), "new", form)
 
@@ -148,34 +125,37 @@ def told(*asked) -> str:
         return str(error)
 
 
-def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(library):
-    trainings = Jobs(library)
+def test_a_new_experiment_has_all_flags_and_one_that_is_there_keeps_its_own(library):
+    """Methods, rates and seeds may be added; what belongs to another experiment is refused as the trainer does."""
+    jobs, folder = Jobs(library), library.folder / "which"
     form = {"method": ["lora", "loha"], "learning_rate": "1e-4 3e-4", "seed": "0 1", "extend_rates": True, "model": ""}
-    words = trainings.command("new", form, kind=Experiment)
+    words, _ = jobs.command("new", form)
     assert words[1:3] == ["--output_dir", str(library.folder / "new")]
     assert words[3:] == [
         *("--method", "lora", "loha", "--seed", "0", "1", "--learning_rate", "1e-4", "3e-4", "--extend_rates")
     ]
-    more = trainings.command("which", form | {"extend_rates": False, "seed": "0"}, kind=Experiment)
-    folder = library.folder / "which"
+    grid = parse_args([*words[1:], "--rank", "16", "--train_data_dir", str(library.folder)])
+    (folder / "config.json").write_text(json.dumps(grid.flat()))
+    identity = Identity("model", "images", "", "")
+    content = examples.experiment(None) | {"identity": identity_record(grid, identity)}
+    write_experiment(folder, content)
+    more, found = jobs.command("which", form | {"seed": "0 1 2"})
     assert more[1:5] == ["--output_dir", str(folder), "--config", str(folder / "config.json")]
-    rates = ["--learning_rate", "0.0001", "0.0002", "0.0003"]
-    assert more[5:] == ["--method", "lora", "loha", "--seed", "0", *rates]
-    with pytest.raises(RunError, match="already"):
-        trainings.command("which", form)  # a run of that name
+    assert found.varied["seed"] == [0, 1, 2] and found.base.data.train_data_dir == [str(library.folder)]
+    assert "runs" in told(jobs, "which", form | {"seed": "0 1 2"}, "a folder that is not on the list")
+    assert "--rank 8" in told(jobs, "which", form | {"rank": "8"})
+    assert "load its settings" in told(jobs, "which", {"seed": "0", "learning_rate": "1e-4"})
     with pytest.raises(RunError, match="finished"):
-        trainings.start(Entry("which", "experiment", resume=True))
+        jobs.start(Entry("which", "experiment", resume=True))
 
 
 @pytest.mark.parametrize("given", [{"seed": "3"}, {"rank": "4,"}])
 def test_methods_alone_are_a_run_and_no_experiment(library, given):
-    """As on the command line; a queue entry with the other kind is refused."""
+    """As on the command line."""
     settings, queue = {"method": ["lora", "reslora"], "shortcut": ["input"], **given}, Jobs(library)
     assert "1 run: LoRA and ResLoRA, 200 steps each." in plan(library, settings)
-    with pytest.raises(RunError, match=launcher.ALONE):
-        queue.add(Entry("new", "experiment", settings))
-    assert queue.entries() == [] and not (library.folder / "new").exists()
-    assert queue.command_of(Entry("new", "run", settings))
+    entry = Entry("new", "experiment", settings)
+    assert queue.command_of(entry) and entry.kind == "run"
 
 
 OF_SEVERAL = {"learning_rate": "1e-4 1e-3", "seed": "0 1 2"}
@@ -195,64 +175,6 @@ def test_what_the_trainer_refuses_at_once_is_told_beforehand(library, why):
     with pytest.raises(RunError, match=why.partition(":")[0]):
         Jobs(library).add(Entry("new", "experiment", form))
     assert "12 runs" in plan(library, {"method": ["lora", "lora_x2", "reslora"], **OF_SEVERAL})
-
-
-def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
-    """The new experiment has both: no method, rate or seed that was trained is dropped."""
-    begun = {"method": ["lora", "reslora"], "learning_rate": [1e-4, 2e-4], "seed": [0, 1]}
-    begun["shortcut"] = ["input", "block"]
-    (library.folder / "which" / "config.json").write_text(json.dumps(begun))
-    trainings = Jobs(library)
-    for added, arms, of_each in (
-        ({"method": ["dora"], "learning_rate": "4e-4", "seed": "3"}, 20, "4 methods, 3 learning rates, 3 seeds"),
-        ({"method": ["lora"], "learning_rate": "0.0001", "seed": ""}, 9, "3 methods, 2 learning rates, 2 seeds"),
-        ({"experiment_minutes": "5"}, 9, "3 methods, 2 learning rates, 2 seeds"),
-    ):
-        form = dict.fromkeys(TrainTab.names, "") | added
-        assert f"{arms} runs: {of_each}." in told(trainings, "which", form)
-        flags = parse_args(trainings.command("which", form, kind=Experiment)[1:])
-        assert len(ArmSchedule(flags).arms()) == arms
-
-
-def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(library, tmp_path):
-    """The form shows the settings of the experiment.
-
-    Empty options keep their values. Another model, folder or length is refused, because it belongs to another
-    experiment.
-    """
-    images = tmp_path / "data" / "cats"
-    images.mkdir(parents=True)
-    (tmp_path / "data" / "dogs").mkdir()
-    begun = library.folder / "which" / "config.json"
-    config = {
-        "learning_rate": [1e-4, 2e-4], "seed": 0, "method": ["lora"], "max_train_steps": 400, "resolution": 64,
-        "shortcut": "input", "random_flip": True, "train_data_dir": str(images), "snr_gamma": 5.0, "rank": 16,
-        "optimizer": "torch.optim.SGD", "validation_prompt": ["a cat", "a dog"], "lora_dropout": None,
-        "pretrained_model_name_or_path": "owner/model",
-    }  # fmt: skip
-    begun.write_text(json.dumps(config))
-    trainings = Jobs(library, tmp_path / "data")
-    queue = trainings
-    queue.advance = lambda: None
-    untouched = form.widget_value(form.known()["optimizer"], None)  # which has no word for torch.optim.SGD
-    same = {
-        "method": ["lora", "loha"], "learning_rate": "3e-4", "max_train_steps": "400", "resolution": "64", "rank": "",
-        "shortcut": ["input"], "random_flip": True, "snr_gamma": "5", "optimizer": untouched, "merge": "",
-        "validation_prompt": "a cat\n a dog", "model": "owner/model",
-    }  # fmt: skip
-    for settings in (same, {"method": ["loha"]}):
-        words = queue.command_of(Entry("which", "experiment", settings, "cats"))
-        assert words[3:5] == ["--config", str(begun)] and "--max_train_steps" not in words
-    others = {"max_train_steps": "200", "model": "owner/other", "lora_dropout": "0.5"}
-    for flag, value in others.items():
-        with pytest.raises(
-            RunError, match=f"which was started with .*{flag.replace('model', 'owner/model')}"
-        ) as refusal:
-            queue.add(Entry("which", "experiment", same | {flag: value}))
-        assert "another name" in str(refusal.value) and "\n" not in str(refusal.value)
-    with pytest.raises(RunError, match="which was started with other images"):
-        queue.add(Entry("which", "experiment", same, "dogs"))
-    assert queue.entries() == []
 
 
 def test_the_best_arms_lora_is_handed_out(library):

@@ -89,7 +89,7 @@ def test_a_line_that_cannot_vary_is_refused_as_on_the_command_line(tmp_path, lin
 
 def test_a_size_that_the_model_does_not_have_is_refused_in_the_form(tmp_path):
     jobs = Jobs(Library(tmp_path))
-    assert jobs.command("new", {"method": ["lora"], "resolution": "32"})[-1] == "32"
+    assert jobs.command("new", {"method": ["lora"], "resolution": "32"})[0][-1] == "32"
     with pytest.raises(RunError, match="--resolution 63: height and width must be multiples of 8; give 56"):
         jobs.command("new", {"method": ["lora"], "resolution": "63"})
 
