@@ -192,7 +192,7 @@ def test_a_checkpoint_makes_its_own_sum():
 def test_a_sum_is_not_rounded_to_half_precision_again_and_again():
     """Sixty B A, the first of ones and the others of 2**-10: in bfloat16, 1 + 2**-10 is 1."""
     names = stack_chain(60)
-    model = lora_stack(Layers(60), r=1, lora_alpha=1)
+    model = lora_stack(Layers(60), r=1, lora_alpha=1).float()
     for n, name in enumerate(names):
         layer = find_layer(model, name)
         for parameter in layer.base_layer.parameters():

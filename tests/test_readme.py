@@ -68,7 +68,7 @@ def test_snippet_runs(document, code, checkout):
         batch = names["batches"][0]
         with torch.no_grad():
             torch.testing.assert_close(reloaded(**batch).logits, names["model"].eval()(**batch).logits)
-    else:
+    elif "image = " in code:
         assert names["image"].size == (64, 64)
 
 
