@@ -81,17 +81,6 @@ def outline_of(folder: Path) -> tuple[Model, DiffusionPipeline]:
     return model, outline(model)
 
 
-def stamps_of(base: Options, model: Model) -> dict[Path, tuple[int, ...]]:
-    """Return the result of `stamp_of` for each file that a model is loaded from."""
-    folders, of_model = [model.folder / part for part in model.index], base.model
-    if of_model.pretrained_vae_model_name_or_path:
-        folders.append(Path(of_model.pretrained_vae_model_name_or_path))
-    single = (of_model.pretrained_model_name_or_path, of_model.pretrained_transformer_file or "")
-    files = [path for path in map(Path, single) if base.output.output_dir and path.is_file()]
-    files += [model.folder / "model_index.json", *(path for folder in folders for path in folder.glob("*"))]
-    return {path: stamp_of(path) for path in files}
-
-
 def model_of(word: str, images: Path | None) -> str:
     """Return the path or hub name of the model whose name on the page is `word`.
 

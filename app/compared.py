@@ -253,16 +253,10 @@ def numbers(run: Run, step: int) -> str:
     header = (
         "<tr><th></th><th>training loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
     )
-    notes = "".join(
-        notice(f"{name}: {pluralize(count, 'damaged line')} of the log left out.")
-        for one, method, name, _ in shown
-        if (count := one.damaged_rows(method))
-    )
-    if any(values[0] is not None and values[1] is not None for _, values in known):
-        notes += notice(TWO_LOSSES)
-    return (
-        table("numbers several" if run.beside else "numbers", f"Numbers at step {step}", header + "".join(rows)) + notes
-    )
+    both = any(values[0] is not None and values[1] is not None for _, values in known)
+    kind = "numbers several" if run.beside else "numbers"
+    shown = table(kind, f"Numbers at step {step}", header + "".join(rows))
+    return shown + (notice(TWO_LOSSES) if both else "")
 
 
 def numbers_of(run: Run, method: str, step: int) -> tuple[tuple, tuple]:

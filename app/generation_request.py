@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import PIL.Image
@@ -106,30 +105,13 @@ class Drawn:
 
 
 def save_image(drawn: Drawn, path: Path) -> Path:
-    """Save an image as a PNG and return the path.
-
-    Its metadata contains the settings twice: `reslora` for this page, and `parameters` in the format of A1111."""
+    """Save an image as a PNG with its settings as metadata in the format of A1111, and return the path."""
     info, request = PngInfo(), drawn.request
-    info.add_itxt("reslora", json.dumps(asdict(request) | drawn.source, ensure_ascii=False))
     info.add_itxt(
         "parameters",
         f"{request.prompt}\nNegative prompt: {request.negative_prompt}\nSteps: {request.steps}, CFG scale: "
-        f"{request.guidance}, Seed: {request.seed}, Size: {request.width}x{request.height}",
+        f"{request.guidance}, Seed: {request.seed}, Size: {request.width}x{request.height}, "
+        f"Run: {drawn.source['run']}, Weights: {drawn.source['weights']}, LoRA strength: {request.strength}",
     )
     drawn.image.save(path, format="PNG", pnginfo=info)
     return path
-
-
-def read_image(path: str | Path) -> tuple[Request, dict]:
-    """Return the request and source (run, weights) of a PNG saved by `save_image`.
-
-    Raises `RunError` for any other file.
-    """
-    try:
-        with PIL.Image.open(path, formats=["PNG"]) as image:
-            settings = json.loads(image.info["reslora"])
-            source = {name: str(settings.get(name, ""))[:200] for name in ("run", "weights")}
-            request = Request(**{field.name: settings[field.name] for field in fields(Request)}).clamped()
-    except Exception:  # anything may be uploaded
-        raise RunError("This image contains no settings: choose a PNG that this page generated.") from None
-    return request, source

@@ -13,7 +13,7 @@ from reslora.io import replacing
 
 from .folders import children, new_place
 from .jobs import Jobs
-from .runs import IN_PLACE, LONGEST_NOTES, NOTES, Run, RunError, pick
+from .runs import LONGEST_NOTES, NOTES, Run, RunError, pick
 
 
 class RunManager:
@@ -36,7 +36,7 @@ class RunManager:
         """
         if not isinstance(notes, str) or len(notes := notes.replace("\r\n", "\n").strip()) > LONGEST_NOTES:
             raise RunError(f"Notes are text of at most {LONGEST_NOTES:,} characters; nothing was saved.")
-        with IN_PLACE:
+        with self.jobs.lock:
             run = self.find(name)
             if len(run.notes) > LONGEST_NOTES:
                 raise RunError(f"The notes of {run.name} are too long for the page: edit {NOTES} in its folder.")
@@ -57,7 +57,7 @@ class RunManager:
         """Move a run to the trash, and return a sentence that reports it.
 
         Raises `RunError` if the run is training or waits in the queue."""
-        with self.idle(name) as run, IN_PLACE:
+        with self.idle(name) as run:
             trash = self.library.folder / TRASH
             if trash.is_symlink():
                 raise RunError(f"{TRASH} in the folder of runs is a link; remove the link first.")
@@ -75,7 +75,7 @@ class RunManager:
         """Rename a run's folder, and return a sentence that reports it.
 
         Raises `RunError` for an invalid or existing name, and if the run is training or waits in the queue."""
-        with self.idle(name) as run, IN_PLACE:
+        with self.idle(name) as run:
             target = self.jobs.new_folder(new)
             try:
                 run.folder.rename(target)
@@ -86,7 +86,7 @@ class RunManager:
     @contextlib.contextmanager
     def idle(self, name: object) -> Iterator[Run]:
         """Yield a run that cannot be started meanwhile. Raises `RunError` if it is training or waits in the queue."""
-        with self.jobs.changing() as entries, self.jobs.lock:
+        with self.jobs.changing() as entries:
             run = self.find(name)
             self.jobs.refuse_active(run)
             if any(entry.name == run.name and not entry.ends for entry in entries):
@@ -104,7 +104,7 @@ class RunManager:
         """Move a run from the trash back to the runs folder, and return a sentence that reports it.
 
         `place`: the key of the run in `trashed()`."""
-        with self.jobs.changing() as entries, self.jobs.lock:
+        with self.jobs.changing() as entries:
             folder = pick(self.trashed(), place, "There is no such run in the trash; choose one from the list.")
             target = self.library.folder / folder.name
             if target.exists() or target.is_symlink():

@@ -11,7 +11,6 @@ import functools
 import math
 import os
 import re
-import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from reslora.merges import MERGES
 from reslora.methods.adapters import ADAPTER_NAME
 from reslora.methods.registry import METHODS
 from reslora.options.values import listed
-from reslora.runtime.log import count_damaged, of_split, read_log
+from reslora.runtime.log import of_split, read_log
 from reslora.runtime.sample_folders import PROMPTS, by_step, is_of
 from reslora.runtime.status import FILE as STATUS
 
@@ -46,10 +45,6 @@ LORA_FILES = (DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
 DENOISERS, ENCODERS = ("unet", "transformer"), ("text_encoder", "text_encoder_2")
 LARGEST_JSON = 64 * 2**20
 MOST_STEPS = 10**9
-PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-
-IN_PLACE = threading.Lock()
-"""Lock to hold while writing in or moving a run's folder, so that no folder is moved during a write."""
 
 
 def is_alive(process: str) -> bool:
@@ -290,16 +285,8 @@ class Run:
         """Return the rows of a method's `log.jsonl` whose loss is finite.
 
         The keys of a row are step, split, loss, lr and seconds."""
-        return list(self._log(method)[0])
-
-    def damaged_rows(self, method: str) -> int:
-        """Return the number of damaged lines of a method's `log.jsonl`; 0 while the trainer is running."""
-        return self._log(method)[1] if self.process is None else 0
-
-    def _log(self, method: str) -> tuple[tuple[dict, ...], int]:
-        """Return the rows of a method's log and the number of damaged lines."""
         path = self.inside(method, "log.jsonl")
-        return rows_of(path) if path and path.is_file() else ((), 0)
+        return list(rows_of(path)) if path and path.is_file() else []
 
     def steps(self) -> list[int]:
         """Return the steps at which any method has samples.
@@ -323,7 +310,7 @@ class Run:
         return min(self.steps(), key=lambda found: abs(found - wanted), default=0)
 
     def samples(self, method: str, step: int | None) -> dict[tuple[int, int], Path]:
-        """Return the paths of the complete sample images at a step, by (prompt, image) index.
+        """Return the paths of the sample images at a step, by (prompt, image) index.
 
         If `step` is None, the samples are those of the merged weights. If the run was resumed with other prompts,
         samples of the earlier prompts are left out.
@@ -333,7 +320,7 @@ class Run:
         for name in self.entries(*folder):
             match = re.fullmatch(r"(\d{1,5})-(\d{1,5})\.png", name)
             path = self.inside(*folder, name) if match else None
-            if path and is_complete_png(path) and is_of(record, number := int(match[1]), prompts.get(number)):
+            if path and is_of(record, number := int(match[1]), prompts.get(number)):
                 found[number, int(match[2])] = path
         return found
 
@@ -470,19 +457,7 @@ def norms_of(path: Path) -> dict[str, float]:
 
 
 @cached_by_stamp(64)
-def rows_of(path: Path) -> tuple[tuple[dict, ...], int]:
-    """Return the rows of a log with valid step and loss, and the number of damaged lines."""
-    rows = (row for row in read_log(path) if 0 <= row["step"] <= MOST_STEPS and number(row.get("loss")) is not None)
-    return tuple(rows), count_damaged(path)
-
-
-def is_complete_png(path: Path) -> bool:
-    """Return whether a file is a PNG that ends with an IEND chunk, so that it is not still being written."""
-    try:
-        with path.open("rb") as file:
-            if file.read(4) != b"\x89PNG":
-                return False
-            file.seek(-len(PNG_END), os.SEEK_END)
-            return file.read() == PNG_END
-    except OSError:
-        return False
+def rows_of(path: Path) -> tuple[dict, ...]:
+    """Return the rows of a log with valid step and loss."""
+    rows = read_log(path)
+    return tuple(row for row in rows if 0 <= row["step"] <= MOST_STEPS and number(row.get("loss")) is not None)

@@ -23,7 +23,7 @@ from reslora.images.data.images import cropped, image_size, open_image
 from reslora.images.data.size import Size
 from reslora.images.initial_lora import targets_of
 from reslora.images.model.families.base import Family
-from reslora.images.model.loading import Model, find_model
+from reslora.images.model.loading import find_model
 from reslora.images.output.calibration_file import read_calibration
 from reslora.images.output.exports import write_lora
 from reslora.images.refusals import check_model_name
@@ -32,10 +32,10 @@ from reslora.merges import MERGES
 from reslora.options.images import Options
 
 from . import weight_files
-from .bases import base_of, stamps_of
+from .bases import base_of
 from .generation_request import SEEDS, Drawn, Request
-from .runs import IN_PLACE, Run, RunError, Weights, merged_by
-from .weight_files import files_of, refuse_gone, refuse_replaced, without_folders
+from .runs import Run, RunError, Weights, merged_by
+from .weight_files import files_of, without_folders
 
 MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments, name == "none"))
 """Names of the merge methods: those that need calibration samples come first, and `none` comes last."""
@@ -68,12 +68,8 @@ class Studio:
         """What the current request does, and its completed fraction; None without a request."""
         self.pipeline: DiffusionPipeline | None = None
         self.family: Family | None = None
-        self.model: Model | None = None
-        """The model from whose files the pipeline was loaded."""
         self.base: Options | None = None
         """The options with which the pipeline was loaded."""
-        self.stamps: dict[Path, tuple[int, ...]] = {}
-        """The files that the pipeline was loaded from, each with the result of `stamp_of` at that time."""
         self.state = {}
         """The base denoiser's tensors, shared by every skeleton."""
         self.encoders: dict[str, torch.nn.Module] = {}
@@ -110,7 +106,7 @@ class Studio:
             self.stopped.clear()
             try:
                 self.now = "Loading the model", 0.0
-                if not self._is_loaded(base := base_of(run)):
+                if (base := base_of(run)) != self.base:
                     self._load(base)
                 for number, picture in enumerate(pictures):
                     weights, share = picture.weights, number / len(pictures)
@@ -179,10 +175,6 @@ class Studio:
 
     # -- pipeline and weights ------------------------------------------------------------------------------------------
 
-    def _is_loaded(self, base: Options) -> bool:
-        """Return whether the pipeline of `base` is loaded, and none of its files has changed since it was loaded."""
-        return base == self.base and stamps_of(base, self.model) == self.stamps
-
     def _load(self, base: Options) -> None:
         """Load the pipeline of `base`. Raises `RunError` if this fails; then the previous pipeline remains."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -190,7 +182,6 @@ class Studio:
         try:
             check_model_name(name)
             model = find_model(base.model, base.output, PartialState())
-            stamps = stamps_of(base, model)  # read first: a file written during the load is found by the next check
             half = torch.bfloat16 if model.family.objective == "flow" else torch.float16
             dtype = half if device.type == "cuda" else torch.float32
             pipeline, denoiser = model.load_pipeline(dtype, device, encoders=True), model.load_denoiser(dtype, device)
@@ -201,28 +192,22 @@ class Studio:
         setattr(pipeline, model.family.denoiser, denoiser)
         self.loads += 1
         self.pipeline, self.family, self.base, self.state = pipeline, model.family, base, denoiser.state_dict()
-        self.model, self.stamps = model, stamps
         self.encoders = {part.name: getattr(pipeline, part.name) for part in model.family.trainable}
         self.current = None
 
     def _use(self, run: Run | None, weights: Weights, strength: float) -> None:
         """Load the weights into the pipeline. Raises `RunError` if this fails; then the previous weights remain."""
-        files = files_of(weights)
-        wanted = (*files, 1.0 if weights.kind == "base" else strength)
+        wanted = (*files_of(weights), 1.0 if weights.kind == "base" else strength)
         if self.current == wanted:
             return
         parts = self._parts()
         try:
-            refuse_replaced(run, weights, files)
             self._put(parts, run, weights, strength)
-            refuse_replaced(run, weights, files)
         except RunError:
             raise
         except (ValueError, RuntimeError) as error:  # our loaders name the layer that does not fit
-            refuse_gone(run, weights)
             raise RunError(f"{weights.label}: {without_folders(error, weights.path)}.") from None
-        except Exception as error:  # such as a damaged file
-            refuse_gone(run, weights)
+        except Exception as error:  # such as a file that is damaged or has been removed
             raise RunError(f"{weights.label} does not fit this model or is damaged ({type(error).__name__}).") from None
         for name, part in parts.items():
             # Not `part.to`: the one of diffusers warns about every cast.
@@ -285,18 +270,14 @@ class Studio:
                 encoder = name if path != checkpoint.path else None
                 found = reslora.merge(parts[name], method=method, calibration=calibration_of(run, encoder)).to_dict()
                 report |= {encoder: found} if encoder else found
-            with IN_PLACE:
-                refuse_gone(run, checkpoint)  # otherwise writing would create the folder of a deleted run again
-                with replacing(merged_by(checkpoint, method).path.parent) as temporary:
-                    temporary.mkdir()
-                    write_lora(parts, temporary, self.family, {})
-                    write_json(temporary / "merge.json", report)
+            with replacing(merged_by(checkpoint, method).path.parent) as temporary:
+                temporary.mkdir()
+                write_lora(parts, temporary, self.family, {})
+                write_json(temporary / "merge.json", report)
         except OSError as error:
-            refuse_gone(run, checkpoint)
             reason = error.strerror or without_folders(error, run.folder)
             raise RunError(f"The merged weights cannot be written into the run's folder ({reason}).") from None
         except (ValueError, RuntimeError) as error:
-            refuse_gone(run, checkpoint)
             raise RunError(f"The checkpoint cannot be merged: {without_folders(error, run.folder)}.") from None
         return report
 

@@ -1,16 +1,15 @@
 """Load weights from files into a denoiser or a text encoder.
 
-Names, shapes and values of all tensors are validated, so that no image is generated with weights that do not fit the
-model. Error messages name the file and the tensor. No file is unpickled.
+Names and shapes of all tensors are validated, so that no image is generated with weights that do not fit the model.
+Error messages name the file and the tensor. No file is unpickled.
 """
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -29,18 +28,15 @@ from reslora.methods.adapters import attach, load_adapter
 from reslora.methods.registry import METHODS, AdapterSettings, adapter_config
 from reslora.runtime.checkpoint_folders import RECORD
 
-from .runs import Run, RunError, Weights, stamp_of
+from .runs import RunError, Weights, stamp_of
 
 LARGEST_ADAPTER = 2**30
-WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-"""Fields of PEFT's configuration that select the layers with a LoRA."""
 
 
 def put_merged(model: nn.Module, weights: Weights, strength: float) -> None:
     """Load merged weights into a denoiser or a text encoder that has the base weights.
 
-    The result is `base + strength * (merged - base)`. Raises `RunError` if names or shapes differ from the model's, or
-    if a value is not finite.
+    The result is `base + strength * (merged - base)`. Raises `RunError` if names or shapes differ from the model's.
     """
     present, merged = model.state_dict(), {}
     for file in sorted(weights.path.glob("*.safetensors")):
@@ -79,7 +75,6 @@ def put_adapter(model: nn.Module, config: dict, targets: list[str] | str, weight
                 setattr(adapter, name, record[name])
         attach(model, adapter, in_place=True)
         load_adapter(model, weights.path)
-    refuse_not_finite(weights.label, {name: p for name, p in model.named_parameters() if ".lora_" in name})
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.scaling["default"] *= strength
@@ -108,9 +103,7 @@ def factors_of(file: Weights, family: Family, models: Mapping[str, nn.Module]) -
     for part, layers in parts.items():
         if part not in models:
             raise RunError(f"{file.label} also has weights for the {part}, which cannot have a LoRA on this page.")
-        prefixes = [f"{part}."] + ["", PEFT_PREFIX] * (part == family.denoiser)
-        said = next((content.configs[prefix] for prefix in prefixes if prefix in content.configs), {})
-        refuse_misfits(f"{file.label}: {part}", models[part], in_names_of(models[part], layers), said)
+        refuse_misfits(f"{file.label}: {part}", models[part], in_names_of(models[part], layers))
     return parts
 
 
@@ -173,43 +166,14 @@ def uploaded(*paths: str | Path) -> Weights:
     return Weights(label, "file", "", path, config=next(filter(Path.is_file, beside), None))
 
 
-def refuse_gone(run: Run | None, weights: Weights) -> None:
-    """Raise `RunError` if `weights` are a checkpoint that no longer exists, or whose run no longer exists.
-
-    A trainer with `--checkpoints_total_limit` may delete a checkpoint while the page reads it.
-    """
-    if run is None or weights.kind != "adapter" or weights.path.is_dir():
-        return
-    if not run.folder.is_dir():
-        raise RunError(f"{run.name} was deleted in the meantime; choose another run.")
-    raise RunError(f"{weights.label}: {weights.path.name} was deleted in the meantime; choose another checkpoint.")
-
-
 def files_of(weights: Weights) -> tuple:
     """Return the paths of the files and folders that weights are read from, then the result of `stamp_of` for each."""
     files = (weights.path, weights.config, *(path for _, path in weights.encoders))
     return *files, *map(stamp_of, files)
 
 
-def refuse_replaced(run: Run | None, weights: Weights, files: tuple) -> None:
-    """Raise `RunError` if a trainer has replaced merged weights, whose tensors could then come from two merges.
-
-    `files`: the result of `files_of` before the weights were read."""
-    if run is None or weights.kind != "merged":
-        return
-    if files_of(weights) != files or weights not in run.merged(weights.method):
-        raise RunError(f"{weights.label}: a trainer is replacing these weights; try again later.")
-
-
-def refuse_not_finite(label: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise `RunError` for a tensor with infinite or NaN values."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise RunError(f"{label}: {name} has infinite or NaN values.")
-
-
 def refuse_others(label: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise `RunError` unless the tensors have exactly the names and shapes of `wanted`, with finite values."""
+    """Raise `RunError` unless the tensors have exactly the names and shapes of `wanted`."""
     for name in sorted(wanted.keys() - tensors.keys()):
         raise RunError(f"{label}: {name} is missing.")
     for name, tensor in tensors.items():
@@ -219,15 +183,12 @@ def refuse_others(label: str, tensors: Mapping[str, Tensor], wanted: Mapping[str
             raise RunError(
                 f"{label}: {name} has shape {shape(tensor.shape)}, but {shape(wanted[name].shape)} in this model."
             )
-    refuse_not_finite(label, tensors)
 
 
-def refuse_misfits(label: str, model: nn.Module, layers: Mapping[str, Factors], config: Mapping) -> None:
-    """Raise `RunError` for a LoRA that does not match the model or its own configuration.
+def refuse_misfits(label: str, model: nn.Module, layers: Mapping[str, Factors]) -> None:
+    """Raise `RunError` for a LoRA of a layer that the model does not have, or of another shape.
 
-    The cases are: a layer that the model does not have, a shape that differs from the model's, and a layer that the
-    configuration selects but the file does not contain. `label`: file and model (denoiser or text encoder), for the
-    message.
+    `label`: file and model (denoiser or text encoder), for the message.
     """
     modules = dict(model.named_modules())
     for name, (down, up, _) in layers.items():
@@ -236,16 +197,6 @@ def refuse_misfits(label: str, model: nn.Module, layers: Mapping[str, Factors], 
             raise RunError(f"{label}.{name} is not a layer of this model.")
         if (found := torch.Size([len(up), *down.shape[1:]])) != weight.shape:
             raise RunError(f"{label}.{name} has shape {shape(found)}, but {shape(weight.shape)} in this model.")
-    if not config.get("target_modules"):
-        return
-    able = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    try:
-        said = LoraConfig(**{name: config[name] for name in WHERE if config.get(name) is not None})
-        named = [name for name in able if check_target_module_exists(said, name)]
-    except Exception:  # a damaged configuration may raise anything
-        raise RunError(f"{label}: target_modules in the file's configuration is invalid.") from None
-    if absent := [name for name in named if name not in layers]:
-        raise RunError(f"{label}.{absent[0]} is missing.")
 
 
 def shape(size: torch.Size) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import secrets
 from collections.abc import Iterator
-from dataclasses import astuple
 from pathlib import Path
 
 import gradio as gr
@@ -78,7 +77,7 @@ class GenerateTab(Tab):
             self.reference = gr.File(
                 label="Image that the prompt changes: Flux.1 Kontext, Qwen-Image-Edit", file_types=["image"], height=140
             )
-        with gr.Accordion("LoRA file, or settings from an image", open=False):
+        with gr.Accordion("LoRA file", open=False):
             self.adapter = gr.File(
                 label="LoRA (.safetensors), used instead of the run's weights",
                 file_types=[".safetensors"],
@@ -87,7 +86,6 @@ class GenerateTab(Tab):
             self.adapter_config = gr.File(
                 label="adapter_config.json, for a file saved by PEFT", file_types=[".json"], height=140
             )
-            self.recipe = gr.File(label="PNG generated here: load its settings", file_types=[".png"], height=140)
 
     def events(self, page: TabHost) -> None:
         """Connect the components."""
@@ -109,9 +107,6 @@ class GenerateTab(Tab):
         )  # fmt: skip
         unqueued = {"queue": False, **NO_PROGRESS}
         self.cancel.click(self.stop, None, self.status, api_name="cancel", **unqueued)
-        taken_over = [*settings[:-2], self.strength, self.random]
-        self.recipe.upload(self.read_recipe, self.recipe, taken_over, api_name="settings_of")
-        self.recipe.upload(self.origin, self.recipe, self.status, api_visibility="private")
         warned = [page.run, self.weights]
         self.weights.change(self.warn, warned, self.warning, preprocess=False, **QUIET)
         gr.api(self.list_weights, api_name="weights")
@@ -223,15 +218,3 @@ class GenerateTab(Tab):
     def stop(self):
         """Stop the current request, which then reports it itself; return a notice if there is none."""
         return gr.skip() if self.studio.cancel() else views.notice("Nothing is being generated.")
-
-    def read_recipe(self, path: str) -> list:
-        """Return the settings in the metadata of an uploaded image, as values of the form."""
-        *settings, _, strength = astuple(generation_request.read_image(path)[0])
-        return [*settings, strength, False]
-
-    def origin(self, path: str) -> str:
-        """Return a notice with an uploaded image's run and weights, which loading its settings does not select."""
-        _, source = generation_request.read_image(path)
-        return views.notice(
-            f"Generated with {source['weights'] or 'unknown weights'}, run {source['run'] or 'unknown'}."
-        )

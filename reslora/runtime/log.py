@@ -11,21 +11,11 @@ from ..json_lines import json_lines
 
 def read_log(path: Path) -> list[dict]:
     """Return the valid rows of a log; empty if there is no file. A killed process may leave an incomplete last line."""
-    return [row for row in _lines(path) if row is not None]
-
-
-def count_damaged(path: Path) -> int:
-    """Return the number of lines of a log that are not valid rows."""
-    return sum(row is None for row in _lines(path))
-
-
-def _lines(path: Path) -> list[dict | None]:
-    """Return each line's row; None for an invalid line."""
     try:
         values = [value for _, value in json_lines(path)]
     except OSError:
         return []
-    return [value if isinstance(value, dict) and isinstance(value.get("step"), int) else None for value in values]
+    return [value for value in values if isinstance(value, dict) and isinstance(value.get("step"), int)]
 
 
 class LogWriter:

@@ -71,12 +71,13 @@ def test_the_own_page_may_upload_and_write(server):
 
 def test_a_forged_path_is_refused_in_a_line(server, capfd):
     if server.demo.auth:
-        assert server.ask("/gradio_api/call/settings_of", b'{"data": [null]}')[0] == 401
+        assert server.ask("/gradio_api/call/generate", b'{"data": [null]}')[0] == 401
         return
     payload = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
-    _, text = server.ask("/gradio_api/call/settings_of", json.dumps({"data": [payload]}).encode())
+    asked = {"data": ["tiny", "", payload, *[None] * 14]}
+    _, text = server.ask("/gradio_api/call/generate", json.dumps(asked).encode())
     event = json.loads(text)["event_id"]
-    _, text = server.ask(f"/gradio_api/call/settings_of/{event}")
+    _, text = server.ask(f"/gradio_api/call/generate/{event}")
     assert "A file was not uploaded on this page; upload it." in text and "/etc/passwd" not in text
     assert "Traceback" not in "".join(capfd.readouterr())
 

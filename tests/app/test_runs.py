@@ -4,10 +4,10 @@ import os
 import time
 
 import pytest
-from app_runs import HOSTILE, run_by_hand, write_exports, write_run, write_samples
+from app_runs import HOSTILE, run_by_hand, write_exports, write_run
 
 from app.library import Library
-from app.runs import BASE, RunError, is_complete_png
+from app.runs import BASE, RunError
 
 
 @pytest.fixture
@@ -70,19 +70,6 @@ def test_links_that_lead_out_are_not_followed(tmp_path, run):
     assert run.config == {} and run.read_json("reslora", "merge.json") == {} and run.log_tail() == ""
     assert run.inside("..", "..", "secret", "config.json") is None
     assert run.inside("config.json\0") is None
-
-
-def test_an_image_that_is_still_being_written_is_not_shown(run):
-    path = run.folder / "lora" / "samples" / "step-000004" / "0-0.png"
-    whole = path.read_bytes()
-    for length in (0, 3, 20, len(whole) - 12, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        assert not is_complete_png(path)
-        assert set(run.samples("lora", 4)) == {(1, 0)}
-    path.write_bytes(whole)
-    assert is_complete_png(path)
-    write_samples(run.folder / "lora" / "samples" / ".step-000006.tmp", 0)
-    assert run.steps() == [0, 2, 4]
 
 
 def test_damaged_files_are_as_good_as_none(run):

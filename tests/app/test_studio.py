@@ -166,21 +166,6 @@ def test_a_failed_load_leaves_the_model_usable(studio, run, tmp_path):
     assert studio.loads == 1
 
 
-def test_a_base_whose_files_have_changed_is_loaded_anew(run, tmp_path):
-    """A user may train a base model and write it to the same place; the LoRA must not use the old one."""
-    studio, model = Studio(), tmp_path / "model"
-    shutil.copytree(run.word("pretrained_model_name_or_path"), model)
-    folder = write_run(tmp_path / "runs" / "own", pretrained_model_name_or_path=str(model))
-    own = Library(folder.parent).find("own")
-    before = one(studio, own, BASE.label)
-    assert np.array_equal(one(studio, own, BASE.label), before) and studio.loads == 1
-    (file,) = (model / "unet").glob("*.safetensors")
-    save_file({name: 1.5 * value for name, value in load_file(file).items()}, file, {"format": "pt"})
-    after = one(studio, own, BASE.label)
-    assert studio.loads == 2 and np.abs(after - before).max() > 8
-    assert np.array_equal(one(studio, own, BASE.label), after) and studio.loads == 2
-
-
 def test_a_model_that_could_run_code_is_not_loaded(studio, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(pickle.dumps(Bomb()))
     write_run(tmp_path / "runs" / "bad", pretrained_model_name_or_path=str(tmp_path / "model.ckpt"))
@@ -293,9 +278,6 @@ def test_what_peft_wrote_draws_what_diffusers_file_draws(studio, run, tmp_path):
     assert np.abs(half - expected).max() > 2
 
 
-PEFT_A = f"base_model.model.{DOWN}.lora_A.weight"
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("change", "config", "named"),
@@ -305,7 +287,6 @@ PEFT_A = f"base_model.model.{DOWN}.lora_A.weight"
             {},
             f"{DOWN}.weight is not part of a plain LoRA",
         ),
-        (lambda t: without(PEFT_A)(without(PEFT_A.replace("_A.", "_B."))(t)), {}, f"unet.{DOWN} is missing"),
         (dict, {"peft_type": "LOHA"}, "LOHA, which is not plain LoRA"),
     ],
 )
@@ -326,19 +307,14 @@ def test_one_file_is_taken_at_a_time(tmp_path, names):
 @pytest.mark.parametrize(
     ("method", "file"), [("lora", "adapter.safetensors"), ("reslora", "reslora_model.safetensors")]
 )
-@pytest.mark.parametrize("change", ["missing", "not finite"])
-def test_checkpoints_that_are_not_whole_are_refused_by_name(studio, run, tmp_path, method, file, change):
+def test_checkpoints_that_are_not_whole_are_refused_by_name(studio, run, tmp_path, method, file):
     weights = run.find_weights(f"{METHODS[method].title}: unmerged, step 4")
     folder = shutil.copytree(weights.path, tmp_path / "checkpoint-4")
     tensors = load_file(folder / file)
     key = next(name for name in sorted(tensors) if "to_k" in name and "lora_A" in name)
-    changes = {
-        "missing": without(key),
-        "not finite": with_value(key, lambda t: t * float("nan")),
-    }
     with safe_open(folder / file, framework="pt") as opened:
         metadata = opened.metadata()
-    save_file(changes[change](tensors), folder / file, metadata=metadata)
+    save_file(without(key)(tensors), folder / file, metadata=metadata)
     (folder / "checksums.json").unlink(missing_ok=True)
     with pytest.raises(RunError) as refusal:
         draw(studio, run, replace(weights, path=folder))
@@ -377,13 +353,11 @@ def test_only_whole_safetensors_with_lora_weights_are_taken(run, tmp_path):
             weight_files.uploaded(tmp_path / name)
 
 
-def test_metadata_makes_the_image_again(studio, run, tmp_path):
-    request = replace(REQUEST, prompt="red <b> disc - 猫", negative_prompt="box", strength=0.7, guidance=2.5, images=2)
-    weights = run.find_weights("ResLoRA: merged weights")
-    drawn = list(studio.generate(run, [weights], request))
-    path = generation_request.save_image(drawn[1], tmp_path / "image.png")
-    read, source = generation_request.read_image(path)
-    assert source == {"run": "tiny", "weights": "ResLoRA: merged weights"}
-    again = one(studio, run, source["weights"], read)
-    assert np.array_equal(again, np.asarray(PIL.Image.open(path)))
-    assert "Seed: 6" in PIL.Image.open(path).info["parameters"]
+def test_an_image_has_its_settings_as_metadata(studio, run, tmp_path):
+    request = replace(REQUEST, prompt="red <b> disc - 猫", negative_prompt="box", strength=0.7, guidance=2.5)
+    (drawn,) = studio.generate(run, [run.find_weights("ResLoRA: merged weights")], request)
+    path = generation_request.save_image(drawn, tmp_path / "image.png")
+    assert PIL.Image.open(path).info["parameters"] == (
+        "red <b> disc - 猫\nNegative prompt: box\nSteps: 3, CFG scale: 2.5, Seed: 5, Size: 64x64, Run: tiny, "
+        "Weights: ResLoRA: merged weights, LoRA strength: 0.7"
+    )
