@@ -62,15 +62,12 @@ class Folders:
 
         If the folder is not on the list, the result is a name for which `find` raises `RunError`.
         """
-        return self.of_paths([*run.words("dataset_name"), *run.words("train_data_dir")], run.name)
-
-    def of_paths(self, named: list[str], owner: str) -> str:
-        """Return what `of_run` returns, for folder paths in the settings of a run or file named `owner`."""
+        named = [*run.words("dataset_name"), *run.words("train_data_dir")]
         if not named or (len(named) == 1 and bundled(named[0], IMAGES)):
             return ""
         paths = [Path(clean(name)).resolve() for name in named]
         found = (name for name, folder in self.all().items() if [folder.path.resolve()] == paths)
-        return next(found, f"images of {owner} (not on the list)")
+        return next(found, f"images of {run.name} (not on the list)")
 
 
 def new_place(folder: Path) -> Path:

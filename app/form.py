@@ -6,14 +6,12 @@ This module does not import Gradio.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from reslora.errors import InvalidArgument
 from reslora.images.settings import with_defaults
 from reslora.methods.registry import METHODS
 from reslora.options.images import Options
 from reslora.options.optimizers import OPTIMIZERS
 from reslora.options.option import SAME, Option
 from reslora.options.values import listed
-from reslora.options.vary import values_to_vary
 
 from .bases import PIPELINES, bundled
 from .library import VARYING
@@ -51,8 +49,6 @@ HELP = {
 }
 """Help for the options that are always visible; it is shorter than the help of the trainer's command line."""
 MODEL = "pretrained_model_name_or_path"
-VARY = "vary"
-"""Name of the box for values of the options in `variable`, with a line `name=value,value` for each option."""
 FIRST = ("lora", "reslora")
 """Names of the methods that are always visible."""
 FOLLOWING = [name for name, option in Options.table().items() if option.bundled is not SAME and name != "method"]
@@ -69,9 +65,6 @@ UNSET, LONGEST_DEFAULT = "default", 15
 """What a box shows instead of a default that has more characters than fit; the help then names the default."""
 GROUP = "options-%d"
 """Name of the page's element of a group of options, by the number of the group."""
-EXPERIMENTS = Options.titles["experiment"]
-"""Title of the group of options that has the box `VARY`."""
-VARY_LABEL, VARY_INFO = "Vary other options", "A line for each: its name, and the values to compare"
 LARGE = {"train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
 """Settings of large models, as in the commands of diffusers' examples; their other defaults follow from the family."""
 PRESETS: dict[str, dict[str, object]] = {
@@ -120,7 +113,6 @@ def index(without: Sequence[str]) -> list[dict[str, str]]:
     """
     found = [("", known()[name]) for name in without]
     found += [(GROUP % number, one) for number, group in enumerate(groups(without).values()) for one in group]
-    vary = {"name": VARY, "label": VARY_LABEL, "group": GROUP % list(groups(without)).index(EXPERIMENTS)}
     return [
         {
             "name": one.name,
@@ -129,49 +121,23 @@ def index(without: Sequence[str]) -> list[dict[str, str]]:
             "text": f"{one.name} {label(one)} {info(one)} {one.help}".lower(),
         }
         for group, one in found
-    ] + [vary | {"text": f"{VARY} {VARY_LABEL} {VARY_INFO}".lower()}]
+    ]
 
 
-def variable() -> dict[str, Option]:
-    """Return the options that can vary in an experiment, but have only one value in their own box."""
-    return {name: option for name, option in known().items() if option.can_vary and not option.varies}
+def with_one_value(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings with a value instead of a list for each option whose box takes one value.
 
-
-def with_line(name: object, text: object) -> str:
-    """Return the text of the box `VARY` with a line added for an option of `variable`; other names add nothing.
-
-    The line has all values if the option has a list of them, else its default, to which the user adds others.
+    Raises `RunError` if such an option has several values.
     """
-    lines, option = str(text or "").splitlines(), variable().get(name) if isinstance(name, str) else None
-    if option is not None:
-        values = ["true", "false"] if option.is_switch else choices(option) or [in_box(option.fixed_default), ""]
-        lines.append(f"{name}={','.join(values)}")
-    return "\n".join(lines)
-
-
-def without_varied(settings: Mapping[str, object]) -> tuple[dict[str, object], dict[str, str]]:
-    """Return the settings without the options of `variable` that have several values, and the `VARY` line of each.
-
-    Raises `RunError` for values that `--vary` cannot express, or that are invalid.
-    """
-    rest, lines = dict(settings), {}
-    for name, option in variable().items():
-        if not (values := option.several(settings.get(name))):
-            continue
-        if len(values) == 1:
-            rest[name] = values[0]
-            continue
-        words = ["+".join(map(str, listed(one))) for one in values]
-        line = f"{name}={','.join(map(str.lower, words) if option.is_switch else words)}"
-        try:
-            same = values_to_vary([line], Options.table(), {})[name] == values
-        except InvalidArgument:
-            same = False
-        if not same:
-            raise RunError(f"{name}: the form cannot show these values; give them in a TOML file on the command line.")
-        lines[name] = line
-        del rest[name]
-    return rest, lines
+    found = dict(settings)
+    for name, option in known().items():
+        if option.can_vary and not option.varies and (values := option.several(settings.get(name))):
+            if len(values) > 1:
+                raise RunError(
+                    f"{name} has several values, which the form cannot show: use --vary on the command line."
+                )
+            found[name] = values[0]
+    return found
 
 
 def is_safe(option: Option) -> bool:
@@ -261,13 +227,6 @@ def in_box(value: object, between: str = " ") -> str:
     return between.join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def as_flag(option: Option, value: object) -> str:
-    """Return an option with its value as written on a command line, such as `--rank 4`."""
-    if option.is_switch:
-        return f"--{'' if value else 'no-'}{option.name}"
-    return f"{option.flag} {in_box(value)[:80]}" if in_box(value) else f"no {option.flag}"
-
-
 def wires(methods: Iterable[str]) -> bool:
     """Return whether any of these methods uses the options of ResLoRA's shortcuts."""
     return any(METHODS[name].reads_shortcut for name in methods if str(name) in METHODS)
@@ -275,7 +234,7 @@ def wires(methods: Iterable[str]) -> bool:
 
 def values_of(settings: Mapping[str, object], names: Sequence[str]) -> list[object]:
     """Return the value in the form of each named option: the value in `settings`, else the default."""
-    otherwise, (own, _) = defaults(settings), without_varied(settings)
+    otherwise, own = defaults(settings), with_one_value(settings)
     return [
         widget_value(option, own[name]) if name in own else otherwise[name] for name, option in chosen(names).items()
     ]

@@ -13,12 +13,9 @@ from accelerate.commands.config.config_args import default_config_file
 from reslora.errors import InvalidArgument
 from reslora.images.prompts import SUFFIXES as PROMPT_FILES
 from reslora.images.settings import build_parser, parsed_values
-from reslora.options.files import read_file
-from reslora.options.images import Options
 from reslora.options.option import Option
 from reslora.options.parser import OptionsParser
 from reslora.options.values import listed
-from reslora.options.vary import values_to_vary
 
 from . import form
 from .bases import model_of
@@ -49,30 +46,8 @@ def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
             words.append(f"--{name}" if value else f"--no-{name}")
         elif values := words_of(option, value):
             words += [f"--{name}", *values]
-    if lines := lines_of(settings):
-        words += ["--vary", *lines]
     trainers_parser().parse_args(words)
-    varied(lines)
     return words
-
-
-def lines_of(settings: dict) -> list[str]:
-    """Return the lines of the box `VARY`, as arguments of `--vary`."""
-    lines = str(settings.get(form.VARY) or "").replace("\0", "").splitlines()
-    return [found for line in lines if (found := line.strip().lstrip("-"))]
-
-
-def varied(lines: list[str]) -> dict[str, list]:
-    """Return the values of the options that vary, by name. Raises `RunError` for a wrong line, as the trainer does."""
-    try:
-        found = values_to_vary(lines, Options.table(), {})
-    except InvalidArgument as error:
-        raise RunError(str(error)) from None
-    for name, values in found.items():
-        if name not in form.known():
-            raise RunError(f"--vary {name}: give this option on the command line; the page cannot set it.")
-        words_of(form.known()[name], values)
-    return found
 
 
 def words_of(option: Option, value: object) -> list[str]:
@@ -100,14 +75,6 @@ def parsed(settings: dict) -> dict:
     except InvalidArgument as error:  # an option that varies and has a value of its own
         raise RunError(str(error)) from None
     return found | ({form.MODEL: model_of(model, Path())} if model else {})
-
-
-def read_config(path: Path) -> dict:
-    """Return the settings in a TOML file or config.json. Raises `RunError` if the trainer does not accept the file."""
-    try:
-        return read_file(path, Options.table(), (), SCRIPT.name)
-    except InvalidArgument as error:
-        raise RunError(str(error).replace(f"--config {path}", path.name)) from None
 
 
 def trainers_parser() -> OptionsParser:

@@ -57,7 +57,7 @@ class TrainTab(ControlTab):
             with gr.Column(scale=2, min_width=340, elem_id="launch"):
                 self.launch_column()
         self.form = [
-            self.name, self.folder, self.model, *self.flags.values(), self.vary, self.more,
+            self.name, self.folder, self.model, *self.flags.values(), self.more,
             self.shown_defaults,
         ]  # fmt: skip
         self.live = [self.log, self.resume, self.panel, *self.panel_parts]
@@ -71,7 +71,7 @@ class TrainTab(ControlTab):
     @classmethod
     def parameters(cls) -> tuple[str, ...]:
         """Return the names of the form's components, in order."""
-        return "name", "folder", "model", *cls.all_names(), form.VARY, "more_methods", "defaults"
+        return "name", "folder", "model", *cls.all_names(), "more_methods", "defaults"
 
     def watch_panel(self) -> None:
         """Make the panel that shows the run that is training; without one it is hidden."""
@@ -124,23 +124,8 @@ class TrainTab(ControlTab):
             for number, (title, group) in enumerate(form.groups(self.names).items()):
                 with gr.Accordion(title[:1].upper() + title[1:], open=False, elem_id=form.GROUP % number):
                     self.widgets(group)
-                    if title == form.EXPERIMENTS:
-                        self.vary_row()
         self.flags = {name: self.flags[name] for name in self.all_names()}  # independent of their order on the page
         self.shown_defaults = gr.JSON(self.defaults, visible="hidden")
-
-    def vary_row(self) -> None:
-        """Make the box for the values of other options that vary, and the list that adds a line to it."""
-        with gr.Row(elem_id=f"flag-{form.VARY}"):
-            self.varied = gr.Dropdown(
-                [(f"{form.label(option)} ({name})", name) for name, option in form.variable().items()], value=None,
-                label="Vary another option", info="Adds a line with the option's values, which you can change",
-                elem_id="varied", min_width=160,
-            )  # fmt: skip
-            self.vary = gr.Textbox(
-                "", label=form.VARY_LABEL, info=form.VARY_INFO, placeholder="optimizer=adamw,lion", lines=2,
-                elem_id="vary", min_width=220,
-            )  # fmt: skip
 
     def launch_column(self) -> None:
         """Make the number of runs, the buttons, the command and the log."""
@@ -158,9 +143,6 @@ class TrainTab(ControlTab):
             self.memory = gr.Button("Estimate memory", elem_id="memory", size="sm", min_width=120)
             self.save_config = gr.Button("Save configuration", elem_id="save-config", size="sm", min_width=140)
             self.config = gr.DownloadButton("config", visible="hidden", elem_id="config-file")
-            self.load_config = gr.UploadButton(
-                "Load configuration", file_types=[".toml", ".json"], elem_id="load-config", size="sm", min_width=140
-            )
         self.log = gr.HTML(elem_id="log")
         gr.Markdown(
             "Training runs as a separate process: you can close this page. **Stop and save** writes a checkpoint, and "
@@ -226,10 +208,8 @@ class TrainTab(ControlTab):
             None, js="() => document.querySelector('#config-file').click()"
         )
         # Not `input`: it is also triggered when the box loses the focus, and would overwrite the form.
-        filled = [self.shown_defaults, self.model, self.folder, *self.flags.values(), self.vary, self.more]
+        filled = [self.shown_defaults, self.model, self.folder, *self.flags.values(), self.more]
         self.begin.change(self.fill, self.begin, filled, trigger_mode="always_last", **QUIET)
-        self.varied.change(self.add_line, [self.varied, self.vary], [self.varied, self.vary], **QUIET)
-        self.load_config.upload(self.do_load, self.load_config, [self.answer, *filled], **QUIET)
         for button, request in ((self.sample_now, SAMPLE), (self.save_now, SAVE)):
             api_name = f"train_{request.replace('.', '_')}"
             button.click(
@@ -254,15 +234,10 @@ class TrainTab(ControlTab):
         return [defaults, model or DEFAULT, folder, *values]
 
     def values_of(self, settings: dict) -> list:
-        """Return the form's values for these settings: all options, those that vary, more methods, and the defaults."""
+        """Return the form's values for these settings: all options, more methods, and the defaults."""
         values = dict(zip(self.all_names(), form.values_of(settings, self.all_names()), strict=True))
         values["method"], more = form.in_two(values["method"])
-        vary = "\n".join(form.without_varied(settings)[1].values())
-        return [*values.values(), vary, more, form.defaults(settings)]
-
-    def add_line(self, name: str | None, text: str) -> tuple:
-        """Return an empty choice, and the lines of options that vary with one for the option `name` added."""
-        return (None, form.with_line(name, text)) if name else (gr.skip(), gr.skip())
+        return [*values.values(), more, form.defaults(settings)]
 
     def ask(self, request: str) -> str:
         """Ask all active runs for a checkpoint or samples after the current step, and return a notice."""
@@ -276,7 +251,7 @@ class TrainTab(ControlTab):
         Shortcut options are left out if no selected method uses them. For an existing experiment, options with default
         values are included, because they may differ from the experiment's settings.
         """
-        *flags, vary, more, defaults = values
+        *flags, more, defaults = values
         begun, model = self.jobs.begun(name), str(model or "").strip()
         model = "" if model == DEFAULT and not begun else model
         settings = dict(zip(self.all_names(), flags, strict=True)) | {"model": model}
@@ -285,7 +260,7 @@ class TrainTab(ControlTab):
         if isinstance(defaults, dict) and not begun:
             left_out |= {flag: None for flag, value in settings.items() if value == defaults.get(flag, ())}
         found = {flag: value for flag, value in settings.items() if flag not in left_out}
-        return found | {"method": methods} | ({form.VARY: vary} if vary else {})
+        return found | {"method": methods}
 
     def entry(self, name, folder, model, values: Sequence) -> Entry:
         """Return an entry of the queue with the form's settings."""
@@ -315,7 +290,7 @@ class TrainTab(ControlTab):
             if isinstance(error, NameTaken) and name in self.jobs.started:  # the command is that of the start
                 told = {self.plan: views.notice(f"{name} was started. To start another run, give another name.")}
             return updates | told | {self.facts: ""}
-        flags = dict(zip(self.all_names(), values[:-3], strict=True))
+        flags = dict(zip(self.all_names(), values[:-2], strict=True))
         for flag in form.FOLLOWING:
             if now[flag] != shown.get(flag) == flags[flag]:
                 updates[self.flags[flag]] = now[flag]
@@ -368,17 +343,6 @@ class TrainTab(ControlTab):
         text = "".join(lines).replace("\x7f", "\\u007f")  # as TOML demands
         path.write_text(text, encoding="utf-8", errors="replace")
         return str(path)
-
-    def do_load(self, path: str) -> list:
-        """Return a notice about an uploaded configuration file, and the form's values for the file's settings."""
-        name, settings = Path(path).name, launcher.read_config(Path(path))
-        images = settings.pop("train_data_dir", None)
-        folder = self.jobs.images.of_paths(listed(images), name) or BUNDLED if images else gr.update()
-        told = f"{name} is loaded."
-        if unknown := settings.keys() - {*form.known(), form.MODEL}:
-            told += f" warning: this form cannot set {', '.join(sorted(unknown))}."
-        model, (*values, defaults) = word_of_model(name, settings), self.values_of(settings)
-        return [views.notice(told), defaults, model or DEFAULT, folder, *values]
 
     def do_stop(self, name: str) -> str:
         """Stop what is training, whichever run is selected; return a notice."""

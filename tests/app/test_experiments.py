@@ -105,9 +105,6 @@ def test_a_plan_is_counted_by_the_trainers_own_parser(library):
     wired = form | {"shortcut": ["input", "middle"], "pre_num": "1 4"}
     assert "16 runs: 4 methods" in plan(library, wired)
     assert "12 runs" in plan(library, form | {"learning_rate": "1e-4", "seed": "0", "rank": "2 4 8 16 32 64"})
-    both = form | {"vary": "lora_dropout=0,0.1\n\noptimizer=adamw,lion", "seed": "0", "learning_rate": ""}
-    assert "8 runs: 8 variants, 1 learning rate, 1 seed." in plan(library, both)
-    assert "--lora_dropout is given twice" in plan(library, both | {"lora_dropout": "0.2"})
     assert "A model from the hub needs training images" in plan(library, form | {"model": "owner/model"})
     for wrong in ({"seed": "x"}, {"learning_rate": "-1"}, {"method": ["none"]}, {"blocks_to_swap": "0.5"}):
         assert "argument" in plan(library, form | wrong)

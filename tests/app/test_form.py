@@ -48,45 +48,6 @@ def arguments_of(settings: dict) -> list[str]:
     return launcher.arguments(TrainTab.settings(tab, "new", "", TrainTab.values_of(tab, settings)))
 
 
-def test_other_options_vary_by_a_line_that_a_list_adds():
-    """Options with several values in their own box are not listed; a chosen option becomes a line of the command."""
-    listed = form.variable()
-    assert {"optimizer", "lora_dropout", "random_flip", "target_modules"} <= set(listed)
-    assert not {"method", "learning_rate", "seed", "rank", "shortcut", "pre_num", "max_train_steps"} & set(listed)
-    text = form.with_line("lora_dropout", form.with_line("random_flip", ""))
-    assert text == "random_flip=true,false\nlora_dropout=0.0,"
-    assert form.with_line("loss_type", None) == "loss_type=l2,huber,smooth_l1"
-    assert [form.with_line(name, "a=1,2") for name in ("seed", "output_dir", None, ["x"])] == ["a=1,2"] * 4
-    settings = {
-        "lora_dropout": [0.0, 0.1],
-        "random_flip": [True, False],
-        "target_modules": [["to_q"], ["to_k", "to_v"]],
-    }
-    rest, lines = form.without_varied(settings | {"optimizer": ["lion"], "rank": [4, 8], "snr_gamma": 5.0})
-    assert rest == {"optimizer": "lion", "rank": [4, 8], "snr_gamma": 5.0}
-    assert set(lines.values()) == {
-        "lora_dropout=0.0,0.1", "random_flip=true,false", "target_modules=to_q,to_k+to_v"
-    }  # fmt: skip
-    words = arguments_of(settings)
-    assert words[:3] == ["--method", "lora", "reslora"] and set(words[4:]) == set(lines.values())
-    assert parse_args(words).varied == settings
-
-
-@pytest.mark.parametrize(
-    ("line", "why"),
-    [
-        ("lora_dropout=0.1", "--vary lora_dropout=0.1: needs two or more values"),
-        ("optimiser=adamw,lion", "--vary optimiser=adamw,lion: optimiser is not an option; did you mean"),
-        ("output_dir=a,b", "output_dir cannot vary"),
-        ("random_flip=true,false\nrandom_flip=true,false", "--random_flip is given twice"),
-    ],
-)
-def test_a_line_that_cannot_vary_is_refused_as_on_the_command_line(tmp_path, line, why):
-    with pytest.raises(RunError) as refusal:
-        Jobs(Library(tmp_path)).command("new", {"method": ["lora"], form.VARY: line})
-    assert why in str(refusal.value) and "\n" not in str(refusal.value)
-
-
 def test_a_size_that_the_model_does_not_have_is_refused_in_the_form(tmp_path):
     jobs = Jobs(Library(tmp_path))
     assert jobs.command("new", {"method": ["lora"], "resolution": "32"})[0][-1] == "32"
@@ -125,6 +86,8 @@ def test_the_settings_of_a_run_make_its_command_again(tmp_path):
     assert {name: parsed[name] for name in expected} == expected and parsed["target_modules"] == ["to_q"]
     assert parsed["validation_prompt"] == settings["validation_prompt"]
     parse_args(words)  # which refuses what nothing would read
+    with pytest.raises(RunError, match="random_flip has several values"):
+        form.values_of(settings | {"random_flip": [True, False]}, ["random_flip"])
     with pytest.raises(RunError, match="no run or preset of that name"):  # not an empty form
         form.settings_of("gone", Library(tmp_path).runs())
     (tmp_path / "run" / "config.json").write_text("{")

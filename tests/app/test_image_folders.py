@@ -72,7 +72,6 @@ def test_only_folders_on_the_list_are_shown(edits, tmp_path):
         if name != ".":
             with pytest.raises(RunError):
                 edits.look(name)
-    assert edits.folders.of_paths(["set\0"], "a run") == "images of a run (not on the list)"
 
 
 def test_what_is_left_out_and_why_is_what_the_trainer_says(edits, folder):

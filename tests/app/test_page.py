@@ -616,7 +616,7 @@ def plan_one(page) -> None:
     page.locator("#train-plan").get_by_text("4 runs: 2 methods, 1 learning rate, 2 seeds").wait_for()
     page.wait_for_function("document.querySelector('#command textarea')?.value.endsWith('--seed 0 1')")
     page.locator("#facts").get_by_text("known after the first steps").wait_for()
-    vary_another(page)
+    page.get_by_role("button", name="All options").click()
     for words, shown in (("noise offset", "visible"), ("", "hidden")):  # without words the group closes again
         page.locator("#search input").fill(words)
         page.locator("#flag-noise_offset").wait_for(state=shown)
@@ -631,22 +631,6 @@ def plan_one(page) -> None:
     page.wait_for_function("document.querySelector('#command textarea')?.value === ''")
     for part in ("#train-plan .bad", "#command textarea"):
         assert contrast(page.locator(part)) >= 4.5
-
-
-def vary_another(page) -> None:
-    """A chosen option becomes a line of the command; an incomplete line is refused with the trainer's message."""
-    page.get_by_role("button", name="All options").click()
-    page.get_by_role("button", name="Experiments").click()
-    page.locator("#varied input").click()
-    page.get_by_role("option", name="Random flip").click()
-    page.wait_for_function("document.querySelector('#vary textarea')?.value === 'random_flip=true,false'")
-    page.wait_for_function(
-        "document.querySelector('#command textarea')?.value.endsWith('--vary random_flip=true,false')"
-    )
-    page.locator("#vary textarea").fill("lora_dropout=0.1")
-    page.locator("#train-plan .bad").get_by_text("--vary lora_dropout=0.1: needs two or more values").wait_for()
-    page.locator("#vary textarea").fill("")
-    page.wait_for_function("document.querySelector('#command textarea')?.value.endsWith('--seed 0 1')")
 
 
 def take_the_best_along(page, runs: Path) -> None:
