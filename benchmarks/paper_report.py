@@ -50,7 +50,7 @@ def part(name: str, experiments: dict) -> str:
     """Return the content between the marks of that name."""
     found = records()
     special = {
-        "cost": cost_table, "speed": speed_tables, "not-run": lambda: not_run(experiments), "limits": limits_table,
+        "cost": cost_table, "speed": speed_tables, "not-run": lambda: not_run(experiments),
         "merging": merging_table, "merging-plot": merging_plot, "why": lambda: why_tables(found),
         "counted": counted, "summary": summary_table, "alpha": alpha_table,
         "again": again_table,
@@ -119,26 +119,6 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(r) + " |" for r in rows)]
     return "\n".join(lines)
-
-
-def limits_table() -> str:
-    """Return a table of what a least-squares merge retains and misses, by ridge and calibration examples."""
-    found = [json.loads(path.read_text(encoding="utf-8"))["rows"] for path in (RESULTS / "merge_limits").glob("*.json")]
-    if not found:
-        return NOT_RUN
-    rows = []
-    for index, row in enumerate(found[0]):
-        if row["merge"] != "lstsq":
-            continue
-        shares, means, worst = [], [], []
-        for (unmerged, none, *_), same in ((seed, seed[index]) for seed in found):
-            shares.append(100 * (none["loss"] - same["loss"]) / (none["loss"] - unmerged["loss"]))
-            means.append(statistics.mean(same["missed"].values()))
-            worst.append(max(same["missed"].values()))
-        figures = [spread(shares, "{:.1f}") + "%", spread(means, "{:.3f}"), spread(worst, "{:.3f}")]
-        rows.append([f"{row['ridge']:g}", str(row["examples"]), f"{row['tokens']:,}", *figures])
-    missed = ["1 - R2, mean over blocks", "1 - R2, worst block"]
-    return table(["ridge", "examples", "tokens", "share of the improvement retained", *missed], rows)
 
 
 # -- convergence (Figure 1, Table 9) -----------------------------------------------------------------------------------
@@ -384,7 +364,7 @@ def cost_table() -> str:
 def speed_tables() -> str:
     """Return tables of the results of speed.py and trainer.py, each with its machine."""
     parts = []
-    for path in sorted([*(RESULTS / "speed").glob("*.json"), *(RESULTS / "trainer").glob("*.json")]):
+    for path in [*sorted((RESULTS / "speed").glob("*.json")), *(RESULTS / "trainer").glob("scale.json")]:
         found = json.loads(path.read_text(encoding="utf-8"))
         machine = found["machine"]
         threads = pluralize(machine["threads"], "thread")
@@ -396,30 +376,21 @@ def speed_tables() -> str:
 
 
 def speed_rows(found: dict) -> list[list[str]]:
-    """Return the rows of one measurement: step times over PEFT's, seconds, or ratios by round."""
+    """Return the rows of one measurement: step times over PEFT's, seconds, or memory."""
     if "shortcuts" in found:
         return [[name, step_figures(figures, found)] for name, figures in found["shortcuts"].items()]
     if "depth" in found:
         return [[f"{row['blocks']} blocks, {row['row']}", step_figures(row, found)] for row in found["depth"]]
     if "seconds" in found:
         return [[name, f"{seconds:.2f} s"] for name, seconds in found["seconds"].items()]
-    if "cases" in found:
-        return [
-            [f"{row['case']}: planned memory", f"{row['ratio']:.3f} of the allocated memory"] for row in found["cases"]
-        ]
     if "scale" in found:
         note = "" if found["quiet"] else " (on a busy machine)"
         return [[f"{row['data']}, {row['run']} run", scale_figures(row) + note] for row in found["scale"]]
-    if "overhead" in found:
-        rows = found["overhead"].items()
-        return [[f"{name}: idle time of a simulated device", f"{figures['idle']:.1%}"] for name, figures in rows]
-    if "merging" in found:
-        return [
-            [f"{model} ({figures['blocks']} blocks) merged by `{method}`", merge_figures(figures[method], found)]
-            for model, figures in found["merging"].items()
-            for method in ("lstsq", "weights", "exact")
-        ]
-    return [[name, over_rounds(values)] for name, values in found["ratios"].items()]
+    return [
+        [f"{model} ({figures['blocks']} blocks) merged by `{method}`", merge_figures(figures[method], found)]
+        for model, figures in found["merging"].items()
+        for method in ("lstsq", "weights", "exact")
+    ]
 
 
 def step_figures(figures: dict, found: dict) -> str:
@@ -447,11 +418,6 @@ def merge_figures(figures: dict, found: dict) -> str:
         said.append(several if figures["passes"] > 1 else f"one pass over {found['samples']} samples")
     seconds = f"{figures['seconds']:.0f} s" if figures["seconds"] >= 1 else "less than 1 s"
     return ", ".join([*said, *([seconds] if found["quiet"] else [])])
-
-
-def over_rounds(values: list[float]) -> str:
-    """Format median, lowest and highest value; "never" without values."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})" if values else "never"
 
 
 def not_run(experiments: dict) -> str:

@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", default="assets/build")
     parser.add_argument("--sets", default=[*SETS, "openmoji"], nargs="+")
     parser.add_argument("--output", default="assets/build/vae")
-    parser.add_argument("--init", metavar="VAE", help="start with these weights; those of fewer channels gain zeros")
+    parser.add_argument("--init", metavar="VAE", help="start with these weights")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -67,31 +67,6 @@ def new_vae(channels: int = 32) -> AutoencoderKL:
             if "downsamplers" in name:
                 module.weight.data = module.weight.data.sum((2, 3), keepdim=True).expand(-1, -1, 3, 3).clone() / 9
     return vae
-
-
-@torch.no_grad()
-def start_from(folder: str, vae: AutoencoderKL) -> None:
-    """Load the weights of an autoencoder of the same widths. Where it has fewer channels it is the same function at
-    first: the further ones are as they are in `vae`, and the decoder reads nothing from them."""
-    saved = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
-    had, has = torch.arange(saved.config.latent_channels), vae.config.latent_channels
-    # Means and logarithms of variances lie one behind the other.
-    both = torch.cat([had, has + had])
-    places = {
-        "encoder.conv_out": (both, None),
-        "quant_conv": (both, both),
-        "post_quant_conv": (had, had),
-        "decoder.conv_in": (None, had),
-    }
-    for (name, ours), theirs in zip(vae.named_parameters(), saved.parameters(), strict=True):
-        outputs, inputs = places.get(name.rpartition(".")[0], (None, None))
-        outputs = torch.arange(len(ours)) if outputs is None else outputs
-        if ours.dim() == 1:
-            ours[outputs] = theirs
-            continue
-        inputs = torch.arange(ours.shape[1]) if inputs is None else inputs
-        ours[outputs] = 0
-        ours[outputs[:, None], inputs] = theirs
 
 
 def batch_at(step: int, pictures: torch.Tensor, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Generator]:
@@ -166,7 +141,7 @@ def main() -> None:
     check = torch.nn.functional.avg_pool2d(unseen[:: max(1, len(unseen) // 96)] / 127.5 - 1, 2)
     vae = new_vae()
     if args.init:
-        start_from(args.init, vae)
+        vae.load_state_dict(AutoencoderKL.from_pretrained(args.init, torch_dtype=torch.float32).state_dict())
     # The quicker layout for convolutions.
     vae = vae.to(memory_format=torch.channels_last)
     parameters = list(vae.parameters())
