@@ -4,7 +4,7 @@ Losses are y[label, experiment, seed, image]: what a seed, an image and both tog
 alike, so every significant difference is wrong, unless a row says otherwise. The tests are those of
 `reslora/experiment/statistics.py`, at its level for the first evaluation on the test split.
 `python benchmarks/experiment_statistics.py NAME` simulates one of these, and without a name all of them; `table` as the
-name prints the table of docs/experiments.md from the stored results:
+name prints the table of docs/statistics.md from the stored results:
 
 noisy     the last method is noisier over seeds; also with variances shrunk as limma does
 groups    test images come in groups that resemble each other; also if the groups are not known

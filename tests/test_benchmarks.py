@@ -127,7 +127,7 @@ def test_sizes_and_coverage_are_simulated(results, monkeypatch):
 def test_the_stored_rates_are_those_of_the_documents_and_at_most_5_percent(monkeypatch):
     stored = BENCHMARKS / "results"
     monkeypatch.setattr(experiment_statistics, "RESULTS", stored)
-    assert experiment_statistics.table() in (BENCHMARKS.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert experiment_statistics.table() in (BENCHMARKS.parent / "docs" / "statistics.md").read_text(encoding="utf-8")
     found = {name: json.loads((stored / f"experiment/statistics_{name}.json").read_text())["ranges"] for name in
              experiment_statistics.SIMULATIONS}  # fmt: skip
     for name in experiment_statistics.TABLE:
