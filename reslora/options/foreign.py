@@ -19,6 +19,7 @@ KOHYA = {
 }
 DIFFUSERS = {
     "instance_prompt": "captions in --train_data_dir: .txt files, or images in a subfolder named 1_PROMPT",
+    "lora_layers": "--layers or --target_modules",
     "use_dora": "--method dora",
 }
 

@@ -10,7 +10,7 @@ import pytest
 from reslora.errors import InvalidArgument
 from reslora.experiment import compare_losses
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "experiments.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "statistics.md"
 
 
 def losses_of(shift: float, seeds: int = 5, items: int = 12) -> np.ndarray:

@@ -40,10 +40,10 @@ SEE_ALL = {
     "check_variants data_key data_of_variant identity_record",
     "reslora/images/experiment/first_steps.py": "time_first_steps",
     # the application's form
-    "app/jobs.py": "planned",
+    "app/jobs.py": "command",
     "app/tabs/train.py": "given_in",
-    "app/bases.py": "base_of check_sizes stamps_of",  # here and in the studio: the options of a base model
-    "app/studio.py": "_is_loaded _load",
+    "app/bases.py": "base_of check_sizes",  # here and in the studio: the options of a base model
+    "app/studio.py": "_load",
     "app/estimates.py": "methods_of number_of_runs seconds_a_step training_time",
     "app/image_folders.py": "defaults",
 }
