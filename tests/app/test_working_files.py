@@ -16,6 +16,7 @@ def test_the_images_of_a_long_request_stay_when_their_working_files_go(monkeypat
     monkeypatch.setattr(working_files, "KEPT", 1)
     monkeypatch.setattr(gallery := gr.Gallery(), "GRADIO_CACHE", str(tmp_path))
     tab = SimpleNamespace(files=working_files.WorkingFiles(), gallery=gallery)
-    images = [Drawn(PIL.Image.new("RGB", (8, 8), (value, 0, 0)), REQUEST, {"run": "r", "weights": "w"}) for value in range(3)]
+    source = {"run": "r", "weights": "w"}
+    images = [Drawn(PIL.Image.new("RGB", (8, 8), (value, 0, 0)), REQUEST, source) for value in range(3)]
     paths = [Path(GenerateTab.save(tab, image)) for image in images]
     assert len(set(paths)) == 3 and all(path.is_file() for path in paths)
