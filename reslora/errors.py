@@ -12,7 +12,10 @@ class InvalidArgument(ValueError):
     """An argument is invalid; the message has one line: `argument: problem; fix`. The exit status is 2."""
 
     def __init__(self, argument: str, problem: str, fix: str) -> None:
-        super().__init__(f"{argument}: {problem}; {fix}")
+        super().__init__(argument, problem, fix)  # all three, so that it can be pickled
+
+    def __str__(self) -> str:
+        return "{}: {}; {}".format(*self.args)
 
 
 class RunFailed(RuntimeError):

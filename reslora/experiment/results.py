@@ -17,13 +17,13 @@ from ..runtime.folder_lock import check_held
 from . import record
 from .arms import Arm, Losses, rates_of
 from .choice import choose
+from .executors import Executor, Job, wait_for_file
 from .record import EXPERIMENT, READINGS, read_experiment
 from .report import best_in_words, start_in_words, write_report
 from .schedule import ENDED, ArmSchedule
 from .statistics import level_of
-from .study import COMPARING, ExperimentStudy
+from .study import COMPARING, TESTED, ExperimentStudy
 from .verdicts import LEAST_GROUPS, compare
-from .worker_pool import Job, WorkerPool
 
 REPORT = "report.html"
 
@@ -117,11 +117,11 @@ class Results:
         write_json(self.schedule.folder / EXPERIMENT, content)
         write_report(content, self.schedule.folder, self.study.about)
 
-    def conclude(self, pool: WorkerPool | None = None) -> None:
+    def conclude(self, executor: Executor | None = None) -> None:
         """Choose on the selection split, evaluate on the test split, compare, export, and print the conclusions.
 
         The test split is evaluated only if `can_compare` allows it. Test results that are already on disk are reported
-        in any case. With `pool`, its workers test and export.
+        in any case. With `executor`, other processes test and export.
         """
         schedule, self.as_of = self.schedule, None
         losses = schedule.losses()
@@ -135,7 +135,7 @@ class Results:
         if not can_compare:
             to_read = [arm for arm in trained if self.study.is_tested(arm, self.step_of(arm))]
         self.count_reading(to_read)
-        diverged = self.evaluate(to_read, trained, pool)
+        diverged = self.evaluate(to_read, trained, executor)
         self.tests = {arm: self.study.test_losses(arm) for arm in to_read}
         records = [schedule.record(arm, test) for arm, test in self.tests.items()]
         unit = self.study.about.unit
@@ -193,7 +193,7 @@ class Results:
         write_json(path, content)
         write_report(content, self.schedule.folder, self.study.about)  # type: ignore[arg-type] # as `write` wrote it
 
-    def evaluate(self, to_read: Sequence[Arm], trained: Sequence[Arm], pool: WorkerPool | None = None) -> list[str]:
+    def evaluate(self, to_read: Sequence[Arm], trained: Sequence[Arm], executor: Executor | None = None) -> list[str]:
         """Test the model before training and the arms `to_read`, and export the arms `trained`; skip what is on disk.
 
         Returns a note for each arm whose export has diverged. Raises `Stopped` if a stop was requested; the next start
@@ -219,20 +219,24 @@ class Results:
             self.start_phase(f"{phase} ({todo.index(job) + 1} of {len(todo)})", arm)
 
         try:
-            for job, found in pool.each(jobs, self.schedule.grids, on_start) if pool else self.each(jobs, on_start):
+            grids = self.schedule.grids
+            for job, found in executor.each(jobs, grids, on_start) if executor else self.each(jobs, on_start):
                 self.test_seconds += time.monotonic() - began[job]
                 if job.name == "base":
                     self.base = found
                     self.amend(base=found)
                 else:
                     notes += [found] if found else []
+                    arm, _, test, _ = job.arguments
+                    if executor and test:
+                        wait_for_file(self.schedule.folder_of(arm) / TESTED)
         except Stopped:
             self.amend(test_seconds=round(self.test_seconds, 3))
             raise Stopped(COMPARING) from None
         return notes
 
     def each(self, jobs: Sequence[Job], on_start: Callable[[Job], object]) -> Iterator[tuple[Job, Any]]:
-        """Do the jobs in this process, one after the other, as `WorkerPool.each` does in its workers."""
+        """Do the jobs in this process, one after the other, as `Executor.each` does in others."""
         for job in jobs:
             on_start(job)
             yield job, getattr(self.study, job.name)(*job.arguments)

@@ -2,92 +2,106 @@
 
 import contextlib
 import functools
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from ..errors import Diverged, EndedElsewhere, Stopped, StoppedEarly
+from ..io import this_process
 from ..options.grid import Grid
 from ..runtime.peak_memory import forget_peak, peak_memory
 from ..runtime.processes import broadcast_from_main, is_main
 from ..runtime.signals import StopRequest
+from ..runtime.stdio import ignore_broken_pipes, take_any_file_name
 from .arms import Arm
+from .executors import Executor, Job, LocalExecutor, Lost, Order, Work, Worker, wait_for_file
 from .results import Results
-from .schedule import ArmSchedule
+from .schedule import ENDED, ArmSchedule
 from .study import ExperimentStudy, race
-from .worker_pool import Job, Orders, WorkerPool, print_workers
 
 USE_RACING = "use --racing, or at most as many --arms_at_once as methods"
 
-Open = Callable[[Grid, StopRequest, Orders | None], contextlib.AbstractContextManager[ExperimentStudy]]
+Open = Callable[[Grid, StopRequest, Worker | None], contextlib.AbstractContextManager[ExperimentStudy]]
 """Function that locks the experiment's directory, and loads and encodes the data that all arms share.
 
-In a worker process, the function shares the lock that the main process has. It must be picklable.
+With a worker, this process does jobs for another one, whose lock it shares. The function must be picklable.
 """
 
 
-def run_experiment(opened: Open, grid: Grid, stop: StopRequest, orders: Orders | None = None) -> None:
-    """Train the arms that have not ended, and report which method is best.
-
-    With `orders`, this process is a worker of --arms_at_once: it does only the jobs that the main process assigns.
-    """
-    with opened(grid, stop, orders) as study:
-        if orders:
-            for job in orders.jobs(study.schedule):
-                with print_workers():
-                    result = do(job, study)
-                orders.report(result)
-            return
+def run_experiment(opened: Open, grid: Grid, stop: StopRequest) -> None:
+    """Train the arms that have not ended, and report which method is best."""
+    size, folder = grid.base.experiment.arms_at_once or 1, Path(grid.base["output_dir"])
+    work = Work(functools.partial(opened_in_worker, opened, grid), do, this_process(), folder)
+    with opened(grid, stop, None) as study:
         if is_main() and study.schedule.is_race_off:
             print(f"racing is off, because it trains one learning rate of a method at a time: {USE_RACING}")
-        work, size = functools.partial(run_experiment, opened, grid), grid.base.experiment.arms_at_once or 1
-        train_and_conclude(study, WorkerPool(size, study.prog, work, stop) if size > 1 else None)
+        train_and_conclude(study, LocalExecutor(size, work, stop) if size > 1 else None)
 
 
-def train_and_conclude(study: ExperimentStudy, pool: WorkerPool | None = None) -> None:
-    """Train the remaining arms, and write the results; with `pool`, its workers train, test and export."""
+@contextlib.contextmanager
+def opened_in_worker(opened: Open, grid: Grid, worker: Worker) -> Iterator[ExperimentStudy]:
+    """Open the study in a process that does jobs, without output; its jobs print, but no progress bars."""
+    take_any_file_name()
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stderr(nowhere),
+        contextlib.ExitStack() as stack,
+    ):
+        with contextlib.redirect_stdout(nowhere):
+            study = stack.enter_context(opened(grid, worker.stop, worker))
+        yield study
+
+
+def do(order: Order, study: ExperimentStudy) -> Any:
+    """Do a job in a worker, and return its result."""
+    study.schedule.grids = order.grids
+    study.schedule.estimated |= not order.is_first
+    job = order.job
+    with ignore_broken_pipes():
+        return train(job.arguments[0], study) if job.name == "train" else getattr(study, job.name)(*job.arguments)
+
+
+def train_and_conclude(study: ExperimentStudy, executor: Executor | None = None) -> None:
+    """Train the remaining arms, and write the results; with `executor`, other processes train, test and export."""
     schedule, results = study.schedule, Results(study.schedule, study)
     for line in results.beforehand() if is_main() else ():
         print(line, flush=True)
-    with pool.working() if pool else contextlib.nullcontext():
+    with executor.working() if executor else contextlib.nullcontext():
         try:
-            train_arms(results, pool)
+            train_arms(results, executor)
         except Stopped as error:
             schedule.running = set()
             if is_main():  # not a collective: the other processes may have ended in another way
                 results.write()
             what, _, _ = str(error).partition("; ")  # otherwise it would name the option that resumes a single run
             raise Stopped(f"{what}; run the same command to resume") from None
-        broadcast_from_main(lambda: results.conclude(pool))
+        broadcast_from_main(lambda: results.conclude(executor))
 
 
-def do(job: Job, study: ExperimentStudy) -> Any:
-    """Do a job in a worker, and return its result."""
-    return train(job.arguments[0], study) if job.name == "train" else getattr(study, job.name)(*job.arguments)
-
-
-def train_arms(results: Results, pool: WorkerPool | None = None) -> None:
-    """Train the remaining arms in their order, in this process or in the workers of `pool`."""
+def train_arms(results: Results, executor: Executor | None = None) -> None:
+    """Train the remaining arms in their order, in this process or in those of `executor`."""
     schedule, study = results.schedule, results.study
     broadcast_from_main(schedule.next_arm)  # adds arms by --extend_rates
     ended, total = ended_and_all(schedule)
-    bar = tqdm(desc="runs", total=total, initial=ended, dynamic_ncols=True, disable=pool is None)
+    bar = tqdm(desc="runs", total=total, initial=ended, dynamic_ncols=True, disable=executor is None)
     with bar:
         while True:
-            while len(schedule.running) < (pool.size if pool else 1):
+            while len(schedule.running) < (executor.size if executor else 1):
                 if (arm := broadcast_from_main(schedule.next_arm)) is None:
                     break
                 schedule.running.add(arm)
-                if pool:
-                    pool.give(Job("train", (arm,)), schedule.grids)
+                if executor:
+                    executor.submit(Job("train", (arm,)), schedule.grids)
             broadcast_from_main(results.write)
             if not schedule.running:
                 return
-            if pool:
+            if executor:
                 study.report_progress(ended, total)
-                ((_, (arm,)), _) = pool.ended()
+                arm = wait_for_arm(executor, schedule)
             else:
                 (arm,) = schedule.running
                 if is_main():
@@ -100,6 +114,19 @@ def train_arms(results: Results, pool: WorkerPool | None = None) -> None:
             ended, total = ended_and_all(schedule)
             bar.total = total
             bar.update(ended - bar.n)
+
+
+def wait_for_arm(executor: Executor, schedule: ArmSchedule) -> Arm:
+    """Wait until any arm has ended in another process, and return it; one whose processes have died has failed."""
+    try:
+        ((_, (arm,)), _) = executor.wait()
+    except Lost as error:
+        (arm,) = error.job.arguments
+        reason = f"{error.problem}; remove {schedule.folder_of(arm)}, then the run is trained again"
+        print(reason, flush=True)
+        schedule.end(arm, reason, None, 0.0)
+    wait_for_file(schedule.folder_of(arm) / ENDED)
+    return arm
 
 
 def ended_and_all(schedule: ArmSchedule) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ from .status import FILE
 
 # File with the process id and identifier of the owner. The lock itself is a file in the system's temporary directory.
 OWNER = ".lock"
-_HELD: set[Path] = set()
-"""Directories that this process has locked."""
+_HELD: dict[Path, str] = {}
+"""Directories that this process, or the one for which it does jobs, has locked; each with that process's identifier."""
 
 
 @contextlib.contextmanager
@@ -35,8 +36,8 @@ def locked(folder: Path) -> Iterator[None]:
                 raise _busy(folder)
             folder.mkdir(parents=True, exist_ok=True)  # not earlier, or a removed directory would be created again
             (folder / OWNER).write_text(f"{os.getpid()}\n{this_process()}")
-            _HELD.add(folder)
-            stack.callback(_HELD.discard, folder)
+            _HELD[folder] = this_process()
+            stack.callback(_HELD.pop, folder)
         except Timeout:
             raise _busy(folder) from None
         except OSError as error:
@@ -48,7 +49,7 @@ def locked(folder: Path) -> Iterator[None]:
                 remove_leftovers(place)
             yield
         finally:
-            if not _lost(folder):
+            if not _lost(folder, this_process()):
                 (folder / FILE).unlink(missing_ok=True)
                 (folder / OWNER).unlink(missing_ok=True)
                 if made:
@@ -56,13 +57,26 @@ def locked(folder: Path) -> Iterator[None]:
                         folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
 
 
+@contextlib.contextmanager
+def sharing_lock(folder: Path, owner: str) -> Iterator[None]:
+    """Use a directory that the process `owner` has locked, maybe on another machine, until it loses the directory."""
+    if _owner(folder)[1] != owner:
+        problem = f"is not the folder that the experiment has locked, as seen from {platform.node()}"
+        raise RunFailed(f"--output_dir {folder} {problem}; it must be on storage that all machines share")
+    _HELD[folder] = owner
+    try:
+        yield
+    finally:
+        del _HELD[folder]
+
+
 def check_held() -> None:
-    """Raise `RunFailed` if a directory locked by this process was moved, removed or taken by another run.
+    """Raise `RunFailed` if a directory locked by this run was moved, removed or taken by another run.
 
     `io.replacing` calls this function before it writes. Call it also before long work and before removing files.
     """
-    for folder in _HELD:
-        if problem := _lost(folder):
+    for folder, owner in _HELD.items():
+        if problem := _lost(folder, owner):
             raise RunFailed(f"--output_dir {folder} {problem}")
 
 
@@ -75,10 +89,10 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _lost(folder: Path) -> str:
-    """Return why a locked directory no longer belongs to this run; empty if it still does."""
+def _lost(folder: Path, owner: str) -> str:
+    """Return why a directory that `owner` has locked no longer belongs to this run; empty if it still does."""
     number, process = _owner(folder)
-    if process not in ("", this_process()):
+    if process not in ("", owner):
         # Runs on other machines or in other containers do not see this process, and may have taken its directory.
         return f"is now used by another run (process {number}): nothing more is saved; choose another"
     if not process and not folder.exists():

@@ -52,6 +52,8 @@ class StopRequest:
     - SIGHUP arrived, and `nohup` does not ignore it;
     - SIGUSR1 arrived, which batch systems and the application send.
 
+    With `flag`, it also becomes SIGTERM once this file exists: by it, a process stops others, also on other machines.
+
     These cases never end the process immediately, except inside `at_once`, and do not count as the first SIGINT or
     SIGTERM.
 
@@ -59,7 +61,8 @@ class StopRequest:
     earlier handlers are restored at the end. Use this class only in the main thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, flag: Path | None = None) -> None:
+        self._flag = flag
         self._signal: int | None = None
         self._before_leaving = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
         self._heard = 0  # count of SIGINT and SIGTERM only
@@ -69,7 +72,8 @@ class StopRequest:
     @property
     def signal(self) -> int | None:
         """Number of the signal that requests a stop, or None; can be set if another process received it."""
-        if self._signal is None and self._launcher is not None and os.getppid() != self._launcher:
+        orphaned = self._launcher is not None and os.getppid() != self._launcher
+        if self._signal is None and (orphaned or (self._flag is not None and self._flag.exists())):
             self._signal = signal.SIGTERM
         return self._signal
 

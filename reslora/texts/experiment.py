@@ -23,6 +23,7 @@ from peft import PeftModel
 
 from ..errors import InvalidArgument
 from ..experiment.arms import Arm, check_evaluations
+from ..experiment.executors import Worker
 from ..experiment.record import Facts, facts_of, methods_of, read_experiment
 from ..experiment.report import About
 from ..experiment.runner import run_experiment
@@ -37,7 +38,6 @@ from ..experiment.study import (
     race,
     train_arm,
 )
-from ..experiment.worker_pool import Orders
 from ..formatting import pluralize
 from ..io import read_object, remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter
@@ -46,7 +46,7 @@ from ..options.texts import T, TextOptions
 from ..options.unused import is_read, report_unread_by_methods, report_unused
 from ..options.values import refuse_other_value
 from ..runtime.checkpoint_folders import ADAPTERS, EXPORTED, EXPORTS, adapter_folder, checkpoints_of
-from ..runtime.folder_lock import check_held, locked, make_folder
+from ..runtime.folder_lock import check_held, locked, make_folder, sharing_lock
 from ..runtime.processes import broadcast_from_main, say
 from ..runtime.signals import StopRequest
 from ..runtime.status import Status
@@ -97,10 +97,10 @@ def start_texts(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
 
 
 @contextlib.contextmanager
-def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None = None) -> Iterator[TextExperiment]:
+def opened(texts: Texts, grid: Grid[T], stop: StopRequest, worker: Worker | None = None) -> Iterator[TextExperiment]:
     """Lock the directory, validate the options, encode the examples, and yield the experiment.
 
-    With `orders`, this process is a worker of --arms_at_once; the main process has locked and validated the directory.
+    With `worker`, this process does jobs for the main process, which has locked and validated the directory.
     """
     report_unread_by_methods(grid)
     report_unused(grid)
@@ -108,7 +108,8 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
     plain, *_ = [options_of(arm, schedule) for arm in schedule.arms()]
     with contextlib.ExitStack() as stack:
         whole = plain.replace(output_dir=str(schedule.folder))
-        context = begin(whole, stop, stack, lambda: None, contextlib.nullcontext if orders else locked)
+        lock = functools.partial(sharing_lock, owner=worker.owner) if worker else locked
+        context = begin(whole, stop, stack, lambda: None, lock)
         accelerator = context.accelerator
         parts = texts.parts(plain, grid.base.experiment)
         texts.prepare(plain, parts)
@@ -119,9 +120,8 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
         planned = steps_of(schedule, texts, accelerator)
         for each in planned:
             check_evaluations(grid, each.steps, each.validation_steps, "--eval_steps")
-        schedule.estimated = bool(orders and orders.number)  # one process prints the estimate
         experiment = TextExperiment(schedule, texts, parts, context)
-        if orders:
+        if worker:
             experiment = dataclasses.replace(experiment, context=dataclasses.replace(context, status=Status()))
         else:
             broadcast_from_main(lambda: prepare_folder(experiment))
@@ -131,7 +131,7 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, orders: Orders | None
             note_settings(schedule.grid, {}, accelerator)
             measured = f"measured every {pluralize(planned[0].validation_steps, 'step')}"
             say(f"{schedule.runs_in_words()}, {measured}; {parts}")
-        if orders or (grid.base.experiment.arms_at_once or 1) == 1:
+        if worker or (grid.base.experiment.arms_at_once or 1) == 1:
             start_trackers(context, "reslora", wandb={"name": plain.output.run_name})
         yield experiment
         accelerator.end_training()

@@ -12,7 +12,7 @@ from waiting import ended, wait_until
 
 from reslora.errors import InvalidArgument, RunFailed
 from reslora.io import this_process, write_json
-from reslora.runtime.folder_lock import check_held, locked
+from reslora.runtime.folder_lock import check_held, locked, sharing_lock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOLDS = f"""
@@ -103,3 +103,17 @@ def test_who_deletes_the_lock_alone_ends_no_run(tmp_path):
     with locked(tmp_path / "out"):
         (tmp_path / "out" / ".lock").unlink()
         check_held()
+
+
+def test_a_process_shares_a_lock_until_its_owner_loses_it(tmp_path):
+    """The owner may be on another machine; without its lock file, the folder is not on shared storage."""
+    with pytest.raises(RunFailed, match=r"as seen from .*; it must be on storage that all machines share$"):
+        sharing_lock(tmp_path, "0000beef-1-1").__enter__()
+    (tmp_path / ".lock").write_text("1\n0000beef-1-1")
+    with sharing_lock(tmp_path, "0000beef-1-1"):
+        write_json(tmp_path / "arm.json", {})
+        (tmp_path / ".lock").write_text("2\n0000beef-2-2")
+        with pytest.raises(RunFailed, match=r"is now used by another run \(process 2\): nothing more is saved"):
+            write_json(tmp_path / "arm.json", {"status": "finished"})
+    assert (tmp_path / "arm.json").read_text().split() == ["{}"]
+    check_held()

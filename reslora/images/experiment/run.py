@@ -22,11 +22,11 @@ from diffusers import DiffusionPipeline
 
 from ...errors import InvalidArgument
 from ...experiment.arms import Arm, check_evaluations
+from ...experiment.executors import Worker
 from ...experiment.record import EXPERIMENT, Facts, facts_of, methods_of, read_experiment
 from ...experiment.report import About
 from ...experiment.schedule import ArmSchedule
 from ...experiment.study import TIMED_STEPS, ExperimentStudy, print_estimate, race, train_arm
-from ...experiment.worker_pool import Orders
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from ...formatting import pluralize
 from ...io import read_object, remove_leftovers, replacing
@@ -36,7 +36,7 @@ from ...options.images import Options, TrainingOptions, ValidationOptions
 from ...options.option import in_words
 from ...options.unused import is_read
 from ...runtime.checkpoint_folders import ADAPTERS, EXPORTS, checkpoints_of
-from ...runtime.folder_lock import locked
+from ...runtime.folder_lock import locked, sharing_lock
 from ...runtime.processes import broadcast_from_main
 from ...runtime.sample_folders import by_step
 from ...runtime.signals import StopRequest
@@ -75,20 +75,21 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 @contextlib.contextmanager
-def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = None) -> Iterator[ImageExperiment]:
+def open_study(given: Grid[Options], stop: StopRequest, worker: Worker | None = None) -> Iterator[ImageExperiment]:
     """Lock the folder, check the options, and load and encode what the arms share.
 
-    `orders` is set only in a worker process of --arms_at_once. In that case the main process has already locked the
-    folder, checked the options and written the settings.
+    With `worker`, this process does jobs for the main process, which has locked the folder, checked the options and
+    written the settings.
     """
-    if orders:  # TensorBoard reads only one active file per folder
-        given = given.replace(logging_dir=f"{given.base.output.logging_dir}/process-{orders.number}")
+    if worker:  # TensorBoard reads only one active file per folder
+        given = given.replace(logging_dir=f"{given.base.output.logging_dir}/process-{worker.name}")
     began, plain, folder = time.monotonic(), given.run(), Path(given.base.output.output_dir)
     with contextlib.ExitStack() as stack:
-        check, lock = (lambda: None, contextlib.nullcontext) if orders else (lambda: prepare_folder(given), locked)
+        check: Callable[[], None] = (lambda: None) if worker else (lambda: prepare_folder(given))
+        lock = functools.partial(sharing_lock, owner=worker.owner) if worker else locked
         kinds, context, identity = begin(plain, stop, stack, check, lock)
         asked = with_varied(context.options, given)
-        if orders:
+        if worker:
             context = dataclasses.replace(context, status=Status())
         # any of its arms may train the text encoders
         widest = with_options(context, train_text_encoder=any(asked.values("train_text_encoder")))
@@ -101,10 +102,10 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
             check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), plain.data)
             check_variants(asked, context)
 
-        if not orders:
+        if not worker:
             broadcast_from_main(check_all)
         alone, resuming = (plain.experiment.arms_at_once or 1) == 1, (folder / EXPERIMENT).exists()
-        pipeline, training_data = encode(kinds, widest, resuming, track=bool(orders) or alone)
+        pipeline, training_data = encode(kinds, widest, resuming, track=bool(worker) or alone)
         for each in asked.variants():
             objective_of(each.model, each.training, context.model.family, pipeline)
         images = training_images(training_data.sources)
@@ -135,10 +136,9 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         schedule = dataclasses.replace(schedule, sampled=(0, schedule.steps))
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         broadcast_from_main(lambda: check_same(asked, identity, content))
-        note_settings(asked, steps_of(schedule), context.accelerator, write=not orders)
+        note_settings(asked, steps_of(schedule), context.accelerator, write=not worker)
         arm_schedule = ArmSchedule(asked, began)
         study = ImageArmStudy(schedule, identity, context, pipeline, training_data)
-        arm_schedule.estimated = bool(orders and orders.number)  # one process prints the estimate
         often = schedule.validation_steps < schedule.steps
         measured = f"every {pluralize(schedule.validation_steps, 'step')}" if often else "at the last step"
         context.accelerator.print(

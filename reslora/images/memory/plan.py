@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...errors import InvalidArgument, first_line
-from ...experiment.worker_pool import arms_a_device
+from ...experiment.executors import arms_a_device
 from ...methods.registry import ZERO_B
 from ...options.contradictions import carries_activations
 from ...runtime.peak_memory import free_memory
