@@ -97,9 +97,7 @@ def check_pipeline(
     if validation.num_inference_steps > known:
         argument = f"--num_inference_steps {validation.num_inference_steps}"
         raise InvalidArgument(argument, f"the model has {known} timesteps", "give fewer")
-    told = family.takes_guidance or bool(pipeline.config.get("is_distilled"))
-    for prompt in prompts_of(validation):
-        check_prompt(prompt, known, multiple, f"{family.name} takes the guidance scale as an input" if told else "")
+    check_prompts(prompts_of(validation), "--validation_prompt", pipeline, family)
     for size in named_buckets(data.aspect_ratio_buckets or ""):
         if any(side % multiple or not side for side in (size.height, size.width)):
             argument = f"--aspect_ratio_buckets {size.height},{size.width}"
@@ -112,12 +110,20 @@ def check_pipeline(
             raise InvalidArgument(argument, problem, f"give {max(1, pixels // multiple) * multiple}")
 
 
-def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> None:
+def check_prompts(prompts: Sequence[Prompt], flag: str, pipeline: DiffusionPipeline, family: Family) -> None:
+    """Raise `InvalidArgument` for options of a prompt that the pipeline does not support; `flag` names the prompts."""
+    known, multiple = pipeline.scheduler.config.num_train_timesteps, family.pixel_multiple(pipeline)
+    told = family.takes_guidance or bool(pipeline.config.get("is_distilled"))
+    for prompt in prompts:
+        reason = f"{family.name} takes the guidance scale as an input" if told else ""
+        check_prompt(prompt, f"{flag} {prompt.prompt!r}", known, multiple, reason)
+
+
+def check_prompt(prompt: Prompt, where: str, timesteps: int, multiple: int, told: str) -> None:
     """Raise `InvalidArgument` for options of a prompt that the pipeline does not support.
 
     `told`: the reason why the pipeline supports no negative prompts; empty if it supports them.
     """
-    where = f"--validation_prompt {prompt.prompt!r}"
     if (prompt.num_inference_steps or 0) > timesteps:
         problem = f"{prompt.num_inference_steps} steps, and the model has {timesteps} timesteps"
         raise InvalidArgument(where, problem, "give fewer")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidArgument, first_line
-from ..options.prompts import as_text
+from ..options.prompts import as_text, clean
 
 if TYPE_CHECKING:
     from ..options.images import DataOptions, ValidationOptions
@@ -55,6 +55,11 @@ def prompts_of(options: ValidationOptions) -> list[Prompt]:
     """Return the prompts of --validation_prompt, each with its own options."""
     own_options = options.validation_prompt_options or ["{}"] * len(options.validation_prompt)
     return [Prompt(text, **json.loads(own)) for text, own in zip(options.validation_prompt, own_options, strict=True)]
+
+
+def of_lines(text: str, flag: str) -> list[Prompt]:
+    """Return the prompts of kohya's lines. `flag` names them in errors."""
+    return [Prompt(clean(prompt).strip(), **json.loads(own)) for prompt, own in lines_of(text, flag)]
 
 
 def from_file(values: Sequence[str]) -> tuple[list[str], list[str]] | None:

@@ -13,6 +13,7 @@ from ..training.preparing import attention_of
 from ..training.schedule import Schedule
 from ..training.sharding import cuts_base
 from ..training.state import Learner, new_learner
+from ..training.stopping import SAMPLE
 from ..training.study import Study
 from ..training.trained import Trained
 from ..training.zero import uses_deepspeed
@@ -26,6 +27,7 @@ from .model.assistant import add_assistant
 from .output.exports import export_method
 from .output.reports import VALIDATION_PARTS, ImageReports, SharedLosses, Validation
 from .output.sampling import Sampler
+from .requested import read_prompts, with_prompts
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,12 @@ class ImageStudy(Study):
         """
         due = VALIDATION_PARTS if self.schedule.is_sampled(learner.step) else ("loss",)
         self._validation(learner)(learner, reports, parts or due)
+
+    def sample(self, learner: Learner, reports: ImageReports, prompts: str) -> None:
+        """Generate samples of other prompts, one per line, with the learner's present weights."""
+        if found := read_prompts(prompts, SAMPLE, self.pipeline, self.context):
+            encode = functools.partial(with_prompts, self.sampler, found, self.context)
+            self._validation(learner).sample(learner, reports, found, encode)
 
     def validation_loss(self, learner: Learner) -> float | None:
         """Return the mean loss on the held-out images with the learner's present weights, in every process.

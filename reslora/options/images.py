@@ -448,10 +448,9 @@ class Options(TrainOptions):
         "output": "output, checkpoints and reports",
     }  # fmt: skip
 
-    @property
-    def no_samples(self) -> str:
-        """Why training generates no samples; empty if it does."""
-        generates = self.validation.validation_prompt and self.validation.num_validation_images
+    def no_samples(self, prompts: str = "") -> str:
+        """Return why training generates no samples of `prompts`, or of its own prompts; empty if it does."""
+        generates = prompts or (self.validation.validation_prompt and self.validation.num_validation_images)
         return "" if generates else "give it --validation_prompt and --num_validation_images"
 
     def refuse_record(self, place: Path, settings: Mapping[str, Any]) -> None:

@@ -249,9 +249,8 @@ class TrainOptions(RunOptions):
         """Return the directory of a method; `place` is that of an arm of an experiment inside it."""
         return Path(self.output.output_dir) / method / place
 
-    @property
-    def no_samples(self) -> str:
-        """Why training generates no samples; empty if it does."""
+    def no_samples(self, prompts: str = "") -> str:
+        """Return why training generates no samples of `prompts`, or of its own prompts; empty if it does."""
         return "no language script does"
 
     def refuse_record(self, place: Path, settings: Mapping[str, Any]) -> None:

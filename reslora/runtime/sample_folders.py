@@ -6,6 +6,8 @@ from ..io import read_object
 
 MERGED = "merged"
 """Directory of the merged model's samples."""
+REQUESTED = "requested"
+"""Directory of the samples of prompts that were requested while training."""
 PROMPTS = "prompts.json"
 """Name of the file in a samples directory that stores their prompts, as `{"prompts": [...]}`."""
 

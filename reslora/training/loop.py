@@ -16,7 +16,7 @@ from ..methods.controls import Settings, put_on
 from ..methods.registry import METHODS
 from ..runtime.checkpoint_folders import memory_reported
 from ..runtime.folder_lock import check_held, make_folder
-from ..runtime.processes import broadcast_from_main, stop_requested
+from ..runtime.processes import broadcast_from_main, say, stop_requested
 from ..seeds import derive
 from .averaging import offer_averages
 from .best import best_of, go_on_from
@@ -24,7 +24,7 @@ from .checkpoints import Resume, restore, save_checkpoint, write_exports
 from .preparing import prepare
 from .reports import Reports
 from .state import Learner
-from .stopping import Requests, stopped_at
+from .stopping import PAUSE, Asked, Requests, stopped_at
 from .study import Study
 
 
@@ -142,23 +142,43 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
 
 
 def after_step(learner: Learner, study: Study, reports: Reports, requests: Requests) -> bool:
-    """Save and validate if due or requested; return whether to stop. All processes return the same."""
-    stopped, asked, draw_now = requests.after_step()
-    due, last = study.schedule.is_due(learner.step), learner.step == study.schedule.steps
-    save_now = asked or stopped or last or learner.step % requests.every == 0
-    if not (save_now or due or draw_now):
+    """Save and validate if due or requested, and wait while paused; return whether to stop.
+
+    All processes return the same.
+    """
+    asked, due = requests.after_step(), study.schedule.is_due(learner.step)
+    save = asked.pause or learner.step == study.schedule.steps or learner.step % requests.every == 0
+    stopped = handle(asked, due, save, learner, study, reports, requests)
+    if asked.pause and not stopped:
+        say(f"{learner.name}: paused after step {learner.step}; remove {requests.folder / PAUSE} to continue")
+    while asked.pause and not stopped:
+        requests.wait(learner)
+        asked = requests.after_step()
+        stopped = handle(asked, False, False, learner, study, reports, requests)
+    return stopped
+
+
+def handle(
+    asked: Asked, due: bool, save: bool, learner: Learner, study: Study, reports: Reports, requests: Requests
+) -> bool:
+    """Save and validate if `due` or asked for; return whether to stop. `save`: whether a checkpoint is due."""
+    save, stopped = save or asked.save or asked.stop, asked.stop
+    if not (save or due or asked.samples is not None):
         return False
     broadcast_from_main(check_held)
     with learner.timed():
         reports.flush()  # raises for a non-finite loss, which must not be saved
-    if save_now:
+    if save:
         save_checkpoint(learner, study)
         requests.saved()
-    if (due or draw_now) and not stopped:
+    if (due or asked.samples is not None) and not stopped:
         requests.status.say(f"sampling at step {learner.step}", learner.name)
-        study.validate(learner, reports, None if due else ["samples"])
+        if due or not asked.samples:
+            study.validate(learner, reports, None if due else ["samples"])
+        if asked.samples:
+            study.sample(learner, reports, asked.samples)
         stopped = stop_requested(requests.stop)
-        if (stopped or learner.over) and not save_now:
+        if (stopped or learner.over) and not save:
             save_checkpoint(learner, study)
     return stopped
 

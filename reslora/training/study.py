@@ -87,6 +87,9 @@ class Study(ABC):
         `parts`: which of "loss" and "samples" to compute; both if None.
         """
 
+    def sample(self, learner: Learner, reports: Any, prompts: str) -> None:  # noqa: B027 - not every model generates
+        """Generate samples of other prompts, one per line, with the learner's present weights."""
+
     @abstractmethod
     def validation_loss(self, learner: Learner) -> float | None:
         """Return the mean loss on the held-out images with the learner's present weights, in every process.

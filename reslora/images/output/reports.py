@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from ...errors import Stopped
+from ...errors import Stopped, first_line
 from ...io import remove, replacing, write_json
 from ...runtime.checkpoint_folders import EXPORTS, adapter_folder
 from ...runtime.processes import broadcast_from_main, stop_requested
-from ...runtime.sample_folders import MERGED, PROMPTS, by_step
+from ...runtime.sample_folders import MERGED, PROMPTS, REQUESTED, by_step
 from ...runtime.signals import StopRequest
 from ...tracing import evaluating
 from ...training.best import keep_adapter, keep_if_best
@@ -29,7 +29,7 @@ from ...training.state import Learner
 from ..data.batch import Batch
 from ..data.samples import TrainingData, ValidationSamples, losses_of, measured, measured_at
 from ..denoising import DenoisingLoss
-from ..prompts import prompts_of
+from ..prompts import Prompt, prompts_of
 from .metric import load_metric
 from .sampling import Sampler, as_image
 
@@ -47,9 +47,10 @@ class ImageReports(Reports):
 
         Samples of the merged model are removed too, unless the method is still exported.
         """
-        for drawn, path in by_step(self.folder / "samples").items():
-            if not step or drawn > step:
-                remove(path)
+        for name in ("samples", REQUESTED):
+            for drawn, path in by_step(self.folder / name).items():
+                if not step or drawn > step:
+                    remove(path)
         if not (self.folder / EXPORTS).exists():
             remove(self.folder / MERGED)
 
@@ -74,6 +75,13 @@ class ImageReports(Reports):
                     alike = np.stack([np.asarray(image) for image in images if image.size == size])
                     tag = name if size == images[0].size else f"{name}/{size[0]}x{size[1]}"
                     tracker.writer.add_images(tag, alike, step, dataformats="NHWC")
+
+    def requested(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Path:
+        """Write samples of requested prompts to a folder of this step, and return it."""
+        folder = self.folder / REQUESTED / f"step-{self.learner.step:06d}"
+        folder /= str(len(list(folder.glob("[0-9]*"))) + 1)
+        save_images(folder, images, prompts)
+        return folder
 
     def overdue(self, schedule: Schedule) -> list[str]:
         """Return which of "loss" and "samples" are missing for the step from which training resumes.
@@ -128,11 +136,37 @@ class Validation:
                 self._by_main(lambda: self._generate(denoiser), partial(self._keep_samples, learner, reports))
         learner.over = broadcast_from_main(lambda: reports.is_over(validation.early_stopping_patience))
 
+    def sample(
+        self, learner: Learner, reports: ImageReports, prompts: Sequence[Prompt], encode: Callable[[], Sampler]
+    ) -> None:
+        """Generate and write samples of requested prompts; `encode` returns a sampler with their text states.
+
+        Without enough memory on the device, or after a stop request, there are no samples.
+        """
+        count = self.training_data.validation.num_validation_images or 1
+
+        def generate() -> list[np.ndarray] | None:
+            """Return the images, or None."""
+            try:
+                with self.accelerator.autocast():
+                    return encode().draw(learner.denoiser, prompts, count, self._leave_if_asked)
+            except torch.OutOfMemoryError as error:
+                print(f"warning: no samples: {first_line(error)}", flush=True)
+                return None
+
+        def keep(drawn: list[np.ndarray]) -> None:
+            """Write the images."""
+            folder = reports.requested(list(map(as_image, drawn)), [prompt.prompt for prompt in prompts])
+            print(f"{learner.name}: requested samples of step {learner.step} in {folder}", flush=True)
+
+        with learner.averaged():
+            self._by_main(generate, keep)
+
     def mean(self, denoiser: nn.Module) -> float | None:
         """Return the mean loss on the held-out images, in every process; None if a stop request interrupts it."""
         return self._by_main(lambda: self.losses(denoiser), lambda losses: losses.mean().item())
 
-    def _by_main(self, compute: Callable[[], T], keep: Callable[[T], U]) -> U | None:
+    def _by_main(self, compute: Callable[[], T | None], keep: Callable[[T], U]) -> U | None:
         """Call `keep` in the main process with the result of `compute`; return its result in every process.
 
         With a sharded base, all processes call `compute`, because a forward pass gathers the weights from all of them.

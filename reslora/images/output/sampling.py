@@ -17,7 +17,7 @@ from ...attributes import override_attributes
 from ...options.images import DataOptions, TrainingOptions, ValidationOptions
 from ...tracing import evaluating
 from ..data.batch import stack_texts
-from ..data.encoding import Texts
+from ..data.encoding import Instruction, Texts
 from ..data.images import cropped
 from ..data.size import Size
 from ..generators import derive
@@ -32,7 +32,7 @@ class Sampler:
 
     pipeline: DiffusionPipeline
     family: Family
-    texts: Texts
+    texts: Texts | Mapping[Instruction, Mapping[str, torch.Tensor]]
     data: DataOptions
     training: TrainingOptions
     validation: ValidationOptions

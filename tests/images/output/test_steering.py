@@ -15,7 +15,7 @@ from reslora.runtime.log import of_split, read_log
 from reslora.training import loop
 from reslora.training.best import best_of
 from reslora.training.state import Learner
-from reslora.training.stopping import Requests
+from reslora.training.stopping import Asked, Requests
 
 STEPS = 30
 
@@ -51,10 +51,9 @@ def resumed(flags, tmp_path_factory) -> Path:
         (output / name).touch()
     steps, after_step = [], Requests.after_step
 
-    def stop_at_the_fifth(self: Requests) -> tuple[bool, bool, bool]:
+    def stop_at_the_fifth(self: Requests) -> Asked:
         steps.append(len(steps) + 1)
-        _, save, sample = after_step(self)
-        return len(steps) == 5, save, sample
+        return after_step(self)._replace(stop=len(steps) == 5)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Requests, "after_step", stop_at_the_fifth)

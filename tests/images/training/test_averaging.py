@@ -15,7 +15,7 @@ from reslora.methods.adapters import attach, save_adapter, trained_state
 from reslora.methods.registry import AdapterSettings, adapter_config
 from reslora.training.averaging import put_average
 from reslora.training.best import averages_at, best_of, to_export
-from reslora.training.stopping import Requests
+from reslora.training.stopping import Asked, Requests
 from reslora.training.trained import Trained
 
 AVERAGES = ("--average_checkpoints", "ema:0.5,last:2")
@@ -112,9 +112,9 @@ def test_a_resumed_run_averages_the_same(flags, whole, tmp_path, monkeypatch):
     output, limit = tmp_path / "out", ("--checkpoints_total_limit", "3")
     after_step, steps = Requests.after_step, []
 
-    def stop_at_the_third(self: Requests) -> tuple[bool, bool, bool]:
+    def stop_at_the_third(self: Requests) -> Asked:
         steps.append(len(steps) + 1)
-        return len(steps) == 3, *after_step(self)[1:]
+        return after_step(self)._replace(stop=len(steps) == 3)
 
     words = [*flags, *limit, "--method", "reslora", "--output_dir", output]
     with monkeypatch.context() as patch:
