@@ -27,7 +27,7 @@ LAYERS = {
     "images: memory": "images.memory",
     "images: settings": "images.settings images.config_file images.experiment.requirements images.accelerator",
     "images: runs": "images.study images.requested images.run images.experiment images.planning",
-    "entries": "convert caption images.conversion images.captioning __init__",
+    "entries": "convert caption compare images.conversion images.captioning __init__",
 }
 ORDER = list(LAYERS)
 EVERYWHERE = {"__init__": "__version__"}

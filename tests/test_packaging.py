@@ -87,6 +87,7 @@ def test_commands_version_and_application_are_those_of_the_wheel(target, tmp_pat
     assert commands == wanted | {
         "reslora-app": "reslora_app.__main__",
         "reslora-caption": "reslora.caption",
+        "reslora-compare": "reslora.compare",
         "reslora-convert": "reslora.images.conversion",
     }
     assert version == reslora.__version__

@@ -91,7 +91,7 @@ def commands(script: str) -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize(
-    "script", ["train_sd.py", "train_llm.py", "train_glue.py", "reslora-convert", "reslora-caption"]
+    "script", ["train_sd.py", "train_llm.py", "train_glue.py", "reslora-convert", "reslora-caption", "reslora-compare"]
 )
 def test_commands_have_flags_that_exist(script, capsys):
     found = commands(script)

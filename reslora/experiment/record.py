@@ -29,9 +29,11 @@ class Split(TypedDict):
     """Number of images or examples in each part."""
 
     train: int
+    """Training split."""
     select: int
     """Selection split."""
     test: int
+    """Test split."""
     duplicates: int
     """Near-duplicates, which are left out or moved to the part of their duplicate."""
 
@@ -50,8 +52,9 @@ class TestLosses(TypedDict):
     order: NotRequired[list[int]]
     """Places of the images in the order in which they were taken, if they have no groups."""
     similarities: NotRequired[dict[str, float]]
-    """Similarities of images by --metric_model; metrics of texts, such as accuracy, are in `figures`."""
+    """Similarities of images by --metric_model."""
     figures: NotRequired[dict[str, float]]
+    """Metrics of texts, such as accuracy."""
 
 
 class Arm(TypedDict):
@@ -60,9 +63,13 @@ class Arm(TypedDict):
     label: str
     """Name of the compared setting: the method, with its rank or shortcut if these vary, such as `reslora block(4)`."""
     method: str
+    """One of --method."""
     learning_rate: float
+    """Learning rate."""
     seed: int
+    """Seed of initialization, order and noise."""
     rank: int
+    """Rank of the adapter."""
     values: NotRequired[dict[str, Any]]
     """Values of the other options that vary."""
     average_of: NotRequired[str]
@@ -72,6 +79,7 @@ class Arm(TypedDict):
     folder: str
     """Path relative to the experiment's directory, with `/` as separator."""
     status: Status
+    """State of its training; `stopped`: racing has stopped it before its last step."""
     reason: str
     """Why it failed, waits or was stopped early; otherwise empty."""
     steps: int
@@ -91,6 +99,7 @@ class Arm(TypedDict):
     select_by_step: dict[str, float | None]
     """Loss on the selection split at each checkpoint's step."""
     test: TestLosses | None
+    """Test losses; None unless it is compared."""
 
 
 class Choice(TypedDict):
@@ -100,7 +109,9 @@ class Choice(TypedDict):
     """
 
     learning_rate: float
+    """Chosen learning rate."""
     step: int
+    """Step of the chosen checkpoint."""
     loss: float
     """Mean loss over the choosing seeds."""
     at_end: Literal["low", "high"] | None
@@ -116,13 +127,19 @@ class Verdict(TypedDict):
     """
 
     label: str
+    """The label that is compared, or the value of an option, such as `rank=8`."""
     reference: str
+    """What it is compared with."""
     seeds: int
+    """Number of seeds that both have."""
     images: int
     """Number of test images, or of their groups."""
     conclusion: Literal["better", "worse", "not shown", "cannot tell"]
+    """Whether `label` is better or worse than `reference`; `cannot tell` with one seed or image."""
     sentence: str
+    """The verdict as a sentence."""
     difference: float
+    """Mean difference."""
     relative: float
     """Difference in percent of the reference's loss.
 
@@ -135,6 +152,7 @@ class Verdict(TypedDict):
     rerun: tuple[float, float] | None
     """95% prediction interval for the difference of one more seed on the same images; None with one seed."""
     p: float | None
+    """p value of this comparison alone."""
     p_holm: float | None
     """p value corrected for all pairs of methods and all evaluations on the test split; significant below 0.05."""
     detectable: float | None
@@ -154,6 +172,7 @@ class Worse(TypedDict):
     """A method that is significantly worse than one of the best."""
 
     label: str
+    """Label of the method."""
     reference: str
     """One of the best methods, compared with which it is significantly worse."""
     relative: float
@@ -166,8 +185,11 @@ class Ranking(TypedDict):
     """The methods that do not differ significantly from the best one."""
 
     best: list[str]
+    """Their labels."""
     worse: list[Worse]
+    """The other methods, in order of the difference."""
     sentence: str
+    """The ranking as a sentence."""
 
 
 class Best(TypedDict):
@@ -177,8 +199,11 @@ class Best(TypedDict):
     """
 
     label: str
+    """Label of the arm."""
     learning_rate: float
+    """Learning rate of the arm."""
     seed: int
+    """Seed of the arm."""
     folder: str
     """Directory of the arm, which contains the files of the arm's last step."""
     step: int
@@ -195,7 +220,9 @@ class Facts(TypedDict):
     """Properties of an experiment that are known before its first arm."""
 
     versions: dict[str, str]
+    """Versions of libraries, by name."""
     split: Split
+    """Number of items in each part of the data."""
     timesteps: NotRequired[list[float]]
     """Timesteps of the measured losses; 1 is pure noise."""
     identity: NotRequired[dict[str, Any]]
@@ -240,13 +267,17 @@ class Experiment(Facts):
     """The content of `experiment.json`."""
 
     format: int
+    """Version of this file's structure."""
     settings: dict[str, Any]
     """Options and their values."""
     arms: list[Arm]
+    """All runs, also those that have not started."""
     chosen: dict[str, Choice]
     """The choice of each method."""
     verdicts: list[Verdict]
+    """A verdict on each label other than the references."""
     ranking: NotRequired[Ranking | None]
+    """The best methods; None unless all pairs are compared."""
     base: NotRequired[TestLosses | None]
     """Losses before training; None until the test split is evaluated."""
     base_select: NotRequired[float | None]
@@ -275,7 +306,7 @@ class Experiment(Facts):
     Missing if the conclusions are those of the latest start.
     """
     process: NotRequired[str]
-    """Process that has written this file; an arm's status `running` is valid only while it exists (`as_of_now`)."""
+    """Process that has written this file; an arm's status `running` is valid only while this process exists."""
 
 
 def read_experiment(folder: Path) -> dict:

@@ -20,6 +20,8 @@ from reslora.experiment.study import COMPARING
 from reslora.images.experiment.report_sections import IMAGES
 from reslora.images.settings import parse_args
 
+from .documented import unlike
+
 
 class Untrained:
     """Arms that write losses, lowest at the middle rate, and are not trained.
@@ -102,7 +104,7 @@ def go(
 ) -> tuple[dict, str]:
     """Train and conclude, or be stopped; return the record and the report's headline. `grid`: instead of `methods`."""
     grid = ["--method", *methods.split(), "--learning_rate", "1e-4", "2e-4", "4e-4"] if grid is None else list(grid)
-    grid += [*flags]
+    grid += ["--rank", "8", *flags]
     grid += [] if "--seed" in flags else ["--seed", "0", "1"]
     schedule = ArmSchedule(parse_args(["--output_dir", str(folder), *grid]))
     folder.mkdir(exist_ok=True)
@@ -112,7 +114,9 @@ def go(
     else:
         run.train_and_conclude(Untrained(schedule, diverging=diverging))
     report = (folder / "report.html").read_text(encoding="utf-8")
-    return json.loads((folder / "experiment.json").read_text()), re.search("<h1>(.*?)</h1>", report)[1]
+    found = json.loads((folder / "experiment.json").read_text())
+    assert unlike(found) == []
+    return found, re.search("<h1>(.*?)</h1>", report)[1]
 
 
 def exported(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from experiment.documented import unlike
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -61,7 +62,10 @@ def run(*flags) -> int:
 
 
 def record(output: Path) -> dict:
-    return json.loads((output / "experiment.json").read_text())
+    """Return the record, whose keys and types are those of the documents."""
+    found = json.loads((output / "experiment.json").read_text())
+    assert unlike(found) == []
+    return found
 
 
 def times(output: Path) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from experiment.documented import unlike
 from launching import forked
 from pipelines import image_folder, tiny_dino
 from safetensors import safe_open
@@ -106,7 +107,10 @@ def whole(flags, small, tmp_path_factory) -> tuple[Path, list[str]]:
 
 
 def experiment(output: Path) -> dict:
-    return json.loads((output / "experiment.json").read_text())
+    """Return the record, whose keys and types are those of the documents."""
+    found = json.loads((output / "experiment.json").read_text())
+    assert unlike(found) == []
+    return found
 
 
 def files(folder: Path) -> dict[str, int]:
