@@ -17,7 +17,7 @@ from playwright.sync_api import Page, sync_playwright
 SIZE = {"width": 1280, "height": 860}
 TABS = ("Images", "Train", "Compare", "Generate", "Runs", "Experiment")
 """The tabs of the page; the last one is inside Compare."""
-PARTS = ("h1", "header h1 ~ *", ".chart svg .bar", ".chart svg g:last-of-type .name", "#comparing .pair")
+PARTS = ("h1", "header h1 ~ *", ".chart svg .bar >> nth=2", ".chart svg g:last-of-type .name", "#comparing .pair")
 """Elements of a report that docs/experiments.md explains, in the order of their numbers."""
 NUMBER = """(element, number) => {
     const at = element.getBoundingClientRect(), badge = document.createElement("b")
