@@ -1,6 +1,5 @@
 """Make the new contents of the files from which the trainer reads captions: a text file per image, or a table."""
 
-import codecs
 import csv
 import io
 import json
@@ -69,5 +68,4 @@ def with_rows(table: Path, changed: Mapping[Image, Sequence[str]], dropped: Sequ
         writer.writerows(rows)
     else:
         file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-    marked = table.read_bytes().startswith(codecs.BOM_UTF8)
-    return file.getvalue().encode("utf-8-sig" if marked else "utf-8")
+    return file.getvalue().encode()

@@ -3,9 +3,7 @@
 import contextlib
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 
 from reslora.errors import first_line
@@ -24,9 +22,11 @@ from .runs import RunError
 
 REPLACE, BEFORE, AFTER, ADD_TAG, REMOVE_TAG = "Replace", "Put before", "Put after", "Add tag", "Remove tag"
 EVERYTHING, LEFT_OUT, WITHOUT_CAPTION, ALIKE = "All images", "Skipped by training", "Without caption", "Duplicates"
+Files = Mapping[Path, bytes | None]
+"""New contents of files; None for a file to remove."""
+Change = tuple[str, dict[Path, bytes | Path | None], Files]
+"""Description of a change, the files before it (a path in the trash for a removed one), and the files after it."""
 FILTERS = (EVERYTHING, LEFT_OUT, WITHOUT_CAPTION, ALIKE)
-MOST = 20
-"""Number of changes per folder that can be undone."""
 
 
 def with_tag(caption: str, tag: str, _: str) -> str:
@@ -56,54 +56,6 @@ OPERATIONS: dict[str, Callable[[str, str, str], str]] = {
 }
 
 
-@dataclass
-class Change:
-    """A change of a folder's files that can be undone."""
-
-    line: str
-    """Description of the change."""
-    after: dict[Path, bytes | None]
-    """Content of each file after the change; None for a removed one."""
-    before: dict[Path, bytes | Path | None] = field(default_factory=dict)
-    """Content of each file before the change: None for a new file, a path in the trash for a removed one."""
-
-    def write(self, folder: Path) -> None:
-        """Write the files, and move removed ones to the trash; if one of them fails, change none."""
-        trash = new_place(folder)
-        try:
-            for path, content in self.after.items():
-                before: bytes | Path | None = content_of(path)
-                if content is None:
-                    before = trash / path.relative_to(folder)
-                    before.parent.mkdir(parents=True, exist_ok=True)
-                    path.rename(before)
-                else:
-                    put(path, content)
-                self.before[path] = before
-        except OSError:
-            self.restore()
-            raise
-
-    def undo(self) -> None:
-        """Restore all files, or raise `RunError` and restore none if one of them was changed since."""
-        for path, content in self.after.items():
-            if content_of(path) != content:
-                raise RunError(f"{path.name} was changed later, so nothing was restored; removed images are in .trash.")
-        self.restore()
-
-    def restore(self) -> None:
-        """Restore the files that were written or removed."""
-        for path, content in self.before.items():
-            if content is None:
-                path.unlink()
-            elif isinstance(content, bytes):
-                put(path, content)
-            else:
-                content.rename(path)
-                with contextlib.suppress(OSError):  # it has other files
-                    os.removedirs(content.parent)
-
-
 def put(path: Path, content: bytes) -> None:
     """Replace a file."""
     with replacing(path) as temporary:
@@ -115,12 +67,26 @@ def content_of(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
+def restore(before: Mapping[Path, bytes | Path | None]) -> None:
+    """Restore files that were written or removed: their content, their place in the trash, or None for a new file."""
+    for path, content in before.items():
+        if content is None:
+            path.unlink()
+        elif isinstance(content, bytes):
+            put(path, content)
+        else:
+            content.rename(path)
+            with contextlib.suppress(OSError):  # it has other files
+                os.removedirs(content.parent)
+
+
 class ImageEdits:
     """Edit and undo changes of the image folders that the page may show."""
 
     def __init__(self, jobs: Jobs) -> None:
         self.folders, self.jobs, self.looks = jobs.images, jobs, Looks()
-        self.changes: dict[Path, deque[Change]] = {}
+        self.last: dict[Path, Change] = {}
+        """The last change of each folder, which can be undone."""
         self.lock = threading.Lock()
 
     def look(self, name: object) -> Images:
@@ -159,11 +125,23 @@ class ImageEdits:
             except OSError as error:
                 raise RunError(f"Nothing was changed: {error.strerror or first_line(error)}.") from None
 
-    def write(self, images: Images, line: str, files: dict[Path, bytes | None]) -> None:
+    def write(self, images: Images, line: str, files: Files) -> None:
         """Replace files, and move those without content to the trash; if one of them fails, change none."""
-        change = Change(line, files)
-        change.write(images.folder.path)
-        self.changes.setdefault(images.folder.path, deque(maxlen=MOST)).append(change)
+        before, trash, folder = {}, new_place(images.folder.path), images.folder.path
+        try:
+            for path, content in files.items():
+                was: bytes | Path | None = content_of(path)
+                if content is None:
+                    was = trash / path.relative_to(folder)
+                    was.parent.mkdir(parents=True, exist_ok=True)
+                    path.rename(was)
+                else:
+                    put(path, content)
+                before[path] = was
+        except OSError:
+            restore(before)
+            raise
+        self.last[folder] = line, before, files
 
     def write_captions(self, images: Images, captions: Captions, line: str) -> None:
         """Write captions; `line` describes the change."""
@@ -205,32 +183,34 @@ class ImageEdits:
     def throw_away(self, folder: str, names: list[str]) -> str:
         """Move the named images to the folder's trash, and return a sentence that reports it.
 
-        Their caption files, masks and reference images are also moved, unless a remaining image uses them. All their
-        rows in a metadata table are removed.
+        Their caption files, masks and reference images are also moved, unless a remaining image uses them. Their rows
+        in a metadata table are removed.
         """
         with self.changing(folder) as images:
             if run := self.jobs.reader(images.folder.path):
                 raise RunError(f"{run.name} is training, maybe on these images; wait until it ends, or stop it first.")
-            paths = {image.path for image in images.find(names)}
-            chosen = {name: image for name, image in images.images.items() if image.path in paths}
+            chosen = {image.name: image for image in images.find(names)}
             files: dict[Path, bytes | None] = {}  # tables first, so that no row names a missing image
             for table in {image.table for image in chosen.values() if image.table}:
                 files[table] = with_rows(table, {}, [image for image in chosen.values() if image.table == table])
-            line = f"{pluralize(len(paths), 'image')} moved to the trash"
+            line = f"{pluralize(len(chosen), 'image')} moved to the trash"
             self.write(images, line, files | dict.fromkeys(files_of_only(chosen, images)))
         return f"{line[0].upper()}{line[1:]} (.trash in the folder, which training ignores)."
 
     def undo(self, folder: str) -> str:
         """Undo the last change of a folder, and return a sentence that reports it.
 
-        Raises `RunError` if one of its files was changed later. The next call then undoes the change before it.
+        Raises `RunError` if one of its files was changed later.
         """
         with self.changing(folder) as images:
-            if not (changes := self.changes.get(images.folder.path)):
+            if (change := self.last.pop(images.folder.path, None)) is None:
                 return "There is nothing to undo."
-            change = changes.pop()
-            change.undo()
-        return f"Undone: {change.line}."
+            line, before, after = change
+            for path, content in after.items():
+                if content_of(path) != content:
+                    raise RunError(f"{path.name} was changed later, so nothing was restored; see .trash in the folder.")
+            restore(before)
+        return f"Undone: {line}."
 
 
 def files_of_only(names: Container[str], images: Images) -> list[Path]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import os
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ class Image:
     """An image as the trainer reads it."""
 
     name: str
-    """Path of the file in the folder. If a table lists `a.png` twice, the second image is named `a.png (2)`."""
+    """Path of the file in the folder."""
     path: Path
     captions: tuple[str, ...] = ()
     """Captions used in training."""
@@ -76,10 +75,8 @@ class Images:
         return [self.images[name] for name in names]
 
     def add(self, path: Path, **values) -> None:
-        """Add an image under its path in the folder, as valid UTF-8; an equal name gets a number."""
+        """Add an image under its path in the folder, as valid UTF-8."""
         name = clean(Path(os.path.relpath(path, self.folder.path)).as_posix())
-        names = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
-        name = next(name for name in names if name not in self.images)
         self.images[name] = Image(name, path, **values)
 
 
@@ -136,11 +133,9 @@ def contents_of(folder: Path, caption: str | None, deep: bool) -> Found | None:
     `deep`: whether to read subfolders. Raises `InvalidArgument` if the folder cannot be read without them either.
     """
     options = defaults().replace(train_data_dir=str(folder))
-    for masked, column in itertools.product((True, False), (REFERENCE, None)):
-        training = dataclasses.replace(options.training, masked_loss=masked)
-        data = dataclasses.replace(options.data, conditioning_image_column=column)
-        with contextlib.suppress(InvalidArgument):
-            return read_folder(folder, data, training, options.output, caption, deep)
+    more = options.replace(masked_loss=True, conditioning_image_column=REFERENCE)
+    with contextlib.suppress(InvalidArgument):
+        return read_folder(folder, more.data, more.training, options.output, caption, deep)
     return read_folder(folder, options.data, options.training, options.output, caption, deep)
 
 
