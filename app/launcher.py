@@ -61,7 +61,8 @@ def words_of(option: Option, value: object) -> list[str]:
         found = (value.replace(",", " ") if option.parse is not str else value).split()
     if any(re.match(r"-(?!\d)", word) for word in found):  # it would be parsed as another option
         raise RunError(f"{option.name}: a value cannot begin with a hyphen.")
-    known = () if option.choices else form.choices(option)  # the trainer would import an optimizer by its path
+    # The trainer would import an optimizer or a method by its path.
+    known = form.choices(option) if not option.choices or option.name == "method" else ()
     if known and (wrong := [word for word in found if word not in known]):
         raise RunError(f"{option.name} {wrong[0][:80]}: choose from {', '.join(known)}.")
     return found

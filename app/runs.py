@@ -226,7 +226,8 @@ class Run:
         """Names of this run's methods in the order of training."""
         configured = self.words("method")
         names = dict.fromkeys([*configured, *self.entries()])
-        return [name for name in names if name in METHODS and (name in configured or self.inside(name))]
+        folders = {name for name in names if (path := self.inside(name)) and path.is_dir()}
+        return [name for name in names if name in METHODS and (name in configured or name in folders)]
 
     @property
     def prompts(self) -> list[str]:

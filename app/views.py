@@ -27,8 +27,23 @@ T = TypeVar("T")
 LARGEST_TILE = 320
 TILE, NARROW_TILE = 144, 72
 """Maximum width in pixels to which a small image is enlarged in a table or a card: on a wide page, on a narrow page."""
-NAMES = {name: method.title for name, method in METHODS.items()}
-COLORS = {name: method.color for name, method in METHODS.items()}
+
+
+class OfMethods(dict[str, str]):
+    """A property of methods by name, also of methods that are not built in."""
+
+    def __init__(self, attribute: str) -> None:
+        super().__init__({name: getattr(method, attribute) for name, method in METHODS.items()})
+        self.attribute = attribute
+
+    def __contains__(self, name: object) -> bool:
+        return name in METHODS
+
+    def __missing__(self, name: str) -> str:
+        return getattr(METHODS[name], self.attribute)
+
+
+NAMES, COLORS = OfMethods("title"), OfMethods("color")
 NOTHING = "&mdash;"
 SETTINGS = ["weights", "seed", "steps", "guidance", "strength", "size", "prompt", "negative"]
 """Columns of the table of generated images."""

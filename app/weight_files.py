@@ -69,7 +69,7 @@ def put_adapter(model: nn.Module, config: dict, targets: list[str] | str, weight
         reslora.load(model, weights.path)
     else:
         settings = AdapterSettings(config["rank"], config["lora_alpha"], 0.0, targets, total_steps=0)
-        adapter, record = adapter_config(weights.method, settings), read_object(weights.path / RECORD)
+        adapter, record = adapter_config(weights.method, settings, model), read_object(weights.path / RECORD)
         for name in ("rank_pattern", "alpha_pattern"):  # of a run that was initialized from a LoRA
             if name in record:
                 setattr(adapter, name, record[name])

@@ -51,6 +51,8 @@ CONFIG_NAME = "reslora_config.json"
 WEIGHTS_NAME = "reslora_model.safetensors"
 _NORMS = "reslora.norms"
 PEFT_PREFIX = "base_model.model."
+WRAPPER = "_peft_wrapper"
+"""Key in `vars` of a model whose adapter PEFT can save only with its wrapper, the value."""
 LAST_AMENDED = "8aaa5c1e"
 """The last commit with gated shortcuts, averaged shortcuts, and a factor of the shortcut terms."""
 
@@ -230,12 +232,18 @@ def adapter_state(model: nn.Module, adapter_name: str, keep_vars: bool = False) 
 
     With `keep_vars`, these are the parameters themselves.
     """
+    return {key.removeprefix(PEFT_PREFIX): value for key, value in peft_state(model, adapter_name, keep_vars).items()}
+
+
+def peft_state(model: nn.Module, adapter_name: str, keep_vars: bool = False) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors by their names in PEFT's files; see `adapter_state`."""
     outer = unwrap(model)
-    source = outer if isinstance(outer, PeftModel) else base_model(outer)
+    base = base_model(outer)
+    source = outer if isinstance(outer, PeftModel) else vars(base).get(WRAPPER, base)
     values = source.state_dict(keep_vars=True) if keep_vars else None
     with keeping_shortcuts():
         state = get_peft_model_state_dict(source, values, adapter_name, save_embedding_layers=False)
-    return {key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
+    return state if isinstance(source, PeftModel) else {PEFT_PREFIX + key: value for key, value in state.items()}
 
 
 def _fill(outer: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:

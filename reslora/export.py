@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .chains import base_model, lora_layers
-from .checkpoint import PEFT_PREFIX, adapter_state, jsonable
+from .checkpoint import PEFT_PREFIX, jsonable, peft_state
 from .guards import refuse_merged
 from .io import replacing, replacing_both, serialized, write_tensors
 from .ranks import changes_base, commonest, declare_scaling, whole
@@ -75,7 +75,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
     Raises `ValueError` if the adapter is connected or missing, or if PEFT's configuration cannot express its scales.
     """
     base = _plain(model, adapter_name)
-    state = {PEFT_PREFIX + key: value for key, value in adapter_state(model, adapter_name).items()}
+    state = peft_state(model, adapter_name)
     config = copy.deepcopy(base.peft_config[adapter_name])
     config.inference_mode = True
     declare_scaling(config, base, adapter_name)

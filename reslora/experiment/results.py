@@ -301,7 +301,9 @@ class Results:
             line = f"{record.UNFINISHED}{left} of {len(arms)} runs {is_or_are(left)} still to be trained after"
             minutes = f"--experiment_minutes {experiment.experiment_minutes:g}"
             yield f"{line} {minutes}; run the same command to resume for as long again"
-        there = {path.parent for method in METHODS for path in (schedule.folder / method).glob(f"**/seed-*/{ENDED}")}
+        folder = schedule.folder
+        kinds = METHODS.folders_in(folder)
+        there = {path.parent for method in kinds for path in (folder / method).glob(f"**/seed-*/{ENDED}")}
         if more := len(there - {schedule.folder_of(arm) for arm in arms}):
             others = "other methods, learning rates or seeds, which the folder contains too"
             yield f"left out: {pluralize(more, 'run')} of {others}"

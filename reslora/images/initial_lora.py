@@ -14,9 +14,9 @@ from torch import nn
 from ..content_hash import files_mark
 from ..errors import InvalidArgument
 from ..export import PEFT_FILE, lora_config
-from ..methods.adapters import attach
+from ..methods.adapters import attach, check_usable
 from ..methods.patterns import FIELDS, entries, spell_out
-from ..methods.registry import METHODS, AdapterSettings, adapter_config
+from ..methods.registry import METHODS, AdapterSettings, adapter_config, refusing_own
 from ..options.contradictions import refuse_other_than_lora
 from ..options.images import MethodOptions, Options, TrainingOptions
 from ..training.trained import Trained
@@ -94,7 +94,8 @@ def add_adapters(trained: Trained, method: str, steps: int, context: ImageContex
     for part in (None, *context.encoders):
         model = trained.parts[part.name] if part else trained.denoiser
         targets = part.targets_in(model) if part else None
-        config = config_of(method, options.adapter, steps, targets, None if part else start)
+        seed_adapter(options.training, part)  # a method that the user brings may create tensors already
+        config = config_of(method, options.adapter, steps, targets, None if part else start, model)
         add_adapter(model, method, options.adapter, options.training, config, part)
     if start is not None:
         start.copy_to(trained.denoiser)
@@ -114,9 +115,17 @@ def add_adapter(
     """
     if part is None and (adapter.rank_pattern or adapter.alpha_pattern):
         spell_out(model, config)
-    torch.manual_seed(derive(training.seed, "adapter", *([part.name] if part else [])))
-    attach(model, config, adapter.reslora_config if METHODS[method].shortcuts else None, in_place=True)
+    seed_adapter(training, part)
+    with refusing_own(method):
+        attach(model, config, adapter.reslora_config if METHODS[method].shortcuts else None, in_place=True)
+        if METHODS[method].own:
+            check_usable(model)
     cast_training_params(model, dtype=torch.float32)
+
+
+def seed_adapter(training: TrainingOptions, part: Part | None) -> None:
+    """Seed torch for the initial values of a part's adapter."""
+    torch.manual_seed(derive(training.seed, "adapter", *([part.name] if part else [])))
 
 
 def config_of(
@@ -125,11 +134,12 @@ def config_of(
     total_steps: int,
     targets: list[str] | str | None = None,
     start: Start | None = None,
+    model: nn.Module | None = None,
 ) -> PeftConfig:
     """Return PEFT's configuration of the method's adapter, for `targets` or by default the targets of the denoiser.
 
     With `start`, each layer has the rank and alpha that it has in the initial LoRA. Rank and alpha patterns of the
-    options apply only to the denoiser.
+    options apply only to the denoiser. `model` gets the adapter; only a method that the user brings reads it.
     """
     patterns: dict[str, Any] = {} if targets else {name: entries(name, getattr(options, name)) for name in FIELDS}
     settings = AdapterSettings(
@@ -137,7 +147,7 @@ def config_of(
         targets=targets or targets_of(options.target_modules), total_steps=total_steps,
         init_lora_weights=options.initialization_of(method), **patterns,
     )  # fmt: skip
-    config = adapter_config(method, settings)
+    config = adapter_config(method, settings, model)
     if start is not None:
         start.configure(config)
     return config

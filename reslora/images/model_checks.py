@@ -13,11 +13,11 @@ from torch import nn
 
 from ..errors import InvalidArgument, first_line, refused_as
 from ..formatting import pluralize
-from ..methods.adapters import check_rank, narrowest_layer, rank_allocator, targeted
+from ..methods.adapters import check_rank, narrowest_layer, rank_allocator
 from ..methods.control_scales import gauged
 from ..methods.links import print_links
 from ..methods.registry import METHODS
-from ..methods.targets import check_layers
+from ..methods.targets import check_layers, targeted
 from ..options.images import (
     DEFAULT_RANK,
     HELD_OUT,
@@ -144,7 +144,7 @@ def with_rank(options: Options, model: Model, accelerator: Accelerator) -> Optio
         matches(targets, "")
     wanted, denoiser = options.replace(rank=DEFAULT_RANK, lora_alpha=1), model.empty_denoiser()
     found = [
-        narrowest_layer(denoiser, config_of(method, wanted.adapter, total_steps=1000))
+        narrowest_layer(denoiser, config_of(method, wanted.adapter, total_steps=1000, model=denoiser))
         for method in options.adapter.method
     ]
     name, least = min(found, key=lambda layer: layer[1])
@@ -165,7 +165,7 @@ def check_methods(adapter: MethodOptions, training: TrainingOptions, context: Im
         denoiser = model.empty_denoiser()
         if method == adapter.method[0]:
             check_targets(denoiser, adapter, context.print_once)
-        config = config_of(method, adapter, total_steps=1000, start=context.start)
+        config = config_of(method, adapter, total_steps=1000, start=context.start, model=denoiser)
         try:
             check_rank(denoiser, config)
         except ValueError as error:
@@ -256,7 +256,7 @@ def check_encoders(pipeline: DiffusionPipeline, context: ImageContext) -> None:
     options, family = context.options, context.model.family
     for part, method in itertools.product(context.encoders, options.adapter.method):
         encoder = meta_copy(getattr(pipeline, part.name))
-        config = config_of(method, options.adapter, total_steps=1000, targets=part.targets_in(encoder))
+        config = config_of(method, options.adapter, 1000, part.targets_in(encoder), model=encoder)
         fix = "change the option that the error names, or leave --train_text_encoder out"
         with refused_as(f"--method {method}, {part.name}", fix, (ValueError, RuntimeError)):
             try_method(encoder, method, options.adapter, options.training, config, part)
@@ -272,11 +272,12 @@ def check_learning_rates(pipeline: DiffusionPipeline, context: ImageContext) -> 
     options, (method, *_) = context.options, context.options.adapter.method
     if not options.optimizer.lr_pattern:
         return
-    config = config_of(method, options.adapter, total_steps=1000, start=context.start)
-    layers = [name for name, _ in targeted(context.model.empty_denoiser(), config)]
+    denoiser = context.model.empty_denoiser()
+    config = config_of(method, options.adapter, total_steps=1000, start=context.start, model=denoiser)
+    layers = [name for name, _ in targeted(denoiser, config)]
     for part in context.encoders:
         encoder = getattr(pipeline, part.name)
-        config = config_of(method, options.adapter, total_steps=1000, targets=part.targets_in(encoder))
+        config = config_of(method, options.adapter, 1000, part.targets_in(encoder), model=encoder)
         layers += [f"{part.name}.{name}" for name, _ in targeted(encoder, config)]
     factors_of_layers(options.optimizer, layers)
 

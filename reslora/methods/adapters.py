@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from peft import (
     AdaLoraConfig,
+    LoHaConfig,
     LoKrConfig,
     LoraConfig,
     OFTConfig,
@@ -27,7 +28,7 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.tuners.adalora import AdaLoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -44,10 +45,10 @@ from ..model import connect, connection_of
 from ..ranks import changes_base
 from . import controls, initial
 from .controls import DEFAULT
+from .targets import CONVOLUTIONS, targeted
+from .updates import UpdatesConfig, has_updates, put
 
 ADAPTER_NAME = "adapter.safetensors"
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LAYERS = (nn.Linear, Conv1D, *CONVOLUTIONS, nn.Embedding)  # that PEFT adapts; quantized layers may have other types
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 _RANKS = "ranks"
 _CONTROL = "control"  # key in the file's header
@@ -128,7 +129,7 @@ def check_rank(model: nn.Module, config: PeftConfig) -> None:
     OFT accept any value, because their parameter `rank` is not the rank of the update: a large value means full factors
     or blocks.
     """
-    rank = config.target_r if isinstance(config, AdaLoraConfig) else config.r
+    rank = config.target_r if isinstance(config, AdaLoraConfig) else getattr(config, "r", 0)
     name, least = narrowest_layer(model, config)
     if rank > least:
         raise ValueError(
@@ -140,9 +141,10 @@ def check_rank(model: nn.Module, config: PeftConfig) -> None:
 def narrowest_layer(model: nn.Module, config: PeftConfig) -> tuple[str, float]:
     """Return the name of the adapted layer with the smallest dimension, and that dimension, the maximum useful rank.
 
-    The maximum is infinite for LoKr and OFT, and if no layer is adapted. Layers in `rank_pattern` are not considered.
+    The maximum is infinite for LoKr, OFT and methods without a rank, and if no layer is adapted. Layers in
+    `rank_pattern` are not considered.
     """
-    if isinstance(config, (LoKrConfig, OFTConfig)):
+    if isinstance(config, (LoKrConfig, OFTConfig)) or not hasattr(config, "r"):
         return "", math.inf
     own = getattr(config, "rank_pattern", None) or {}
     layers = (layer for layer in targeted(model, config) if get_pattern_key(own.keys(), layer[0]) not in own)
@@ -157,30 +159,45 @@ def smaller_side(module: nn.Module) -> int:
     return min(module.weight.shape[0], math.prod(module.weight.shape[1:]))
 
 
-def targeted(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, layer) for the layers that PEFT will adapt; `modules_to_save`, trained in full, are excluded."""
-    whole = [f".{part}." for part in config.modules_to_save or ()]
-    for name, module in model.named_modules():
-        if any(part in f".{name}." for part in whole):
-            continue
-        every = config.target_modules == "all-linear"
-        kinds = (nn.Linear, Conv1D) if every else LAYERS
-        if isinstance(module, kinds) and (every or check_target_module_exists(config, name)):
-            yield name, module
-
-
 def _add(model: nn.Module, config: PeftConfig, in_place: bool) -> nn.Module:
     if not in_place:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+        if isinstance(config, UpdatesConfig):
+            put(adapted, config)
+        return adapted
     if isinstance(config, AdaLoraConfig):
         # `add_adapter` would discard the rank allocator. This is a plain attribute, which no `state_dict` includes.
         model._rank_allocator = RankAllocator(AdaLoraModel(model, config, DEFAULT))
         model._hf_peft_config_loaded = True
+    elif not isinstance(config, (LoraConfig, LoHaConfig, LoKrConfig, OFTConfig)):
+        # Some of PEFT's tuners share tensors over layers. They belong to the wrapper, which also saves them.
+        vars(model)[checkpoint.WRAPPER] = get_peft_model(model, config)
+        if hasattr(model, "_hf_peft_config_loaded"):
+            model._hf_peft_config_loaded = True
     elif isinstance(model, PreTrainedModel):
         inject_adapter_in_model(config, model)  # `add_adapter` of newer transformers may refuse this version of PEFT
     else:
         model.add_adapter(config)
+    if isinstance(config, UpdatesConfig):
+        put(model, config)
     return model
+
+
+def check_usable(model: nn.Module) -> None:
+    """Raise `ValueError` for an adapter that trains nothing, or that cannot be saved or merged.
+
+    This is for methods that the user brings.
+    """
+    trained = {name for name, value in unwrap(model).named_parameters() if value.requires_grad}
+    if not trained:
+        raise ValueError("it leaves nothing trainable")
+    if unsaved := sorted(trained - trained_state(model).keys()):
+        raise ValueError(f"{unsaved[0]} is trained, but is not in one of PEFT's layers, so that it would not be saved")
+    for name, layer in base_model(model).named_modules():
+        if isinstance(layer, BaseTunerLayer) and type(layer).merge is BaseTunerLayer.merge:
+            raise ValueError(f"{name} is {type(layer).__name__}, which PEFT cannot merge into the weights")
+    if not has_updates(model):
+        checkpoint.adapter_state(model, DEFAULT)  # PEFT's own errors
 
 
 # -- AdaLoRA -----------------------------------------------------------------------------------------------------------
@@ -313,7 +330,7 @@ def remove_adapters(base: nn.Module) -> None:
             parent, _, last = name.rpartition(".")
             setattr(base.get_submodule(parent), last, module.get_base_layer())
     del base.peft_config
-    for name in ("_rank_allocator", "_control"):
+    for name in ("_rank_allocator", "_control", checkpoint.WRAPPER):
         vars(base).pop(name, None)
     if hasattr(base, "_hf_peft_config_loaded"):
         base._hf_peft_config_loaded = False

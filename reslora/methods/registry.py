@@ -11,11 +11,14 @@ import math
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, refused_as
+from . import own
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -113,6 +116,16 @@ def on_original_base(model: nn.Module) -> nn.Module:
     return merged(model)
 
 
+def plain_if_lora(model: nn.Module) -> nn.Module:
+    """Return a method that the user brings as plain LoRA if it is LoRA or AdaLoRA; other adapters are unchanged."""
+    from peft import AdaLoraConfig
+
+    from ..chains import base_model
+
+    ada = any(isinstance(config, AdaLoraConfig) for config in base_model(model).peft_config.values())
+    return adalora_as_lora(model) if ada else on_original_base(model)
+
+
 def adalora_as_lora(model: nn.Module) -> nn.Module:
     """Return AdaLoRA as plain LoRA; see `adapters.as_plain_lora`."""
     from .adapters import as_plain_lora
@@ -132,8 +145,8 @@ class Method:
     """Description in one line."""
     color: str
     """Color of its curve on the application's page."""
-    config: Callable[[AdapterSettings], PeftConfig]
-    """Function that returns PEFT's configuration for the settings."""
+    config: Callable[..., PeftConfig]
+    """Function that returns PEFT's configuration for the settings; if `own` is set, it takes the model, too."""
     plain_lora: Callable[[nn.Module], nn.Module] | None = on_original_base
     """Function that converts the trained (and merged) model to plain LoRA, for the files of diffusers and kohya.
 
@@ -159,6 +172,10 @@ class Method:
     """Whether the method's scale depends on an alpha."""
     trains_b: bool = True
     """Whether the method trains LoRA's matrices A and B, so that LoRA+ can give B its own learning rate."""
+    ranked: bool = True
+    """Whether the method has a rank."""
+    own: bool = False
+    """Whether the user brings the method; see the module `own`."""
     least_steps: int = 1
     """Minimum number of steps, for methods that reallocate ranks."""
 
@@ -178,8 +195,42 @@ class Method:
         return self.shortcuts or self.measured
 
 
-METHODS = {
-    row.name: row
+@cache
+def _own_row(name: str) -> Method:
+    """Return the row of a method that a user brings; its module is imported only if PEFT has it."""
+    fields = own.fields_of(name)
+
+    def has(*settings: str) -> bool:
+        """Return whether the method uses one of these settings; a function gets all of them."""
+        return fields is None or not fields.isdisjoint(settings)
+
+    return Method(
+        name, own.title_of(name), own.help_of(name), own.color_of(name),
+        partial(own.configuration, name), plain_if_lora, of_layers=has("rank_pattern"),
+        dropout=fields is None or own.dropout_in(fields) is not None, alpha=has("alpha", "lora_alpha"), ranked=has("r"),
+        own=True,
+    )  # fmt: skip
+
+
+class Methods(dict[str, Method]):
+    """The built-in methods by name. A method that a user brings is also found by its name, but not listed."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or own.is_own(name)
+
+    def __missing__(self, name: str) -> Method:
+        if not own.is_own(name):
+            raise KeyError(name)
+        return _own_row(name)
+
+    def folders_in(self, folder: Path) -> list[str]:
+        """Return the built-in methods, and the others that have a directory in `folder`."""
+        there = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        return [*self, *(name for name in there if own.is_own(name))]
+
+
+METHODS = Methods(
+    (row.name, row)
     for row in (
         Method("lora", "LoRA", "plain LoRA", "#8a8f98", lora),
         Method(
@@ -216,12 +267,21 @@ METHODS = {
             None, of_layers=False, dropout=False, alpha=False, trains_b=False,
         ),
     )
-}  # fmt: skip
+)  # fmt: skip
 
 
-def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
-    """Return PEFT's configuration of a method in `METHODS`; ResLoRA uses LoRA's."""
-    return METHODS[method].config(settings)
+def adapter_config(method: str, settings: AdapterSettings, model: nn.Module | None = None) -> PeftConfig:
+    """Return PEFT's configuration of a method in `METHODS`; ResLoRA uses LoRA's.
+
+    A method that the user brings gets the `model`, which has no adapter.
+    """
+    row = METHODS[method]
+    return row.config(settings, model) if row.own else row.config(settings)
+
+
+def refusing_own(method: str) -> AbstractContextManager[None]:
+    """Return a context that converts every error of a method that the user brings into an `InvalidArgument`."""
+    return refused_as(own.flag_of(method), own.FIX) if METHODS[method].own else nullcontext()
 
 
 ZERO_B = ("true", "gaussian")
@@ -243,15 +303,18 @@ def initialization(text: str) -> str:
 def known_method(text: str) -> str:
     """Return the name of a method; the parser of an option, which compares it with `METHODS`.
 
-    Raises `ArgumentTypeError` for methods that are initializations.
+    A method that the user brings is named by its module and function, with a colon or a dot between them. Raises
+    `ArgumentTypeError` for methods that are initializations, and for a name with a colon of another form.
     """
+    if ":" in text and not own.is_own(text := text.replace(":", ".")):
+        raise ArgumentTypeError(f"{text!r} is not {own.FORM}")
     if text in ("pissa", "orthogonal"):
         raise ArgumentTypeError(f"{text!r} is an initialization: give --method lora --init_lora_weights {text}")
     return text
 
 
 DEFAULT_PRE_NUM = 4
-IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())
+IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values()) + f". Or a method of your own: {own.FORM}"
 """Methods and their descriptions, for the help of options."""
 
 

@@ -1,16 +1,30 @@
-"""Report target modules that cannot be adapted, such as a list of layers, and suggest others; PEFT does neither."""
+"""Find target modules, report those that cannot be adapted, such as a list of layers, and suggest others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import InvalidArgument
-from .adapters import LAYERS
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (nn.Linear, Conv1D, *CONVOLUTIONS, nn.Embedding)  # that PEFT adapts; quantized layers may have other types
 MOST_NAMED = 8  # maximum number of layers of a module that a message suggests
+
+
+def targeted(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, layer) for the layers that PEFT will adapt; `modules_to_save`, trained in full, are excluded."""
+    whole = [f".{part}." for part in config.modules_to_save or ()]
+    for name, module in model.named_modules():
+        if any(part in f".{name}." for part in whole):
+            continue
+        every = config.target_modules == "all-linear"
+        kinds = (nn.Linear, Conv1D) if every else LAYERS
+        if isinstance(module, kinds) and (every or check_target_module_exists(config, name)):
+            yield name, module
 
 
 def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence[str] = ()) -> None:

@@ -7,6 +7,7 @@ from ..checks import is_subtracted
 from ..errors import InvalidArgument
 from ..formatting import pluralize
 from ..merges import MERGES
+from ..methods import own
 from ..methods.patterns import FIELDS, entries
 from ..methods.registry import METHODS, ZERO_B, refuse_settings
 from ..shortcuts import PLAIN, shortcut_class
@@ -46,11 +47,14 @@ def refuse_empty(given: Given, names: Iterable[str]) -> None:
 
 
 def check_method(options: SharedMethodOptions, calibration: str) -> None:
-    """Raise `InvalidArgument` for options that a method does not support, or for missing calibration samples.
+    """Raise `InvalidArgument` for a method that is not found, options that it does not support, or missing samples.
 
     Some merges, and the control method `lora_matched`, need calibration samples. `calibration` is the
     name of the script's option for their number.
     """
+    for name in options.method:
+        if METHODS[name].own:
+            own.find(name)
     patterns = {name: getattr(options, name) for name in FIELDS}
     refuse_settings(options.method, options.lora_dropout, patterns)
     for name, texts in patterns.items():

@@ -53,7 +53,8 @@ class SharedMethodOptions:
 
     method: list[str] = option(["reslora"], f"which adapter is trained. {IN_WORDS}", known_method, choices=METHODS,
         essential="lora, reslora, lora_x2, dora, ...; several are compared")
-    rank: int = option(None, "rank of the update matrices", whole(1, HIGHEST_RANK), varies=True, essential=True)
+    rank: int = option(None, "rank of the update matrices", whole(1, HIGHEST_RANK), varies=True, essential=True,
+        read_by="ranked")
     lora_alpha: float = option(None, "scale times rank", POSITIVE, or_else="twice the rank", read_by="alpha",
         yields_to="rank", variable=True, kohya=("network_alpha",))
     rank_pattern: list[str] | None = option(None, PATTERNS["rank_pattern"], metavar="NAME=VALUE")
@@ -104,7 +105,8 @@ class SharedExperimentOptions:
         or_else="0.1")
     reference: str | None = free(None,
         "method with which the others are compared; if options vary, also one variant of a method, by its name in the "
-        "report, such as 'lora rank 4'", or_else="lora, or the first variant of a single other method", metavar="NAME")
+        "report, such as 'lora rank 4'", known_method, or_else="lora, or the first variant of a single other method",
+        metavar="NAME")
     against: str | None = free(None,
         "reference: compare every method with the reference only, which shows smaller differences. all: compare all "
         "pairs, to find the best methods. Averages are compared with their own method only",

@@ -44,7 +44,11 @@ def locked(folder: Path) -> Iterator[None]:
             problem = f"cannot be written ({error.strerror})"
             raise InvalidArgument(f"--output_dir {folder}", problem, "choose another folder") from None
         try:
-            parts = [folder / method / part for method in ("", *METHODS) for part in (".", "samples", "best")]
+            parts = [
+                folder / method / part
+                for method in ("", *METHODS.folders_in(folder))
+                for part in (".", "samples", "best")
+            ]
             for place in (folder, folder / "cache", *parts):
                 remove_leftovers(place)
             yield

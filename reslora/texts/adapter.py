@@ -14,10 +14,10 @@ from ..chains import base_model, lora_layers
 from ..errors import InvalidArgument, refused_as
 from ..formatting import pluralize
 from ..methods import adapters
-from ..methods.adapters import check_rank, known_targets
+from ..methods.adapters import check_rank, check_usable, known_targets
 from ..methods.control_scales import gauged
 from ..methods.patterns import entries, spell_out
-from ..methods.registry import METHODS, AdapterSettings, adapter_config, check_steps
+from ..methods.registry import METHODS, AdapterSettings, adapter_config, check_steps, refusing_own
 from ..methods.targets import check_layers
 from ..options.texts import MethodOptions
 
@@ -44,8 +44,10 @@ def attach(
     """
     config, flag = config_for(model, adapter, total_steps, modules_to_save)
     shortcuts = adapter.reslora_config if METHODS[adapter.name].shortcuts else None
-    with refused_as(flag, "name other layers, or another --method", UNFIT):
+    with refused_as(flag, "name other layers, or another --method", UNFIT), refusing_own(adapter.name):
         adapted = adapters.attach(model, config, shortcuts, example_inputs)
+        if METHODS[adapter.name].own:
+            check_usable(adapted)
         if METHODS[adapter.name].measured:
             with gauged(adapted, adapter.reslora_config, example_inputs):
                 pass
@@ -71,7 +73,7 @@ def config_for(
         rank_pattern=entries("rank_pattern", adapter.rank_pattern),
         alpha_pattern=entries("alpha_pattern", adapter.alpha_pattern),
     )  # fmt: skip
-    config = adapter_config(adapter.name, settings)
+    config = adapter_config(adapter.name, settings, model)
     with refused_as(f"--lora_r {adapter.rank}", "give a smaller one, or name other --target_modules", UNFIT):
         check_rank(model, config)
     spell_out(model, config)

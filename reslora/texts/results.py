@@ -19,7 +19,9 @@ from ..io import remove, remove_leftovers, replacing, write_json
 from ..merges import AUTO, MERGES
 from ..methods import initial
 from ..methods.adapters import rank_allocator
+from ..methods.conversion import CONVERSION, conversion_in_words, convert, is_plain, write_converted
 from ..methods.registry import METHODS
+from ..methods.updates import has_updates
 from ..model import Connection, MergeReport, connection_of, merge
 from ..options.texts import MethodOptions
 from ..runtime.folder_lock import check_held
@@ -133,6 +135,7 @@ def export(
 
     - `peft/`: a plain adapter, with which PEFT computes the merged model's logits.
     - `chains.json` and `merge.json`, if the model was connected: its chains of blocks, and the report.
+    - `lora/` and `conversion.json`, for a method that the user brings: see `_export_adapter`.
     - `merged/`, with --merge_and_save: the base model with the adapter merged in float32, and the tokenizer, for
       transformers. Without --merge_and_save, a `merged/` of an earlier export is removed.
 
@@ -147,10 +150,27 @@ def export(
         remove_leftovers(folder / "peft")  # of a process that was killed while writing
         if allocator := rank_allocator(model):
             allocator.read_ranks()
-        export_peft(model, folder / "peft")
+        _export_adapter(model, folder, adapter)
         if adapter.merge_and_save:
             _write_merged(base_model(model), folder / "merged", tokenizer)
     return report
+
+
+def _export_adapter(model: PeftModel, folder: Path, adapter: MethodOptions) -> None:
+    """Write `peft/`, and for a method that the user brings and that is not LoRA, PEFT's conversion to LoRA.
+
+    The LoRA is in `lora/`, or in `peft/` if PEFT does not have the method; `conversion.json` has its error.
+    """
+    own = METHODS[adapter.name].own and not is_plain(model)
+    found = convert(model, adapter.rank) if own else None
+    if not has_updates(model):
+        export_peft(model, folder / "peft")
+    if found is not None:
+        converted, error = found
+        write_converted(model, converted, folder / ("peft" if has_updates(model) else "lora"))
+        record = {"rank": adapter.rank, "error": error}
+        write_json(folder / CONVERSION, record)
+        print(f"{METHODS[adapter.name].title}: {conversion_in_words(record)}", flush=True)
 
 
 def _write_merged(base: PreTrainedModel, directory: Path, tokenizer) -> None:

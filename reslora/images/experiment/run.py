@@ -206,7 +206,7 @@ def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str
     earlier = read_experiment(folder)
     there, methods = earlier.get("identity"), methods_of(earlier)
     if there is None:
-        for method in METHODS:
+        for method in METHODS.folders_in(folder):
             if checkpoints_of(folder / method) or (folder / method / EXPORTS).exists():
                 problem = "contains a single run, which is not an experiment"
                 raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")

@@ -66,7 +66,7 @@ def example(method: str, repository: str, context: ImageContext) -> list[str]:
     lines = loading_base(context)
     if predicted := options.model.prediction_type:
         lines.append(f'pipeline.scheduler.register_to_config(prediction_type="{predicted}")')
-    if METHODS[method].plain_lora:
+    if (context.folder_of(method) / DIFFUSERS_FILE).is_file():
         # Name the file, because diffusers would otherwise load the first one in the repository.
         place = "" if len(options.adapter.method) == 1 else f'subfolder="{method}", '
         return [*lines, f'pipeline.load_lora_weights("{repository}", {place}weight_name="{DIFFUSERS_FILE}")']

@@ -20,6 +20,7 @@ from ...errors import Diverged, RunFailed, first_line
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from ...io import Damaged, check_checksums, remove, replacing, write_json
 from ...methods.adapters import load_adapter
+from ...methods.conversion import CONVERSION, conversion_in_words, convert, is_plain, with_lora
 from ...methods.registry import METHODS, Method
 from ...model import MergeReport, merge
 from ...runtime.checkpoint_folders import EXPORTS
@@ -39,7 +40,7 @@ from ..prompts import prompts_of
 from .calibration_file import write_calibration
 from .lycoris_file import write_lycoris_file
 from .merged_weights import write_merged
-from .reading_back import PEFT_FOLDER, Parts, read_back, values_of
+from .reading_back import PEFT_FOLDER, Parts, peft_parts, read_back, values_of
 from .reports import FINISHED, MERGED, save_images
 from .sampling import Sampler, as_image
 
@@ -103,11 +104,31 @@ def export_merged(
     for number, (part, found) in enumerate(merged.items()):
         accelerator.print(f"{name}: {f'{part} ' if number else ''}{found.report}")
     context.status.say("writing files", name)
-    write_formats(parts, method, kohya_metadata(denoiser.config, training_data, schedule, context), context)
+    converted = as_converted(parts, method, context) if METHODS[method].own else None
+    metadata = kohya_metadata(denoiser.config, training_data, schedule, context)
+    write_formats(parts, method, metadata, context, converted)
     if drawn:
         save_images(folder / MERGED, list(map(as_image, drawn)), options.validation.validation_prompt)
     context.status.say("checking the exported files", name)
-    return read_back(parts, method, sampler.pipeline, context)
+    return read_back(parts, method, sampler.pipeline, context, converted)
+
+
+def as_converted(parts: Parts, method: str, context: ImageContext) -> Parts | None:
+    """Return the trained modules with plain LoRA, for LoRA files of a method that the user brings; None if impossible.
+
+    An adapter that is not LoRA is converted by PEFT; this prints the error and writes it to `conversion.json`.
+    """
+    note, rank = context.folder_of(method) / CONVERSION, context.options.adapter.rank
+    note.unlink(missing_ok=True)
+    if all(map(is_plain, parts.values())):
+        return parts
+    found = {name: convert(part, rank) for name, part in parts.items()}
+    if not all(found.values()):
+        return None
+    record = {"rank": rank, "error": max(error for _, error in found.values())}
+    write_json(note, record)
+    context.accelerator.print(f"{context.name_of(method)}: {conversion_in_words(record)}")
+    return {name: with_lora(part, found[name][0]) for name, part in parts.items()}
 
 
 def refuse_diverged(name: str, what: str, values: Iterable[torch.Tensor]) -> None:
@@ -258,10 +279,12 @@ def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
 # -- exporting ---------------------------------------------------------------------------------------------------------
 
 
-def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: ImageContext) -> None:
+def write_formats(
+    parts: Parts, method: str, metadata: dict[str, str], context: ImageContext, converted: Parts | None = None
+) -> None:
     """Write every format that the method supports; a disk too full for merged weights has the small files already."""
     family, folder = context.model.family, context.folder_of(method)
-    write_adapters(parts, folder, family, METHODS[method], metadata)
+    write_adapters(parts, folder, family, METHODS[method], metadata, converted)
     for name, part in parts.items() if context.writes_merged else ():
         if name == family.denoiser:
             write_merged(part, folder / name, context.model.stored_denoiser())
@@ -269,18 +292,27 @@ def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: 
             export.export_merged(part, folder / name)
 
 
-def write_adapters(parts: Parts, folder: Path, family: Family, method: Method, metadata: dict[str, str]) -> None:
+def write_adapters(
+    parts: Parts,
+    folder: Path,
+    family: Family,
+    method: Method,
+    metadata: dict[str, str],
+    converted: Parts | None = None,
+) -> None:
     """Write PEFT's folder, and the method's plain LoRA files or its file in LyCORIS's format.
 
     There is a LoRA file for each of the family's formats, and each contains all modules. Files that an earlier training
-    wrote in other formats are removed last, so that a full disk does not lose them.
+    wrote in other formats are removed last, so that a full disk does not lose them. `converted`: the result of
+    `as_converted`, for a method that the user brings.
     """
+    lora = converted if method.own else parts if method.plain_lora else None
     with replacing(folder / PEFT_FOLDER) as temporary:
-        for name, part in parts.items():
+        for name, part in peft_parts(parts, converted).items():
             export.export_peft(part, peft_folder(temporary, name, family))
     written: set[str] = set()
-    if method.plain_lora:
-        write_lora(parts, folder, family, metadata)
+    if lora:
+        write_lora(lora, folder, family, metadata)
         written = {*family.lora_files, DIFFUSERS_FILE}
     elif method.lycoris:
         write_lycoris_file(parts, folder / LYCORIS_FILE, family, metadata)

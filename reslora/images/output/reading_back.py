@@ -19,6 +19,7 @@ from ...export import DIFFUSERS_FILE, LYCORIS_FILE, Factors
 from ...lycoris import merged_weight
 from ...methods.adapters import remove_adapters
 from ...methods.registry import METHODS
+from ...methods.updates import has_updates
 from ..context import ImageContext
 from ..model.families.base import Family
 from ..model.lora_files.writing import peft_folder
@@ -36,11 +37,18 @@ Differences = dict[str, float]
 """Relative differences (of the Frobenius norm), by the name of a layer or tensor."""
 
 
-def read_back(parts: Parts, method: str, pipeline: DiffusionPipeline, context: ImageContext) -> dict[str, float]:
+def peft_parts(parts: Parts, converted: Parts | None) -> Parts:
+    """Return the modules that are written in PEFT's format: the converted ones of a method that PEFT lacks."""
+    return converted if converted and any(map(has_updates, parts.values())) else parts
+
+
+def read_back(
+    parts: Parts, method: str, pipeline: DiffusionPipeline, context: ImageContext, converted: Parts | None = None
+) -> dict[str, float]:
     """Return the largest relative difference between each exported file and the merged model.
 
     It compares the updates of the layers in a LoRA file, the parameters and scales in PEFT's folder, and the tensors of
-    merged weights. `parts` have the merged adapters; afterwards they have none.
+    merged weights. `parts` have the merged adapters; afterwards they have none. `converted`: as in `write_adapters`.
 
     Raises `RunFailed` if a file cannot be read, or differs by more than ROUNDING.
     """
@@ -57,8 +65,9 @@ def read_back(parts: Parts, method: str, pipeline: DiffusionPipeline, context: I
             check(part, partial(of_merged, module, folder / part, stored))
     if METHODS[method].lycoris:
         check(LYCORIS_FILE, partial(of_lycoris, parts, folder / LYCORIS_FILE, family))
-    updates = updates_of(parts) if METHODS[method].plain_lora else {}
-    values = values_of(parts)
+    row = METHODS[method]
+    lora = converted if row.own else parts if row.plain_lora else None
+    updates, values = updates_of(lora or {}), values_of(peft_parts(parts, converted))
     for module in parts.values():
         remove_adapters(module)
     with override_attributes(pipeline, **parts):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from ...io import read_object, replacing
+from ...methods.conversion import CONVERSION, conversion_in_words
 from ...methods.registry import METHODS
 from ...options.images import MethodOptions, OutputOptions, ValidationOptions
 from ...plots.figures import comparison, loss_curves
@@ -36,7 +37,7 @@ def write_figures(
     output, measured = Path(output_options.output_dir), min(held_out, validation.max_validation_images)
     if validation.validation_prompt and validation.num_validation_images:
         write_comparison(adapter, validation, output_options, output / "comparison.png", training_images(COLUMNS + 3))
-    if len(adapter.method) == 1 and METHODS[adapter.method[0]].plain_lora:
+    if len(adapter.method) == 1 and (output / adapter.method[0] / DIFFUSERS_FILE).is_file():
         with replacing(output / DIFFUSERS_FILE) as temporary:
             shutil.copyfile(output / adapter.method[0] / DIFFUSERS_FILE, temporary)
     elif (output / DIFFUSERS_FILE).exists():
@@ -109,6 +110,8 @@ def print_summary(adapter: MethodOptions, output_options: OutputOptions) -> None
         best = record.get("best")
         of = f"{Best(output, **best)}, which has the lowest validation loss, {best['loss']:.5f}" if best else ""
         lines.append(f"  {method + '/':<36}{of}".rstrip())
+        if conversion := read_object(output / method / CONVERSION):
+            lines.append(f"    {conversion_in_words(conversion)}")
         for name, difference in record["read_back"].items():
             found = f"differs by {difference:.0e}" if difference else "equal"
             lines.append(f"    {name:<34}{uses.get(name, ''):<62}read back: {found}")
