@@ -84,18 +84,12 @@ def translated(error: Exception) -> gr.Error:
     return gr.Error("An unexpected error occurred; see the terminal for details.", print_exception=False)
 
 
-def paths_of(payload) -> list[str]:
-    """Return the paths of uploaded files from the payload of an event with `preprocess=False`.
+def path_of(payload) -> Path | None:
+    """Return the path of an uploaded file from the payload of an event with `preprocess=False`; None without a file.
 
     Gradio's preprocessing would reject an API client's wrong value before the handler can explain the error.
     """
-    files = payload if isinstance(payload, list) else [payload] if payload else []
-    return [file["path"] for file in files]
-
-
-def path_of(payload) -> Path | None:
-    """Return the path of an uploaded file from such a payload; None without a file."""
-    return next(map(Path, paths_of(payload)), None)
+    return Path(payload["path"]) if payload else None
 
 
 class Blocks(gr.Blocks):

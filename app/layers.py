@@ -8,7 +8,7 @@ from .runs import Run, number
 from .verdict import merge_warning
 from .views import notice
 
-COLUMNS = ["layer", "place", "shortcut from", "merge error", "alpha*", "norm / LoRA's"]
+COLUMNS = ["layer", "place", "shortcut from", "merge error", "alpha*"]
 ABOUT = """
 Each row is a layer that ResLoRA trains.
 
@@ -18,8 +18,6 @@ Each row is a layer that ResLoRA trains.
   it is large, compare the images of several merge methods: the axis *merge* of the X/Y grid under *Generate*.
 - *alpha\\**: how much the merge adds to the layer in place of its neighbors; 1 is as much as the layer itself. The
   least-squares merge (lstsq) fits a matrix instead.
-- *norm / LoRA's*: size of ResLoRA's merged update, compared with LoRA's. Where nearly all are above 1, also train
-  LoRA x2: larger steps alone have the same effect.
 """
 
 
@@ -46,7 +44,7 @@ def linked_layers(run: Run) -> tuple[str, list[list[object]]]:
         return notice("Only ResLoRA links layers, and this run does not train it."), []
     plan, report = run.read_json("reslora", "chains.json"), run.read_json("reslora", "merge.json")
     try:
-        rows = rows_of(run, plan, report)
+        rows = rows_of(plan, report)
         errors = [row[3] for row in rows if row[3] is not None]
         links = int(plan.get("links", 0))
     except (LookupError, TypeError, ValueError, AttributeError):
@@ -61,18 +59,17 @@ def linked_layers(run: Run) -> tuple[str, list[list[object]]]:
     return merge_warning(report) + notice(". ".join([told, *notes])), rows
 
 
-def rows_of(run: Run, plan: dict, report: dict) -> list[list[object]]:
+def rows_of(plan: dict, report: dict) -> list[list[object]]:
     """Return the rows of the table from the contents of chains.json and merge.json."""
     merged = {block["name"]: block for block in report.get("blocks", ())}
-    ours, theirs, rows = run.lora_norms("reslora"), run.lora_norms("lora"), []
+    rows = []
     for chain in plan.get("chains", ()):
         before = ""
         for block in chain["blocks"]:
             name = str(block["name"])
             found = merged.get(name, {})
             alpha = found.get("alpha")
-            norm = ours[name] / theirs[name] if name in ours and theirs.get(name) else None
-            values = found.get("error"), sum(alpha) if isinstance(alpha, list) else alpha, norm
+            values = found.get("error"), sum(alpha) if isinstance(alpha, list) else alpha
             numbers = [None if number(value) is None else round(value, 3) for value in values]
             rows.append([role_of(name), place(name), before or f"none: {block.get('cut') or 'unknown'}", *numbers])
             before = place(name)

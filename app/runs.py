@@ -20,9 +20,7 @@ import psutil
 
 from reslora.checkpoint import WEIGHTS_NAME
 from reslora.checks import is_subtracted
-from reslora.errors import InvalidArgument
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
-from reslora.images.model.lora_files.reading import pairs_of, read_content
 from reslora.io import has_ended, read_object, this_process
 from reslora.merges import MERGES
 from reslora.methods.adapters import ADAPTER_NAME
@@ -121,8 +119,6 @@ class Weights:
     step: int | None = None
     encoders: tuple[tuple[str, Path], ...] = ()
     """Names and paths of the trained text encoders; empty for a LoRA file, which contains the encoders' weights."""
-    config: Path | None = None
-    """The adapter_config.json of a file saved by PEFT."""
     made_of: tuple[Weights, str] | None = None
     """The checkpoint and the merge method by which to make the file if it does not exist yet."""
 
@@ -428,33 +424,11 @@ class Run:
         wanted = ("ResLoRA: merged weights", *(label for label in labels if label.endswith(": merged weights")))
         return next((label for label in wanted if label in labels), labels[-1])
 
-    def lora_norms(self, method: str) -> dict[str, float]:
-        """Return the Frobenius norm of the update `s B A` by block, computed from a method's exported LoRA file."""
-        path = self.inside(method, DIFFUSERS_FILE)
-        with contextlib.suppress(OSError, InvalidArgument):
-            return norms_of(path) if path else {}
-        return {}
-
 
 @cached_by_stamp(256)
 def object_in(path: Path) -> dict:
     """Return the JSON object in a file; empty if the file is damaged. Callers must not change it."""
     return read_object(path)
-
-
-@cached_by_stamp(16)
-def norms_of(path: Path) -> dict[str, float]:
-    """Return the Frobenius norms of the updates `s B A` of a LoRA file, by block.
-
-    Shapes: A (rank, in), B (out, rank). Raises `InvalidArgument` for anything that is not a plain LoRA.
-    """
-    norms = {}
-    for name, (down, up, scale) in pairs_of(read_content(path, path.name)).items():
-        down, up = down.double().flatten(1), up.double().flatten(1)
-        # ||BA||^2 = <B^T B, A A^T>: r x r products instead of one of the layer's size.
-        norm = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt().item()
-        norms[name.partition(".")[2]] = scale * norm
-    return norms
 
 
 @cached_by_stamp(64)

@@ -20,8 +20,7 @@ from reslora.methods.registry import METHODS
 from reslora.options.prompts import clean
 
 from .activity import activity_of, why_ended
-from .generation_request import Drawn
-from .runs import BASE, NO_CONFIG, Run, cached_by_stamp, number
+from .runs import NO_CONFIG, Run, cached_by_stamp, number
 
 T = TypeVar("T")
 LARGEST_TILE = 320
@@ -45,8 +44,6 @@ class OfMethods(dict[str, str]):
 
 NAMES, COLORS = OfMethods("title"), OfMethods("color")
 NOTHING = "&mdash;"
-SETTINGS = ["weights", "seed", "steps", "guidance", "strength", "size", "prompt", "negative"]
-"""Columns of the table of generated images."""
 
 
 def escape(text: str) -> str:
@@ -211,17 +208,3 @@ def skeleton(kind: str = "") -> str:
 def notice(text: str) -> str:
     """Return a text in a box as HTML."""
     return f'<div class="notice">{escape(text)}</div>'
-
-
-def settings_rows(images: list[Drawn]) -> list[list[object]]:
-    """Return the rows of the table `SETTINGS` for generated images."""
-    rows = []
-    for drawn in images:
-        request, weights = drawn.request, drawn.source["weights"]
-        strength = "—" if weights == BASE.label else request.strength  # no effect on the base model
-        size = f"{request.width} x {request.height}"
-        rows.append([
-            weights, request.seed, request.steps, request.guidance, strength, size, request.prompt,
-            request.negative_prompt,
-        ])  # fmt: skip
-    return rows

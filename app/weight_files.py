@@ -4,7 +4,7 @@ Names and shapes of all tensors are validated, so that no image is generated wit
 Error messages name the file and the tensor. No file is unpickled.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 
 import reslora
 from reslora.chains import lora_layers
-from reslora.checkpoint import PEFT_PREFIX
 from reslora.errors import InvalidArgument, RunFailed, first_line
-from reslora.export import PEFT_CONFIG_FILE, PEFT_FILE, Factors, lora_config
+from reslora.export import Factors, lora_config
 from reslora.images.model.families.base import Family
 from reslora.images.model.lora_files.names import Parts, names_of
 from reslora.images.model.lora_files.reading import read_content, read_parts
@@ -96,7 +95,7 @@ def factors_of(file: Weights, family: Family, models: Mapping[str, nn.Module]) -
     names = names_of(family, models[family.denoiser].config)
     try:
         check_adapter_file(file.path, file.label)
-        content = read_content(file.path, file.label, file.config)
+        content = read_content(file.path, file.label)
         parts = read_parts(content, names)
     except (InvalidArgument, RunFailed, OSError) as error:
         raise RunError(f"{without_folders(error, file.path)}.") from None
@@ -126,11 +125,8 @@ def add_lora(model: nn.Module, layers: Mapping[str, Factors], strength: float) -
 # -- validation --------------------------------------------------------------------------------------------------------
 
 
-def check_adapter_file(path: Path, label: str) -> Iterable[str]:
-    """Return the names of the tensors in a LoRA file.
-
-    Raises `RunError` for a file that is too large, that is not in safetensors format, or that has no LoRA weights.
-    """
+def check_adapter_file(path: Path, label: str) -> None:
+    """Raise `RunError` for a file that is too large, not in safetensors format, or without LoRA weights."""
     if path.stat().st_size > LARGEST_ADAPTER:
         raise RunError(f"{label}: the file is larger than {LARGEST_ADAPTER // 2**20} MB.")
     try:
@@ -142,33 +138,20 @@ def check_adapter_file(path: Path, label: str) -> Iterable[str]:
         ) from None
     if not any("lora" in name.lower() for name in names):
         raise RunError(f"{label}: the file contains no LoRA weights.")
-    return names
 
 
-def uploaded(*paths: str | Path) -> Weights:
-    """Return the weights of an uploaded LoRA file. Raises `RunError` for other files.
-
-    `paths`: a LoRA file, or a folder saved by PEFT. The adapter_config.json of a LoRA file saved by PEFT may be among
-    `paths` or in the folder of the file.
-    """
-    given = [path / PEFT_FILE if path.is_dir() else path for path in map(Path, paths)]
-    configs = [path for path in given if path.suffix.lower() == ".json"]
-    files = [path for path in given if path not in configs]
-    if len(files) != 1 or len(configs) > 1:
-        raise RunError(f"Give one .safetensors file; a file saved by PEFT may be given with its {PEFT_CONFIG_FILE}.")
-    path, label = files[0], files[0].name[:80]
+def uploaded(path: Path) -> Weights:
+    """Return the weights of an uploaded LoRA file. Raises `RunError` for other files."""
+    label = path.name[:80]
     if path.suffix.lower() != ".safetensors":
         raise RunError(f"{label}: give a .safetensors file; .bin, .ckpt and .pt files can run code.")
-    if not path.is_file():
-        raise RunError(f"{label}: there is no such file.")
-    of_peft = all(name.startswith(PEFT_PREFIX) for name in check_adapter_file(path, label))
-    beside = [*configs, path.with_name(PEFT_CONFIG_FILE)] if of_peft else []
-    return Weights(label, "file", "", path, config=next(filter(Path.is_file, beside), None))
+    check_adapter_file(path, label)
+    return Weights(label, "file", "", path)
 
 
 def files_of(weights: Weights) -> tuple:
     """Return the paths of the files and folders that weights are read from, then the result of `stamp_of` for each."""
-    files = (weights.path, weights.config, *(path for _, path in weights.encoders))
+    files = (weights.path, *(path for _, path in weights.encoders))
     return *files, *map(stamp_of, files)
 
 

@@ -60,7 +60,7 @@ class CompareTab(Tab):
             self.linked = gr.HTML(elem_id="layers")
             gr.Markdown(ABOUT)
             self.layers = gr.Dataframe(
-                headers=COLUMNS, datatype=["str"] * 3 + ["number"] * 3, interactive=False, wrap=True,
+                headers=COLUMNS, datatype=["str"] * 3 + ["number"] * 2, interactive=False, wrap=True,
                 show_search="search", elem_id="layers-table",
             )  # fmt: skip
         gr.Markdown("### Download")

@@ -3,7 +3,6 @@
 import contextlib
 import secrets
 from collections.abc import Iterator
-from pathlib import Path
 
 import gradio as gr
 
@@ -11,7 +10,7 @@ from reslora.formatting import pluralize
 
 from .. import generation_request, views, weight_files
 from ..generation_request import Drawn, Request
-from ..handlers import NO_PROGRESS, QUIET, path_of, paths_of
+from ..handlers import NO_PROGRESS, QUIET, path_of
 from ..runs import BASE, Run, RunError, Weights
 from ..studio import Cancelled
 from ..verdict import warning_for
@@ -44,10 +43,6 @@ class GenerateTab(Tab):
                 self.gallery = gr.Gallery(
                     label="Images", height="auto", format="png", elem_id="gallery", interactive=False, columns=2,
                     object_fit="contain", buttons=["download", "fullscreen"],
-                )  # fmt: skip
-                self.made = gr.Dataframe(
-                    headers=views.SETTINGS, interactive=False, wrap=True, label="Settings", visible=False,
-                    column_widths=[220, 70, 70, 100, 100, 90, 160, 120], elem_id="made",
                 )  # fmt: skip
         self.grid = GridPart(self)
         self.timer = gr.Timer(EVERY, active=False)
@@ -83,9 +78,6 @@ class GenerateTab(Tab):
                 file_types=[".safetensors"],
                 height=140,
             )
-            self.adapter_config = gr.File(
-                label="adapter_config.json, for a file saved by PEFT", file_types=[".json"], height=140
-            )
 
     def events(self, page: TabHost) -> None:
         """Connect the components."""
@@ -99,10 +91,9 @@ class GenerateTab(Tab):
         drawing = gr.on(
             [self.go.click, self.prompt.submit], self.draw,
             [
-                page.run, self.weights, self.adapter, self.beside, self.random, *settings, self.adapter_config,
-                self.reference,
+                page.run, self.weights, self.adapter, self.beside, self.random, *settings, self.reference,
             ],
-            [self.gallery, self.status, self.seed, self.made],
+            [self.gallery, self.status, self.seed],
             api_name="generate", preprocess=False, **NO_PROGRESS, **ON_DEVICE,
         )  # fmt: skip
         unqueued = {"queue": False, **NO_PROGRESS}
@@ -163,45 +154,46 @@ class GenerateTab(Tab):
 
     def show_used(self, adapter: object) -> tuple[dict, dict]:
         """Return the updates of the weights' dropdown, and of the box in its place that names an uploaded file."""
-        text = ", ".join(Path(path).name for path in paths_of(adapter))
+        path = path_of(adapter)
+        text = path.name if path else ""
         instead = gr.update(value=text, label="Weights (the file selected below)", visible=bool(text))
         return gr.update(visible="hidden" if text else True), instead
 
-    def chosen_weights(self, run: Run | None, label: str, adapter, adapter_config) -> Weights:
+    def chosen_weights(self, run: Run | None, label: str, adapter) -> Weights:
         """Return the weights to use: an uploaded LoRA file, else the run's weights."""
-        if uploaded := [*paths_of(adapter), *paths_of(adapter_config)]:
-            return weight_files.uploaded(*uploaded)
+        if path := path_of(adapter):
+            return weight_files.uploaded(path)
         return run.find_weights(label) if run else BASE
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
     def draw(
         self, name, label, adapter, beside, random, prompt, negative, seed, steps, guidance, width, height, images,
-        strength, adapter_config=None, reference=None,
+        strength, reference=None,
     ) -> Iterator[tuple | dict]:  # fmt: skip
-        """Yield updates as images are generated: all images so far, progress, seed and table of settings.
+        """Yield updates as images are generated: all images so far, progress and seed.
 
         `beside`: also generate each image with the base model. `random`: use a random seed."""
         run = self.library.find(name) if name else None
-        weights = self.chosen_weights(run, label, adapter, adapter_config)
+        weights = self.chosen_weights(run, label, adapter)
         choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
         seed = secrets.randbelow(generation_request.SEEDS) if random else seed
         request = Request(prompt, negative, seed, steps, guidance, width, height, images, strength)
         request.check()
         request = request.clamped()
         done, files, wanted = [], [], request.images * len(choices)
-        yield [], "", request.seed, gr.update(visible=False)
+        yield [], "", request.seed
         try:
             for drawn in self.studio.generate(run, choices, request, path_of(reference)):
                 done.append(drawn)
                 files.append((self.save(drawn), f"{drawn.source['weights']} · seed {drawn.request.seed}"))
-                yield {self.gallery: list(files), self.made: gr.update(value=views.settings_rows(done), visible=True)}
+                yield {self.gallery: list(files)}
         except Cancelled:
             yield {self.status: views.notice(f"Cancelled after {len(done)} of {pluralize(wanted, 'image')}.")}
             return
         # Yield all values again instead of `skip`: an API client gets the last ones.
         said = views.notice(f"{len(done)} of {pluralize(wanted, 'image')} done")
-        yield files, said, request.seed, views.settings_rows(done)
+        yield files, said, request.seed
 
     def save(self, drawn: Drawn) -> str:
         """Save a generated image, with its settings, as a PNG file; return the path of Gradio's copy.

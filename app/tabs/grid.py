@@ -71,8 +71,7 @@ class GridPart:
             self.draw_grid,
             [
                 page.run, tab.weights, tab.adapter, tab.prompt, tab.negative, *numbers,
-                *(part for axis in self.axes for part in axis), tab.adapter_config,
-                tab.reference,
+                *(part for axis in self.axes for part in axis), tab.reference,
             ],
             [self.table, self.status, self.sheet, self.cells],
             api_name="grid", preprocess=False, concurrency_id="device", **NO_PROGRESS,
@@ -83,26 +82,21 @@ class GridPart:
             # Not `input` or `select`: as under Train, they would overwrite typed values, and `select` would answer a
             # second time.
             name.change(self.suggest, [page.run, name], values, preprocess=False, **QUIET)
-        gr.api(self.list_values, api_name="grid_values")
         return drawing
 
-    def list_values(self, run: str, axis: str) -> str:
-        """Return suggested values of a setting, as text for the form; `axis`: the setting's name."""
-        return grids.suggestion(self.tab.library.find(run), axis)
-
     def suggest(self, name: str, axis: str) -> str:
-        """Return what `list_values` returns, even if no run is selected."""
+        """Return suggested values of the setting `axis`, as text for the form, also if no run is selected."""
         return grids.suggestion(self.tab.library.runs().get(str(name)), axis)
 
     def draw_grid(
         self, name, label, adapter, prompt, negative, seed, steps, guidance, width, height, strength, x, x_values, y,
-        y_values, adapter_config=None, reference=None,
+        y_values, reference=None,
     ) -> Iterator[tuple | dict]:  # fmt: skip
         """Yield the grid and the progress as images are generated.
 
         At the end, or if the grid is stopped, also yield the grid as one image file, and the files of the cells."""
         run = self.tab.library.find(name) if name else None
-        weights = self.tab.chosen_weights(run, label, adapter, adapter_config)
+        weights = self.tab.chosen_weights(run, label, adapter)
         request = Request(prompt, negative, seed, steps, guidance, width, height, 1, strength)
         request.check()
         axes = grids.axis("X", x, x_values), grids.axis("Y", y, y_values)

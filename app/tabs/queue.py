@@ -55,8 +55,6 @@ class QueueTab(ListTab):
         page.frames[self].select(self.open, None, [*shown, self.timer], **QUIET)
         self.timer.tick(self.look, self.last_look, shown, queue=False, **QUIET)
         self.rows.acted(self.act, None, [self.answer, *shown], **IN_TURN, **QUIET)
-        for handler in (self.queue, self.remove_from_queue):
-            gr.api(handler)
 
     def render(self) -> str:
         """Return the queue as HTML."""
@@ -69,17 +67,3 @@ class QueueTab(ListTab):
             return views.notice(self.jobs.stop_entry(name)), *self.show()
         self.jobs.remove(name)
         return "", *self.show()
-
-    # -- endpoints -----------------------------------------------------------------------------------------------------
-
-    def queue(self) -> list[dict]:
-        """Return the entries of the queue in order: name, kind, state, and why the entry failed or its last line."""
-        return [
-            {"name": entry.name, "kind": entry.kind, "state": entry.state, "line": entry.line}
-            for entry in self.jobs.entries()
-        ]
-
-    def remove_from_queue(self, name: str) -> list[dict]:
-        """Remove a waiting or ended entry, and return the queue."""
-        self.jobs.remove(name)
-        return self.queue()

@@ -42,12 +42,7 @@ class RunsTab(ListTab):
         opened = [page.all_tabs, page.views, page.run, page.tab(ReportTab).which]
         answered = [self.answer, *shown, *opened]
         self.cards.acted(self.act, self.words, answered, **IN_TURN, **QUIET)
-        for name, handler in (
-            ("run_notes", self.read_notes), ("set_run_notes", self.manager.write_notes),
-            ("trash_run", self.manager.throw_away), ("trashed_runs", self.trashed_runs),
-            ("restore_run", self.manager.restore),
-        ):  # fmt: skip
-            gr.api(handler, api_name=name)
+        gr.api(self.manager.write_notes, api_name="set_run_notes")
 
     def render(self, words: str) -> str:
         """Return as HTML the cards of the runs whose name or notes contain `words`, and the trash."""
@@ -81,13 +76,3 @@ class RunsTab(ListTab):
 
         `edit`: keys name, was (the notes that the user saw) and text."""
         return {"notes": self.manager.write_notes(edit.get("name"), edit.get("was"), edit.get("text"))}
-
-    # -- endpoints -----------------------------------------------------------------------------------------------------
-
-    def read_notes(self, name: str) -> str:
-        """Return the notes on a run or an experiment."""
-        return self.manager.find(name).notes
-
-    def trashed_runs(self) -> dict[str, str]:
-        """Return the names of the runs in the trash, newest first, by the name of the parent folder in the trash."""
-        return {place: folder.name for place, folder in self.manager.trashed().items()}

@@ -74,7 +74,7 @@ def test_a_forged_path_is_refused_in_a_line(server, capfd):
         assert server.ask("/gradio_api/call/generate", b'{"data": [null]}')[0] == 401
         return
     payload = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
-    asked = {"data": ["tiny", "", payload, *[None] * 14]}
+    asked = {"data": ["tiny", "", payload, *[None] * 12]}
     _, text = server.ask("/gradio_api/call/generate", json.dumps(asked).encode())
     event = json.loads(text)["event_id"]
     _, text = server.ask(f"/gradio_api/call/generate/{event}")

@@ -244,65 +244,6 @@ def test_a_lora_of_layers_that_the_model_lacks_is_refused_by_name(studio, run, t
         draw(studio, run, weight_files.uploaded(path))
 
 
-def peft_folder(run, tmp_path, change=lambda tensors: tensors, **config):
-    """Write the run's PEFT folder with changed tensors and configuration."""
-    folder = shutil.copytree(run.folder / "lora" / "peft", tmp_path / "peft")
-    content = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(content | config))
-    save_file(change(load_file(folder / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
-    return folder
-
-
-@pytest.mark.exhaustive
-def test_what_peft_wrote_draws_what_diffusers_file_draws(studio, run, tmp_path):
-    """As a folder, as its file, and as both files from two places; each layer's scale is in the configuration."""
-    expected = one(studio, run, "LoRA: pytorch_lora_weights.safetensors")
-    folder = peft_folder(run, tmp_path)
-    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    for paths in ([folder], [file], [config, file]):
-        assert np.abs(draw(studio, run, weight_files.uploaded(*paths))[0] - expected).max() <= 2
-    moved = shutil.move(config, tmp_path / "adapter_config.json")
-    assert np.abs(draw(studio, run, weight_files.uploaded(file, moved))[0] - expected).max() <= 2
-    with pytest.raises(RunError, match=r"adapter_model\.safetensors: no readable adapter_config\.json, which contains"):
-        draw(studio, run, weight_files.uploaded(file))
-    content = json.loads(moved.read_text())
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps(content | {"lora_alpha": content["lora_alpha"] / 2}))
-    half = draw(studio, run, weight_files.uploaded(file, other))[0]
-    assert (
-        np.abs(
-            half - draw(studio, run, weight_files.uploaded(file, moved), request=replace(REQUEST, strength=0.5))[0]
-        ).max()
-        <= 1
-    )
-    assert np.abs(half - expected).max() > 2
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("change", "config", "named"),
-    [
-        (
-            lambda t: t | {f"base_model.model.{DOWN}.weight": torch.zeros(8, 8)},
-            {},
-            f"{DOWN}.weight is not part of a plain LoRA",
-        ),
-        (dict, {"peft_type": "LOHA"}, "LOHA, which is not plain LoRA"),
-    ],
-)
-def test_what_peft_wrote_and_would_draw_something_else_is_refused(studio, run, tmp_path, change, config, named):
-    with pytest.raises(RunError) as refusal:
-        draw(studio, run, weight_files.uploaded(peft_folder(run, tmp_path, change, **config)))
-    assert str(refusal.value).startswith("adapter_model.safetensors: ") and named in str(refusal.value)
-    assert "\n" not in str(refusal.value) and str(tmp_path) not in str(refusal.value)
-
-
-@pytest.mark.parametrize("names", [(), ("a.safetensors", "b.safetensors")])
-def test_one_file_is_taken_at_a_time(tmp_path, names):
-    with pytest.raises(RunError, match=r"^Give one \.safetensors file"):
-        weight_files.uploaded(*(tmp_path / name for name in names))
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("method", "file"), [("lora", "adapter.safetensors"), ("reslora", "reslora_model.safetensors")]
