@@ -360,7 +360,7 @@ def power(experiments: int) -> list[dict]:
         )
         effects, low = effects_of(first), ends_of(again, level)[0]
         true = float(np.quantile(-low, 0.8))
-        stated = np.array([detectable(each_of(effects, i), level, FIRST) for i in range(ESTIMATED)])
+        stated = np.array([detectable(effects.squares[:, i], effects.size, level, FIRST) for i in range(ESTIMATED)])
         found = [(low + size > 0).mean() for size in stated[:, 0]]
         row = {"labels": labels, "seeds": seeds, "variances": variances, "power": float(np.mean(found))}
         row["interval_has_truth"] = float(((stated[:, 1] <= true) & (true <= stated[:, 2])).mean())

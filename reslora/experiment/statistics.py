@@ -51,6 +51,11 @@ def error_of(squares: Iterable[np.ndarray], number: int) -> np.ndarray:
     return np.sqrt(np.maximum(seeds + units - rest, np.maximum(seeds, units)) / number)
 
 
+def degrees_of(seeds: int, units: int) -> np.ndarray:
+    """Return the degrees of freedom of the mean squares of seeds, units and residuals."""
+    return np.array([seeds - 1, units - 1, (seeds - 1) * (units - 1)], float)
+
+
 class Effects(NamedTuple):
     """What seeds, units and both together add to the mean difference, with any batch dimensions of experiments.
 
@@ -70,8 +75,7 @@ class Effects(NamedTuple):
     @property
     def degrees(self) -> np.ndarray:
         """Degrees of freedom of the mean squares of seeds, units and residuals."""
-        seeds, units = self.seeds.shape[-1] - 1, self.units.shape[-1] - 1
-        return np.array([seeds, units, seeds * units], float)
+        return degrees_of(*self.size)
 
     @property
     def squares(self) -> np.ndarray:
@@ -81,9 +85,14 @@ class Effects(NamedTuple):
         return np.stack(squares)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Number of seeds and of units."""
+        return self.seeds.shape[-1], self.units.shape[-1]
+
+    @property
     def number(self) -> int:
         """Number of differences: seeds times units."""
-        return self.seeds.shape[-1] * self.units.shape[-1]
+        return math.prod(self.size)
 
     def half_width(self, level: float) -> np.ndarray:
         """Return half the width of the confidence interval of the mean difference without skewness, of shape (...).
@@ -156,20 +165,34 @@ def rank_interval(values: np.ndarray, level: float) -> tuple[np.ndarray, np.ndar
     return means[..., place], means[..., -1 - place]
 
 
-def detectable(effects: Effects, level: float, reading_level: float) -> tuple[float, float, float]:
+def detectable(
+    squares: np.ndarray,
+    size: tuple[int, int],
+    level: float,
+    reading_level: float,
+    planned: tuple[int, int] | None = None,
+) -> tuple[float, float, float]:
     """Return the minimum detectable effect, and the ends of its 80% interval.
 
     It is the true difference that is significant, at `level` and by ranks, with a probability of 80%. An experiment
     only estimates its mean squares, so the true ones are sampled from their fiducial distribution. The power is 80% on
     average over them; the interval has the effects with a power of 80% for each of them.
+
+    `squares`: mean squares of an experiment with `size` seeds and units. `planned`: the size of the experiments that
+    are to detect the effect, if it is another one.
     """
-    random, degrees, squares = np.random.default_rng(0), effects.degrees, effects.squares[:, None]
-    seeds, units = effects.seeds.size, effects.units.size
+    seeds, units = planned or size
+    random, degrees, known, number = (
+        np.random.default_rng(0),
+        degrees_of(seeds, units),
+        degrees_of(*size),
+        seeds * units,
+    )
 
     def effect(true: np.ndarray) -> float:
         """Return the difference with a power of 80% in new experiments with these true mean squares."""
-        mean, of_seeds, of_units = (random.standard_normal((SIMULATED, number)) for number in (1, seeds, units))
-        mean *= error_of(true, effects.number)[:, None]
+        mean, of_seeds, of_units = (random.standard_normal((SIMULATED, each)) for each in (1, seeds, units))
+        mean *= error_of(true, number)[:, None]
         of_seeds = np.sqrt(true[0] / units)[:, None] * (of_seeds - of_seeds.mean(1, keepdims=True))
         of_units = np.sqrt(true[1] / seeds)[:, None] * (of_units - of_units.mean(1, keepdims=True))
         rest = true[2] * random.chisquare(degrees[2], SIMULATED) / degrees[2]
@@ -177,12 +200,15 @@ def detectable(effects: Effects, level: float, reading_level: float) -> tuple[fl
         ends = [rank_interval(mean + part, reading_level)[0] for part in (of_seeds, of_units)]
         return float(np.quantile(-np.minimum.reduce([low, *ends]), POWER))
 
-    true = squares * degrees[:, None] / random.chisquare(degrees[:, None], (3, SIMULATED))
+    true = squares[:, None] * known[:, None] / random.chisquare(known[:, None], (3, SIMULATED))
+    # a mean square of seeds is that of the residuals plus their variance times the number of units, and vice versa
+    growth = np.array([units / size[1], seeds / size[0], 1])[:, None]
+    true += np.maximum(0, true - true[2]) * (growth - 1)
     about = effect(true)
     some, students = true[:, :300, None], special.stdtrit(degrees, level / 2)[:, None, None]
     shares = random.chisquare(degrees[:, None, None], (3, 1, 400)) / degrees[:, None, None]
-    needed = error_of(students**2 * some * shares, effects.number)  # ranks hardly matter here
-    needed += error_of(some, effects.number) * random.standard_normal(400)
+    needed = error_of(students**2 * some * shares, number)  # ranks hardly matter here
+    needed += error_of(some, number) * random.standard_normal(400)
     least, most = np.quantile(np.quantile(needed, POWER, axis=1), (0.1, 0.9))
     return about, float(least), float(most)
 

@@ -90,10 +90,8 @@ def conclude(
     """
     least = 2
     if words.groups:
-        groups, least = np.array(words.groups), LEAST_GROUPS
-        words = words._replace(unit=f"{words.unit} group", units=list(dict.fromkeys(words.groups)))
-        members = [groups == group for group in words.units]
-        losses = {label: np.stack([each[:, own].mean(1) for own in members], 1) for label, each in losses.items()}
+        names, losses = by_group(losses, words.groups)
+        words, least = words._replace(unit=f"{words.unit} group", units=names), LEAST_GROUPS
     methods = list(references.items())
     if against == ALL:
         labels = dict.fromkeys([*references.values(), *references])
@@ -110,6 +108,13 @@ def conclude(
     every = [*found["methods"], *found["averages"]]
     verdicts = [verdict_of(pair, words) for pair in every if (pair.label, pair.reference) in shown]
     return Compared(verdicts, ranking_of(found["methods"], words) if against == ALL else None, family)
+
+
+def by_group(losses: Arrays, groups: Sequence[str]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Return the names of groups, and losses of shape (seeds, groups): means of each group's images."""
+    names = list(dict.fromkeys(groups))
+    members = [np.array(groups) == name for name in names]
+    return names, {label: np.stack([each[:, own].mean(1) for own in members], 1) for label, each in losses.items()}
 
 
 def crossed_of(
@@ -209,7 +214,9 @@ def verdict_of(pair: Comparison, words: Words) -> Verdict:
         found["level"], found["p"], found["p_holm"] = pair.reading_level, pair.p, pair.corrected
         found["conclusion"] = "not shown" if not pair.significant else "better" if mean < 0 else "worse"
         if seeds > 2:  # with two seeds the estimate would vary by a factor of ten
-            about, *ends = (percent * each for each in detectable(effects, pair.level, pair.reading_level))
+            about, *ends = (
+                percent * each for each in detectable(effects.squares, effects.size, pair.level, pair.reading_level)
+            )
             found["detectable"], found["detectable_interval"] = about, (ends[0], ends[1])
         if pair.significant:
             found["expected"] = percent * expected(effects, pair.level)

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from ..experiment.power import print_power
 from ..experiment.schedule import ArmSchedule
 from ..experiment.study import print_estimate, time_steps
 from ..formatting import pluralize
@@ -55,6 +56,7 @@ def show_plan(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
     if isinstance(asked, Grid):
         parts = texts.parts(options, asked.base.experiment)
         texts.prepare(options, parts)
+        print_power(ArmSchedule(asked), texts.model_of(options)[0], len(parts.test), "example")
     else:
         texts.read(options)
     batches = plan_of(texts, options, accelerator)

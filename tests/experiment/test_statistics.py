@@ -70,7 +70,7 @@ def test_a_difference_of_the_stated_size_is_found_in_four_of_five_new_experiment
     """On average over the stated sizes, because each experiment estimates its spread badly."""
     for variances in VARIANCES[1:4]:
         first, new = simulated(seeds, 20, variances, labels=2, experiments=EXPERIMENTS)
-        stated = [detectable(effects_of(first[i]), 0.01, 0.03)[0] for i in range(60)]
+        stated = [detectable(effects_of(first[i]).squares, (seeds, 20), 0.01, 0.03)[0] for i in range(60)]
         needed = np.minimum(effects_of(new).interval(0.01)[0], rank_interval(new.mean(-1), 0.03)[0])
         needed = np.minimum(needed, rank_interval(new.mean(-2), 0.03)[0])
         found = np.mean([(needed + each > 0).mean() for each in stated])
@@ -160,7 +160,7 @@ def test_detectable_by_simulating_students_t():
     """Only seeds vary: the difference divided by one experiment's spread, plus t times that of another one."""
     effects = of_squares((4, 12.0), (10, 1e-9), 1e-9)
     chi = np.sqrt(np.random.default_rng(1).chisquare(3, (2, 200_000)) / 3)
-    size, low, high = (each / math.sqrt(12 / 40) for each in detectable(effects, 0.05, 0.05))
+    size, low, high = (each / math.sqrt(12 / 40) for each in detectable(effects.squares, (4, 10), 0.05, 0.05))
     normal = np.random.default_rng(2).standard_normal(200_000)
     assert (normal + size * chi[0] > stats.t.ppf(0.975, 3) * chi[1]).mean() == pytest.approx(0.8, abs=0.02)
     # with a known spread the effect is a quantile of t times the other experiment's spread, minus a normal value

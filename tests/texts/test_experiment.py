@@ -17,6 +17,7 @@ import train_glue
 import train_llm
 from reslora.bundled import ASSETS
 from reslora.errors import Stopped
+from reslora.experiment.report import with_titles
 from reslora.experiment.schedule import ArmSchedule
 from reslora.io import write_checksums, write_json
 from reslora.options.texts import ExperimentOptions, GlueOptions, LlmOptions, LlmValidationOptions
@@ -131,7 +132,7 @@ def test_what_an_experiment_leaves(whole):
     assert {path.parent.relative_to(output).as_posix() for path in output.rglob("peft")} - {"."} == compared
     assert {path.parent.parent.parent.name for path in output.rglob("merge.json")} == {"reslora"}
     assert found["best"]["files"] == ["peft", "merged"] and "out/merged" in text.partition("What to use")[2]
-    assert verdict["sentence"] in text and "Accuracy" in text and "the selection split" in text
+    assert with_titles(found, verdict["sentence"]) in text and "Accuracy" in text and "the selection split" in text
     assert "image" not in text.partition("<body>")[2].partition("<script>")[0]
 
 
@@ -268,7 +269,8 @@ def test_a_plan_times_the_first_steps_and_writes_nothing(common, tmp_path, capsy
     """With --eval_strategy no, an experiment evaluates its runs nevertheless."""
     flags = ("--method", "lora", "reslora", "--learning_rate", "1e-3", "--seed", "0", "1", "--eval_strategy", "no")
     assert run(*common, *flags, "--output_dir", tmp_path / "out", "--plan") == 0
-    runs, steps, memory, estimate = capsys.readouterr().out.splitlines()[-4:]
+    runs, difference, steps, memory, estimate = capsys.readouterr().out.splitlines()[-5:]
+    assert difference.startswith("detectable difference: not known, as no experiment on this model in ")
     assert runs == "4 runs" and memory.startswith("about 0.")
     start = "2 steps, 3 steps in an epoch of 12 examples; 2 evaluations, and a checkpoint every "
     assert steps.startswith(start) and estimate.startswith("estimate: ") and " for 4 runs (" in estimate

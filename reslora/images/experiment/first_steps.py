@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ...experiment.power import print_power
 from ...experiment.schedule import ArmSchedule
 from ...experiment.study import TIMED_STEPS, print_estimate, time_steps
 from ...options.grid import Grid
@@ -30,6 +31,7 @@ from ..data.training_data import load_training_data
 from ..run import load_and_check
 from ..study import ImageStudy
 from .run import SELECT_NOISES, expected_times, there_of, with_default_evaluations
+from .split import names_of
 
 
 def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context: ImageContext) -> None:
@@ -43,6 +45,12 @@ def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context
     select, test = (
         math.ceil(count * (part or 0)) for part in (grid.base.experiment.select_split, grid.base.experiment.test_split)
     )
+    own = {number: images for number, images in enumerate(kinds) if not images.of_class}
+    flat = [(number, image) for number, images in own.items() for image in range(len(images))]
+    names = set(names_of(own, flat, grid.base.experiment.test_groups))
+    units = math.ceil(len(names or flat) * (grid.base.experiment.test_split or 0))
+    model = options.model.pretrained_model_name_or_path
+    print_power(arms, model, units, "image", bool(names))
     select = min(select, options.validation.max_validation_images)
     batch = options.training.train_batch_size * options.training.gradient_accumulation_steps
     per_step = batch * context.accelerator.num_processes
@@ -58,13 +66,13 @@ def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context
     usable = (number for number in range(len(found)) if not isinstance(opened(found, number, masked), str))
     images = found.select(list(itertools.islice(usable, options.training.train_batch_size)))
     folder = broadcast_from_main(tempfile.mkdtemp)
-    own = options.replace(
+    few = options.replace(
         output_dir=folder, cache_dir=None, metric_model=None, method=options.adapter.method[:1],
         max_train_steps=2 + TIMED_STEPS,  # the captions of so many steps are encoded
     )  # fmt: skip
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            start, step, a_sample = timed(images, schedule, dataclasses.replace(context, options=own, status=Status()))
+            start, step, a_sample = timed(images, schedule, dataclasses.replace(context, options=few, status=Status()))
         wait()
     finally:
         if is_main():
