@@ -21,10 +21,11 @@ from reslora.errors import InvalidArgument
 from reslora.images.data.images import is_image
 from reslora.images.experiment.run import check_same
 from reslora.images.settings import parsed_values, resolve
-from reslora.io import write_json
+from reslora.io import replacing, write_json
 from reslora.options.grid import Grid
 from reslora.options.images import Options
-from reslora.training.stopping import SAMPLE, SAVE
+from reslora.options.prompts import clean
+from reslora.training.stopping import PAUSE, SAMPLE, SAVE
 
 from . import launcher
 from .bases import check_sizes
@@ -40,7 +41,7 @@ EVERY = 2.0
 """Seconds between two polls of the queue."""
 FOLDERS = ("train_data_dir", "conditioning_data_dir", "class_data_dir", "dataset_name")
 """Options that may name a folder of images."""
-BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json", "logs"}
+BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, PAUSE, "cache", "images.json", "logs"}
 """Files and folders that may be in a run's folder before training begins; `cache` contains encoded images."""
 FEW = 8  # images in the preview
 CLOSING = 10.0  # seconds to wait for captions when the application is closed
@@ -196,7 +197,7 @@ class Jobs:
         self.asked &= {active.process for active in self.all_active()}  # process ids are reused
         self.began.discard(run.name)
         # Requests that the last training did not handle, and the log of a failed start of the other kind.
-        for left in {SAVE, SAMPLE, LOG_NAME, EXPERIMENT_LOG} - {run.log_name}:
+        for left in {SAVE, SAMPLE, PAUSE, LOG_NAME, EXPERIMENT_LOG} - {run.log_name}:
             (run.folder / left).unlink(missing_ok=True)
         with (run.folder / run.log_name).open("ab") as log:
             # In a new session Ctrl-C in the application's terminal does not reach the trainer.
@@ -260,16 +261,23 @@ class Jobs:
                 return run
         return None
 
-    def ask(self, request: str) -> str:
-        """Ask the active trainer for a checkpoint (`SAVE`) or samples (`SAMPLE`) after the current step.
+    def ask(self, request: str, prompts: str = "") -> str:
+        """Ask the active trainer for a checkpoint (`SAVE`), samples (`SAMPLE`) or a pause (`PAUSE`) after this step.
 
+        `prompts`: those of the samples, one per line; by default the run's own. `PAUSE` ends a pause if there is one.
         Returns a sentence about it, or why the trainer was not asked."""
         if (run := self.active()) is None:
             return "Nothing is training."
         if why := self.why_not_asked(run, request):
             return why
-        (run.folder / request).touch()
-        what = {SAVE: "a checkpoint is saved", SAMPLE: "samples are generated"}[request]
+        if request == SAMPLE and not prompts.strip() and run.config and not run.prompts:
+            return f"{run.name} has no prompts of its own; write some next to Sample now."
+        if request == PAUSE and (run.folder / PAUSE).exists():
+            (run.folder / PAUSE).unlink(missing_ok=True)
+            return f"{run.name} continues."
+        with replacing(run.folder / request) as temporary:
+            temporary.write_text(clean(prompts), encoding="utf-8")
+        what = {SAVE: "a checkpoint is saved", SAMPLE: "samples are generated", PAUSE: "training pauses"}[request]
         return f"{run.name}: {what} after this step."
 
     def why_not_asked(self, run: Run, request: str) -> str:
@@ -279,8 +287,6 @@ class Jobs:
             return f"{run.name} is starting or ending; try again when it is training."
         if total and done == total:
             return f"{run.name} has finished its training steps."
-        if request == SAMPLE and run.config and not run.prompts:
-            return f"{run.name} generates no samples: it has no prompts."
         return ""
 
     def status(self, run: Run) -> str:

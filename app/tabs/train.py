@@ -13,7 +13,8 @@ from reslora.options.grid import Grid
 from reslora.options.images import Options
 from reslora.options.option import Option
 from reslora.options.values import listed
-from reslora.training.stopping import SAMPLE, SAVE
+from reslora.runtime.sample_folders import REQUESTED
+from reslora.training.stopping import PAUSE, SAMPLE, SAVE
 
 from .. import compared, experiments, form, launcher, views
 from ..activity import activity_of
@@ -81,12 +82,21 @@ class TrainTab(ControlTab):
                 self.stop = gr.Button("Stop and save", elem_id="stop", min_width=110)
                 self.sample_now = gr.Button("Sample now", elem_id="sample-now", min_width=100)
                 self.save_now = gr.Button("Save now", elem_id="save-now", min_width=90)
+                self.pause = gr.Button("Pause", elem_id="pause", min_width=90)
+            self.prompts = gr.Textbox(
+                label="Prompts for Sample now", placeholder="One per line; empty: the run's own", max_lines=6,
+                elem_id="sample-prompts",
+            )  # fmt: skip
             with gr.Row():
                 with gr.Column(scale=3, min_width=300):
                     self.samples = gr.HTML(elem_id="newest-samples")
                 with gr.Column(scale=2, min_width=300):
                     self.curve = gr.HTML(elem_id="newest-losses")
-        self.panel_parts = [self.training, self.sample_now, self.save_now, self.samples, self.curve]
+        self.panel_parts = [self.training, *self.requests(), self.samples, self.curve]
+
+    def requests(self) -> dict[gr.Button, str]:
+        """Return the name of the file that each button requests something by."""
+        return {self.sample_now: SAMPLE, self.save_now: SAVE, self.pause: PAUSE}
 
     def settings_column(self) -> None:
         """Make the form: the common options, then all other options in collapsed groups."""
@@ -210,11 +220,10 @@ class TrainTab(ControlTab):
         # Not `input`: it is also triggered when the box loses the focus, and would overwrite the form.
         filled = [self.shown_defaults, self.model, self.folder, *self.flags.values(), self.more]
         self.begin.change(self.fill, self.begin, filled, trigger_mode="always_last", **QUIET)
-        for button, request in ((self.sample_now, SAMPLE), (self.save_now, SAVE)):
+        for button, request in self.requests().items():
+            needed = {"inputs": self.prompts if request == SAMPLE else None, "outputs": self.answer}
             api_name = f"train_{request.replace('.', '_')}"
-            button.click(
-                partial(self.ask, request), None, self.answer, api_name=api_name, concurrency_limit=None, **NO_PROGRESS
-            )
+            button.click(partial(self.ask, request), **needed, api_name=api_name, concurrency_limit=None, **NO_PROGRESS)
 
     def recall(self, kept: object, *values: object) -> list:
         """Return the form's values that the browser has stored, and no update for those that are the same."""
@@ -239,9 +248,9 @@ class TrainTab(ControlTab):
         values["method"], more = form.in_two(values["method"])
         return [*values.values(), more, form.defaults(settings)]
 
-    def ask(self, request: str) -> str:
-        """Ask all active runs for a checkpoint or samples after the current step, and return a notice."""
-        return views.notice(self.jobs.ask(request))
+    def ask(self, request: str, prompts: str = "") -> str:
+        """Ask the active run for a checkpoint, samples or a pause after the current step, and return a notice."""
+        return views.notice(self.jobs.ask(request, str(prompts or "")))
 
     # -- the form's settings -------------------------------------------------------------------------------------------
 
@@ -366,7 +375,13 @@ class TrainTab(ControlTab):
     def live_state(self, run: Run) -> object:
         """Return the state of the run that is training."""
         active = self.jobs.active()
-        return active and (active.name, self.jobs.status(active), activity_of(active), active.fingerprint())
+        return active and (
+            active.name,
+            self.jobs.status(active),
+            activity_of(active),
+            active.fingerprint(),
+            requested(active),
+        )
 
     def updates(self, run: Run, status: str) -> dict:
         """Return the run's log, which buttons do something, and the panel of the run that is training."""
@@ -383,8 +398,9 @@ class TrainTab(ControlTab):
         status = self.jobs.status(run)
         buttons = {
             button: gr.update(interactive=not self.jobs.why_not_asked(run, request))
-            for button, request in ((self.sample_now, SAMPLE), (self.save_now, SAVE))
+            for button, request in self.requests().items()
         }
+        buttons[self.pause]["value"] = "Continue" if (run.folder / PAUSE).exists() else "Pause"
         if isinstance(run, Experiment):
             shown = experiments.summary(run, status), views.notice("Its report is under Compare, Experiment."), ""
         else:
@@ -394,7 +410,16 @@ class TrainTab(ControlTab):
             shown = views.summary(run, status), compared.images(run, step, status), curve
         progress, samples, curve = shown
         named = "" if run == selected else f"<h3>{views.escape(run.name)}</h3>{progress}"
+        samples = views.thumbnails(requested(run)) + samples
         return buttons | {self.training: named, self.samples: samples, self.curve: curve}
+
+
+def requested(run: Run) -> list[Path]:
+    """Return the images of the newest request for samples of other prompts."""
+    folders = [path for path in run.folder.glob(f"*/{REQUESTED}/step-*/*") if path.is_dir()]
+    newest = max(folders, key=lambda path: path.stat().st_mtime, default=None)
+    images = sorted(newest.glob("*.png")) if newest else []
+    return [path for image in images if (path := run.inside(*image.relative_to(run.folder).parts))]
 
 
 def given_in(found: Options | Grid[Options]) -> dict[str, object]:

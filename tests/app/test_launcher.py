@@ -15,7 +15,7 @@ from waiting import ended, wait_until
 from app import experiments, form, launcher, lists, views
 from app.bases import PIPELINES
 from app.folders import BUNDLED
-from app.jobs import SAMPLE, SAVE, Entry, Jobs
+from app.jobs import PAUSE, SAMPLE, SAVE, Entry, Jobs
 from app.library import Experiment, Library
 from app.run_manager import RunManager
 from app.runs import LOG_NAME, Run, RunError
@@ -205,11 +205,16 @@ def test_who_asks_for_what_cannot_come_is_told_why(run, monkeypatch):
     monkeypatch.setattr(Run, "process", property(lambda run: os.getpid()))
     assert trainings.ask(SAVE) == "run has finished its training steps."
     config.write_text(json.dumps(run.config | {"max_train_steps": 8, "validation_prompt": []}))
-    assert "no prompts" in trainings.ask(SAMPLE) and not (run.folder / SAMPLE).exists()
+    assert "no prompts" in trainings.ask(SAMPLE, " \n") and not (run.folder / SAMPLE).exists()
+    assert trainings.ask(SAMPLE, "red disc\nblue box") == "run: samples are generated after this step."
+    assert (run.folder / SAMPLE).read_text() == "red disc\nblue box"
+    assert trainings.ask(PAUSE) == "run: training pauses after this step." and (run.folder / PAUSE).exists()
+    assert trainings.ask(PAUSE) == "run continues." and not (run.folder / PAUSE).exists()
+    assert trainings.ask(PAUSE) == "run: training pauses after this step."
     assert trainings.ask(SAVE) == "run: a checkpoint is saved after this step."
     monkeypatch.setattr(launcher, "launch_words", lambda: [sys.executable, "-c", ""])
     trainings._launch(run, [])
-    assert ended(trainings.started["run"]) == 0 and not (run.folder / SAVE).exists()
+    assert ended(trainings.started["run"]) == 0 and not list(run.folder.glob("*.now"))
 
 
 def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):

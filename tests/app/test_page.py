@@ -720,13 +720,19 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     page.get_by_role("tab", name="Train").click()
     page.locator('#newest-samples img[alt="red disc: LoRA"]').first.wait_for()
     page.locator("#newest-losses path.line").first.wait_for(state="attached")
+    page.locator("#sample-prompts textarea").fill("blue blue box")
     page.locator("#sample-now").click()
     page.locator("#answer").get_by_text("watched: samples are generated after this step").wait_for()
+    page.locator("#newest-samples .thumbnails img").wait_for()
+    page.locator("#pause", has_text="Pause").click()
+    page.locator("#summary .now", has_text="paused at step").wait_for()
+    page.locator("#pause", has_text="Continue").click()
+    page.locator("#pause", has_text="Pause").wait_for()
     assert page.locator("#resume").is_disabled()
     page.locator("#stop").click()
     page.locator("#summary .stopped").wait_for()
     page.locator("#stop").wait_for(state="hidden")
-    assert run.process is None and len(run.checkpoints("lora")) == 1
+    assert run.process is None and len(run.checkpoints("lora")) == 2  # of the pause, and of the stop
     page.locator("#resume").click()
     page.locator("#summary .running").wait_for()
     log = run.folder / run.log_name  # whose last lines may be others by the time they are looked at
