@@ -110,7 +110,7 @@ class UpdatedLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, update: nn.Module) -> None:
         super().__init__()
         self.base_layer, self.update = base_layer, nn.ModuleDict({DEFAULT: update})
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output plus the update."""

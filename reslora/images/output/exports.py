@@ -122,8 +122,8 @@ def as_converted(parts: Parts, method: str, context: ImageContext) -> Parts | No
     note.unlink(missing_ok=True)
     if all(map(is_plain, parts.values())):
         return parts
-    found = {name: convert(part, rank) for name, part in parts.items()}
-    if not all(found.values()):
+    found = {name: result for name, part in parts.items() if (result := convert(part, rank))}
+    if len(found) < len(parts):
         return None
     record = {"rank": rank, "error": max(error for _, error in found.values())}
     write_json(note, record)
