@@ -12,6 +12,11 @@ def pluralize(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
+def how_often(interval: int, steps: int) -> str:
+    """Return how often something happens in a run of that many steps: every 5 steps, or at the last step."""
+    return f"every {pluralize(interval, 'step')}" if interval < steps else "at the last step"
+
+
 def is_or_are(number: int) -> str:
     """Return "is" for 1 and "are" for other numbers, as in "1 of 3 images is read"."""
     return "is" if number == 1 else "are"

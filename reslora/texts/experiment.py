@@ -38,7 +38,7 @@ from ..experiment.study import (
     race,
     train_arm,
 )
-from ..formatting import pluralize
+from ..formatting import how_often, pluralize
 from ..io import read_object, remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter
 from ..options.grid import Grid
@@ -129,8 +129,9 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, worker: Worker | None
             for label in schedule.grids:
                 experiment.check_label(label, tell)
             note_settings(schedule.grid, {}, accelerator)
-            measured = f"measured every {pluralize(planned[0].validation_steps, 'step')}"
-            say(f"{schedule.runs_in_words()}, {measured}; {parts}")
+            length = planned[0].steps
+            measured = f"{pluralize(length, 'step')}, measured {how_often(planned[0].validation_steps, length)}"
+            say(f"{schedule.runs_in_words()}; {measured}; {parts}")
         if worker or (grid.base.experiment.arms_at_once or 1) == 1:
             start_trackers(context, "reslora", wandb={"name": plain.output.run_name})
         yield experiment

@@ -18,7 +18,7 @@ from torch import nn
 from ..experiment.power import print_power
 from ..experiment.schedule import ArmSchedule
 from ..experiment.study import print_estimate, time_steps
-from ..formatting import pluralize
+from ..formatting import how_often, pluralize
 from ..model import enable_gradient_checkpointing
 from ..options.grid import Grid
 from ..options.texts import T, TextOptions
@@ -80,8 +80,8 @@ def show_plan(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
     looks = math.ceil(schedule.steps / schedule.validation_steps) if schedule.validation_steps else 0
     say(
         f"{pluralize(schedule.steps, 'step')}, {pluralize(batches.updates, 'step')} in an epoch of "
-        f"{pluralize(len(texts.rows), 'example')}; {pluralize(looks, 'evaluation')}, and a checkpoint every "
-        f"{pluralize(options.output.checkpointing_steps, 'step')}"
+        f"{pluralize(len(texts.rows), 'example')}; {pluralize(looks, 'evaluation')}, and a checkpoint "
+        f"{how_often(options.output.checkpointing_steps, schedule.steps)}"
     )
     say(
         f"about {(weights + states + activations) / GIB:.2f} GiB on each device: {weights / GIB:.2f} for the frozen "

@@ -268,11 +268,11 @@ def test_a_folder_that_is_trained_in_is_refused_before_anything_is_encoded(commo
 def test_a_plan_times_the_first_steps_and_writes_nothing(common, tmp_path, capsys):
     """With --eval_strategy no, an experiment evaluates its runs nevertheless."""
     flags = ("--method", "lora", "reslora", "--learning_rate", "1e-3", "--seed", "0", "1", "--eval_strategy", "no")
-    assert run(*common, *flags, "--output_dir", tmp_path / "out", "--plan") == 0
+    assert run(*common, *flags, "--save_steps", "3", "--output_dir", tmp_path / "out", "--plan") == 0
     runs, difference, steps, memory, estimate = capsys.readouterr().out.splitlines()[-5:]
     assert difference.startswith("detectable difference: not known, as no experiment on this model in ")
     assert runs == "4 runs" and memory.startswith("about 0.")
-    start = "2 steps, 3 steps in an epoch of 12 examples; 2 evaluations, and a checkpoint every "
+    start = "2 steps, 3 steps in an epoch of 12 examples; 2 evaluations, and a checkpoint at the last step"
     assert steps.startswith(start) and estimate.startswith("estimate: ") and " for 4 runs (" in estimate
     assert not (tmp_path / "out").exists()
 
@@ -376,9 +376,12 @@ def test_glue_arms_equal_plain_runs_and_are_judged_by_its_metrics(tmp_path, caps
 
 
 @pytest.mark.exhaustive
-def test_initializations_are_compared(common, tmp_path):
+def test_initializations_are_compared(common, tmp_path, capsys):
+    """Measured at the last step, as the interval is longer than a run."""
     words = ["--learning_rate", "1e-3", "--seed", "0", "1", "--racing", "False", "--method", "lora", "reslora"]
+    words += ["--eval_steps", "50"]
     assert run(*common, *words, "--vary", "init_lora_weights=true,pissa", "--output_dir", tmp_path) == 0
+    assert "6 runs; 2 steps, measured at the last step; " in capsys.readouterr().out
     arms = record(tmp_path)["arms"]
     assert {entry["status"] for entry in arms} == {"finished"} and len(arms) == 6
     assert {entry["label"] for entry in arms} == {

@@ -28,7 +28,7 @@ from ...experiment.report import About
 from ...experiment.schedule import ArmSchedule
 from ...experiment.study import TIMED_STEPS, ExperimentStudy, print_estimate, race, train_arm
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
-from ...formatting import pluralize
+from ...formatting import how_often, pluralize
 from ...io import read_object, remove_leftovers, replacing
 from ...methods.registry import METHODS
 from ...options.grid import Grid
@@ -139,8 +139,7 @@ def open_study(given: Grid[Options], stop: StopRequest, worker: Worker | None = 
         note_settings(asked, steps_of(schedule), context.accelerator, write=not worker)
         arm_schedule = ArmSchedule(asked, began)
         study = ImageArmStudy(schedule, identity, context, pipeline, training_data)
-        often = schedule.validation_steps < schedule.steps
-        measured = f"every {pluralize(schedule.validation_steps, 'step')}" if often else "at the last step"
+        measured = how_often(schedule.validation_steps, schedule.steps)
         context.accelerator.print(
             f"{arm_schedule.runs_in_words()}; {pluralize(schedule.steps, 'step')}, measured {measured}; {parts}"
         )
