@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from reslora.methods.registry import METHODS
 from .bases import DEFAULT, PIPELINES, bundled
 from .launcher import safe_name
 from .runs import Run, RunError, Weights, pick
-from .working_files import WorkingFiles
 
 LARGEST = 2**30
 """Maximum size in bytes of a download through the browser."""
@@ -32,6 +32,11 @@ class Download:
     """Absolute path of the file or folder."""
     use: str
     """How to load the download: lines of Python, or the folder of another tool to copy it to."""
+
+
+def new_file(name: str) -> Path:
+    """Return the path of a file with this name in a new temporary folder, which is removed with the application's."""
+    return Path(tempfile.mkdtemp(prefix="file-")) / name
 
 
 def downloads_of(run: Run) -> list[Download]:
@@ -55,19 +60,19 @@ def find(run: Run, label: object) -> Download:
     return pick(known, label, "This run has no such file; choose one from the list.")
 
 
-def packed(run: Run, one: Download, working: WorkingFiles) -> Path:
+def packed(run: Run, one: Download) -> Path:
     """Return the path of a copy to download; a folder becomes a zip file. Raises `RunError` above `LARGEST` bytes."""
     if sum(path.stat().st_size for path in one.files) > LARGEST:
         raise RunError(f"This download is larger than {LARGEST // 2**30} GB: copy the files from the path shown above.")
     name = safe_name("-".join(dict.fromkeys([run.name, one.root.parent.name, one.root.name.partition(".")[0]])))
     if one.root.is_dir():
-        path = working.new(f"{name}.zip")
+        path = new_file(f"{name}.zip")
         # Not compressed: weights would not get smaller. Not strict: a copied file may have a time before 1980.
         with zipfile.ZipFile(path, "w", strict_timestamps=False) as archive:
             for file in one.files:
                 archive.write(file, file.relative_to(one.root))
     else:
-        path = working.new(f"{name}.safetensors")
+        path = new_file(f"{name}.safetensors")
         shutil.copyfile(one.root, path)
     return path
 

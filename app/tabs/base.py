@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeVar
 
 import gradio as gr
@@ -11,7 +11,6 @@ from ..jobs import Jobs
 from ..library import Library
 from ..runs import Run
 from ..studio import Studio
-from ..working_files import WorkingFiles
 
 T = TypeVar("T", bound="Tab")
 
@@ -33,7 +32,6 @@ class Parts:
     library: Library
     jobs: Jobs
     studio: Studio
-    files: WorkingFiles = field(default_factory=WorkingFiles)
 
 
 class TabHost(Protocol):
@@ -66,8 +64,7 @@ class Tab:
     """The component by which the user selects what to show of a run (such as a step), or None."""
 
     def __init__(self, parts: Parts) -> None:
-        self.library, self.jobs = parts.library, parts.jobs
-        self.studio, self.files = parts.studio, parts.files
+        self.library, self.jobs, self.studio = parts.library, parts.jobs, parts.studio
         self.live: list[gr.components.Component] = []
         """Components that every poll updates while a trainer is running."""
         self.watched: list[gr.components.Component] = []

@@ -201,7 +201,7 @@ class CompareTab(Tab):
     def take_file(self, name: str, label: str) -> str:
         """Return the path of a copy of the run's download with this label."""
         run = self.library.find(name)
-        return str(downloads.packed(run, downloads.find(run, label), self.files))
+        return str(downloads.packed(run, downloads.find(run, label)))
 
     def toggle(self, label: str) -> tuple:
         """Start or pause the animation of the slider; return the button's new label and the timer.
@@ -219,6 +219,6 @@ class CompareTab(Tab):
         """Return the path of a PNG file with the grid of samples at a step."""
         run = self.library.beside(self.library.find(name), beside)
         step = run.nearest(step)
-        path = self.files.new(f"{safe_name(run.name)}-step-{step}.png")
+        path = downloads.new_file(f"{safe_name(run.name)}-step-{step}.png")
         compared.save_grid(run, step, path)
         return str(path)

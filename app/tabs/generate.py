@@ -9,6 +9,7 @@ import gradio as gr
 from reslora.formatting import pluralize
 
 from .. import generation_request, views, weight_files
+from ..downloads import new_file
 from ..generation_request import Drawn, Request
 from ..handlers import NO_PROGRESS, QUIET, path_of
 from ..runs import BASE, Run, RunError, Weights
@@ -196,10 +197,8 @@ class GenerateTab(Tab):
         yield files, said, request.seed
 
     def save(self, drawn: Drawn) -> str:
-        """Save a generated image, with its settings, as a PNG file; return the path of Gradio's copy.
-
-        Gradio keeps it for a day, while other visitors' images may replace the working file during a long request."""
-        path = generation_request.save_image(drawn, self.files.new(f"seed-{drawn.request.seed}.png"))
+        """Save a generated image, with its settings, as a PNG file; return the path of Gradio's copy."""
+        path = generation_request.save_image(drawn, new_file(f"seed-{drawn.request.seed}.png"))
         return self.gallery.move_resource_to_block_cache(path)
 
     def progress(self) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import gradio as gr
 from reslora.formatting import pluralize
 
 from .. import grids, views
+from ..downloads import new_file
 from ..generation_request import Request
 from ..handlers import NO_PROGRESS, QUIET, path_of
 from ..launcher import safe_name
@@ -120,6 +121,6 @@ class GridPart:
             said = views.notice(f"{error} The grid ended after {len(drawn)} of {total}.")
         sheet = None
         if drawn:
-            sheet = str(grids.save_sheet(grid, drawn, self.tab.files.new(f"{safe_name(name or 'base')}-grid.png")))
+            sheet = str(grids.save_sheet(grid, drawn, new_file(f"{safe_name(name or 'base')}-grid.png")))
         # Yield all values again instead of `skip`: an API client gets the last ones.
         yield grids.table(grid, shown), said, sheet, [files[place] for place in sorted(files)]

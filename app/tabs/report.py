@@ -3,7 +3,7 @@
 import gradio as gr
 
 from .. import experiments, launcher, views
-from ..downloads import Download, packed
+from ..downloads import Download, new_file, packed
 from ..handlers import QUIET
 from ..library import Experiment
 from ..runs import RunError
@@ -96,7 +96,7 @@ class ReportTab(ControlTab):
         content = experiment.report()
         if not content:
             return None
-        path = self.files.new(f"{launcher.safe_name(experiment.name)}-report.html")
+        path = new_file(f"{launcher.safe_name(experiment.name)}-report.html")
         path.write_text(content, encoding="utf-8")
         return str(path)
 
@@ -109,4 +109,4 @@ class ReportTab(ControlTab):
                 "There is no LoRA file: it is written when the runs are compared, unless the best method is DoRA, "
                 "LoHa, LoKr or OFT."
             )
-        return str(packed(found, Download("best", path, (path,), "", ""), self.files))
+        return str(packed(found, Download("best", path, (path,), "", "")))

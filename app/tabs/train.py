@@ -19,6 +19,7 @@ from reslora.training.stopping import PAUSE, SAMPLE, SAVE
 from .. import compared, experiments, form, launcher, views
 from ..activity import activity_of
 from ..bases import DEFAULT, PIPELINES, word_of_model
+from ..downloads import new_file
 from ..estimates import number_of_runs, peak_memory, training_time
 from ..folders import BUNDLED
 from ..handlers import NO_PROGRESS, QUIET
@@ -347,7 +348,7 @@ class TrainTab(ControlTab):
         settings = launcher.parsed(self.settings(name, model, values))
         if folder := without_bundled(folder):
             settings["train_data_dir"] = str(self.jobs.images.find(folder).path)
-        path = self.files.new(f"{launcher.safe_name(str(name))}.toml")
+        path = new_file(f"{launcher.safe_name(str(name))}.toml")
         lines = (f"{flag} = {json.dumps(value, ensure_ascii=False)}\n" for flag, value in settings.items())
         text = "".join(lines).replace("\x7f", "\\u007f")  # as TOML demands
         path.write_text(text, encoding="utf-8", errors="replace")

@@ -22,22 +22,6 @@ from app.studio import Studio
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTILE = ["..", "../..", "/etc", "/etc/passwd", "a/../..", ".", "", "run\0", "<b>run</b>", "C:\\", None, 7, ["run"]]
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32)
-WRONG = [
-    None, True, 5, -1, 1.5, 10**400, float("nan"), float("inf"), "", "abc", "x" * 10**4, [], [5, None, {}], [["lora"]],
-    {}, {"a": 1},
-]  # fmt: skip
-"""What may stand in a file where something else belongs."""
-
-
-def with_one_wrong(content):
-    """Yield copies of a JSON content, each with one value replaced by one of WRONG."""
-    yield from WRONG
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, value in items:
-        for wrong in with_one_wrong(value):
-            copy = content.copy()
-            copy[key] = wrong
-            yield copy
 
 
 def write_run(folder: Path, steps=(0, 2, 4), methods=("lora", "reslora"), **config) -> Path:

@@ -22,17 +22,8 @@ COUNTED = {"done": 60, "total": 200, "per_second": 3.11}
             TOLD | COUNTED | {"per_second": 0.25},
             "LoRA, step 60 of 200 · 4.0 s a step · about 9 min left · 1.2 GB in use at most",
         ),
-        (TOLD | COUNTED | {"done": 200}, "LoRA, step 200 of 200 · 3.1 steps a second · 1.2 GB in use at most"),
         (TOLD | {"phase": "merging", "name": "reslora"}, "ResLoRA, merging · 1.2 GB in use at most"),
         ({"phase": "preparing", "name": "", "memory_bytes": None}, "Preparing"),
-        (
-            TOLD | {"phase": "merging", "name": "lora/lr-0.001/seed-0"},
-            "lora/lr-0.001/seed-0, merging · 1.2 GB in use at most",
-        ),
-        (
-            {"phase": "encoding image", "name": "", "done": 120, "total": 400, "per_second": 12},
-            "Encoding image 120 of 400 · 12.0 images a second · about 23 s left",
-        ),
         (
             {"phase": "encoding image", "name": "", "done": 2, "total": 4, "per_second": 0.5},
             "Encoding image 2 of 4 · 2.0 s an image · about 4 s left",

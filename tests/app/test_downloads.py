@@ -9,7 +9,6 @@ from app_runs import HOSTILE, write_run
 from app import downloads
 from app.library import Library
 from app.runs import RunError
-from app.working_files import WorkingFiles
 
 
 @pytest.fixture
@@ -52,11 +51,11 @@ def test_each_has_its_path_and_lines_of_python_that_compile(library):
 
 
 def test_a_copy_is_handed_out_of_what_is_listed_and_of_nothing_else(library, monkeypatch):
-    run, working = library.find("run"), WorkingFiles()
-    file = downloads.packed(run, downloads.find(run, "ResLoRA: comfyui.safetensors (ComfyUI)"), working)
+    run = library.find("run")
+    file = downloads.packed(run, downloads.find(run, "ResLoRA: comfyui.safetensors (ComfyUI)"))
     assert file.name == "run-reslora-comfyui.safetensors" and file.read_text() == "comfyui.safetensors"
     os.utime(run.folder / "reslora" / "peft" / "adapter_config.json", (0, 0))  # zip files have no times before 1980
-    archive = downloads.packed(run, downloads.find(run, "ResLoRA: peft (PEFT)"), working)
+    archive = downloads.packed(run, downloads.find(run, "ResLoRA: peft (PEFT)"))
     with zipfile.ZipFile(archive) as content:
         assert set(content.namelist()) == {
             "adapter_config.json", "adapter_model.safetensors", "text_encoder/adapter_config.json",
@@ -66,4 +65,4 @@ def test_a_copy_is_handed_out_of_what_is_listed_and_of_nothing_else(library, mon
             downloads.find(run, label)
     monkeypatch.setattr(downloads, "LARGEST", 3)
     with pytest.raises(RunError, match="larger"):
-        downloads.packed(run, downloads.find(run, "ResLoRA: peft (PEFT)"), working)
+        downloads.packed(run, downloads.find(run, "ResLoRA: peft (PEFT)"))

@@ -12,7 +12,7 @@ from experiment import examples
 from app import experiments
 from app.jobs import Entry, Jobs
 from app.library import Library
-from app.runs import EXPERIMENT_LOG, RunError
+from app.runs import RunError
 from app.studio import Studio
 from app.tabs.base import Parts
 from app.tabs.report import ReportTab
@@ -50,14 +50,6 @@ def test_experiments_and_runs_are_listed_apart(library):
     assert list(alone.experiments()) == ["which"] and alone.runs() == {} and alone.is_single
 
 
-def test_what_was_started_here_is_an_experiment_at_once(tmp_path):
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / EXPERIMENT_LOG).write_text("train_sd.py: error: something\n")
-    found = Library(tmp_path).find_experiment("new")
-    assert found.status == "failed" and "something" in found.log_tail() and found.report() == ""
-    assert "first run" in experiments.report(found)
-
-
 @pytest.mark.parametrize("content", [None, {"arms": [None, 7, {"status": []}]}])
 def test_a_damaged_record_is_no_error(library, content):
     found = library.find_experiment("which")
@@ -74,16 +66,6 @@ def test_how_far_it_is(library):
     each = sum(arm["seconds"] for arm in content["arms"][:7]) / 7
     assert "7 of 60 runs finished" in told and f"about {each * 53 / 3600:.1f} h left" in told
     assert "Resume trains the rest" in experiments.summary(found, "stopped")
-
-
-def test_one_whose_arms_have_all_diverged_has_nothing_to_go_on_with(library):
-    found, content = library.find_experiment("which"), examples.experiment(None)
-    for arm in content["arms"]:
-        arm |= {"status": "failed", "reason": "the loss is not finite at step 3", "test": None}
-    write_experiment(found.folder, content | {"chosen": {}, "verdicts": []})
-    told = experiments.summary(found, found.status)
-    assert found.status == "failed" and "60 of 60 runs finished" in told and "all of them failed" in told
-    assert "Resume" not in told and "not finite at step 3" in found.report()
 
 
 def test_the_report_can_do_nothing_to_the_page(library):
@@ -106,8 +88,9 @@ def test_a_plan_is_counted_by_the_trainers_own_parser(library):
     assert "16 runs: 4 methods" in plan(library, wired)
     assert "12 runs" in plan(library, form | {"learning_rate": "1e-4", "seed": "0", "rank": "2 4 8 16 32 64"})
     assert "A model from the hub needs training images" in plan(library, form | {"model": "owner/model"})
-    for wrong in ({"seed": "x"}, {"learning_rate": "-1"}, {"method": ["none"]}, {"blocks_to_swap": "0.5"}):
+    for wrong in ({"seed": "x"}, {"learning_rate": "-1"}, {"blocks_to_swap": "0.5"}):
         assert "argument" in plan(library, form | wrong)
+    assert "method none: choose from lora" in plan(library, form | {"method": ["none"]})
 
 
 def plan(library: Library, form: dict) -> str:
@@ -158,9 +141,7 @@ def test_methods_alone_are_a_run_and_no_experiment(library, given):
 OF_SEVERAL = {"learning_rate": "1e-4 1e-3", "seed": "0 1 2"}
 REFUSED = {
     "--extend_rates": {"extend_rates": True, "learning_rate": "1e-3"},
-    "--max_train_steps 2: AdaLoRA needs": {"method": ["lora", "adalora"], "max_train_steps": "2"},
     "--keep_tokens 2: it has no effect": {"keep_tokens": "2"},
-    "--train_data_repeats": {"train_data_repeats": "2 3"},
 }
 
 

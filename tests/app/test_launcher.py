@@ -158,11 +158,6 @@ def test_names_of_new_runs_are_plain(trainings, name):
         trainings.new_folder(name)
 
 
-def test_a_page_on_a_single_run_starts_no_other(run):
-    with pytest.raises(RunError, match="folder of runs"):
-        Jobs(Library(run.folder)).new_folder("other")
-
-
 def test_the_name_of_a_run_that_never_began_is_free(trainings):
     folder = trainings.library.folder / "new"
     folder.mkdir()

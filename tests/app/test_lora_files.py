@@ -1,7 +1,5 @@
 """app/weight_files.py: LoRA files of runs and of other tools are used as they are meant, or refused by name."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -12,10 +10,10 @@ from pipelines import stable_diffusion
 from safetensors.torch import load_file, save_file
 
 from app.library import Library
-from app.runs import BASE, RunError, Weights
+from app.runs import BASE, Weights
 from app.studio import Studio
 from app.weight_files import put_file, uploaded
-from reslora.export import DIFFUSERS_FILE, export_diffusers, merged_state_dict
+from reslora.export import export_diffusers, merged_state_dict
 from reslora.images import conversion
 from reslora.images.model.families import load_family
 
@@ -50,14 +48,6 @@ def test_a_lora_of_linear_layers_and_convolutions_adds_its_update(tmp_path):
     for name, value in before.items():
         torch.testing.assert_close(found[name], value + 2 * (merged[name] - value), rtol=1e-5, atol=1e-5)
     assert sum(bool((merged[name] - value).abs().max() > 1e-2) for name, value in before.items()) > 4
-
-
-@pytest.mark.parametrize("end", [-100, 20])  # in its weights, and in its header
-def test_a_lora_that_was_cut_is_refused_by_name(studio, run, tmp_path, end):
-    path = tmp_path / "cut.safetensors"
-    path.write_bytes((run.folder / "lora" / DIFFUSERS_FILE).read_bytes()[:end])
-    with pytest.raises(RunError, match=r"^cut: the file is incomplete, damaged, or not a safetensors file"):
-        image_of(studio, run, Weights("cut", "file", "", path))
 
 
 # -- files of other tools ----------------------------------------------------------------------------------------------
@@ -96,12 +86,3 @@ def test_what_the_converter_writes_is_drawn(studio, run, tmp_path):
     base = run.word("pretrained_model_name_or_path")
     assert conversion.main([str(source), str(target), "--to", "comfyui", "--base", base]) == 0
     assert np.abs(image_of(studio, run, uploaded(target)) - expected).max() <= 1
-
-
-@pytest.mark.exhaustive
-def test_what_is_not_of_plain_lora_is_refused_by_name(studio, run, foreign):
-    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.dora_scale"
-    file = foreign(lambda tensors: tensors | {name: torch.ones(8, 1)})
-    said = rf"^foreign\.safetensors: {re.escape(name)} is not part of a plain LoRA; give a LoRA without that\.$"
-    with pytest.raises(RunError, match=said):
-        image_of(studio, run, file)

@@ -188,32 +188,6 @@ def generated(client, **changes):
     return client.predict(*(GENERATE | changes).values(), api_name="/generate")
 
 
-@pytest.mark.exhaustive
-def test_a_program_can_look_generate_and_reproduce(client, runs):
-    assert "tiny" in client.predict(api_name="/runs")
-    assert "ResLoRA: merged weights" in client.predict("tiny", api_name="/weights")
-    grid, *_ = client.predict("tiny", 2, [], api_name="/compare")
-    assert 'data-step="2"' in grid
-    gallery, _, seed = generated(client)
-    assert len(gallery) == 2 and seed == 3 and "ResLoRA: merged weights" in gallery[1]["caption"]
-    again, *_ = generated(client, beside=False)
-    assert pixels(again[0]["image"]) == pixels(gallery[1]["image"])
-
-
-def answers(address: str, name: str, *data) -> str:
-    """Return the messages for a program that sends JSON to an endpoint and listens, without Gradio's client."""
-    with urllib.request.urlopen(post(address, name, *data), timeout=LIMIT) as answer:
-        return answer.read().decode()
-
-
-def post(address: str, name: str, *data) -> str:
-    """Send a request, and return where its messages can be read."""
-    url, body = f"{address}/gradio_api/call/{name}", json.dumps({"data": data}).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=LIMIT) as answer:
-        return f"{url}/{json.load(answer)['event_id']}"
-
-
 def pixels(path: str) -> bytes:
     return np.asarray(PIL.Image.open(path)).tobytes()
 

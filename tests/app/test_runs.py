@@ -101,17 +101,3 @@ def test_weights_of_a_run(run):
     for label in HOSTILE:
         with pytest.raises(RunError):
             run.find_weights(label)
-
-
-def test_a_growing_log_is_read_as_it_is_now(run):
-    path, row = run.folder / "lora" / "log.jsonl", '{{"step": {}, "split": "train", "loss": 1.0}}\n'
-    path.unlink()
-    for written in range(1, 5):
-        with path.open("a") as file:
-            file.write(row.format(written) + '{"step": 99')  # the rest of the line is still to come
-        assert [found["step"] for found in run.log("lora")] == list(range(1, written + 1))
-        path.write_text(path.read_text().removesuffix('{"step": 99'))
-    path.write_text(row.format(7))  # another log under the name, shorter
-    assert [found["step"] for found in run.log("lora")] == [7]
-    path.write_text(row.format(8) * 9)
-    assert len(run.log("lora")) == 9

@@ -13,7 +13,7 @@ from app.runs import BASE
 LONG = {
     "run": None, "weights": BASE.label, "adapter": None, "beside": False, "random": False, "prompt": "red disc",
     "negative": "", "seed": 3, "steps": 2, "guidance": 2, "width": 32, "height": 32, "images": 8, "strength": 1,
-    "adapter_config": None, "reference": None,
+    "reference": None,
 }  # fmt: skip
 
 
