@@ -25,6 +25,7 @@ from .generators import derive
 from .model.families.base import Part
 from .model.loading import Model
 from .model.lora_files.names import names_of
+from .model.lora_files.numbered import named
 from .model.lora_files.reading import read_content, read_parts
 from .model.start import Start
 
@@ -37,7 +38,7 @@ def read_start(file: str, base: str, model: Model, option: str = "init_lora") ->
     """
     path, flag = Path(file), f"--{option} {file}"
     names = names_of(model.family, model.denoiser_config())
-    content = read_content(path, flag)
+    content = named(read_content(path, flag), names)
     parts = read_parts(content, names)
     layers = parts.pop(model.family.denoiser, {})
     if parts or not layers:

@@ -15,6 +15,7 @@ from ....io import read_object
 from ..families import FAMILIES, load_family
 from ..families.base import Family
 from .names import Names, names_of
+from .numbered import named
 from .reading import Content, family_of, read_content, read_parts
 from .reducing import cast, check_finite, in_short, in_words, reduced
 from .writing import output_of, write
@@ -30,6 +31,7 @@ def convert(args: argparse.Namespace) -> None:
     check_writable(path.parent, f"OUT {args.output}")
     content = read_content(Path(args.input), f"IN {args.input}")
     names, metadata = names_for(args, content)
+    content = named(content, names)
     parts = read_parts(content, names)
     if args.rank:
         parts, errors = reduced(parts, args.rank)

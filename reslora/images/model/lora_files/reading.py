@@ -34,6 +34,8 @@ WITHOUT_PART = re.compile(rf"({re.escape(PEFT_PREFIX)})?(?P<layer>.+)\.lora_A(\.
 """PEFT's name of a layer's A, without a part of the pipeline; the layer's scale is in PEFT's configuration."""
 OLDEST = re.compile(r"_lora\d?\.(?:down|up)\.weight$")
 """Names in LoRA files of diffusers' first versions; diffusers' own converters read them."""
+NUMBERED = re.compile(r"(?:unet|text_encoder):\d+:(?:up|down)")
+"""Names in files of cloneofsimo's lora_diffusion, the oldest layout; see `numbered`."""
 NOT_PLAIN = (
     "use_dora", "lora_bias", "modules_to_save", "use_qalora", "use_bdlora", "kasa_config", "arrow_config",
     "alora_invocation_tokens",
@@ -151,6 +153,8 @@ def family_of(content: Content) -> Family:
     If several families have all layers, the proportions of the layers' shapes decide, and a derived family is left
     out. Raises `InvalidArgument` if no single family remains.
     """
+    if is_numbered(content):
+        return load_family("StableDiffusionPipeline")
     said = [content.metadata.get(key, "").lower() for key in ("ss_base_model_version", "modelspec.architecture")]
     families = [family for family in map(load_family, FAMILIES) if not family.edits]  # names are those of the base
     marked = [family for family in families if any(text.startswith(family.marks) for text in said if family.marks)]
@@ -164,6 +168,11 @@ def family_of(content: Content) -> Family:
         return fitting[0].family
     problem = "its layers are in several families" if fitting else "no single family is certain by its layers' names"
     raise InvalidArgument(content.flag, problem, "add --base MODEL or --family NAME")
+
+
+def is_numbered(content: Content) -> bool:
+    """Return whether a file numbers its layers instead of naming them, as cloneofsimo's lora_diffusion does."""
+    return any(map(NUMBERED.fullmatch, content.tensors))
 
 
 def _in_proportion(pairs: Mapping[str, Factors], names: Names) -> bool:
