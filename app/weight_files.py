@@ -8,18 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import reslora
-from reslora.chains import lora_layers
 from reslora.errors import InvalidArgument, RunFailed, first_line
-from reslora.export import Factors, lora_config
+from reslora.export import Factors
 from reslora.images.model.families.base import Family
+from reslora.images.model.lora_files.adding import add_lora, in_names_of
 from reslora.images.model.lora_files.names import Parts, names_of
 from reslora.images.model.lora_files.reading import read_content, read_parts
 from reslora.io import read_object
@@ -48,15 +46,6 @@ def put_merged(model: nn.Module, weights: Weights, strength: float) -> None:
         else:
             merged[name] = torch.lerp(base.float(), value.to(base.device).float(), strength).to(base.dtype)
     model.load_state_dict(merged, assign=True)
-
-
-def in_names_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors by the names of the model's parameters.
-
-    Names in CLIP's files begin with `text_model.`; in newer versions of transformers, parameter names do not.
-    """
-    flat = isinstance(model, PreTrainedModel) and not hasattr(model, "text_model")
-    return {name.replace("text_model.", "", 1) if flat else name: value for name, value in tensors.items()}
 
 
 def put_adapter(model: nn.Module, config: dict, targets: list[str] | str, weights: Weights, strength: float) -> None:
@@ -104,22 +93,6 @@ def factors_of(file: Weights, family: Family, models: Mapping[str, nn.Module]) -
             raise RunError(f"{file.label} also has weights for the {part}, which cannot have a LoRA on this page.")
         refuse_misfits(f"{file.label}: {part}", models[part], in_names_of(models[part], layers))
     return parts
-
-
-def add_lora(model: nn.Module, layers: Mapping[str, Factors], strength: float) -> None:
-    """Inject a plain LoRA into a model's layers, in the model's dtype.
-
-    `layers`: factors by layer, of shapes (rank, in, *kernel) for `down` and (out, rank) for `up`. `strength` multiplies
-    each layer's scale.
-    """
-    folded = {name: Factors(f.down, f.up * (f.scale * strength), 1.0) for name, f in layers.items()}
-    folded = in_names_of(model, folded)
-    inject_adapter_in_model(lora_config(folded), model)
-    adapted = lora_layers(model, "default")
-    for name, (down, up, _) in folded.items():
-        layer = adapted[name]
-        for matrix, value in ((layer.lora_A, down), (layer.lora_B, up)):
-            matrix["default"].weight = nn.Parameter(value.to(layer.weight.device), requires_grad=False)
 
 
 # -- validation --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ readings  seeds are added until a difference is significant
 coverage  how often intervals contain the true difference
 power     how many experiments find a difference as large as the stated minimum detectable effect, and its interval
 expected  by how much significant differences are too large, and what is expected in their place
+files     one run of each label, compared as it is, as reslora-compare does with files: only images are random
 """
 
 from __future__ import annotations
@@ -386,10 +387,30 @@ def expectation(experiments: int) -> list[dict]:
     return rows
 
 
+def files(experiments: int) -> list[dict]:
+    """One run of each label, compared as it is: false positives, and the power at the size that an experiment states.
+
+    The effects of images on the last label are of the named distribution.
+    """
+    rows = []
+    for labels, images, draw in itertools.product((2, 5), (6, 10, 20, 40), (normal, exponential, lognormal)):
+        random = np.random.default_rng([labels, images])
+        losses = losses_of(random, (experiments, 1, images), (0, 1, 0.3), [1] * labels, draw)
+        pairs = [np.repeat(pair, 2, axis=-2) for pair in all_pairs(losses)]  # as `statistics.judge` does
+        row = {"labels": labels, "images": images, "distribution": draw.__name__, **false_positives(pairs)}
+        if draw is normal:
+            level, effects = FIRST / len(pairs), effects_of(pairs[0])
+            low = ends_of(pairs[-1], level)[0]
+            stated = [detectable(effects.squares[:, i], effects.size, level, FIRST)[0] for i in range(ESTIMATED)]
+            row["power"] = float(np.mean([(low + size > 0).mean() for size in stated]))
+        rows.append(row)
+    return rows
+
+
 SIMULATIONS = {
     "noisy": noisy, "groups": groups, "rerun": rerun, "choosing": choosing, "outliers": outliers, "skewed": skewed,
     "unseen": unseen, "averages": averages, "readings": readings, "coverage": coverage, "power": power,
-    "expected": expectation,
+    "expected": expectation, "files": files,
 }  # fmt: skip
 TABLE = {
     "noisy": ("one method is noisier over seeds, up to 30 times", "another", "limma's variances"),
@@ -400,6 +421,7 @@ TABLE = {
     "outliers": ("one seed in ten goes wrong for one method", "", ""),
     "skewed": ("effects on images are exponential or lognormal", "", ""),
     "readings": ("seeds are added until a difference is significant", "another", "a level of 5% each time"),
+    "files": ("one run of each method, compared as it is on new images", "", ""),
     "unseen": ("**does not hold**: seeds of which few decide the mean", "", ""),
 }
 """Setting, the column of another rule, and what this rule is, by simulation."""

@@ -26,7 +26,7 @@ LAYERS = {
     "images: checks": "images.model_checks",
     "images: memory": "images.memory",
     "images: settings": "images.settings images.config_file images.experiment.requirements images.accelerator",
-    "images: runs": "images.study images.requested images.run images.experiment images.planning",
+    "images: runs": "images.study images.requested images.run images.experiment images.planning images.comparison",
     "entries": "convert caption compare images.conversion images.captioning __init__",
 }
 ORDER = list(LAYERS)

@@ -1,6 +1,7 @@
 """Answers for programs and papers: whether a claim is shown, and a table of all results.
 
-Both read the folder of an experiment, or a CSV file with losses from any trainer (`losses.read_losses`).
+Both read the folder of an experiment or of a comparison of LoRA files, or a CSV file with losses from any trainer
+(`losses.read_losses`).
 """
 
 import argparse
@@ -24,6 +25,8 @@ from .record import EXPERIMENT, FORMAT, Experiment, TestLosses, Verdict
 from .report import start_in_words
 from .verdicts import ALL, compare, mean_of, tested
 
+COMPARISON, LOSSES = "comparison.json", "losses.csv"
+"""Files of a comparison of LoRA files."""
 SHOWN, NOT_SHOWN, OPPOSITE = 0, 1, 3
 """Exit statuses of --check; 2 is bad input."""
 MEANING = {SHOWN: "shown", NOT_SHOWN: "not shown", OPPOSITE: "the opposite is shown"}
@@ -57,7 +60,7 @@ def answer(args: argparse.Namespace, source: Path) -> int:
     """Print what --check or --table requests, and return the exit status."""
     if args.check and args.table:
         raise InvalidArgument(f"--table {args.table}", "not possible with --check", "give one of them")
-    if args.evaluations and source.is_dir():
+    if args.evaluations and source.is_dir() and not is_comparison(source):
         raise InvalidArgument(f"--evaluations {args.evaluations}", "an experiment counts them itself", "leave it out")
     if args.table:
         print(table(source, args.table, args.evaluations or 1), end="")
@@ -65,6 +68,11 @@ def answer(args: argparse.Namespace, source: Path) -> int:
     status, sentence = check(source, args.check, args.evaluations or 1)
     print(f"{MEANING[status]}: {sentence}")
     return status
+
+
+def is_comparison(source: Path) -> bool:
+    """Return whether a path is the output folder of a comparison of LoRA files."""
+    return (source / COMPARISON).is_file()
 
 
 class Results(NamedTuple):
@@ -83,6 +91,11 @@ def results_of(source: Path, evaluations: int = 1, reference: str = "") -> Resul
     `reference`: the method with which the others are compared, if all pairs are compared (default: that of the
     experiment, or the first one of the file). `evaluations`: those of a file's items (`compare_losses`).
     """
+    if is_comparison(source):
+        files = read_losses(source / LOSSES)
+        known, fixed = reference if reference in files.arrays else None, len(files.seeds) == 1
+        result = compare_losses(files.arrays, known, ALL, files.groups, evaluations, "image", fixed)
+        return Results(files.arrays, result.verdicts)
     if not source.is_dir():
         losses = read_losses(source).arrays
         known = reference if reference in losses else None

@@ -42,6 +42,7 @@ def compare_losses(
     groups: Sequence[str] = (),
     evaluations: int = 1,
     unit: str = "item",
+    fixed_runs: bool = False,
 ) -> LossComparison:
     """Compare methods by test losses of any trainer, for new seeds and new test items. A lower loss is better.
 
@@ -51,7 +52,8 @@ def compare_losses(
     "reference" to compare with the reference only, which shows smaller differences. `groups`: the group of each item,
     if items come in groups that resemble each other; verdicts then need six groups. `evaluations`: how often the items
     have been used for a comparison, for example as seeds were added; every time has a stricter significance level.
-    `unit`: the word for an item in sentences.
+    `unit`: the word for an item in sentences. `fixed_runs`: compare these very runs for new items, which one seed is
+    enough for; the result then says nothing about another training of the same method.
 
     Raises `InvalidArgument`, a `ValueError`, if losses are missing, not finite, or not above zero.
     """
@@ -75,7 +77,7 @@ def compare_losses(
             raise InvalidArgument(where, f"the loss is {values[seed, item]:g}", "give finite losses above zero")
     words = Words(unit, {}, found.seeds, found.items, groups)
     references = {label: reference for label in arrays if label != reference}
-    return LossComparison(*conclude(arrays, references, {}, against, words, evaluations, {})[:2])
+    return LossComparison(*conclude(arrays, references, {}, against, words, evaluations, {}, fixed_runs)[:2])
 
 
 def of_arrays(losses: Mapping[str, ArrayLike]) -> Losses:

@@ -90,23 +90,31 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
         *about.sections(experiment, folder),
         ("Settings and versions", settings_of(experiment)),
     )
-    body = "".join(
-        f"<section><h2>{title}</h2>{content}</section>" if title in OPEN else folded(f"<h2>{title}</h2>", content)
-        for title, content in sorted(sections, key=lambda section: section[0] not in OPEN)
-        if content
-    )
     told = (with_titles(experiment, note) for note in experiment["notes"])
     notes = in_lines([*told, *of_two_seeds(experiment)])
     notes = f"<p>As of {pluralize(as_of, 'run')}:</p>{notes}" if as_of and notes else notes
     split = experiment["split"]
     arms = pluralize(len(experiment["arms"]), "run")
     parts = f"{split['train']} {unit}s to train on, {split['select']} to select by, {split['test']} to test with"
+    header = f"<p>Experiment: {arms}, {parts}</p><h1>{headline}</h1>{notes}{lead(experiment, unit)}"
+    return document(headline, header, sections)
+
+
+def document(title: str, header: str, sections: Iterable[tuple[str, str]], shown: Sequence[str] = OPEN) -> str:
+    """Return a complete HTML document of a header and sections with titles; empty sections are left out.
+
+    The sections `shown` come first; all others are folded. Everything but the names in `shown` is HTML.
+    """
+    body = "".join(
+        f"<section><h2>{name}</h2>{content}</section>" if name in shown else folded(f"<h2>{name}</h2>", content)
+        for name, content in sorted(sections, key=lambda section: section[0] not in shown)
+        if content
+    )
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{headline}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><main><header><p>Experiment: {arms}, {parts}"
-        f"</p><h1>{headline}</h1>{notes}{lead(experiment, unit)}</header>{body}</main>"
+        f"<style>{STYLE}</style></head><body><main><header>{header}</header>{body}</main>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
 
@@ -181,8 +189,11 @@ def of_two_seeds(experiment: Experiment) -> list[str]:
     return ["two seeds show only large differences: add one or more, now or by a later start"] if most == 2 else []
 
 
-def verdict_table(experiment: Experiment, unit: str) -> str:
-    """Return the verdicts as a forest plot and, folded, as sentences and a table; HTML."""
+def verdict_table(experiment: Experiment, unit: str, explanation: str = READING) -> str:
+    """Return the verdicts as a forest plot and, folded, as sentences and a table; HTML.
+
+    `explanation`: how to read the table, with places for the coverage of the intervals and the word for a test item.
+    """
     verdicts = experiment["verdicts"]
     rows = []
     for verdict in verdicts:
@@ -207,7 +218,7 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
     names += ["p (corrected)", "MDE", f"Seeds &times; {unit}s"]
     sentences, reading = (
         in_lines(with_titles(experiment, verdict["sentence"]) for verdict in verdicts),
-        READING.format(unit=unit, coverage=coverage),
+        explanation.format(unit=unit, coverage=coverage),
     )
     kinds = dict.fromkeys(arm["method"] for arm in experiment["arms"])
     methods = in_lines(f"{titled(kind)}: {METHODS[kind].help}" for kind in kinds if kind in METHODS)

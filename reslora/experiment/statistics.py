@@ -269,6 +269,8 @@ class Comparison:
     """Which of all seeds have finite losses of both."""
     reading_level: float
     """Significance level of this evaluation on the test split (`level_of`)."""
+    fixed_runs: bool = False
+    """Whether only units are random: the comparison is of these very runs, not of their methods with new seeds."""
     effects: Effects | None = None
     """None without enough common seeds or units for a test. The next values are then undefined."""
     p: float = 1.0
@@ -291,7 +293,7 @@ class Comparison:
     @property
     def disagrees(self) -> int | None:
         """0 if the signed ranks of seeds are not significant at `reading_level`, 1 if those of units are not."""
-        for axis in (0, 1):
+        for axis in (1,) if self.fixed_runs else (0, 1):
             low, high = rank_interval(self.differences.mean(1 - axis), self.reading_level)
             if low <= 0 <= high:
                 return axis
@@ -320,12 +322,14 @@ def judge(
     family: int = 0,
     part: float = 1.0,
     least: int = 2,
+    fixed_runs: bool = False,
 ) -> list[Comparison]:
     """Return the test result of each pair, by Holm's (1979) procedure at the level of this evaluation.
 
     `reading`: number of this evaluation on the test split, from 1. `family`: number of pairs ever compared, if there
-    were more. `part`: the part of the significance level that these pairs have. `least`: least number of units. A pair
-    without a common seed is left out.
+    were more. `part`: the part of the significance level that these pairs have. `least`: least number of units.
+    `fixed_runs`: only units are random, so that one seed is enough: the test is Student's paired t test over the units,
+    of the mean over the seeds. A pair without a common seed is left out.
     """
     found = []
     for label, reference in pairs:
@@ -333,10 +337,13 @@ def judge(
         has = np.isfinite(np.hstack([ours, theirs])).all(1)
         if has.any():
             base = float(theirs[has].mean())
-            found.append(Comparison(label, reference, (ours - theirs)[has], base, has, level_of(reading)))
-    tested = [each for each in found if len(each.differences) > 1 and each.differences.shape[1] >= least]
+            found.append(Comparison(label, reference, (ours - theirs)[has], base, has, level_of(reading), fixed_runs))
+    seeds = 1 if fixed_runs else 2
+    tested = [each for each in found if len(each.differences) >= seeds and each.differences.shape[1] >= least]
     for each in tested:
-        each.effects = effects_of(each.differences)
+        # two equal rows: the mean squares of seeds and residuals are zero, and only that of the units remains
+        rows = np.stack([each.differences.mean(0)] * 2) if fixed_runs else each.differences
+        each.effects = effects_of(rows)
         each.p = p_value(each.effects)
     number, level, largest = max(family, len(tested)), part * level_of(reading), 0.0
     for rank, each in enumerate(sorted(tested, key=lambda each: each.p)):

@@ -82,11 +82,12 @@ def conclude(
     words: "Words",
     reading: int,
     before: Mapping[str, Sequence[Sequence[str]]],
+    fixed_runs: bool = False,
 ) -> Compared:
     """Return the conclusions from the losses of each label, of shape (seeds, images).
 
-    `references` and `averages`: the label with which a method, or an average of checkpoints, is compared. The other
-    arguments are those of `compare`.
+    `references` and `averages`: the label with which a method, or an average of checkpoints, is compared. `fixed_runs`:
+    only images are random (`statistics.judge`). The other arguments are those of `compare`.
     """
     least = 2
     if words.groups:
@@ -103,7 +104,7 @@ def conclude(
         ever = [*before.get(kind, ()), *map(sorted, pairs)]
         family[kind] = list(dict.fromkeys(tuple(pair) for pair in ever))
         part = AVERAGES if kind == "averages" else 1 - AVERAGES if family["averages"] else 1.0
-        found[kind] = judge(losses, pairs, reading, len(family[kind]), part, least)
+        found[kind] = judge(losses, pairs, reading, len(family[kind]), part, least, fixed_runs)
     shown = {*references.items(), *averages.items()}
     every = [*found["methods"], *found["averages"]]
     verdicts = [verdict_of(pair, words) for pair in every if (pair.label, pair.reference) in shown]
@@ -204,7 +205,8 @@ def verdict_of(pair: Comparison, words: Words) -> Verdict:
     gain = 0 if words.base is None else words.base - pair.base
     found = Verdict(
         label=pair.label, reference=pair.reference, seeds=seeds, images=units, conclusion="cannot tell", sentence="",
-        difference=mean, relative=percent * mean, interval=None, rerun=rerun(percent * pair.differences.mean(1)),
+        difference=mean, relative=percent * mean, interval=None,
+        rerun=None if pair.fixed_runs else rerun(percent * pair.differences.mean(1)),
         level=None, p=None, p_holm=None, detectable=None, detectable_interval=None, expected=None,
         of_gain=100 * mean / gain if gain > 0 else None,
     )  # fmt: skip
@@ -213,7 +215,7 @@ def verdict_of(pair: Comparison, words: Words) -> Verdict:
         found["interval"] = percent * low, percent * high
         found["level"], found["p"], found["p_holm"] = pair.reading_level, pair.p, pair.corrected
         found["conclusion"] = "not shown" if not pair.significant else "better" if mean < 0 else "worse"
-        if seeds > 2:  # with two seeds the estimate would vary by a factor of ten
+        if seeds > 2 or pair.fixed_runs:  # with two seeds the estimate would vary by a factor of ten
             about, *ends = (
                 percent * each for each in detectable(effects.squares, effects.size, pair.level, pair.reading_level)
             )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from reslora.errors import InvalidArgument
 from reslora.experiment import compare_losses
@@ -56,6 +57,24 @@ def test_groups_take_the_place_of_items(tmp_path):
     assert compare_losses(written(tmp_path / "x.csv", losses, tuple(groups))).verdicts == [found]
     (few,) = compare_losses(losses, groups=["x", "y", "z"] * 4).verdicts
     assert few["conclusion"] == "cannot tell" and few["sentence"].startswith("3 test item groups cannot tell b from a")
+
+
+def test_one_run_of_each_method_is_compared_by_a_paired_t_test_over_items():
+    half = np.array([0.01, 0.02, 0.04, 0.07])
+    differences = -0.05 + np.concatenate([half, -half])  # symmetric, so that the intervals need no correction
+    base = np.linspace(1, 2, 8)
+    losses = {"a": base[None], "b": (base + differences)[None]}
+    (alone,) = compare_losses(losses).verdicts
+    assert alone["conclusion"] == "cannot tell"
+    (found,) = compare_losses(losses, fixed_runs=True).verdicts
+    p = stats.ttest_rel(losses["b"][0], losses["a"][0]).pvalue
+    assert found["p"] == pytest.approx(p) and (found["conclusion"], found["seeds"]) == ("better", 1)
+    assert found["rerun"] is None and found["detectable"] > 0
+    several = {label: np.stack([array[0] + shift for shift in (-0.1, 0, 0.1)]) for label, array in losses.items()}
+    several["b"][0] += 0.3
+    several["b"][1] -= 0.3  # the seeds disagree, but these very runs do not
+    assert compare_losses(several, fixed_runs=True).verdicts[0]["p"] == pytest.approx(p)
+    assert compare_losses(several).verdicts[0]["conclusion"] == "not shown"
 
 
 def test_the_example_of_the_documents(tmp_path, monkeypatch):

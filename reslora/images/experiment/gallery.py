@@ -23,7 +23,14 @@ BASE = "before training"
 def gallery(experiment: Experiment, folder: Path) -> str:
     """Return HTML with the first sample of each prompt for each chosen run, side by side; empty without samples."""
     prompts = [str(prompt) for prompt in experiment["settings"].get("validation_prompt") or ()][:MOST_PROMPTS]
-    columns = columns_of(experiment, folder, prompts)
+    return gallery_of(columns_of(experiment, folder, prompts), prompts, best_of(experiment))
+
+
+def gallery_of(columns: list[tuple[str, str, Path]], prompts: list[str], best: str | None) -> str:
+    """Return HTML with the first sample of each prompt in each column, side by side; empty without samples.
+
+    `columns`: name, description and directory of samples. `best`: name of the column to show first.
+    """
     cells = {
         (row, column): tile(place / f"{row}-0.png", f"{prompt}: {name}", f"{row}-{column}")
         if shows(place, row, prompt)
@@ -41,7 +48,7 @@ def gallery(experiment: Experiment, folder: Path) -> str:
         for row, prompt in enumerate(prompts)
     )
     return (
-        f"{slider(columns, prompts, best_of(experiment))}<details><summary>All images</summary>"
+        f"{slider(columns, prompts, best)}<details><summary>All images</summary>"
         '<div class="scroll" role="region" aria-label="All images" tabindex="0"><table class="gallery">'
         f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>"
     )

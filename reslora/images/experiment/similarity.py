@@ -61,7 +61,8 @@ def similarities(parts: Mapping[str, nn.Module], images: Sequence[Image], settin
     found = {"image_similarity": (drawn * metric.of(sources, tested)).sum(1).mean()}
     if metric.reads_captions:
         found["caption_similarity"] = (drawn * metric.captions(captions)).sum(1).mean()
-    found["nearest_training"] = (drawn @ metric.of(sources, training_images(setting)).T).amax(1).mean()
+    if trained := training_images(setting):  # a comparison of files does not know them
+        found["nearest_training"] = (drawn @ metric.of(sources, trained).T).amax(1).mean()
     found["unrelated_similarity"] = (kept * base).sum(1).mean()
     found["diversity"] = apart.sum() / (DRAWINGS * (DRAWINGS - 1))
     return {name: float(value) for name, value in found.items()}

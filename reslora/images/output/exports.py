@@ -44,6 +44,9 @@ from .reading_back import PEFT_FOLDER, Parts, peft_parts, read_back, values_of
 from .reports import FINISHED, MERGED, save_images
 from .sampling import Sampler, as_image
 
+TRAINED_IMAGES = "reslora.images"
+"""Field of a LoRA file's metadata: `short_marks` of the training images, by which reslora-compare recognizes them."""
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -356,5 +359,17 @@ def kohya_metadata(
             "modelspec.implementation": "diffusers",
             "modelspec.title": f"LoRA for {base}",
             "modelspec.resolution": f"{sides[0]}x{sides[0]}",
+            TRAINED_IMAGES: " ".join(sorted(short_marks(trained_marks(training_data)))),
         }
     )
+
+
+def trained_marks(training_data: TrainingData) -> set[str]:
+    """Return the hashes of the content of the training images, without class images."""
+    sources = [source for source in training_data.sources if not source.images.of_class]
+    return {source.images.marks[number] for source in sources for number in source.train}
+
+
+def short_marks(marks: Iterable[str]) -> set[str]:
+    """Return the first 8 digits of the hash of each image; a mark has the size, the hash, and those of its mask."""
+    return {mark.partition("+")[0].rpartition(":")[2][:8] for mark in marks}
