@@ -9,13 +9,12 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from reslora.bundled import ASSETS
-from reslora.content_hash import folder_mark
 from reslora.images.memory.components import outline
 from reslora.images.model.loading import Model, find_model
 from reslora.images.model_checks import check_pipeline
 from reslora.options.images import Options
 
-from .runs import NO_CONFIG, Run, RunError, cached_by, stamp_of
+from .runs import NO_CONFIG, Run, RunError
 
 BUNDLED = ASSETS / "pipeline"
 PIPELINES = {f"{ASSETS.name}/{path.name}": path for path in (BUNDLED, ASSETS / "pipeline-flow")}
@@ -29,21 +28,13 @@ OF_MODEL = ("pretrained_vae_model_name_or_path", "pretrained_transformer_file", 
 def bundled(named: str, known: Mapping[str, Path] = PIPELINES) -> str | None:
     """Return the name (key in `known`) of the bundled asset that the path `named` refers to, or None.
 
-    The path may be from another checkout or another machine. If a folder exists at this path, its contents must be the
-    same as those of the bundled asset.
+    The path may be from another machine. A folder that exists at this path must be the bundled asset itself.
     """
     word = "/".join(Path(named).parts[-2:])
     if word not in known:
         return None
     there, here = Path("/", named), known[word]
-    return word if not there.is_dir() or there.samefile(here) or mark_of(there) == mark_of(here) else None
-
-
-@cached_by(lambda folder: (folder, *map(stamp_of, folder.rglob("*"))), 16)
-def mark_of(folder: Path) -> str:
-    """Return a content hash of a folder, cached until a file in the folder changes."""
-    parts = [path for path in sorted(folder.iterdir()) if path.is_dir()]  # skip files such as README.md
-    return " ".join(map(folder_mark, parts or [folder]))
+    return word if not there.is_dir() or there.samefile(here) else None
 
 
 def base_of(run: Run | None) -> Options:

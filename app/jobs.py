@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from reslora.errors import InvalidArgument
-from reslora.images.data.images import is_image
 from reslora.images.experiment.run import check_same
 from reslora.images.settings import parsed_values, resolve
 from reslora.io import replacing, write_json
@@ -43,7 +42,6 @@ FOLDERS = ("train_data_dir", "conditioning_data_dir", "class_data_dir", "dataset
 """Options that may name a folder of images."""
 BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, PAUSE, "cache", "images.json", "logs"}
 """Files and folders that may be in a run's folder before training begins; `cache` contains encoded images."""
-FEW = 8  # images in the preview
 CLOSING = 10.0  # seconds to wait for captions when the application is closed
 STOP = getattr(signal, "SIGUSR1", signal.SIGTERM)
 """Signal that asks a trainer to save and exit. SIGTERM is only used where SIGUSR1 does not exist, because a second
@@ -147,11 +145,6 @@ class Jobs:
         if folder.exists() and self.is_active(run):
             raise NameTaken(f"{name} is already starting: choose another name.")
         return folder
-
-    def preview_images(self, folder: str | None) -> list[Path]:
-        """Return the images directly in the folder with this name, for the preview."""
-        found = sorted(self.images.find(folder).path.glob("[!.]*")) if folder else []
-        return list(filter(is_image, found))
 
     def resumable(self, name: str, kind: type[Run] = Run) -> Run:
         """Return the run or experiment with this name. Raises `RunError` if it cannot be resumed."""

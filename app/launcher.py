@@ -25,8 +25,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
 EMPTY = (None, "", [])
 """Values in the form for which the option is not passed to the trainer."""
-LARGEST_RANK = 512
-"""Maximum rank without a warning."""
 
 
 def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
@@ -105,15 +103,6 @@ def words_for(folder: Path, settings: dict, images: Path | None, begun: Run | No
     if model := str(settings.get("model") or "").strip():
         words += ["--pretrained_model_name_or_path", model_of(model, images or folder if begun else images)]
     return words + arguments(settings, with_defaults=begun is not None)
-
-
-def warning(settings: dict) -> str:
-    """Return a warning if the rank is unusually high, else an empty string."""
-    ranks = [int(word) for value in listed(settings.get("rank")) for word in re.findall(r"\d+", str(value))]
-    largest = max(ranks, default=0)
-    if largest <= LARGEST_RANK:
-        return ""
-    return f" warning: {largest} is a very high rank; 4 to 128 are usual."
 
 
 def launch_words() -> list[str]:

@@ -54,7 +54,6 @@ class GenerateTab(Tab):
     def settings_column(self) -> None:
         """Make the components that select the weights and the settings of images."""
         self.weights = open_choice("Weights", elem_id="weights")
-        self.used_instead = gr.Textbox(label="Weights", interactive=False, visible=False, elem_id="used-instead")
         self.warning = gr.HTML(elem_id="merge-warning", visible=False)
         self.negative = gr.Textbox(label="Negative prompt")
         with gr.Row():
@@ -102,7 +101,6 @@ class GenerateTab(Tab):
         warned = [page.run, self.weights]
         self.weights.change(self.warn, warned, self.warning, preprocess=False, **QUIET)
         gr.api(self.list_weights, api_name="weights")
-        self.adapter.change(self.show_used, self.adapter, [self.weights, self.used_instead], preprocess=False, **QUIET)
         shown = [self.now, self.grid.now, self.timer]
         self.timer.tick(self.progress, None, shown[:2], queue=False, **QUIET)
         for event in (drawing, self.grid.events(page)):
@@ -152,13 +150,6 @@ class GenerateTab(Tab):
             run = self.library.find(name)
             text = warning_for(run, run.find_weights(label))
         return gr.update(value=text, visible=bool(text))
-
-    def show_used(self, adapter: object) -> tuple[dict, dict]:
-        """Return the updates of the weights' dropdown, and of the box in its place that names an uploaded file."""
-        path = path_of(adapter)
-        text = path.name if path else ""
-        instead = gr.update(value=text, label="Weights (the file selected below)", visible=bool(text))
-        return gr.update(visible="hidden" if text else True), instead
 
     def chosen_weights(self, run: Run | None, label: str, adapter) -> Weights:
         """Return the weights to use: an uploaded LoRA file, else the run's weights."""

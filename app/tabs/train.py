@@ -7,7 +7,6 @@ from pathlib import Path
 
 import gradio as gr
 
-from reslora.formatting import pluralize
 from reslora.images.config_file import OF_SHORTCUTS
 from reslora.options.grid import Grid
 from reslora.options.images import Options
@@ -23,7 +22,7 @@ from ..downloads import new_file
 from ..estimates import number_of_runs, peak_memory, training_time
 from ..folders import BUNDLED
 from ..handlers import NO_PROGRESS, QUIET
-from ..jobs import FEW, WAITING, Entry, NameTaken
+from ..jobs import WAITING, Entry, NameTaken
 from ..library import Experiment
 from ..runs import Run, RunError
 from .base import Parts, TabHost, answer_line, open_choice
@@ -120,7 +119,6 @@ class TrainTab(ControlTab):
                 info="Upload your images under Images",
                 elem_id="images-of-run",
             )
-        self.preview = gr.HTML(elem_id="preview")
         known = form.known()
         self.flags["method"] = self.widget(known["method"])
         with gr.Accordion("More methods", open=False):
@@ -208,8 +206,6 @@ class TrainTab(ControlTab):
             [self.kept, self.plan, self.facts, self.command, self.shown_defaults, *following, *wired],
             trigger_mode="always_last", queue=False, preprocess=False, **QUIET,
         )  # fmt: skip
-        looked = self.folder.change(self.show_images, self.folder, self.preview, preprocess=False, **QUIET)
-        looked.failure(lambda: "", None, self.preview, **QUIET)
 
         common = {"preprocess": False, **NO_PROGRESS}  # errors are shown once, as a message
         started = [page.run, page.tab(ReportTab).which, self.start, self.answer]
@@ -305,8 +301,6 @@ class TrainTab(ControlTab):
             if now[flag] != shown.get(flag) == flags[flag]:
                 updates[self.flags[flag]] = now[flag]
         facts = {"Runs": f"{number_of_runs(found):,}", "Time": training_time(self.library, found)}
-        if unlikely := launcher.warning(settings):
-            told += f'<p class="warning">{views.escape(unlikely.strip())}</p>'
         return updates | {
             self.plan: told, self.facts: views.facts(facts), self.command: launcher.in_words(words),
             self.shown_defaults: now,
@@ -319,12 +313,6 @@ class TrainTab(ControlTab):
         peak = f"Weights, gradients and activations: {peak_memory(planned)}. Python and its libraries need more."
         yield views.notice(peak) + views.printed(planned)
 
-    def show_images(self, folder: str) -> str:
-        """Return the number of images in the folder, with the first ones, as HTML."""
-        images = self.jobs.preview_images(folder)
-        told = pluralize(len(images), "image") + (f"; the first {FEW}:" if len(images) > FEW else "")
-        return views.notice(told) + views.thumbnails(images[:FEW]) if images else ""
-
     def do_start(self, *inputs) -> tuple:
         """Start or queue the form's run or experiment.
 
@@ -333,7 +321,7 @@ class TrainTab(ControlTab):
         name, folder, model, *values = inputs
         entry = self.entry(name, folder, model, values)
         added = self.jobs.add(entry)
-        told = self.outcome_of(added) + launcher.warning(entry.settings)
+        told = self.outcome_of(added)
         run = experiment = gr.update()
         if added.kind == "experiment":
             experiment = gr.update(choices=list(self.library.experiments()), value=name)
