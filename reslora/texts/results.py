@@ -27,6 +27,9 @@ from ..options.texts import MethodOptions
 from ..runtime.folder_lock import check_held
 from ..runtime.processes import broadcast_from_main, is_main
 
+PLAIN_LORA = "plain_lora"
+"""Folder with PEFT's conversion to LoRA; an experiment's folder may have runs in `lora/`."""
+
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +138,7 @@ def export(
 
     - `peft/`: a plain adapter, with which PEFT computes the merged model's logits.
     - `chains.json` and `merge.json`, if the model was connected: its chains of blocks, and the report.
-    - `lora/` and `conversion.json`, for a method that the user brings: see `_export_adapter`.
+    - `plain_lora/` and `conversion.json`, for a method that the user brings: see `_export_adapter`.
     - `merged/`, with --merge_and_save: the base model with the adapter merged in float32, and the tokenizer, for
       transformers. Without --merge_and_save, a `merged/` of an earlier export is removed.
 
@@ -159,15 +162,17 @@ def export(
 def _export_adapter(model: PeftModel, folder: Path, adapter: MethodOptions) -> None:
     """Write `peft/`, and for a method that the user brings and that is not LoRA, PEFT's conversion to LoRA.
 
-    The LoRA is in `lora/`, or in `peft/` if PEFT does not have the method; `conversion.json` has its error.
+    The LoRA is in `plain_lora/`, or in `peft/` if PEFT does not have the method; `conversion.json` has its error.
     """
+    remove(folder / PLAIN_LORA)  # of an earlier export, whose adapter was another one
+    (folder / CONVERSION).unlink(missing_ok=True)
     own = METHODS[adapter.name].own and not is_plain(model)
     found = convert(model, adapter.rank) if own else None
     if not has_updates(model):
         export_peft(model, folder / "peft")
     if found is not None:
         converted, error = found
-        write_converted(model, converted, folder / ("peft" if has_updates(model) else "lora"))
+        write_converted(model, converted, folder / ("peft" if has_updates(model) else PLAIN_LORA))
         record = {"rank": adapter.rank, "error": error}
         write_json(folder / CONVERSION, record)
         print(f"{METHODS[adapter.name].title}: {conversion_in_words(record)}", flush=True)

@@ -216,7 +216,10 @@ def reached(model: Path, data: Path, output: Path) -> tuple:
     return right / 10, pytest.approx(np.mean(losses), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", quick(["lora_x2", "reslora", "adalora", "loha"], "reslora"))
+OWN = ["peft.VeraConfig", "examples.my_method.shared_a"]
+
+
+@pytest.mark.parametrize("method", quick(["lora_x2", "reslora", "adalora", "loha", *OWN], "reslora"))
 def test_what_is_saved_loads_in_stock_libraries(method, roberta, rte, tmp_path):
     run_glue(flags(roberta, rte, tmp_path, "rte", "--method", method, "--merge_and_save"))
     tokens = {"input_ids": torch.tensor([[0, 5, 6, 7, 2, 2, 8, 9, 2]])}
@@ -226,6 +229,13 @@ def test_what_is_saved_loads_in_stock_libraries(method, roberta, rte, tmp_path):
     stock = PeftModel.from_pretrained(base, tmp_path / "peft").double().eval()
     with torch.no_grad():
         expected, actual = stock(**tokens).logits, merged(**tokens).logits
+    converted = tmp_path / "plain_lora"
+    assert converted.is_dir() == (method == "peft.VeraConfig")  # PEFT does not have the other one: peft/ is converted
+    assert (tmp_path / "conversion.json").is_file() == (method in OWN)
+    if converted.is_dir():
+        base = AutoModelForSequenceClassification.from_pretrained(roberta)
+        lora = PeftModel.from_pretrained(base, converted).double().eval()
+        assert_equal(lora(**tokens).logits.detach(), expected, rtol=1e-4, atol=1e-5)
     assert_equal(actual, expected, rtol=1e-4, atol=1e-5)  # the merged weights were rounded to float32
     assert (expected - untrained).abs().max() > 0.01
     assert merged.config.id2label == {0: "entailment", 1: "not_entailment"}

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from launching import forked
 from peft import PeftModel
 from pipelines import image_folder
 
-from images.runs import RESUME, assert_same, final_weights, main, refused, without
+from images.runs import RESUME, SCRIPT, assert_same, final_weights, main, refused, without
 
 MODULE = """
 from peft import FourierFTConfig
@@ -103,6 +104,16 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(flags, place, met
     shutil.copytree(whole / method / "checkpoint-1", resumed / method / "checkpoint-1")
     assert main(*flags, "--method", method, "--output_dir", resumed, *RESUME) == 0
     assert_same(final_weights(whole, method, 2), final_weights(resumed, method, 2))
+
+
+@pytest.mark.exhaustive
+def test_two_processes_train_one_together(flags, tmp_path):
+    """Both import the module; layers share a matrix, whose gradient is summed over both processes."""
+    method, one_at_a_time = "examples.my_method.shared_a", [*without(flags, "--train_batch_size"), "--train_batch_size"]
+    assert main(*one_at_a_time, "2", "--method", method, "--output_dir", tmp_path / "one") == 0
+    forked(SCRIPT, *one_at_a_time, "1", "--method", method, "--output_dir", str(tmp_path / "two"), folder=tmp_path)
+    one, two = (final_weights(tmp_path / name, method, 2) for name in ("one", "two"))
+    assert_same(one, two, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
