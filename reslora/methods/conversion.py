@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, convert_to_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -56,16 +57,22 @@ def convert(model: nn.Module, rank: int) -> tuple[Converted, float] | None:
     rank = min(rank, *(min(layer.get_base_layer().weight.shape) for layer in layers.values()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that updates are configured as LoRA
-        found = convert_to_lora(base, rank, DEFAULT)
+        config, tensors = convert_to_lora(base, rank, DEFAULT)
+    # Of a module that is trained completely, PEFT names each tensor by the last part of its name only.
+    tensors = {name: value for name, value in tensors.items() if name.endswith((".lora_A.weight", ".lora_B.weight"))}
+    for name, module in base.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            state = module.modules_to_save[DEFAULT].state_dict()
+            tensors |= {f"{name}.{key}": value for key, value in state.items()}
     difference = total = 0.0
     for name, layer in layers.items():
         weight = layer.get_base_layer().weight.detach().double()
         change = merged_value(layer, "weight", weight) - weight
-        down, up = (found[1][f"{name}.lora_{factor}.weight"].to(change) for factor in "AB")
+        down, up = (tensors[f"{name}.lora_{factor}.weight"].to(change) for factor in "AB")
         lora = (up @ down).T if isinstance(layer.get_base_layer(), Conv1D) else up @ down
         difference += float((change - lora).square().sum())
         total += float(change.square().sum())
-    return found, math.sqrt(difference / total) if total else 0.0
+    return (config, tensors), math.sqrt(difference / total) if total else 0.0
 
 
 def write_converted(model: nn.Module, converted: Converted, directory: Path) -> None:
