@@ -8,26 +8,14 @@ import PIL.Image
 import pytest
 from app_runs import run_by_hand, write_run, write_samples
 
-from app import compared, views
+from app import compared
 from app.differences import differences
-from app.library import Library
 from app.runs import Run
 
 
 @pytest.fixture
 def run(tmp_path):
     return run_by_hand(tmp_path)
-
-
-def test_a_run_whose_config_is_damaged_says_so(run):
-    assert "shortcut input" in views.summary(run, "finished")
-    (run.folder / "config.json").write_text('{"method": ["lora"')
-    assert "data-step" in compared.images(run, 4)  # of samples that do not tell their prompts
-    for method in run.methods:
-        shutil.rmtree(run.folder / method / "samples")
-    assert "config.json cannot be read" in compared.images(run, 4)
-    said = views.summary(run, run.status)
-    assert "config.json cannot be read" in said and "shortcut" not in said
 
 
 def test_columns_and_grid_show_the_chosen_step(run):
@@ -58,16 +46,6 @@ def test_two_images_of_the_grid_in_one_size_with_their_difference(run):
     assert compared.difference(images[0], images[0])[1].startswith("Difference: 0.0 of 255")
     next(iter(columns["LoRA"].images.values())).write_bytes(b"")
     assert compared.two_images(columns["LoRA"], columns["ResLoRA"], rows["red disc"]) is None
-
-
-def test_a_run_without_prompts_shows_its_losses(tmp_path):
-    folder = write_run(tmp_path / "runs" / "quiet", validation_prompt=[])
-    for samples in folder.glob("*/samples"):
-        shutil.rmtree(samples)
-    run = Library(tmp_path / "runs").find("quiet")
-    assert run.steps() == [0, 2, 4]
-    assert "without sample prompts" in compared.images(run, 4)
-    assert "0.4000" in compared.numbers(run, 4)  # the validation loss at step 4
 
 
 def test_numbers_and_curves_by_hand(run, monkeypatch):

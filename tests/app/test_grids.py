@@ -40,7 +40,6 @@ def grid_of(run, x, y, start=START):
     ("x", "y", "single"),
     [
         (("strength", "0.5, 1"), ("seed", "7 8"), lambda x, y: (START, {"strength": x, "seed": y})),
-        (("guidance", "1 4.5"), ("steps", "1 3"), lambda x, y: (START, {"guidance": x, "steps": y})),
         (("method", "LoRA, ResLoRA"), ("prompt", "red disc\n\nblue box "),
             lambda x, y: (f"{METHODS[x].title}: merged weights", {"prompt": y})),
         (("checkpoint", "2 4"), ("method", "LoRA, ResLoRA"),
@@ -48,7 +47,7 @@ def grid_of(run, x, y, start=START):
         (("merge", "input none"), ("checkpoint", "4 2"), lambda x, y: (f"ResLoRA: step {y} merged by {x}", {})),
         (("method", "LoRA, base"), ("none", ""), lambda x, y: (START if x == "lora" else "base model", {})),
     ],
-    ids=["strength-seed", "guidance-steps", "method-prompt", "checkpoint-method", "merge-checkpoint", "one-axis"],
+    ids=["strength-seed", "method-prompt", "checkpoint-method", "merge-checkpoint", "one-axis"],
 )  # fmt: skip
 def test_cells_are_single_drawings(studio, run, x, y, single):
     """With different weights and settings; weights that are not merged yet are merged once."""

@@ -22,11 +22,6 @@ from app.runs import RunError
             "temporary folder.",
             "",
         ),
-        (
-            OSError(errno.EROFS, os.strerror(errno.EROFS), "/mnt/runs/tiny/stop"),
-            "A file cannot be written (Read-only file system).",
-            "",
-        ),
         (KeyError("secret"), "An unexpected error occurred; see the terminal for details.", "KeyError"),
     ],
 )

@@ -108,12 +108,9 @@ def test_a_truncated_image_is_called_damaged_also_if_it_has_no_caption(edits, fo
     assert edits.looks.problem(images.images["3.png"]).startswith("damaged (") and "no caption:" not in summary(edits)
 
 
-@pytest.mark.parametrize("layout", ["hidden", "jsonl"])
-def test_folders_mean_what_they_mean_to_the_trainer(edits, folder, layout):
-    if layout == "hidden":
-        shutil.copytree(folder, folder / ".ipynb_checkpoints")
-    if layout == "jsonl":
-        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": ["one", "two"]}))
+def test_folders_mean_what_they_mean_to_the_trainer(edits, folder):
+    shutil.copytree(folder, folder / ".ipynb_checkpoints")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": ["one", "two"]}))
     images, loaded = edits.look("set"), trained(folder)
     assert [list(image.captions) for image in images.images.values() if not image.problem] == loaded.captions
     assert images.notes == [note.replace(f"{folder}/", "") for note in loaded.notes]
@@ -264,15 +261,8 @@ def test_trash_is_not_trained_on_and_comes_back(edits, tmp_path, layout):
     assert (loaded.captions, loaded.left_out, loaded.notes) == ([captions[n] for n in (0, 2, 3, 5)], (), ())
     assert len(edits.look("other").images) == 4
     assert not {"1.png", "4.png", "1.txt", "4.txt"} & {path.name for path in folder.iterdir()}
-    (folder / "1.png").write_text("another one")
-    with pytest.raises(RunError, match=r"1\.png was changed later"):
-        edits.undo("other")
-    assert (folder / "1.png").read_text() == "another one" and list(folder.glob(f"{TRASH}/*/1.png"))
-    (folder / "1.png").unlink()
-    edits.throw_away("other", ["0.png"])
     edits.undo("other")
-    assert files_of(folder).keys() & before.keys() == {*before} - {str(folder / name) for name in (
-        "1.png", "4.png", "1.txt", "4.txt")}  # fmt: skip
+    assert files_of(folder) == before
 
 
 def test_images_that_are_trained_on_are_not_thrown_away(edits, tmp_path, monkeypatch):

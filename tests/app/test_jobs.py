@@ -137,15 +137,6 @@ def test_the_form_starts_with_what_stands_in_it(lined):
     assert "b waits in the queue" in told[1]
 
 
-def test_what_goes_on_keeps_its_images_and_none_are_named(lined, tmp_path):
-    write_run(tmp_path / "runs" / "a", methods=["lora"])
-    write_run(tmp_path / "runs" / "b", learning_rate=[1e-4, 1e-3])
-    added = [lined.add(Entry("a", resume=True)), lined.add(Entry("b", "experiment", {"seed": "0 1"}))]
-    assert [entry.folder for entry in added] == [None, None]
-    assert TrainTab.outcome_of(None, added[0]) == "a resumes from its newest checkpoint."
-    assert TrainTab.outcome_of(None, added[1]) == "b waits in the queue and starts automatically."
-
-
 def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_path):
     """SIGKILL ends it while one entry trains and two wait; the next one continues the queue."""
     server = multiprocessing.get_context("fork").Process(

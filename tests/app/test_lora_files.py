@@ -7,10 +7,9 @@ from app_runs import image_of, own_runs
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from pipelines import stable_diffusion
-from safetensors.torch import load_file, save_file
 
 from app.library import Library
-from app.runs import BASE, Weights
+from app.runs import Weights
 from app.studio import Studio
 from app.weight_files import put_file, uploaded
 from reslora.export import export_diffusers, merged_state_dict
@@ -48,36 +47,6 @@ def test_a_lora_of_linear_layers_and_convolutions_adds_its_update(tmp_path):
     for name, value in before.items():
         torch.testing.assert_close(found[name], value + 2 * (merged[name] - value), rtol=1e-5, atol=1e-5)
     assert sum(bool((merged[name] - value).abs().max() > 1e-2) for name, value in before.items()) > 4
-
-
-# -- files of other tools ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def foreign(run, tmp_path):
-    """Write the run's kohya file with changed tensors."""
-
-    def write(change):
-        save_file(change(load_file(run.folder / "lora" / "kohya.safetensors")), tmp_path / "foreign.safetensors")
-        return uploaded(tmp_path / "foreign.safetensors")
-
-    return write
-
-
-def with_other_alphas(tensors):
-    """Return the same LoRA with an alpha for each layer, as resize_lora.py of kohya or a LoCon with conv_alpha has."""
-    for number, name in enumerate([name for name in tensors if name.endswith(".alpha")]):
-        tensors[name] *= 1 + number % 3
-        tensors[name.replace(".alpha", ".lora_up.weight")] /= 1 + number % 3
-    return tensors
-
-
-@pytest.mark.exhaustive
-def test_each_layers_alpha_is_its_own(studio, run, foreign):
-    expected = image_of(studio, run, run.find_weights("LoRA: kohya.safetensors"))
-    file = foreign(with_other_alphas)
-    assert np.abs(image_of(studio, run, file) - expected).max() <= 1
-    assert np.abs(image_of(studio, run, BASE) - expected).max() > 8
 
 
 def test_what_the_converter_writes_is_drawn(studio, run, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from app_runs import pixels
 from diffusers import FluxKontextPipeline
 from images.test_edit_models import stirred
-from pipelines import flux_kontext, random_image, stable_diffusion
+from pipelines import flux_kontext, random_image
 from torch import Generator
 
 from app.generation_request import Request
@@ -42,11 +42,3 @@ def test_an_edit_model_changes_the_reference_image(tmp_path):
     path.write_text("no image")
     with pytest.raises(RunError, match=r"The reference image cannot be used: not an image\."):
         list(studio.generate(run, [BASE], REQUEST, reference=path))
-
-
-@pytest.mark.exhaustive
-def test_another_model_takes_none(tmp_path):
-    run, path = run_of(tmp_path, stable_diffusion(tmp_path / "model")), tmp_path / "reference.png"
-    random_image(3).save(path)
-    with pytest.raises(RunError, match=r"This model takes no reference image\."):
-        list(Studio().generate(run, [BASE], REQUEST, reference=path))

@@ -73,16 +73,13 @@ def test_what_trains_waits_or_is_elsewhere_is_not_thrown_away(manager, tmp_path)
     assert manager.trashed() == {} and (tmp_path / "runs" / "two" / "config.json").is_file()
 
 
-def test_a_run_is_renamed_unless_it_trains_waits_or_the_name_is_taken(manager, tmp_path):
+def test_a_run_is_renamed_unless_the_name_is_taken(manager, tmp_path):
     manager.write_notes("one", "", "good")
     assert "one is now 1st" in manager.rename("one", "1st") and manager.find("1st").notes == "good"
     assert "already exists" in refused(manager.rename, "1st", "two")
     for name in (*HOSTILE, None):
         refused(manager.rename, "1st", name)
         refused(manager.rename, name, "new")
-    with manager.jobs.changing() as entries:
-        entries.append(Entry("1st", resume=True))
-    assert "waits in the queue" in refused(manager.rename, "1st", "new")
     assert sorted(run.name for run in manager.library.everything()) == ["1st", "elsewhere", "two", "which"]
 
 

@@ -80,15 +80,6 @@ def test_every_form_of_the_merged_weights_draws_the_same(studio, run):
 
 
 @pytest.mark.exhaustive
-def test_base_is_untouched_by_what_was_used_in_between(studio, run):
-    before = one(studio, run, BASE.label)
-    for weights in run.weights():
-        draw(studio, run, weights, request=replace(REQUEST, strength=0.5))
-    assert np.array_equal(one(studio, run, BASE.label), before)
-    assert studio.loads == 1
-
-
-@pytest.mark.exhaustive
 def test_an_unmerged_checkpoint_is_drawn_with_its_shortcuts(studio, run):
     lora = one(studio, run, "LoRA: unmerged, step 4")
     assert np.abs(lora - one(studio, run, "LoRA: merged weights")).max() <= 2
@@ -106,13 +97,6 @@ def test_strength_goes_from_the_base_to_the_adapter(studio, run, name):
     assert np.abs(half - none).max() > 2 and np.abs(half - whole).max() > 2
     file = one(studio, run, "LoRA: pytorch_lora_weights.safetensors", replace(REQUEST, strength=0.5))
     assert np.abs(half - file).max() <= 2
-
-
-def test_an_image_does_not_depend_on_the_others(studio, run):
-    weights = run.find_weights("LoRA: merged weights")
-    many = draw(studio, run, BASE, weights, request=replace(REQUEST, images=2))
-    assert np.array_equal(many[1], one(studio, run, weights.label))
-    assert np.array_equal(many[2], one(studio, run, BASE.label, replace(REQUEST, seed=6)))
 
 
 def test_cancel_stops_within_one_step(studio, run, monkeypatch):

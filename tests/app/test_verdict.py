@@ -5,7 +5,6 @@ import json
 import pytest
 from app_runs import write_run
 
-from app.compared import numbers
 from app.runs import BASE, Run, Weights, merged_by
 from app.verdict import merge_warning, verdict, warning_for
 
@@ -35,13 +34,6 @@ def test_what_was_not_measured_is_said(run, tmp_path):
     assert "give a validation split" in verdict(run, 4)
     alone = Run("alone", write_run(tmp_path / "alone", methods=("lora",)))
     assert "nothing to compare with" in verdict(alone, 4) and "difference" not in verdict(alone, 4)
-
-
-def test_the_lowest_of_each_column_is_marked_where_all_are_at_one_step(run):
-    """For losses, but not for learning rates or equal times, and not while one method is behind."""
-    shown = numbers(run, 2)
-    assert shown.count("lowest") == 2 and shown.index("ResLoRA") < shown.index("lowest")
-    assert "lowest" not in numbers(run, 4)
 
 
 def report_of(*errors):
