@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m app`."""
     parser = Parser(prog="python -m app", description="Watch LoRA and ResLoRA learn, and use the result.")
     add = parser.add_argument
-    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs, or one run (default: runs)")
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: runs)")
     add(
         "--data",
         type=Path,
@@ -68,6 +68,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--data {args.data}: no such folder; give one with folders of images")
     if args.runs.exists() and not args.runs.is_dir():
         parser.error(f"--runs {args.runs}: not a folder; give one with the outputs of train_sd.py")
+    if (args.runs / "config.json").exists():
+        parser.error(f"--runs {args.runs}: this is a run; give the folder that contains it")
     args.auth = (user, password) if args.auth else None
     return args
 

@@ -133,8 +133,6 @@ class Jobs:
 
     def new_folder(self, name: str) -> Path:
         """Return the folder for a new run or experiment. Raises `RunError` for an invalid or existing name."""
-        if self.library.is_single:
-            raise RunError("This page shows a single run; start the application on a folder of runs to train here.")
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
             raise RunError("A run's name has letters, digits, hyphens and underscores, at most 64 of them.")
         folder = self.library.folder / name
@@ -342,10 +340,6 @@ class Jobs:
 
         Raises `RunError` for invalid settings, and if the entry cannot be started.
         """
-        if self.library.is_single and entry.resume:  # a single run's folder has no queue
-            self.start(entry)
-            entry.state = RUNNING
-            return entry
         with self.changing() as entries:
             live = [one.name for one in entries if not one.ends]
             if entry.name in live:

@@ -116,7 +116,7 @@ class Experiment(Run):
 
 
 class Library:
-    """The runs and experiments in `folder`. If `folder` itself is a run or an experiment, only this one is listed.
+    """The runs and experiments in `folder`.
 
     `extra`: the folders of further runs, such as the example.
     """
@@ -124,11 +124,6 @@ class Library:
     def __init__(self, folder: Path, extra: tuple[Path, ...] = ()) -> None:
         self.folder = folder.resolve()
         self.extra = tuple(path.resolve() for path in extra)
-
-    @property
-    def is_single(self) -> bool:
-        """Whether the folder itself is a run or an experiment."""
-        return kind_of(self.folder) is not None
 
     def runs(self) -> dict[str, Run]:
         """Return the runs of `train_sd.py` by name, newest first; the extra runs are last."""
@@ -140,7 +135,8 @@ class Library:
 
     def everything(self) -> list[Run]:
         """Return the runs and experiments in the folder, newest first, then the extra runs."""
-        found = [kind(path.name, path) for path in self._folders() if (kind := kind_of(path))]
+        folders = sorted(children(self.folder), key=last_change, reverse=True)
+        found = [kind(path.name, path) for path in folders if (kind := kind_of(path))]
         own = {run.name for run in found}
         return found + [Run(path.name, path) for path in self.extra if path.name not in own and kind_of(path) is Run]
 
@@ -168,10 +164,6 @@ class Library:
     def find_experiment(self, name: object) -> Experiment:
         """Return the experiment with this name. Raises `RunError` if none has it."""
         return pick(self.experiments(), name, "There is no experiment of that name; choose one from the list.")
-
-    def _folders(self) -> list[Path]:
-        """Return the folder itself if it is a run or an experiment, else its subfolders, newest first."""
-        return [self.folder] if self.is_single else sorted(children(self.folder), key=last_change, reverse=True)
 
 
 def kind_of(folder: Path) -> type[Run] | None:

@@ -96,7 +96,7 @@ class RunManager:
     def trashed(self) -> dict[str, Path]:
         """Return the folders of the runs in the trash, newest first; the keys are the names of their parent folders."""
         trash = self.library.folder / TRASH
-        places = [] if self.library.is_single or trash.is_symlink() else reversed(children(trash))
+        places = [] if trash.is_symlink() else reversed(children(trash))
         found = {place.name: children(place) for place in places}
         return {name: inside[0] for name, inside in found.items() if len(inside) == 1}
 

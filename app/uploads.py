@@ -15,7 +15,6 @@ from reslora.io import replacing
 from reslora.options.prompts import clean
 
 from .folders import SETS, Folder, Folders
-from .library import kind_of
 from .runs import RunError
 
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -31,8 +30,6 @@ def store(folders: Folders, name: str, files: Sequence[tuple[str, Path]]) -> tup
     `name`: the name of the folder; if empty, `images-1` or the next free number. Raises `RunError` for an invalid or
     existing name, for files that the trainer would skip, and if no file is an image.
     """
-    if kind_of(folders.runs):
-        raise RunError("This page shows a single run; start the application on a folder of runs to upload images.")
     place, name = folders.runs / SETS, str(name or "").strip()
     name = name or next(free for n in itertools.count(1) if not (place / (free := f"images-{n}")).exists())
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):

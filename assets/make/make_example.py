@@ -63,7 +63,8 @@ def halve(source: Path, target: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="output folder of train_sd.py, finished")
-    found = next(iter(Library(parser.parse_args().run).runs().values()), None)
+    run = parser.parse_args().run.resolve()
+    found = Library(run.parent).runs().get(run.name)
     if found is None or found.status != "finished":
         parser.error("that is not a finished run of train_sd.py")
     make_example(found, EXAMPLE)

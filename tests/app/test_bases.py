@@ -5,14 +5,13 @@ import json
 import pytest
 
 from app.bases import PIPELINES, base_of
-from app.library import Library
-from app.runs import RunError
+from app.runs import Run, RunError
 from reslora.bundled import ASSETS
 
 
 def base_with(folder, named: str) -> str:
     (folder / "config.json").write_text(json.dumps({"pretrained_model_name_or_path": named}))
-    return base_of(Library(folder).find(folder.name)).model.pretrained_model_name_or_path
+    return base_of(Run("run", folder)).model.pretrained_model_name_or_path
 
 
 def test_without_a_name_it_is_the_bundled_unet(tmp_path):
@@ -29,7 +28,7 @@ def test_a_bundled_pipeline_of_another_machine_is_the_one_here(tmp_path, word):
 def test_a_damaged_config_names_no_model(tmp_path):
     (tmp_path / "config.json").write_text('{"pretrained_model_name_or_path": "owner/mo')
     with pytest.raises(RunError, match=r"its config\.json cannot be read, so the run's base model is not known"):
-        base_of(Library(tmp_path).find(tmp_path.name))
+        base_of(Run("run", tmp_path))
 
 
 def test_another_folder_is_itself(tmp_path):

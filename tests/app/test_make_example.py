@@ -31,7 +31,7 @@ def test_example_is_small_complete_and_of_no_machine(run, tmp_path):
     config = run.config | {"train_data_dir": [str(REPOSITORY / "assets" / "pictures"), "/data/cats"]} | elsewhere
     (run.folder / "config.json").write_text(json.dumps(config))
     runpy.run_path(str(REPOSITORY / "assets" / "make" / "make_example.py"))["make_example"](run, tmp_path / "example")
-    example = Library(tmp_path / "example").find("example")
+    example = Library(tmp_path).find("example")
     assert example.status == "finished" and example.steps() == run.steps()
     assert example.config["train_data_dir"] == ["assets/pictures", "cats"] and example.config["cache_dir"] == "hub"
     assert base_of(example).model.pretrained_model_name_or_path == str(BUNDLED)
@@ -39,7 +39,7 @@ def test_example_is_small_complete_and_of_no_machine(run, tmp_path):
 
 
 def test_bundled_example():
-    example = Library(EXAMPLE).find(EXAMPLE.name)
+    example = Library(EXAMPLE.parent).find(EXAMPLE.name)
     assert example.status == "finished" and {"lora", "reslora"} <= set(example.methods)
     assert "not yet" not in compared.images(example, max(example.steps()))
     assert layers.linked_layers(example)[1]

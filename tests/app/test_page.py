@@ -52,6 +52,7 @@ from reslora.images.experiment.report_sections import IMAGES
         ["--port", "0"],
         ["--data", "/no/such/folder"],
         ["--runs", __file__],
+        ["--runs", str(REPOSITORY / "app" / "example")],
     ],
 )
 def test_refused_with_one_line_and_status_2(flags, capsys):
