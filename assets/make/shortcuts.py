@@ -15,12 +15,18 @@ WIDTH, ROW, TOP, BLOCK = 1310, 254, 64, 260
 FIRST, MERGED = 215, 1145
 """Pixels: the horizontal position of the first block, and the middle of the column on the right."""
 INK, FROZEN, LORA, SHORTCUT = "#1f2933", "#d9dee3", "#cfe3f7", "#d1480f"
-RANK = "as one LoRA of rank (m + 1) r"
+RANK, FIT = "as one LoRA of rank (m + 1) r", "C x_n is fitted to {}"
 ROWS = {
     # title, what it adds, the LoRA after the merge, whether that is exact, why
-    "input": ("Input-shortcut", "adds the neighbor's x", "s B_n (A_n + C) x_n", "approximate", "C x_n is fitted to A_n x_n-1"),
+    "input": ("Input-shortcut", "adds the neighbor's x", "s B_n (A_n + C) x_n", "approximate", FIT.format("A_n x_n-1")),
     "block": ("Block-shortcut", "adds the neighbors' B A", "s (B_n A_n + B_n-1 A_n-1 + …) x_n", "exact", RANK),
-    "middle": ("Middle-shortcut", "adds the neighbors' A x", "s B_n (A_n + C) x_n", "approximate", "C x_n is fitted to A_n-1 x_n-1 + …"),
+    "middle": (
+        "Middle-shortcut",
+        "adds the neighbors' A x",
+        "s B_n (A_n + C) x_n",
+        "approximate",
+        FIT.format("A_n-1 x_n-1 + …"),
+    ),
 }
 NAMES = ("_n-2", "_n-1", "_n")
 
