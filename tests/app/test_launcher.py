@@ -61,6 +61,7 @@ def test_only_flags_that_differ_are_written(trainings):
         {"method": []},
         {"method": ["lora", "--push_to_hub"]},
         {"optimizer": "antigravity.X"},  # the trainer takes any class by its path, and imports it
+        {"method": ["lora", "antigravity.x"]},  # and any method by its path
         {"model": "/etc"},
         {"model": "assets/pipeline-flow/../pipeline"},
     ],
