@@ -300,13 +300,22 @@ def initialization(text: str) -> str:
     raise ArgumentTypeError(f"{text!r} {problem}: give {INITIALIZATIONS}")
 
 
+def dotted(text: str) -> str:
+    """Return the name of a method that the user brings with a dot in place of the colon; return other texts unchanged.
+
+    The parser of an option that names a method or one of its variants.
+    """
+    return name if own.is_own(name := text.replace(":", ".")) else text
+
+
 def known_method(text: str) -> str:
     """Return the name of a method; the parser of an option, which compares it with `METHODS`.
 
     A method that the user brings is named by its module and function, with a colon or a dot between them. Raises
     `ArgumentTypeError` for methods that are initializations, and for a name with a colon of another form.
     """
-    if ":" in text and not own.is_own(text := text.replace(":", ".")):
+    text = dotted(text)
+    if ":" in text:
         raise ArgumentTypeError(f"{text!r} is not {own.FORM}")
     if text in ("pissa", "orthogonal"):
         raise ArgumentTypeError(f"{text!r} is an initialization: give --method lora --init_lora_weights {text}")

@@ -16,7 +16,7 @@ from reslora.export import export_peft, merged_state_dict
 from reslora.methods.adapters import attach, check_usable, load_adapter, save_adapter, trained_state
 from reslora.methods.conversion import convert, with_lora, write_converted
 from reslora.methods.own import configuration, find
-from reslora.methods.registry import METHODS, AdapterSettings, adapter_config, known_method
+from reslora.methods.registry import METHODS, AdapterSettings, adapter_config, dotted, known_method
 from reslora.methods.updates import layers
 
 VERA = "peft.VeraConfig"
@@ -45,6 +45,7 @@ def attached(method: str, base: nn.Module, targets: tuple[str, ...] = ("to_q", "
 
 def test_a_name_is_a_folder_and_has_a_title():
     assert known_method("my.module:function_of_mine") == "my.module.function_of_mine"
+    assert dotted("my.module:f") == "my.module.f" and dotted("lora ema:0.9") == "lora ema:0.9"  # a variant's label
     row = METHODS["my.module.function_of_mine"]
     assert (row.title, row.own) == ("function of mine (module)", True) and "my.module.function_of_mine" in METHODS
     vera = METHODS[known_method("peft:VeraConfig")]
