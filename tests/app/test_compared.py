@@ -108,7 +108,6 @@ def test_runs_are_side_by_side_and_images_that_do_not_compare_are_in_rows_of_the
         ({}, "All settings that affect images and losses agree", (True, True)),
         ({"seed": 4}, "seed (first: 3, other0: 4)", (False, False)),
         ({"pretrained_model_name_or_path": "<b>"}, "base model (first: none, other0: &quot;&lt;b&gt;", (False, False)),
-        ({"num_inference_steps": 3}, "how samples are generated", (False, True)),
         ({"validation_split": 0.2}, "images not trained on (first: 0.1, other0: 0.2)", (True, False)),
     ],
 )  # fmt: skip

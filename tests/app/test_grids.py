@@ -10,7 +10,7 @@ from app_runs import merge, own_runs, pixels
 from app.generation_request import Request
 from app.grids import MOST, axis, grid, suggestion, table
 from app.library import Library
-from app.runs import BASE, RunError, Weights
+from app.runs import RunError
 from app.studio import Studio
 from reslora.methods.registry import METHODS
 
@@ -81,19 +81,15 @@ def test_an_axis_that_says_nothing_is_refused_in_a_line(name, text, said):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("x", "y", "start", "said"),
+    ("x", "y", "said"),
     [
-        (("seed", "1"), ("seed", "2"), START, "X and Y are both seed"),
-        (("seed", "1 2 3 4 5 6 7 8 9"), ("steps", "1 2 3 4 5 6 7 8"), START, "9 x 8 values are 72 cells: at most 64"),
-        (("checkpoint", "3"), ("seed", "1"), START, "LoRA has no checkpoint at step 3; it has checkpoints at 2, 4"),
-        (("merge", "input"), ("method", "lora"), START, "The merge method applies only to ResLoRA"),
+        (("seed", "1 2 3 4 5 6 7 8 9"), ("steps", "1 2 3 4 5 6 7 8"), "9 x 8 values are 72 cells: at most 64"),
+        (("checkpoint", "3"), ("seed", "1"), "LoRA has no checkpoint at step 3; it has checkpoints at 2, 4"),
     ],
 )
-def test_a_grid_that_cannot_be_drawn_is_refused_before_anything_is(run, x, y, start, said):
-    method = "lora" if start == START else ""
-    weights = BASE if start == BASE.label else Weights(start, "file", method, run.folder)
+def test_a_grid_that_cannot_be_drawn_is_refused_before_anything_is(run, x, y, said):
     with pytest.raises(RunError, match=f"^{said}"):
-        grid(run, weights, REQUEST, axis("X", *x), axis("Y", *y))
+        grid_of(run, x, y)
 
 
 # -- what is seen of it ------------------------------------------------------------------------------------------------

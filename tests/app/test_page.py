@@ -43,11 +43,9 @@ from reslora.images.experiment.report_sections import IMAGES
     [
         ["--share"],
         ["--host", "0.0.0.0"],
-        ["--host", "192.168.1.2"],
         ["--host", "::"],
         ["--host", "example.org"],
         ["--auth", "nobody"],
-        ["--auth", ":x"],
         ["--auth", "x:"],
         ["--port", "0"],
         ["--data", "/no/such/folder"],

@@ -5,7 +5,6 @@ import pickle
 import shutil
 import zipfile
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -16,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from app import generation_request, weight_files
-from app import studio as studios
 from app.generation_request import Request
 from app.library import Library
 from app.runs import BASE, RunError, Weights
@@ -44,28 +42,6 @@ def draw(studio, run, *choices, request=REQUEST):
 
 def one(studio, run, label, request=REQUEST):
     return draw(studio, run, run.find_weights(label), request=request)[0]
-
-
-def test_all_of_a_request_is_told_to_the_pipeline_by_the_names_that_it_knows():
-    """Width and height are rounded down to sizes that the model can generate; some models have no negative prompt."""
-    told = []
-
-    class Guided:
-        def __call__(self, prompt, negative_prompt, generator, num_inference_steps, guidance_scale, height, width):
-            told.append((prompt, negative_prompt, generator.initial_seed(), num_inference_steps, guidance_scale))
-            return SimpleNamespace(images=[(height, width)])
-
-    class Plain:
-        def __call__(self, prompt, num_inference_steps, true_cfg_scale, height, width):
-            told.append((prompt, num_inference_steps, true_cfg_scale))
-            return SimpleNamespace(images=[(height, width)])
-
-    studio, sizes = Studio(), []
-    request = Request("red disc", "blue box", seed=9, steps=2, guidance=3.5, width=72, height=40)
-    for studio.pipeline, name, multiple in ((Guided(), "guidance_scale", 8), (Plain(), "true_cfg_scale", 16)):
-        studio.family = SimpleNamespace(guidance=name, edits=False, pixel_multiple=lambda *_, sides=multiple: sides)
-        sizes.append(studio._image(studios.Picture(BASE, request, ""), None))
-    assert told == [("red disc", "blue box", 9, 2, 3.5), ("red disc", 2, 3.5)] and sizes == [(40, 72), (32, 64)]
 
 
 @pytest.mark.exhaustive
