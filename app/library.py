@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from reslora.experiment.record import ENDED_AS, EXPERIMENT, UNFINISHED
-from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from reslora.images.experiment.gallery import chosen_samples
 from reslora.options.images import Options
 
@@ -90,7 +90,8 @@ class Experiment(Run):
 
         LoRA files that were exported from an earlier best arm are ignored.
         """
-        names, content = [KOHYA_FILE, COMFYUI_FILE, DIFFUSERS_FILE], self.read_json(EXPERIMENT)
+        content = self.read_json(EXPERIMENT)
+        names = [KOHYA_FILE, COMFYUI_FILE, LYCORIS_FILE, DIFFUSERS_FILE]
         if "best" in content:
             best = content["best"]
             files = best.get("files") if isinstance(best, dict) else None

@@ -59,8 +59,8 @@ class GridPart:
             )
             values = gr.Textbox(
                 grids.SUGGESTED[first], label=f"Values of {which.upper()}", max_lines=6, min_width=150,
-                placeholder="words or numbers; one prompt per line (Shift+Enter)", elem_id=f"values-{which}",
-                scale=3,
+                placeholder="spaces between them; commas between methods; a line for each prompt",
+                elem_id=f"values-{which}", scale=3,
             )  # fmt: skip
         return name, values
 

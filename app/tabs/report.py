@@ -106,7 +106,6 @@ class ReportTab(ControlTab):
         path = found.lora()
         if path is None:
             raise RunError(
-                "There is no LoRA file: it is written when the runs are compared, unless the best method is DoRA, "
-                "LoHa, LoKr or OFT."
+                "There is no LoRA file: it is written when the runs are compared, unless the best method is OFT."
             )
         return str(packed(found, Download("best", path, (path,), "", "")))

@@ -167,3 +167,8 @@ def test_the_best_arms_lora_is_handed_out(library):
     assert tab.look("which")[tab.take_best] == gr.update(interactive=True)
     copy = Path(tab.copy_of_best("which"))
     assert copy.name == "which-kohya.safetensors" and copy.read_bytes() == b"kohya"
+    content = json.loads((folder / "experiment.json").read_text())
+    content["best"]["files"] = ["lycoris.safetensors"]  # of LoHa, LoKr or DoRA
+    (folder / "experiment.json").write_text(json.dumps(content))
+    (folder / "lycoris.safetensors").write_bytes(b"lycoris")
+    assert Path(tab.copy_of_best("which")).read_bytes() == b"lycoris"
