@@ -97,9 +97,6 @@ def test_runs_are_side_by_side_and_images_that_do_not_compare_are_in_rows_of_the
     assert shown.count("<img") == 8 and shown.count(">other prompt<") == 5 and shown.count(">not at this step<") == 2
     assert 'alt="a large box: other1: LoRA" title="a large box: other1: LoRA"' in shown
     assert shown.count('class="small"') == 8
-    compared.save_grid(run, 2, tmp_path / "grid.png")
-    with PIL.Image.open(tmp_path / "grid.png") as grid:
-        assert grid.width > 5 * 128
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_a_plan_is_counted_by_the_trainers_own_parser(library):
     for wrong in ({"seed": "x"}, {"learning_rate": "-1"}, {"blocks_to_swap": "0.5"}):
         assert "argument" in plan(library, form | wrong)
     assert "method none: choose from lora" in plan(library, form | {"method": ["none"]})
+    assert "--keep_tokens 2: it has no effect" in plan(library, form | {"keep_tokens": "2"})
 
 
 def plan(library: Library, form: dict) -> str:
@@ -134,23 +135,6 @@ def test_methods_alone_are_a_run_and_no_experiment(library, given):
     assert "1 run: LoRA and ResLoRA, 200 steps each." in plan(library, settings)
     entry = Entry("new", "experiment", settings)
     assert queue.command_of(entry) and entry.kind == "run"
-
-
-OF_SEVERAL = {"learning_rate": "1e-4 1e-3", "seed": "0 1 2"}
-REFUSED = {
-    "--extend_rates": {"extend_rates": True, "learning_rate": "1e-3"},
-    "--keep_tokens 2: it has no effect": {"keep_tokens": "2"},
-}
-
-
-@pytest.mark.parametrize("why", REFUSED)
-def test_what_the_trainer_refuses_at_once_is_told_beforehand(library, why):
-    """By the plan, by Show command and by Start; otherwise the run would fail hours later in the queue."""
-    form = {"method": ["lora", "reslora"], **OF_SEVERAL, **REFUSED[why]}
-    assert why in plan(library, form) and "runs" not in plan(library, form)
-    with pytest.raises(RunError, match=why.partition(":")[0]):
-        Jobs(library).add(Entry("new", "experiment", form))
-    assert "12 runs" in plan(library, {"method": ["lora", "lora_x2", "reslora"], **OF_SEVERAL})
 
 
 def test_the_best_arms_lora_is_handed_out(library):
