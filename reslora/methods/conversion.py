@@ -2,9 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, convert_to_lora
@@ -24,15 +22,6 @@ from .updates import has_updates
 
 Converted = tuple[LoraConfig, dict[str, torch.Tensor]]
 """A LoRA's configuration, and its tensors by the names of the base model's layers."""
-
-
-CONVERSION = "conversion.json"
-"""File with the result of a conversion, next to the exported files."""
-
-
-def conversion_in_words(record: Mapping[str, Any]) -> str:
-    """Return the content of `conversion.json` as text."""
-    return f"plain LoRA by PEFT's conversion, of rank {record['rank']}: its relative error is {record['error']:.2g}"
 
 
 def is_plain(model: nn.Module) -> bool:

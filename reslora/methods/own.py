@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidArgument, first_line, refused_as
@@ -30,6 +30,15 @@ NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+", re.ASCII)
 FORM = "package.module:function, or peft:CLASS such as peft:VeraConfig"
 FIX = "correct it, or give another method"
 _WHERE = "a module in the current folder or on the Python path"
+
+
+CONVERSION = "conversion.json"
+"""File with the result of a conversion, next to the exported files."""
+
+
+def conversion_in_words(record: Mapping[str, Any]) -> str:
+    """Return the content of `conversion.json` as text."""
+    return f"plain LoRA by PEFT's conversion, of rank {record['rank']}: its relative error is {record['error']:.2g}"
 
 
 def is_own(name: object) -> bool:

@@ -19,7 +19,8 @@ from ..io import remove, remove_leftovers, replacing, write_json
 from ..merges import AUTO, MERGES
 from ..methods import initial
 from ..methods.adapters import rank_allocator
-from ..methods.conversion import CONVERSION, conversion_in_words, convert, is_plain, write_converted
+from ..methods.conversion import convert, is_plain, write_converted
+from ..methods.own import CONVERSION, conversion_in_words
 from ..methods.registry import METHODS
 from ..methods.updates import has_updates
 from ..model import Connection, MergeReport, connection_of, merge

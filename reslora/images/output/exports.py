@@ -20,7 +20,8 @@ from ...errors import Diverged, RunFailed, first_line
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from ...io import Damaged, check_checksums, remove, replacing, write_json
 from ...methods.adapters import load_adapter
-from ...methods.conversion import CONVERSION, conversion_in_words, convert, is_plain, with_lora
+from ...methods.conversion import convert, is_plain, with_lora
+from ...methods.own import CONVERSION, conversion_in_words
 from ...methods.registry import METHODS, Method
 from ...model import MergeReport, merge
 from ...runtime.checkpoint_folders import EXPORTS

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from ...io import read_object, replacing
-from ...methods.conversion import CONVERSION, conversion_in_words
+from ...methods.own import CONVERSION, conversion_in_words
 from ...methods.registry import METHODS
 from ...options.images import MethodOptions, OutputOptions, ValidationOptions
 from ...plots.figures import comparison, loss_curves
