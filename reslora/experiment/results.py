@@ -12,7 +12,7 @@ from ..errors import Stopped
 from ..formatting import is_or_are, pluralize
 from ..io import read_object, this_process, write_json
 from ..json_lines import json_lines
-from ..methods.own import CONVERSION
+from ..methods.own import CONVERSION, LARGE_ERROR, conversion_in_words
 from ..methods.registry import METHODS
 from ..runtime.folder_lock import check_held
 from . import record
@@ -27,8 +27,6 @@ from .study import COMPARING, TESTED, ExperimentStudy
 from .verdicts import LEAST_GROUPS, compare
 
 REPORT = "report.html"
-LARGE_CONVERSION_ERROR = 0.01
-"""Relative error of a conversion to LoRA that a note of the report mentions."""
 
 
 @dataclass
@@ -312,13 +310,10 @@ class Results:
             yield f"left out: {pluralize(more, 'run')} of {others}"
         endings = map(schedule.ended, arms)
         yield from (ended["reason"] for ended in endings if ended.get("status") == "failed" and ended["reason"])
-        errors: dict[str, float] = {}
-        for arm in trained:
-            error = read_object(schedule.folder_of(arm) / CONVERSION).get("error", 0.0)
-            errors[arm.label] = max(error, errors.get(arm.label, 0.0))
-        for label, error in errors.items():
-            if error > LARGE_CONVERSION_ERROR:
-                yield f"{label}: its LoRA files are PEFT's conversion, whose relative error is {error:.2g}"
+        conversions = {arm.label: read_object(schedule.folder_of(arm) / CONVERSION) for arm in trained}
+        for label, found in conversions.items():
+            if found and max(found["error"], found["delta_error"]) > LARGE_ERROR:
+                yield f"{label}: {conversion_in_words(found)}"
         waiting = {arm.label for arm in arms if arm not in losses}
         for label in schedule.grids:
             if label not in {*waiting, *self.chosen}:

@@ -32,13 +32,18 @@ FIX = "correct it, or give another method"
 _WHERE = "a module in the current folder or on the Python path"
 
 
+LARGE_ERROR = 0.01
+"""Relative error that reports mention."""
 CONVERSION = "conversion.json"
 """File with the result of a conversion, next to the exported files."""
 
 
 def conversion_in_words(record: Mapping[str, Any]) -> str:
     """Return the content of `conversion.json` as text."""
-    return f"plain LoRA by PEFT's conversion, of rank {record['rank']}: its relative error is {record['error']:.2g}"
+    words = f"plain LoRA by PEFT's conversion, of rank {record['rank']}: its relative error is {record['error']:.2g}"
+    if record["delta_error"] > LARGE_ERROR:
+        words += f"; all files have delta(), from which forward() differs by {record['delta_error']:.2g}"
+    return words
 
 
 def is_own(name: object) -> bool:

@@ -22,6 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..chains import base_model
+from ..tracing import evaluating
 from .controls import DEFAULT
 from .targets import targeted
 
@@ -99,6 +100,25 @@ def put(adapted: nn.Module, config: UpdatesConfig) -> None:
 def has_updates(model: nn.Module) -> bool:
     """Return whether the model's adapter is made of updates, so that PEFT has no format for it."""
     return isinstance(getattr(base_model(model), "peft_config", {}).get(DEFAULT), UpdatesConfig)
+
+
+@torch.no_grad()
+def delta_error(model: nn.Module) -> float:
+    """Return the largest relative difference of an update's `forward` from its `delta`, for random inputs.
+
+    0 for adapters that are not made of updates. A difference is expected if `forward` also depends on the timestep.
+    """
+    largest = 0.0
+    for layer in base_model(model).modules():
+        if isinstance(layer, UpdatedLayer):
+            update = layer.update[DEFAULT]
+            delta = update.delta()
+            x = torch.randn(1, 8, delta.shape[1], generator=torch.Generator().manual_seed(0)).to(delta)
+            with evaluating(update):
+                found, expected = update(x), x @ delta.T
+            difference, size = float((found - expected).norm()), float(expected.norm())
+            largest = max(largest, difference / size if size else float(difference > 0))
+    return largest
 
 
 class UpdatedLayer(nn.Module, BaseTunerLayer):

@@ -22,7 +22,7 @@ from ..methods.adapters import rank_allocator
 from ..methods.conversion import convert, is_plain, write_converted
 from ..methods.own import CONVERSION, conversion_in_words
 from ..methods.registry import METHODS
-from ..methods.updates import has_updates
+from ..methods.updates import delta_error, has_updates
 from ..model import Connection, MergeReport, connection_of, merge
 from ..options.texts import MethodOptions
 from ..runtime.folder_lock import check_held
@@ -174,7 +174,7 @@ def _export_adapter(model: PeftModel, folder: Path, adapter: MethodOptions) -> N
     if found is not None:
         converted, error = found
         write_converted(model, converted, folder / ("peft" if has_updates(model) else PLAIN_LORA))
-        record = {"rank": adapter.rank, "error": error}
+        record = {"rank": adapter.rank, "error": error, "delta_error": delta_error(model)}
         write_json(folder / CONVERSION, record)
         print(f"{METHODS[adapter.name].title}: {conversion_in_words(record)}", flush=True)
 

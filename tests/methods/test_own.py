@@ -10,14 +10,14 @@ from core_models import tiny_unet as untrained_unet
 from peft import PeftModel
 from torch import nn
 
-from examples.my_method import shared_a
+from examples.my_method import SharedA, shared_a
 from reslora.errors import InvalidArgument
 from reslora.export import export_peft, merged_state_dict
 from reslora.methods.adapters import attach, check_usable, load_adapter, save_adapter, trained_state
 from reslora.methods.conversion import convert, with_lora, write_converted
-from reslora.methods.own import configuration, find
+from reslora.methods.own import configuration, conversion_in_words, find
 from reslora.methods.registry import METHODS, AdapterSettings, adapter_config, dotted, known_method
-from reslora.methods.updates import layers
+from reslora.methods.updates import delta_error, layers
 
 VERA = "peft.VeraConfig"
 
@@ -117,6 +117,15 @@ def test_an_adapter_that_cannot_be_merged_or_trains_nothing_is_refused():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="leaves nothing trainable"):
         check_usable(model)
+
+
+def test_a_delta_that_is_not_what_was_trained_is_measured(monkeypatch):
+    model = attached("examples.my_method.shared_a", tiny_unet())
+    assert delta_error(model) < 1e-5
+    monkeypatch.setattr(SharedA, "delta", lambda self: 2 * self.up @ self.down * 2)  # the scale is 2, not 4
+    assert delta_error(model) == pytest.approx(0.5, rel=1e-4)
+    record = {"rank": 2, "error": 0.0, "delta_error": 0.5}
+    assert "all files have delta(), from which forward() differs by 0.5" in conversion_in_words(record)
 
 
 @pytest.mark.parametrize("method", [VERA, "examples.my_method.shared_a"])

@@ -23,6 +23,7 @@ from ...methods.adapters import load_adapter
 from ...methods.conversion import convert, is_plain, with_lora
 from ...methods.own import CONVERSION, conversion_in_words
 from ...methods.registry import METHODS, Method
+from ...methods.updates import delta_error
 from ...model import MergeReport, merge
 from ...runtime.checkpoint_folders import EXPORTS
 from ...runtime.folder_lock import check_held
@@ -129,7 +130,11 @@ def as_converted(parts: Parts, method: str, context: ImageContext) -> Parts | No
     found = {name: result for name, part in parts.items() if (result := convert(part, rank))}
     if len(found) < len(parts):
         return None
-    record = {"rank": rank, "error": max(error for _, error in found.values())}
+    record = {
+        "rank": rank,
+        "error": max(error for _, error in found.values()),
+        "delta_error": max(map(delta_error, parts.values())),
+    }
     write_json(note, record)
     context.accelerator.print(f"{context.name_of(method)}: {conversion_in_words(record)}")
     return {name: with_lora(part, found[name][0]) for name, part in parts.items()}

@@ -68,7 +68,9 @@ def test_an_experiment_has_a_verdict_of_each(finished):
     assert [(one["label"], one["reference"]) for one in found["verdicts"]] == [(name, "lora") for name in METHODS[1:]]
     assert all(title in page for title in TITLES)
     [note] = [note for note in found["notes"] if "PEFT's conversion" in note]
-    assert note.startswith("theirs.fourier: its LoRA files are")  # the two others have low ranks
+    assert note.startswith(
+        "theirs.fourier: plain LoRA by PEFT's conversion, of rank 2: its relative error is 0."
+    )  # the two others have low ranks
     assert {path.name for path in finished.iterdir() if path.is_dir()} >= set(METHODS)
 
 
