@@ -4,12 +4,14 @@
     reslora-compare --model MODEL --data my_images --group lora='lora-*.safetensors' other='other-*.safetensors'
     reslora-compare runs/my-experiment --table latex
     reslora-compare comparison --check "a < b"
+    reslora-compare --peft_results peft/method_comparison
 
 The first form measures the denoising loss of each file, and of the base model, on the same images, timesteps and
 noise. It prints which files are best, and writes report.html, comparison.json and losses.csv. Give images with captions
 that no file was trained on, at least 6 and better 30. In the second form, the files of a group are trainings of one
-method with different seeds, and the result is about the methods. The other forms print a table of results, or check a
+method with different seeds, and the result is about the methods. The next two print a table of results, or check a
 claim with an exit status for scripts; they read an experiment, a comparison, or a CSV file of losses of any trainer.
+The last one says what the results of PEFT's method comparison, with one seed each, can and cannot tell.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from typing import Any
 
 from .errors import InvalidArgument
 from .experiment import answers
+from .experiment.peft_results import print_peft_results
 from .experiment.record import EXPERIMENT
 from .formatting import pluralize
 from .images.comparison.files import Entry, entries_of, groups_of
@@ -69,14 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit_spinning()
     take_any_file_name()
     args = build_parser().parse_args(argv)
-    if not (args.check or args.table):
+    if not (args.check or args.table or args.peft_results):
         return run_script(PROG, lambda _, stop: start(vars(args), stop))
     try:
+        if args.peft_results:
+            print_peft_results(Path(args.peft_results), Path(args.output_dir), args.reference)
+            return 0
         if len(args.files) != 1:
             problem = f"{pluralize(len(args.files), 'folder')} of results given"
             raise InvalidArgument("--check" if args.check else "--table", problem, "give one")
         return answers.answer(args, Path(args.files[0]))
-    except InvalidArgument as error:
+    except (InvalidArgument, OSError) as error:
         return print_error(PROG, error)
 
 
@@ -87,7 +93,7 @@ def start(given: dict[str, Any], stop: StopRequest) -> None:
         raise InvalidArgument("--check and --table", "both missing", "give one of them")
     strengths = list(dict.fromkeys(given.pop("strength")))
     files, groups, reference = given.pop("files"), given.pop("group"), given.pop("reference")
-    given = {name: value for name, value in given.items() if name not in ("check", "table")}
+    given = {name: value for name, value in given.items() if name not in ("check", "table", "peft_results")}
     if files and groups:
         raise InvalidArgument(f"FILE {files[0]}", "given next to --group", "put all files into groups")
     entries = groups_of(groups) if groups else entries_of(files)
@@ -116,6 +122,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--reference", metavar="NAME",
         help="file or group with which the others are compared: its name in the table, or base; default: the first, or "
              "base if there is only one")
+    add("--peft_results", metavar="FOLDER",
+        help="say what the results of PEFT's method comparison can tell about each pair of methods: its folder "
+             "method_comparison, or one of its folders of results")
     add("--output_dir", default="comparison", metavar="FOLDER", help="folder for the results; default: %(default)s")
     # fmt: on
     table = Options.table()
