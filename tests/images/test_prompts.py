@@ -91,4 +91,4 @@ def test_a_run_repeats_the_options_by_its_own_flags(tmp_path, capsys):
 )
 def test_what_a_pipeline_cannot_take_is_refused(prompt, told, words):
     with pytest.raises(InvalidArgument, match=words):
-        check_prompt(prompt, 10, 16, told)
+        check_prompt(prompt, "--validation_prompt", 10, 16, told)

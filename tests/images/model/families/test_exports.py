@@ -158,7 +158,8 @@ def test_what_a_model_predicts_is_in_kohyas_and_stability_ais_names(width, predi
         pretrained_model_name_or_path="a/sd", learning_rate=0.5, seed=3, resolution=[16, 8],
         use_aspect_ratio_buckets=True,
     )  # fmt: skip
-    training_data = SimpleNamespace(options=flags, objective=SimpleNamespace(prediction_type=prediction))
+    objective = SimpleNamespace(prediction_type=prediction)
+    training_data = SimpleNamespace(options=flags, objective=objective, sources=[])
     context = ImageContext(flags, SimpleNamespace(family=load_family("StableDiffusionPipeline")), None, None)
     config = SimpleNamespace(cross_attention_dim=width)
     metadata = kohya_metadata(config, training_data, Schedule(7, 1, 0, False), context)
