@@ -1,11 +1,14 @@
 """app/runs.py on folders made by hand, with any names that a browser may send."""
 
 import os
+import shutil
+import sys
 import time
 
 import pytest
 from app_runs import HOSTILE, run_by_hand, write_exports, write_run
 
+from app import compared
 from app.library import Library
 from app.runs import BASE, RunError
 
@@ -81,6 +84,15 @@ def test_damaged_files_are_as_good_as_none(run):
         (run.folder / "config.json").write_text(text)
         assert run.config == {}
         assert run.methods == ["lora", "reslora"]  # found by their folders
+
+
+def test_a_method_that_a_user_brought_is_shown_by_its_title(run):
+    """Its module is not imported, and a file whose name has a dot is not taken for a method."""
+    shutil.copytree(run.folder / "lora", run.folder / "theirs.shared_a")
+    (run.folder / "notes.txt").write_text("")
+    assert run.methods == ["lora", "reslora", "theirs.shared_a"]
+    assert compared.curves(run, "train", None).count("shared a (theirs)") >= 1
+    assert "theirs" not in sys.modules
 
 
 def test_weights_of_a_run(run):
