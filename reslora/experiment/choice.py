@@ -1,5 +1,6 @@
 """Choose each method's learning rate and checkpoint by the losses on the selection split."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -23,21 +24,17 @@ def choose(arms: Iterable[Arm], seeds: Iterable[int] | None = None) -> dict[str,
     any seed failed or was stopped early there, or if fewer seeds have ended there than elsewhere. Checkpoints with a
     non-finite loss are left out. A method without a remaining checkpoint is not in the result.
     """
-    losses: dict[str, dict[float, list[Mapping[str, float | None]]]] = {}
-    failed = set()
+    arms, losses = list(arms), dict[str, dict[float, list[Mapping[str, float | None]]]]()
+    failed = {(arm["label"], arm["learning_rate"]) for arm in arms if arm["status"] == "failed"}
     for arm in arms:
-        by_rate = losses.setdefault(arm["label"], {})
-        if arm["status"] == "failed":
-            failed.add((arm["label"], arm["learning_rate"]))
         if seeds is None or arm["seed"] in seeds:
-            found = by_rate.setdefault(arm["learning_rate"], [])
+            label, rate = arm["label"], arm["learning_rate"]
+            found = losses.setdefault(label, {}).setdefault(rate, [])
             if arm["status"] in ENDED_AS:
-                found.append(arm["select_by_step"] if arm["status"] != "stopped" else {})
-    for label, rate in failed:
-        if rate in losses[label]:
-            losses[label][rate] = [{}] * len(losses[label][rate])
+                usable = arm["status"] == "finished" and (label, rate) not in failed
+                found.append(arm["select_by_step"] if usable else {})
     choices = {label: choice(by_rate) for label, by_rate in losses.items()}
-    return {label: found for label, found in choices.items() if found is not None}
+    return {label: found for label, found in choices.items() if found}
 
 
 def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choice | None:
@@ -51,12 +48,12 @@ def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choi
     """
     most = max(map(len, losses.values()), default=0)
     tried = sorted(rate for rate, seeds in losses.items() if len(seeds) == most > 0)
-    means: dict[tuple[float, int], float] = {}
-    for rate in tried:
-        for step in set(losses[rate][0]).intersection(*losses[rate]):
-            values = np.array([seed[step] for seed in losses[rate]], float)
-            if np.isfinite(values).all():
-                means[rate, int(step)] = float(values.mean())
+    means = {
+        (rate, int(step)): mean
+        for rate in tried
+        for step in set(losses[rate][0]).intersection(*losses[rate])
+        if math.isfinite(mean := float(np.mean(np.array([seed[step] for seed in losses[rate]], float))))
+    }
     if not means:
         return None
     best, at = min(means, key=lambda key: (means[key], key))
@@ -66,7 +63,7 @@ def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choi
     if neighbour and losses[neighbour]:
         found["at_end"] = "low" if best == rates[0] else "high"
         ratio = best / neighbour
-        if neighbour in tried and all(rate != neighbour for rate, _ in means):
+        if neighbour in {*tried} - {rate for rate, _ in means}:
             ratio = min(max(ratio, 1 / LARGEST_STEP), LARGEST_STEP)
         found["next"] = float(f"{best * ratio:.3g}")  # as in the names of directories
     return found

@@ -80,9 +80,8 @@ class Effects(NamedTuple):
     @property
     def squares(self) -> np.ndarray:
         """Mean squares of seeds, units and residuals in a two-way analysis of variance, of shape (3, ...)."""
-        seeds, units = self.seeds, self.units
-        squares = units.shape[-1] * seeds.var(-1, ddof=1), seeds.shape[-1] * units.var(-1, ddof=1), self.rest
-        return np.stack(squares)
+        seeds, units = self.size
+        return np.stack([units * self.seeds.var(-1, ddof=1), seeds * self.units.var(-1, ddof=1), self.rest])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -333,11 +332,11 @@ def judge(
     """
     found = []
     for label, reference in pairs:
-        ours, theirs = arrays[label], arrays[reference]
-        has = np.isfinite(np.hstack([ours, theirs])).all(1)
+        differences = arrays[label] - arrays[reference]
+        has = np.isfinite(differences).all(1)
         if has.any():
-            base = float(theirs[has].mean())
-            found.append(Comparison(label, reference, (ours - theirs)[has], base, has, level_of(reading), fixed_runs))
+            base = float(arrays[reference][has].mean())
+            found.append(Comparison(label, reference, differences[has], base, has, level_of(reading), fixed_runs))
     seeds = 1 if fixed_runs else 2
     tested = [each for each in found if len(each.differences) >= seeds and each.differences.shape[1] >= least]
     for each in tested:

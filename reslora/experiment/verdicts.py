@@ -27,7 +27,7 @@ class Compared(NamedTuple):
     verdicts: list[Verdict]
     ranking: Ranking | None
     """The best methods, if all pairs are compared."""
-    family: dict[str, list[tuple[str, ...]]]
+    family: dict[str, list]
     """All pairs that were ever compared: `methods`, and `averages` of checkpoints with the method that they average."""
     alike: bool = False
     """Whether methods differ similarly on images that were taken one after the other."""
@@ -41,7 +41,7 @@ def compare(
     base: TestLosses | None = None,
     reference: str = REFERENCE,
     against: str = ALL,
-    before: Mapping[str, Sequence[Sequence[str]]] | None = None,
+    before: dict[str, list] | None = None,
 ) -> Compared:
     """Return the conclusions from the test losses of arms at the chosen learning rates.
 
@@ -58,7 +58,7 @@ def compare(
     averages = {arm["label"]: arm["average_of"] for arm in judged if arm.get("average_of") in kinds}
     of_method = dict.fromkeys(arm["label"] for arm in judged if arm["method"] == reference and arm["label"] in kinds)
     known = [reference] if reference in kinds else list(of_method)
-    family = {kind: [(*pair,) for pair in pairs] for kind, pairs in (before or {}).items()}
+    family = before or {}
     if not known or (test := judged[0]["test"]) is None:
         return Compared([], None, family)
     losses = tested(judged, chosen)
@@ -81,7 +81,7 @@ def conclude(
     against: str,
     words: "Words",
     reading: int,
-    before: Mapping[str, Sequence[Sequence[str]]],
+    before: dict[str, list],
     fixed_runs: bool = False,
 ) -> Compared:
     """Return the conclusions from the losses of each label, of shape (seeds, images).
@@ -98,7 +98,7 @@ def conclude(
         labels = dict.fromkeys([*references.values(), *references])
         known = {frozenset(pair) for pair in methods}
         methods += [(b, a) for a, b in itertools.combinations(labels, 2) if frozenset((a, b)) not in known]
-    family: dict[str, list[tuple[str, ...]]] = {}
+    family: dict[str, list] = {}
     found: dict[str, list[Comparison]] = {}
     for kind, pairs in (("averages", [*averages.items()]), ("methods", methods)):
         ever = [*before.get(kind, ()), *map(sorted, pairs)]
@@ -126,18 +126,18 @@ def crossed_of(
     The first mapping has the name of the reference for each name, the second one the losses for all names.
     """
     names = dict.fromkeys(name for kind in kinds.values() for name in kind)
-    values = {name: list(dict.fromkeys(str(kind.get(name)) for kind in kinds.values())) for name in names}
-    varied = {name: found for name, found in values.items() if len(found) > 1}
-    labels = {tuple(str(kind.get(name)) for name in varied): label for label, kind in kinds.items()}
-    if list(map(len, varied.values())) != [2, 2] or not len(kinds) == len(labels) == 4:
+    texts = [[f"{name}={kind.get(name)}" for kind in kinds.values()] for name in names]
+    varied = [each for each in texts if len({*each}) > 1]
+    cells = dict(zip(zip(*varied, strict=True), (losses[label] for label in kinds), strict=False))
+    values = [[*dict.fromkeys(each)] for each in varied]
+    if [*map(len, values)] != [2, 2] or not len(kinds) == len(cells) == 4:
         return None
-    first, second = ([f"{name}={value}" for value in found] for name, found in varied.items())
-    cells = itertools.product(*varied.values())
-    cube = np.stack([losses[labels[cell]] for cell in cells]).reshape(2, 2, *losses[labels[next(iter(labels))]].shape)
+    first, second = values
+    a, b, c, d = (cells[cell] for cell in itertools.product(first, second))
     both, total = f"{first[1]} with {second[1]}", "the sum of both effects"
-    found = dict(zip([*first, *second], [*cube.mean(1), *cube.mean(0)], strict=True))
-    found |= {total: cube[0, 1] + cube[1, 0] - cube[0, 0], both: cube[1, 1]}
-    return {first[1]: first[0], second[1]: second[0], both: total}, found
+    effects = [(a + b) / 2, (c + d) / 2, (a + c) / 2, (b + d) / 2, b + c - a, d]
+    references = {first[1]: first[0], second[1]: second[0], both: total}
+    return references, dict(zip([*first, *second, total, both], effects, strict=True))
 
 
 def kind_of(arm: Arm) -> dict[str, Any]:
@@ -277,22 +277,21 @@ def ranking_of(pairs: Sequence[Comparison], words: Words) -> Ranking | None:
     A method is worse if it is significantly worse than the other method of any of its pairs: of one of the best, if
     there is such a pair, and the one with the lowest p value. None if no pair is tested.
     """
-    labels = dict.fromkeys(name for pair in pairs if pair.effects for name in (pair.reference, pair.label))
+    tested = [pair for pair in pairs if pair.effects]
     behind: dict[str, list[tuple[str, Comparison]]] = {}
-    for pair in pairs:
-        if pair.effects and pair.significant:
-            ahead, label = sorted((pair.reference, pair.label), key=pair.label.__eq__, reverse=pair.mean < 0)
+    for pair in sorted(tested, key=lambda each: each.p):
+        if pair.significant:
+            ahead, label = (pair.label, pair.reference)[:: 1 if pair.mean < 0 else -1]
             behind.setdefault(label, []).append((ahead, pair))
+    labels = dict.fromkeys(name for pair in tested for name in (pair.reference, pair.label))
     if not (best := [label for label in labels if label not in behind]):
         return None
     worse, sentence = [], f"best: {', '.join(map(words.name, best))}" + " (not shown to differ)" * (len(best) > 1)
     for label, found in behind.items():
-        ahead, pair = min(found, key=lambda each: (each[0] not in best, each[1].p))
+        ahead, pair = min(found, key=lambda each: each[0] not in best)  # of equal ones the first, with the lowest p
         percent = 100 / (pair.base + (pair.mean if ahead == pair.label else 0))
-        ends = sorted(percent * abs(end) for end in pair.interval)
-        worse.append(
-            Worse(label=label, reference=ahead, relative=percent * abs(pair.mean), interval=(ends[0], ends[1]))
-        )
+        low, high = sorted(percent * abs(end) for end in pair.interval)
+        worse.append(Worse(label=label, reference=ahead, relative=percent * abs(pair.mean), interval=(low, high)))
     worse.sort(key=lambda each: each["relative"])
     for each in worse:
         least, most = percents(*each["interval"])
