@@ -33,6 +33,7 @@ LABELS = {
     "experiment_minutes": "Time limit (minutes)",
     "extend_rates": "Extend the range of learning rates",
     "arms_at_once": "Runs at the same time",
+    "gpus_per_run": "GPUs per run",
     "against": "Compare with",
 }
 """Labels of options whose name alone would be unclear."""

@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..checks import require_package
 from ..errors import InvalidArgument
 from ..formatting import pluralize
 from ..methods.registry import METHODS
@@ -36,6 +37,7 @@ from ..options.argument_parser import did_you_mean
 from ..options.averages import Average, averages_of
 from ..options.grid import Grid, O
 from ..options.optimizers import named
+from ..options.shared import SharedExperimentOptions
 from ..options.unused import is_read
 from ..options.values import as_typed
 from ..seeds import derive
@@ -229,7 +231,7 @@ def check_values(grid: Grid) -> None:
     seeds = grid.values("seed")
     choosing = len(choosing_of(seeds, len(grid.rates)))
     arms = sum(len(rates_of(grid, label)) * choosing + len(seeds) - choosing for label in labels)
-    check_at_once(experiment.arms_at_once or 1, arms)
+    check_at_once(experiment, arms)
     if experiment.extend_rates and len(grid.rates) == 1:
         raise InvalidArgument(
             "--extend_rates",
@@ -247,12 +249,18 @@ def check_values(grid: Grid) -> None:
                 raise InvalidArgument(f"--learning_rate {low:g} {high:g}", problem, "give rates further apart")
 
 
-def check_at_once(processes: int, arms: int) -> None:
-    """Raise `InvalidArgument` for more processes than arms, and for several processes in a distributed launch."""
-    flag = f"--arms_at_once {processes}"
+def check_at_once(options: SharedExperimentOptions, arms: int) -> None:
+    """Raise `InvalidArgument` for more processes than arms, a launcher of several processes, and missing Ray."""
+    processes = options.arms_at_once or 1
+    flag = f"--arms_at_once {processes}" if options.executor == "local" else "--executor ray"
+    if options.executor == "ray":
+        require_package(flag, "ray")
+    if (options.gpus_per_run or 0) > 1:
+        raise InvalidArgument(f"--gpus_per_run {options.gpus_per_run:g}", "a run trains on one GPU", "give 1 at most")
     if processes > 1 and arms < processes:
-        raise InvalidArgument(flag, f"the experiment has only {arms} runs", f"give {arms} at most")
-    if processes > 1 and "RANK" in os.environ:
+        problem = f"the experiment has only {arms} runs"
+        raise InvalidArgument(f"--arms_at_once {processes}", problem, f"give {arms} at most")
+    if not options.in_this_process and "RANK" in os.environ:
         problem = "each run is trained by all processes that the launcher starts"
         raise InvalidArgument(flag, problem, "start the script with python, or leave it out")
 

@@ -315,7 +315,12 @@ def do_in_process(order: Order) -> Any:
 
 
 def arms_a_device(options: SharedExperimentOptions, device: torch.device) -> int:
-    """Return the number of arms that are trained in parallel on each GPU, or on the CPU."""
+    """Return the number of arms that are trained in parallel on each GPU, or on the CPU.
+
+    With Ray it is a lower bound for the CPU of each machine.
+    """
+    if options.executor == "ray":
+        return int(1 / (options.gpus_per_run or 1)) if device.type == "cuda" else 1
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     return -(-(options.arms_at_once or 1) // count)
 

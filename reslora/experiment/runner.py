@@ -34,16 +34,26 @@ With a worker, this process does jobs for another one, whose lock it shares. The
 
 def run_experiment(opened: Open, grid: Grid, stop: StopRequest) -> None:
     """Train the arms that have not ended, and report which method is best."""
-    size, folder = grid.base.experiment.arms_at_once or 1, Path(grid.base["output_dir"])
-    work = Work(functools.partial(opened_in_worker, opened, grid), do, this_process(), folder)
-    with opened(grid, stop, None) as study:
+    options, folder = grid.base.experiment, Path(grid.base["output_dir"])
+    work = Work(functools.partial(opened_in_worker, functools.partial(opened, grid)), do, this_process(), folder)
+    with contextlib.ExitStack() as stack:
+        if options.executor == "ray":
+            from .ray_executor import RayExecutor, connected  # an extra
+
+            stack.enter_context(connected(options, folder))
+        study = stack.enter_context(opened(grid, stop, None))
         if is_main() and study.schedule.is_race_off:
             print(f"racing is off, because it trains one learning rate of a method at a time: {USE_RACING}")
-        train_and_conclude(study, LocalExecutor(size, work, stop) if size > 1 else None)
+        executor: Executor | None = None
+        if options.executor == "ray":
+            executor = RayExecutor(options.arms_at_once or 1, work, stop, gpus=options.gpus_per_run)
+        elif not options.in_this_process:
+            executor = LocalExecutor(options.arms_at_once or 1, work, stop)
+        train_and_conclude(study, executor)
 
 
 @contextlib.contextmanager
-def opened_in_worker(opened: Open, grid: Grid, worker: Worker) -> Iterator[ExperimentStudy]:
+def opened_in_worker(opened: Callable, worker: Worker) -> Iterator[ExperimentStudy]:
     """Open the study in a process that does jobs, without output; its jobs print, but no progress bars."""
     take_any_file_name()
     with (
@@ -52,7 +62,7 @@ def opened_in_worker(opened: Open, grid: Grid, worker: Worker) -> Iterator[Exper
         contextlib.ExitStack() as stack,
     ):
         with contextlib.redirect_stdout(nowhere):
-            study = stack.enter_context(opened(grid, worker.stop, worker))
+            study = stack.enter_context(opened(worker.stop, worker))
         yield study
 
 

@@ -185,7 +185,7 @@ def is_step_rules(text: str) -> bool:
 def check_no_experiment(options: RunOptions) -> None:
     """Raise `InvalidArgument` for options of experiments if no option has several values."""
     for name, option in options.table().items():
-        if option.group == "experiment" and options[name]:
+        if option.group == "experiment" and options[name] and options[name] != option.default:
             several = ", --".join(name for name, option in options.table().items() if option.varies)
             fix = f"give several values of --{several}, or leave it out"
             raise InvalidArgument(f"--{name}", "it has no effect, because this is not an experiment", fix)

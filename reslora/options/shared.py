@@ -40,6 +40,7 @@ HELD_OUT = Need(
     lambda options: options.validation.validation_split or options.experiment.select_split,
     "add --validation_split 0.1", "no images are held out",
 )  # fmt: skip
+RAY = Need(lambda options: options.experiment.executor == "ray", "add --executor ray")
 ADAM = Need(
     lambda options: options.optimizer.optimizer in ADAMS,
     "use --optimizer_args", "it has no effect with --optimizer {optimizer}", refuse=False,
@@ -123,6 +124,17 @@ class SharedExperimentOptions:
     arms_at_once: int | None = free(None,
         "number of runs to train at once, each in its own process; several GPUs are divided evenly", COUNT,
         or_else="1")
+    executor: str = free("local",
+        "where runs are trained. local: on this machine. ray: on the machines of a Ray cluster, which share the "
+        "storage of --output_dir", choices=("local", "ray"))
+    ray_address: str = free("auto", "address of the Ray cluster; auto: the cluster of this machine", needs=RAY)
+    gpus_per_run: float | None = free(None, "GPUs of a run, at most 1; 0.5: two runs share a GPU", NOT_NEGATIVE,
+        or_else="1 if the Ray cluster has GPUs, else 0", needs=RAY)
+
+    @property
+    def in_this_process(self) -> bool:
+        """Whether runs are trained by this process, one after the other."""
+        return (self.arms_at_once or 1) == 1 and self.executor == "local"
 
 
 @group

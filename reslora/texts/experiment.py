@@ -132,7 +132,7 @@ def opened(texts: Texts, grid: Grid[T], stop: StopRequest, worker: Worker | None
             length = planned[0].steps
             measured = f"{pluralize(length, 'step')}, measured {how_often(planned[0].validation_steps, length)}"
             say(f"{schedule.runs_in_words()}; {measured}; {parts}")
-        if worker or (grid.base.experiment.arms_at_once or 1) == 1:
+        if worker or grid.base.experiment.in_this_process:
             start_trackers(context, "reslora", wandb={"name": plain.output.run_name})
         yield experiment
         accelerator.end_training()

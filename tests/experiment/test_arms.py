@@ -1,5 +1,6 @@
 """The arms of an experiment, their order, and extended rates: functions without disk or model."""
 
+import importlib.util
 import math
 
 import pytest
@@ -120,6 +121,8 @@ def test_several_numbers_of_blocks_are_arms_of_the_shortcuts_that_take_several()
         ("--learning_rate", "5e-5", "1.04e-4", "1.05e-4", "--extend_rates"),
         ("--experiment_minutes", "5"),
         ("--arms_at_once", "2"),
+        ("--executor", "ray"),
+        ("--gpus_per_run", "0.5", *SEVERAL),
         ("--test_split", "0.2"),
         ("--select_split", "0.5", "--test_split", "0.5", *SEVERAL),
         ("--lr_scheduler", "polynomial", "--learning_rate", "1e-4", "1e-8"),
@@ -130,6 +133,17 @@ def test_several_numbers_of_blocks_are_arms_of_the_shortcuts_that_take_several()
 )
 def test_what_does_not_go_together_is_refused_at_once(capsys, flags):
     assert flags[0] in refused(capsys, *flags)
+
+
+def test_ray_is_an_extra_and_a_run_has_one_gpu(capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else found(name))
+    several = ("--executor", "ray", *SEVERAL)
+    assert "--executor ray: ray is not installed; pip install ray" in refused(capsys, *several)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True if name == "ray" else found(name))
+    assert "--gpus_per_run 2: a run trains on one GPU" in refused(capsys, *several, "--gpus_per_run", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "--executor ray: each run is trained by all processes" in refused(capsys, *several)
 
 
 # -- in which order ----------------------------------------------------------------------------------------------------

@@ -104,8 +104,8 @@ def open_study(given: Grid[Options], stop: StopRequest, worker: Worker | None = 
 
         if not worker:
             broadcast_from_main(check_all)
-        alone, resuming = (plain.experiment.arms_at_once or 1) == 1, (folder / EXPERIMENT).exists()
-        pipeline, training_data = encode(kinds, widest, resuming, track=bool(worker) or alone)
+        resuming, track = (folder / EXPERIMENT).exists(), bool(worker) or plain.experiment.in_this_process
+        pipeline, training_data = encode(kinds, widest, resuming, track)
         for each in asked.variants():
             objective_of(each.model, each.training, context.model.family, pipeline)
         images = training_images(training_data.sources)
