@@ -255,11 +255,11 @@ def loss_table(result: Result, loras: Mapping[Path, LoraFile]) -> str:
 def as_experiment(result: Result, facts: Mapping[str, Any]) -> Experiment:
     """Return the result in the form that the sections of an experiment's report read.
 
-    A file is a finished arm; all labels are chosen.
+    A file is a finished arm, whose method is unknown, as a file may have any name; all labels are chosen.
     """
     arms = [
         {
-            "label": label, "method": label, "learning_rate": 0.0, "seed": seed, "status": "finished",
+            "label": label, "method": "", "learning_rate": 0.0, "seed": seed, "status": "finished",
             "test": {"images": result.images.marks, "losses": each.losses, "by_timestep": each.by_timestep},
         }
         for label, files in result.measured.items()
