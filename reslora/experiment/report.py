@@ -279,7 +279,9 @@ def lead(experiment: Experiment, unit: str) -> str:
     best = experiment.get("best")
     if not best:
         return ""
-    what = f"Use {titled(best['label'])} at learning rate {rate(best['learning_rate'])}, {best['step']} steps"
+    of_best = f"{titled(best['label'])} at learning rate {rate(best['learning_rate'])}, {best['step']} steps"
+    tied = len((experiment.get("ranking") or {"best": []})["best"]) > 1
+    what = f"No clear winner: the files are those of {of_best}" if tied else f"Use {of_best}"
     said = certainty(experiment, best["label"], unit)
     if any(note.startswith(ONE_RATE) for note in experiment["notes"]):
         said += " All methods had this learning rate only: at their own best rates they may compare otherwise."

@@ -371,6 +371,12 @@ def test_how_sure_it_is(best, conclusion, words):
     assert said.startswith(words) and bool(said) == bool(words)
 
 
+def test_without_a_winner_the_report_says_whose_the_files_are(experiment, folder):
+    found = copy.deepcopy(experiment)
+    found["ranking"]["best"] = ["lora", found["best"]["label"]]
+    assert "No clear winner: the files are those of ResLoRA block(4) at learning rate" in words_of(page(found, folder))
+
+
 def test_a_run_that_was_stopped_early_is_shown_at_its_last_loss(experiment, folder):
     """Its rate is not chosen, however low its losses were, and no line of a chart leads to it."""
     found = copy.deepcopy(experiment)
