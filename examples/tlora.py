@@ -31,7 +31,7 @@ class Clock:
     """The noise level of the present forward pass: t / T of each sample."""
 
     def __init__(self) -> None:
-        self.noise = torch.zeros(1)
+        self.noise = torch.ones(1)  # before the first forward pass
 
     def read(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Read the timestep, the U-Net's second argument; a hook that runs before the forward pass."""
