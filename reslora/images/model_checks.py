@@ -231,7 +231,10 @@ def check_reads_references(
         raise InvalidArgument(data_flag(data), problem, fix)
     if not family.edits and (argument or validation.validation_image):
         argument = argument or f"--validation_image {' '.join(validation.validation_image)}"
-        names = ", ".join(other.name for other in map(load_family, FAMILIES) if other.edits)
+        if family.editing:
+            fix = "give --conditioning_data_dir or --conditioning_image_column, too, or leave it out"
+            raise InvalidArgument(argument, f"{family.name} edits images only if it is trained on pairs", fix)
+        names = ", ".join(other.name for other in map(load_family, FAMILIES) if other.edits or other.editing)
         raise InvalidArgument(argument, f"{family.name} edits no images", f"leave it out, or give a model of {names}")
     if family.reads_references:
         problem = f"the text encoder of {family.name} reads each caption once, with its unchanged reference image"

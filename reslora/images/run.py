@@ -1,6 +1,7 @@
 """A run: options -> model -> images -> encoded data -> samples -> each method trained and exported -> figures."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from .initial_lora import read_start, with_start
 from .layers import preset_targets
 from .memory.components import outline
 from .memory.plan import check_memory
+from .model.families import editing_family
 from .model.loading import Model, find_model
 from .model.lora_files.reducing import in_short
 from .model.objective import Objective, objective_of
@@ -170,6 +172,8 @@ def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> t
 def resolve_context(options: Options, accelerator: Accelerator, stop: StopRequest) -> ImageContext:
     """Return the context: the model, and the options with all defaults resolved."""
     model = find_model(options.model, options.output, accelerator)
+    if options.data.reference_flag:
+        model = dataclasses.replace(model, family=editing_family(model.family))
     return on_all(lambda: resolve_with(model, options, accelerator, stop))
 
 

@@ -167,9 +167,9 @@ class DataOptions:
     caption_column: str = by_content("text", "column with the caption, or a list of captions to choose from",
         compared_as="held-out images")
     conditioning_data_dir: list[str] = by_content([],
-        "reference images of an edit model (Flux.1 Kontext, Qwen-Image-Edit): for each --train_data_dir a folder with "
-        "a file of the same name for each image; the caption is the instruction that turns the reference image into "
-        "the image",
+        "reference images of an edit model (Flux.1 Kontext, Qwen-Image-Edit, FLUX.2): for each --train_data_dir a "
+        "folder with a file of the same name for each image; the caption is the instruction that turns the reference "
+        "image into the image",
         metavar="FOLDER", path="absolute", compared_as="held-out images")
     conditioning_image_column: str | None = by_content(None,
         "column with the reference image of an edit model, or its file name", compared_as="held-out images",

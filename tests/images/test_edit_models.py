@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FluxKontextPipeline
-from pipelines import flux, flux_kontext, image_folder, random_image, same_image
+from pipelines import flux, flux2, flux2_klein, flux_kontext, image_folder, random_image, same_image
 
 from images.memory.rehearsed import resolved
 from images.memory.test_phases import assert_planned
@@ -191,6 +191,84 @@ def without_pairs(flags: list[str]) -> list[str]:
     return [*flags[:at], *flags[at + 4 :]]
 
 
+# -- FLUX.2 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [flux2_klein, flux2], ids=["klein", "dev"])
+@torch.no_grad()
+def test_flux2s_loss_by_hand(family, tmp_path):
+    """The tokens of the reference's latents follow those of the image, with 10 as the first coordinate."""
+    model = stirred(family(tmp_path / "model"))
+    flags = ["--pretrained_model_name_or_path", str(model), *pair_folders(tmp_path), "--resolution", "32"]
+    flags += ["--rank", "2", "--train_batch_size", "2", "--output_dir", str(tmp_path / "out")]
+    one = training_data_of(flags)
+    stock = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float64)
+    denoiser, bn = stock.transformer, stock.vae.bn
+    loss = DenoisingLoss(one.context, one.objective, one.pipeline, denoiser.config)
+    loss.dtype = torch.float64
+    one.pipeline.vae.double()
+    batch = collate([TrainingSamples(one.data)[draw] for draw in one.data.plan(1).forward(0)])
+    batch.text = text = {name: value.double() for name, value in batch.text.items()}
+    found = loss(denoiser, batch)
+
+    def normalized(latents: torch.Tensor) -> torch.Tensor:
+        variance = bn.running_var[:, None, None].double() + stock.vae.config.batch_norm_eps
+        return (latents.double() - bn.running_mean[:, None, None]) / variance.sqrt()
+
+    mean, std = batch.moments.double().unbind(1)
+    x, r, e = normalized(mean + std * batch.posterior_noise), normalized(batch.reference), batch.noise.double()
+    s = (batch.timesteps / 1000).double().view(-1, 1, 1, 1)
+    tokens = torch.cat([part.flatten(2).transpose(1, 2) for part in ((1 - s) * x + s * e, r)], 1)
+    assert r.shape[2:] == (8, 8) and x.shape[2:] == (4, 4)  # the pipeline's references have 64 pixels at least
+    ids = torch.tensor(
+        [(k, row, column, 0) for k, side in ((0, 4), (10, 8)) for row in range(side) for column in range(side)]
+    )
+    told = torch.ones(2).double() if family is flux2 else None
+    words = torch.tensor([(0, 0, 0, place) for place in range(text["states"].shape[1])])
+    places, words = ids.expand(2, -1, -1), words.expand(2, -1, -1)
+    output = denoiser(tokens, text["states"], s.flatten(), places, words, told).sample[:, :16]
+    expected = (output - (e - x).flatten(2).transpose(1, 2)).square().flatten(1).mean(1)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=0)
+    batch.reference = torch.zeros_like(batch.reference)
+    assert (loss(denoiser, batch) - found).abs().min() > 1e-5
+
+
+@pytest.mark.exhaustive
+def test_flux2s_samples_are_those_of_the_stock_pipeline_with_reference_and_lora(tmp_path):
+    """Two prompts with different references, which the pipeline cannot generate together."""
+    model = stirred(flux2_klein(tmp_path / "model"))
+    pairs = pair_folders(tmp_path, reference=lambda number: random_image(number).resize((64, 64)))
+    flags = ["--pretrained_model_name_or_path", model, *pairs, "--resolution", "32", "--rank", "2", "--method", "lora"]
+    flags += ["--train_batch_size", "2", "--learning_rate", "0.02", "--validation_prompt", "blue box", "red disc"]
+    flags += ["--num_inference_steps", "2", "--num_validation_images", "1", "--max_train_steps", "2"]
+    assert main(*flags, "--report_to", "none", "--output_dir", tmp_path / "out") == 0
+    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipe.load_lora_weights(tmp_path / "out" / "lora", weight_name="pytorch_lora_weights.safetensors")
+    for number, prompt in enumerate(["blue box", "red disc"]):
+        sample = np.asarray(PIL.Image.open(tmp_path / "out" / "lora" / "merged" / f"{number}-0.png")) / 255
+        seen = []
+        for reference in (number, 1 - number):
+            image = PIL.Image.open(tmp_path / "before" / f"{reference}.png")
+            seed = torch.Generator().manual_seed(derive(0, "sample", number, 0))
+            size = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 4.0}
+            seen.append(pipe([image], prompt, generator=seed, output_type="np", **size).images[0])
+        assert np.abs(seen[0] - sample).max() <= 2 / 255 and np.abs(seen[1] - sample).max() > 4 / 255
+
+
+def test_flux2_without_pairs_takes_no_reference_of_samples(tmp_path, capsys):
+    model, (flag, images, *_) = flux2_klein(tmp_path / "model"), pair_folders(tmp_path)
+    line = refused(
+        capsys,
+        "--pretrained_model_name_or_path",
+        model,
+        flag,
+        images,
+        "--validation_image",
+        tmp_path / "before" / "0.png",
+    )
+    assert "flux2_klein edits images only if it is trained on pairs; give --conditioning_data_dir" in line
+
+
 # -- layouts ---------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +359,8 @@ def test_another_model_has_no_use_for_references(place, tmp_path, capsys):
     common = ["--pretrained_model_name_or_path", model, "--output_dir", tmp_path / "out", "--resolution", "32"]
     for flags in (place.pairs, [*place.pairs[:2], "--validation_image", place.folder / "before" / "1.png"]):
         line = refused(capsys, *common, *flags)
-        assert line.endswith("flux edits no images; leave it out, or give a model of flux_kontext, qwen_image_edit")
+        models = "flux_kontext, flux2, flux2_klein, qwen_image_edit"
+        assert line.endswith(f"flux edits no images; leave it out, or give a model of {models}")
 
 
 def test_given_references_are_those_of_the_prompts_in_turn(place, tmp_path):

@@ -54,7 +54,8 @@ class Sampler:
         `between_steps` is called between the denoising steps and may raise an error. Afterwards the pipeline has its
         earlier denoiser again, and the models are in their earlier mode.
         """
-        drawn, size = [], self.training.train_batch_size
+        several = self.family.batches_references or not self.references
+        drawn, size = [], self.training.train_batch_size if several else 1
         encoders = [getattr(self.pipeline, part.name) for part in self.encoders]
         with (
             override_attributes(self.pipeline, **{self.family.denoiser: denoiser}),

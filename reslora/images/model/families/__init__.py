@@ -28,6 +28,14 @@ FAMILIES = {
 }
 
 
+def editing_family(family: Family) -> Family:
+    """Return the family that trains the same model on pairs of images; `family` itself if there is no other."""
+    if family.editing is None:
+        return family
+    module, kind = family.editing.split(".")
+    return getattr(importlib.import_module(f".{module}", __name__), kind)()
+
+
 def load_family(pipeline_class: str) -> Family:
     """Return the family of a pipeline class in `FAMILIES`."""
     return importlib.import_module(f".{FAMILIES[pipeline_class]}", __name__).FAMILY

@@ -137,6 +137,10 @@ class Family:
     `guidance_scale` applies guidance only if it also gets a negative prompt."""
     edits: bool = False
     """Whether it edits a reference image. Its layers have the names and shapes of another family's layers."""
+    editing: str | None = None
+    """The module and class of the family that the model becomes if the data have reference images; None for none."""
+    batches_references: bool = True
+    """Whether the pipeline generates several images at a time that have different reference images."""
     reads_references: bool = False
     """Whether the text encoder reads the reference image together with the caption."""
     encodes_in_float32: bool = False

@@ -17,6 +17,7 @@ class Flux2(Flux2Klein):
     """
 
     name = "flux2"
+    editing: str | None = "flux2_edit.Flux2Edit"
     pipeline = Flux2Pipeline
     takes_guidance = True
     thinking = None

@@ -40,6 +40,7 @@ class Flux2Klein(Family):
     """
 
     name = "flux2_klein"
+    editing: str | None = "flux2_edit.Flux2KleinEdit"
     pipeline = Flux2KleinPipeline
     denoiser_class = Flux2Transformer2DModel
     lora_files = ()
@@ -98,7 +99,7 @@ class Flux2Klein(Family):
 
     def prediction(self, output, noisy):
         """Return the unpacked velocity."""
-        return output[0].transpose(1, 2).reshape(noisy.shape)
+        return self.own_tokens(output, noisy).transpose(1, 2).reshape(noisy.shape)
 
     def model_version(self, config, predicts_v):
         """Return the two names of FLUX.2 klein in the model's size, which follows from its width."""
