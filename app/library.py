@@ -56,7 +56,7 @@ class Experiment(Run):
 
     @property
     def time_is_over(self) -> str:
-        """A phrase that says so if the time limit ended the experiment before all arms had ended; otherwise empty."""
+        """A phrase about the time limit if it stopped the experiment before all arms had ended; otherwise empty."""
         content, minutes = self.read_json(EXPERIMENT), number(self.config.get("experiment_minutes"))
         notes = content.get("notes") if "as_of" not in content else None
         told = isinstance(notes, list) and any(str(note).startswith(UNFINISHED) for note in notes)

@@ -303,7 +303,7 @@ def _unet_inputs(config: Any, zeros: Callable) -> dict:
     size = config.sample_size or 64
     width = config.cross_attention_dim
     width = config.encoder_hid_dim or (width[0] if isinstance(width, (tuple, list)) else width)
-    # A smaller image, halved from stage to stage, would end with stages of equal size.
+    # A smaller image would be halved to one pixel before the last stages, which then could not be told apart.
     smallest = 2 ** len(config.down_block_types)
     size = [max(side, smallest) for side in (size if isinstance(size, (tuple, list)) else (size, size))]
     inputs = {

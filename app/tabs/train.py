@@ -49,7 +49,7 @@ class TrainTab(ControlTab):
         super().__init__(parts)
         self.flags: dict[str, gr.components.Component] = {}
         self.defaults = form.defaults({})
-        # By name, because the server may have other options after a restart. A fixed secret, because the form has none.
+        # Values are saved by the option's name: a restarted server may have other options. None of them is secret.
         self.kept = gr.BrowserState({}, storage_key="reslora-train", secret="reslora", render=False)
         self.watch_panel()
         with gr.Row():

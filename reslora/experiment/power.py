@@ -41,7 +41,7 @@ def print_power(schedule: ArmSchedule, model: str, units: int, unit: str, groupe
 def power_in_words(schedule: ArmSchedule, model: str, units: int, unit: str, grouped: bool = False) -> str:
     """Return a line with the minimum detectable effect of an experiment, and of the same one with more seeds.
 
-    It is computed from the spread of an experiment on the same model, in the same folder or in one next to it: the one
+    The effect is computed from the spread of an experiment on the same model, in the same folder or next to it: the one
     with the most seeds. `units`: number of test images or examples (`unit`) or, if `grouped`, of their groups.
     """
     methods, folder = len(schedule.grids), schedule.folder.absolute()

@@ -43,7 +43,9 @@ def run_experiment(opened: Open, grid: Grid, stop: StopRequest) -> None:
             stack.enter_context(connected(options, folder))
         study = stack.enter_context(opened(grid, stop, None))
         if is_main() and study.schedule.is_race_off:
-            print(f"racing is off, because it trains one learning rate of a method at a time: {USE_RACING}")
+            print(
+                f"racing is off, because it would train the learning rates of a method one after another: {USE_RACING}"
+            )
         executor: Executor | None = None
         if options.executor == "ray":
             executor = RayExecutor(options.arms_at_once or 1, work, stop, gpus=options.gpus_per_run)

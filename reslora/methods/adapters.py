@@ -272,7 +272,7 @@ class RankAllocator:
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore the tensors that `state_dict` returned.
 
-        Raises `ValueError` if they belong to another model; nothing is changed then.
+        Raises `ValueError`, and changes nothing, if the tensors belong to another model.
         """
         parameters = dict(self.tuner.model.named_parameters())
         averages: dict[str, dict] = {kind: {} for kind in _AVERAGES}

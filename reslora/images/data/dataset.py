@@ -121,7 +121,7 @@ class ImageDataset:
         return open_image(_source(self._unchanged(index), REFERENCE))
 
     def _unchanged(self, index: int) -> dict:
-        """Return an image's row; raises `RunFailed` if the content of a file is not the one that `marks` has."""
+        """Return an image's row; raises `RunFailed` if the hash of a file is not that in `marks`."""
         row = self.rows[index]
         marks = self.marks[index].split("+") if self.marks else ()
         for source, mark in zip(_sources(row), marks, strict=bool(marks)):

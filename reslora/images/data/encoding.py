@@ -52,7 +52,7 @@ Instruction = str | tuple[str, str]
 
 @dataclass(frozen=True)
 class Texts:
-    """Text states by caption, read from disk on access."""
+    """Outputs of the text encoders by caption, read from disk on access."""
 
     encoded: Encoded | None
     """None if all text encoders are trained, so that nothing can be stored."""

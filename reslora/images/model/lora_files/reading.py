@@ -102,7 +102,9 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
             configs |= of_parts
     if config and not configs:
         raise InvalidArgument(
-            flag, f"no readable {PEFT_CONFIG_FILE}, which contains its scale", "give a folder with both files"
+            flag,
+            f"{PEFT_CONFIG_FILE}, which contains the scale of the LoRA, is missing or unreadable",
+            "give a folder with both files",
         )
     for said in configs.values():
         _refuse_others(flag, said)
