@@ -29,7 +29,9 @@ def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, A
     of_others = list(OF_RUNS if several else OF_EXPERIMENTS)
     if not several and not now.get("save_best"):  # of an experiment, in which averages are methods
         of_others.append("average_checkpoints")
-    if (told := [name for name in of_others if values.get(name) and name not in given]) and speaks():
+    table = Options.table()
+    set_there = [name for name in of_others if values.get(name) and values[name] != table[name].fixed_default]
+    if (told := [name for name in set_there if name not in given]) and speaks():
         kind = "an experiment" if several else "not an experiment"
         print(f"{where}: --{', --'.join(told)} ignored, because this is {kind}", flush=True)
     gone = {*of_others, *_of_other_methods(now), *_of_other_optimizer(values, given)}

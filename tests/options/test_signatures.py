@@ -35,7 +35,7 @@ SEE_ALL = {
     "reslora/experiment/arms.py": "labels_of averages_of_labels check_evaluations others_of rates_of "
     "reference_of references_of options_of check_values",
     "reslora/experiment/schedule.py": "ArmSchedule",
-    "reslora/experiment/runner.py": "opened_in_worker run_experiment",
+    "reslora/experiment/runner.py": "run_experiment",
     "reslora/images/experiment/run.py": "open_study prepare_folder resumed_options with_varied check_folder check_same "
     "check_variants data_key data_of_variant identity_record",
     "reslora/images/experiment/first_steps.py": "time_first_steps",

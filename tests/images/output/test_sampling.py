@@ -82,8 +82,9 @@ class Recorder:
 
 def family_of(sampling_inputs=lambda *_: {}, told: bool = False) -> SimpleNamespace:
     return SimpleNamespace(
-        denoiser="unet", guidance="guidance_scale", sampling_inputs=sampling_inputs, takes_guidance=told, unguided=1.0
-    )
+        denoiser="unet", guidance="guidance_scale", sampling_inputs=sampling_inputs, takes_guidance=told, unguided=1.0,
+        batches_references=True,
+    )  # fmt: skip
 
 
 def seeds_of(prompts: list, images: int, seed: int = 0, batch: int = 3) -> list[int]:
