@@ -52,9 +52,14 @@ def start(*flags: object, printed: Path) -> subprocess.Popen:
         )
 
 
+def in_runs(out: Path, name: str) -> list[Path]:
+    """Return the files of this name in the folders of runs; `rglob` fails if a temporary folder vanishes meanwhile."""
+    return list(out.glob(f"*/lr-*/seed-*/{name}"))
+
+
 def begun(out: Path) -> list[Path]:
     """Return the checkpoints of runs that have trained only a few steps: each node trains one run at a time."""
-    return [path for path in out.rglob("checkpoint-[1-6]") if not (path.parent / "arm.json").exists()]
+    return [path for path in in_runs(out, "checkpoint-[1-6]") if not (path.parent / "arm.json").exists()]
 
 
 def results(folder: Path) -> tuple:
@@ -71,15 +76,15 @@ def test_ten_runs_outlive_a_node_and_the_main_process(cluster, flags, tmp_path):
     there = ("--executor", "ray", "--ray_address", cluster.address, "--arms_at_once", "2", "--output_dir", out)
     first = start(*flags, *TEN, *there, printed=printed)
     try:
-        wait_until(lambda: list(out.rglob("arm.json")) and len(begun(out)) == 2, "two runs, after the first one", first)
+        wait_until(lambda: in_runs(out, "arm.json") and len(begun(out)) == 2, "two runs, after the first one", first)
         cluster.remove_node(node, allow_graceful=False)
         wait_until(lambda: "submitted again, time 1 of 3" in printed.read_text(), "a run to be submitted again", first)
-        before = len(list(out.rglob("arm.json")))
-        wait_until(lambda: len(list(out.rglob("arm.json"))) > before, "another run", first)
+        before = len(in_runs(out, "arm.json"))
+        wait_until(lambda: len(in_runs(out, "arm.json")) > before, "another run", first)
     finally:
         first.kill()
         first.wait()
-    assert len(list(out.rglob("arm.json"))) < 10, printed.read_text()
+    assert len(in_runs(out, "arm.json")) < 10, printed.read_text()
     assert ended(start(*flags, *TEN, *there, printed=printed)) == 0, printed.read_text()
     assert ended(start(*flags, *TEN, "--output_dir", alone, printed=printed)) == 0, printed.read_text()
     assert results(out) == results(alone)
@@ -95,10 +100,10 @@ def test_a_stop_saves_all_runs(cluster, flags, tmp_path):
     out, printed = tmp_path / "out", tmp_path / "printed.txt"
     there = ("--executor", "ray", "--ray_address", cluster.address, "--max_train_steps", "2000", "--output_dir", out)
     process = start(*flags, *TEN, *there, printed=printed)
-    wait_until(lambda: list(out.rglob("checkpoint-*")), "a checkpoint", process)
+    wait_until(lambda: in_runs(out, "checkpoint-*"), "a checkpoint", process)
     process.terminate()
     assert ended(process) == 143 and "run the same command to resume" in printed.read_text()
-    (log,) = out.rglob("log.jsonl")
+    (log,) = in_runs(out, "log.jsonl")
     last = max(json.loads(line)["step"] for line in log.read_text().splitlines())
     assert (log.parent / f"checkpoint-{last}").is_dir() and not (out / ".stop").exists()
 
