@@ -1,7 +1,7 @@
 """Methods that a user brings: `--method package.module:function`, and every tuner of PEFT: `--method peft:VeraConfig`.
 
 The name of such a method has a dot in place of the colon, `package.module.function`. This is a safe name of a folder,
-and the module can be imported from it in every process.
+and the module can be imported from it in every process. `entries.py` has the names of PEFT's experiment folders.
 
 Functions import PEFT and torch when they are called, so that `--help` appears at once.
 """
@@ -21,15 +21,16 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidArgument, first_line, refused_as
+from . import entries
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+", re.ASCII)
-FORM = "package.module:function, or peft:CLASS such as peft:VeraConfig"
+FORM = "package.module:function, peft:CLASS such as peft:VeraConfig, or a folder with PEFT's adapter_config.json"
 FIX = "correct it, or give another method"
-_WHERE = "a module in the current folder or on the Python path"
+_WHERE = "the module must be in the current folder or on the Python path"
 
 
 LARGE_ERROR = 0.01
@@ -48,17 +49,31 @@ def conversion_in_words(record: Mapping[str, Any]) -> str:
 
 def is_own(name: object) -> bool:
     """Return whether this is the name of a method that a user brings."""
-    return isinstance(name, str) and NAME.fullmatch(name) is not None
+    return isinstance(name, str) and (NAME.fullmatch(name) is not None or entries.is_entry(name))
+
+
+def name_of(text: str) -> str:
+    """Return the name of a method that the user brings; return other texts unchanged.
+
+    Raises `ValueError` for the path of a folder that no name can hold.
+    """
+    if name := entries.entry_of(text):
+        return name
+    return name if is_own(name := text.replace(":", ".")) else text
 
 
 def flag_of(name: str) -> str:
     """Return the option for messages, as the user has typed it."""
+    if entries.is_entry(name):
+        return f"--method {entries.folder_of(name)}"
     module, _, function = name.rpartition(".")
     return f"--method {module}:{function}"
 
 
 def title_of(name: str) -> str:
     """Return the name for display: of a class of PEFT without "Config"; of a function with its module."""
+    if entries.is_entry(name):
+        return " ".join(entries.folder_of(name).parts[-2:])
     module, _, function = name.rpartition(".")
     if module == "peft":
         return function.removesuffix("Config")
@@ -67,6 +82,8 @@ def title_of(name: str) -> str:
 
 def help_of(name: str) -> str:
     """Return a description in one line."""
+    if entries.is_entry(name):
+        return f"the entry {entries.folder_of(name)} of PEFT's method comparison"
     module, _, function = name.rpartition(".")
     return f"PEFT's {function}" if module == "peft" else f"the function {function} of the module {module}"
 
@@ -82,6 +99,8 @@ def find(name: str) -> Callable:
 
     Raises `InvalidArgument` if the module cannot be imported, or has no such function.
     """
+    if entries.is_entry(name):
+        return entries.configured(name)
     module, _, function = name.rpartition(".")
     flag = flag_of(name)
     if os.getcwd() not in sys.path:  # noqa: PTH109 - entries are texts
@@ -90,7 +109,7 @@ def find(name: str) -> Callable:
         content = importlib.import_module(module)
     except Exception as error:  # a user's module can raise anything
         problem = f"{module} cannot be imported ({first_line(error)})"
-        raise InvalidArgument(flag, problem, f"give {FORM}, with {_WHERE}") from None
+        raise InvalidArgument(flag, problem, f"give {FORM}; {_WHERE}") from None
     found = getattr(content, function, None)
     if not callable(found) or (module == "peft" and not is_configuration(found)):
         kind = "configuration" if module == "peft" else "function"
@@ -111,7 +130,12 @@ def is_configuration(value: object) -> bool:
 
 
 def fields_of(name: str) -> set[str] | None:
-    """Return the settings of a class of PEFT's configurations; None for a function, which gets all settings."""
+    """Return the settings of a class of PEFT's configurations; None for a function, which gets all settings.
+
+    An entry of PEFT's method comparison has settings of its own, and reads no options.
+    """
+    if entries.is_entry(name):
+        return set()
     if name.rpartition(".")[0] != "peft":
         return None
     with contextlib.suppress(InvalidArgument):

@@ -300,21 +300,26 @@ def initialization(text: str) -> str:
     raise ArgumentTypeError(f"{text!r} {problem}: give {INITIALIZATIONS}")
 
 
-def dotted(text: str) -> str:
-    """Return the name of a method that the user brings with a dot in place of the colon; return other texts unchanged.
+def own_name(text: str) -> str:
+    """Return the name of a method that the user brings, `package.module.function`; return other texts unchanged.
 
-    The parser of an option that names a method or one of its variants.
+    The parser of an option that names a method or one of its variants. Raises `ArgumentTypeError` for the path of a
+    folder that no name can hold.
     """
-    return name if own.is_own(name := text.replace(":", ".")) else text
+    try:
+        return own.name_of(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def known_method(text: str) -> str:
     """Return the name of a method; the parser of an option, which compares it with `METHODS`.
 
-    A method that the user brings is named by its module and function, with a colon or a dot between them. Raises
-    `ArgumentTypeError` for methods that are initializations, and for a name with a colon of another form.
+    A method that the user brings is named by its module and function, with a colon or a dot between them, or by a
+    folder. Raises `ArgumentTypeError` for methods that are initializations, and for a name with a colon of another
+    form.
     """
-    text = dotted(text)
+    text = own_name(text)
     if ":" in text:
         raise ArgumentTypeError(f"{text!r} is not {own.FORM}")
     if text in ("pissa", "orthogonal"):

@@ -9,7 +9,15 @@ from ..config import HEADS, SHORTCUTS, ResLoraConfig
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
 from ..methods.patterns import HELP as PATTERNS
-from ..methods.registry import DEFAULT_PRE_NUM, IN_WORDS, INITIALIZATIONS, METHODS, dotted, initialization, known_method
+from ..methods.registry import (
+    DEFAULT_PRE_NUM,
+    IN_WORDS,
+    INITIALIZATIONS,
+    METHODS,
+    initialization,
+    known_method,
+    own_name,
+)
 from .averages import averages
 from .groups import DEFAULTS, Groups
 from .optimizers import ADAMS, OPTIMIZERS
@@ -106,7 +114,7 @@ class SharedExperimentOptions:
         or_else="0.1")
     reference: str | None = free(None,
         "method with which the others are compared; if options vary, also one variant of a method, by its name in the "
-        "report, such as 'lora rank 4'", dotted, or_else="lora, or the first variant of a single other method",
+        "report, such as 'lora rank 4'", own_name, or_else="lora, or the first variant of a single other method",
         metavar="NAME")
     against: str | None = free(None,
         "reference: compare every method with the reference only, which shows smaller differences. all: compare all "

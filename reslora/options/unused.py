@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import InvalidArgument, speaks
+from ..methods.entries import is_entry, settings_in_words
 from ..methods.registry import METHODS
 from ..shortcuts import PLAIN
 from .grid import Grid, alpha_of
@@ -71,6 +72,9 @@ def report_unread_by_methods(asked: RunOptions | Grid) -> None:
             raise InvalidArgument(argument, problem, "add --method lora, or leave it out")
         if speaks():
             print(f"{argument}: {problem}", flush=True)
+    for name in names:
+        if is_entry(name) and (words := settings_in_words(name)) and speaks():
+            print(words, flush=True)
     unwired = [name for name in names if values["pre_num"] == 0 and METHODS[name].reads_shortcut]
     if unwired and values["shortcut"] != PLAIN and speaks():
         print(f"warning: --pre_num 0: blocks get no shortcut terms, so {' and '.join(unwired)} trains as LoRA does")

@@ -2,12 +2,13 @@
 
 import json
 import math
+from argparse import ArgumentTypeError
 
 import pytest
 import torch
 from core_models import assert_one_line, tiny_llama, token_inputs, unet_inputs
 from core_models import tiny_unet as untrained_unet
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from examples.my_method import SharedA, shared_a
@@ -15,8 +16,9 @@ from reslora.errors import InvalidArgument
 from reslora.export import export_peft, merged_state_dict
 from reslora.methods.adapters import attach, check_usable, load_adapter, save_adapter, trained_state
 from reslora.methods.conversion import convert, with_lora, write_converted
+from reslora.methods.entries import settings_in_words
 from reslora.methods.own import configuration, conversion_in_words, find
-from reslora.methods.registry import METHODS, AdapterSettings, adapter_config, dotted, known_method
+from reslora.methods.registry import METHODS, AdapterSettings, adapter_config, known_method, own_name
 from reslora.methods.updates import delta_error, layers
 
 VERA = "peft.VeraConfig"
@@ -45,12 +47,33 @@ def attached(method: str, base: nn.Module, targets: tuple[str, ...] = ("to_q", "
 
 def test_a_name_is_a_folder_and_has_a_title():
     assert known_method("my.module:function_of_mine") == "my.module.function_of_mine"
-    assert dotted("my.module:f") == "my.module.f" and dotted("lora ema:0.9") == "lora ema:0.9"  # a variant's label
+    assert own_name("my.module:f") == "my.module.f" and own_name("lora ema:0.9") == "lora ema:0.9"  # a variant's label
     row = METHODS["my.module.function_of_mine"]
     assert (row.title, row.own) == ("function of mine (module)", True) and "my.module.function_of_mine" in METHODS
     vera = METHODS[known_method("peft:VeraConfig")]
     assert (vera.name, vera.title, vera.alpha, vera.dropout, vera.of_layers) == (VERA, "Vera", False, True, False)
     assert "vera" not in METHODS and "../vera.x" not in METHODS and next(iter(METHODS)) == "lora"
+
+
+def test_an_entry_of_pefts_comparison_is_a_method(tmp_path, monkeypatch):
+    folder = tmp_path / "experiments" / "lora" / "rank3-all"
+    folder.mkdir(parents=True)
+    LoraConfig(r=3, lora_alpha=12, use_rslora=True).save_pretrained(folder)
+    (folder / "training_params.json").write_text('{"optimizer_kwargs": {"lr": 0.3}, "max_steps": 7}')
+    monkeypatch.chdir(tmp_path)
+    name = known_method("experiments/lora/rank3-all/")
+    assert name == "peft--experiments--lora--rank3-all" == own_name(name) and METHODS[name].title == "lora rank3-all"
+    config = adapter_config(name, settings(r=2), tiny_unet())
+    assert (config.r, config.lora_alpha, config.use_rslora, config.target_modules) == (3, 12, True, {"to_q", "to_k"})
+    assert "is not applied; to train like this entry, give options for lr 0.3, max_steps 7" in settings_in_words(name)
+    assert known_method("rank3-all") == "rank3-all" and "rank3-all" not in METHODS
+    monkeypatch.chdir(folder.parent)
+    assert find(known_method("rank3-all"))(None, settings()).r == 3  # a name without a slash
+    with pytest.raises(ArgumentTypeError, match="only have letters"):
+        known_method("experiments/lora rank 3/x")
+    with pytest.raises(InvalidArgument) as error:
+        find(known_method("no/entry"))
+    assert_one_line(error, "--method no/entry", "there is no adapter_config.json")
 
 
 def test_settings_reach_the_fields_that_a_tuner_has():
