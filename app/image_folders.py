@@ -133,7 +133,7 @@ def contents_of(folder: Path, caption: str | None, deep: bool) -> Found | None:
     `deep`: whether to read subfolders. Raises `InvalidArgument` if the folder cannot be read without them either.
     """
     options = defaults().replace(train_data_dir=str(folder))
-    more = options.replace(masked_loss=True, conditioning_image_column=REFERENCE)
+    more = options.replace(masked_loss=True, conditioning_image_column=[REFERENCE])
     with contextlib.suppress(InvalidArgument):
         return read_folder(folder, more.data, more.training, options.output, caption, deep)
     return read_folder(folder, options.data, options.training, options.output, caption, deep)

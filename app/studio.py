@@ -166,7 +166,7 @@ class Studio:
             raise RunError(f"The reference image cannot be used: {problem}.")
         size = Size(*self.family.reference_size(*map(self._side, (picture.request.height, picture.request.width))))
         image = cropped(open_image(picture.reference), (0.5, 0.5), size, "lanczos")
-        return self.family.reference_inputs([image])
+        return self.family.reference_inputs([[image]])
 
     def _side(self, pixels: int) -> int:
         """Round a width or height in pixels down to one that the model can generate; at least to the smallest."""

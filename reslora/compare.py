@@ -165,7 +165,7 @@ def options_of(given: dict[str, Any]) -> Options:
     prompts = {"num_validation_images": 1, "validation_prompt": given.get("validation_prompt", [])}
     options, _ = first_of(Options, with_defaults(given | unused | prompts))
     check_folders(options.data)
-    check_prompts(options.validation)
+    check_prompts(options.validation, options.data.references_per_image)
     check_places(options)
     return options
 

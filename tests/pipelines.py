@@ -8,6 +8,7 @@ that part's configuration. All pipelines generate 32x32 images from 8x8 latents,
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from diffusers import (
     Krea2Pipeline,
     Krea2Transformer2DModel,
     QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -391,8 +393,11 @@ def qwen_image(folder: Path, text_encoder=None, transformer=None, vae=None, sche
     return folder
 
 
-def qwen_image_edit(folder: Path, vae=None) -> Path:
-    """Write Qwen-Image-Edit: the parts of Qwen-Image, and a processor of reference images for Qwen2.5-VL."""
+def qwen_image_edit(folder: Path, vae=None, kind=QwenImageEditPipeline) -> Path:
+    """Write Qwen-Image-Edit: the parts of Qwen-Image, and a processor of reference images for Qwen2.5-VL.
+
+    `kind`: the class of the pipeline, QwenImageEditPlusPipeline for Qwen-Image-Edit-2509.
+    """
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(1100)
     tokens = [f"<|{name}|>" for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
@@ -403,7 +408,7 @@ def qwen_image_edit(folder: Path, vae=None) -> Path:
     text = QWEN_TEXT | {"rope_scaling": rope, "vocab_size": len(tokenizer)}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=QWEN_VISION, **ids)
     pipeline = QwenImagePipeline.from_pretrained(qwen_image(folder / "base", vae=vae))
-    QwenImageEditPipeline(
+    kind(
         text_encoder=Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=tokenizer,
         processor=Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor()),
@@ -446,7 +451,10 @@ FAMILIES: dict[str, Callable[..., Path]] = {
 
 
 # Families that need a reference image for each image.
-EDITS: dict[str, Callable[..., Path]] = {"flux_kontext": flux_kontext, "qwen_image_edit": qwen_image_edit}
+EDITS: dict[str, Callable[..., Path]] = {
+    "flux_kontext": flux_kontext, "qwen_image_edit": qwen_image_edit,
+    "qwen_image_edit_plus": partial(qwen_image_edit, kind=QwenImageEditPlusPipeline),
+}  # fmt: skip
 
 
 def tiny_clip_of_images(folder: Path) -> Path:

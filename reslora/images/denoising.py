@@ -123,10 +123,9 @@ class DenoisingLoss:
             longest = self.training_options.max_sequence_length
             with torch.no_grad():
                 text = self.family.encode_captions(self.pipeline, list(batch.caption), longest)
-        reference = batch.reference
-        if reference is not None:
-            reference = self.family.scale_latents(self.pipeline.vae, reference.float()).to(self.dtype)
-        conditions = Conditions(text, batch.sizes, self.training_options.guidance_scale_train, reference)
+        means = () if batch.reference is None else batch.reference.float().unbind(1)
+        references = [self.family.scale_latents(self.pipeline.vae, mean).to(self.dtype) for mean in means]
+        conditions = Conditions(text, batch.sizes, self.training_options.guidance_scale_train, references)
         inputs = self.family.denoiser_inputs(self.config, noisy, batch.timesteps, conditions)
         return inputs, self.objective.target(latents, batch.noise, batch.timesteps), batch.timesteps
 

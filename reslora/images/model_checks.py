@@ -236,8 +236,11 @@ def check_reads_references(
             raise InvalidArgument(argument, f"{family.name} edits images only if it is trained on pairs", fix)
         names = ", ".join(other.name for other in map(load_family, FAMILIES) if other.edits or other.editing)
         raise InvalidArgument(argument, f"{family.name} edits no images", f"leave it out, or give a model of {names}")
+    most = family.most_references
+    if family.edits and most and data.references_per_image > most:
+        raise InvalidArgument(argument, f"{family.name} reads one reference image per image", "give one")
     if family.reads_references:
-        problem = f"the text encoder of {family.name} reads each caption once, with its unchanged reference image"
+        problem = f"the text encoder of {family.name} reads each caption once, with its unchanged reference images"
         unable = ("random_flip", "enable_wildcard", "shuffle_caption", "caption_tag_dropout_rate")
         given = [f"--{name}" for name in unable if getattr(data, name)]
         given += [] if data.cache_text_embeddings else ["--no-cache_text_embeddings"]

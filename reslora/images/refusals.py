@@ -45,7 +45,7 @@ def check_options(options: Options) -> None:
     check_folders(options.data)
     refuse_unused(options)
     check_text_encoder(options.adapter, options.optimizer)
-    check_prompts(options.validation)
+    check_prompts(options.validation, options.data.references_per_image)
     check_averages(options, options.training.max_train_steps)
     check_method(options.adapter, "merge_calibration_samples")
     precision, blocks = options.model.base_precision, options.model.blocks_to_swap
@@ -99,7 +99,7 @@ def check_folders(data: DataOptions) -> None:
 def check_references(data: DataOptions) -> None:
     """Raise `InvalidArgument` if the options that name the reference images do not fit the other data options.
 
-    Only one option may name them, and --conditioning_data_dir needs one folder for each of --train_data_dir. Class
+    Only one option may name them, and --conditioning_data_dir needs as many folders for each of --train_data_dir. Class
     images cannot have reference images.
     """
     partners, folders, argument = data.conditioning_data_dir, data.train_data_dir, data.reference_flag
@@ -107,9 +107,9 @@ def check_references(data: DataOptions) -> None:
         other = "--dataset_name" if data.dataset_name else "--conditioning_image_column"
         fix = "name a column with --conditioning_image_column" if data.dataset_name else "give one of the two"
         raise InvalidArgument(argument, f"cannot be used with {other}", fix)
-    if partners and len(partners) != len(folders):
+    if len(partners) % len(folders or [""]):
         problem = f"{pluralize(len(partners), 'folder')} for {len(folders)} of --train_data_dir"
-        raise InvalidArgument(argument, problem, "give one for each")
+        raise InvalidArgument(argument, problem, "give one for each, or several for each")
     if argument and data.class_data_dir:
         raise InvalidArgument("--class_data_dir", "class images have no reference images", "leave it out")
 
@@ -136,16 +136,21 @@ def check_text_encoder(adapter: MethodOptions, optimizer: OptimizerOptions) -> N
         refuse_unable(adapter.method, "parts")
 
 
-def check_prompts(validation: ValidationOptions) -> None:
-    """Raise `InvalidArgument` if --validation_prompt_options or --validation_image do not fit the number of prompts."""
+def check_prompts(validation: ValidationOptions, references: int) -> None:
+    """Raise `InvalidArgument` if --validation_prompt_options or --validation_image do not fit the number of prompts.
+
+    `references`: number of reference images per image.
+    """
     options, prompts = validation.validation_prompt_options, validation.validation_prompt
     if options and len(options) != len(prompts):
         problem = f"{len(options)} for {pluralize(len(prompts), 'prompt')}"
         raise InvalidArgument("--validation_prompt_options", problem, "give one for each, '{}' where there are none")
     images = validation.validation_image
-    if len(images) not in (0, 1, len(prompts)):
+    each = max(1, references)
+    if len(images) not in {0, each, each * len(prompts)}:
         problem = f"{pluralize(len(images), 'image')} for {pluralize(len(prompts), 'prompt')}"
-        raise InvalidArgument(f"--validation_image {as_typed(images)}", problem, "give one, or one for each prompt")
+        fix = "give one, or one for each prompt" if each == 1 else f"give {each}, or {each} for each prompt"
+        raise InvalidArgument(f"--validation_image {as_typed(images)}", problem, fix)
 
 
 def check_start(adapter: MethodOptions) -> None:

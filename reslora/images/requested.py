@@ -42,8 +42,8 @@ def with_prompts(sampler: Sampler, prompts: Sequence[Prompt], context: ImageCont
         for number, prompt in enumerate(prompts):
             for text in (prompt.prompt, prompt.negative_prompt):
                 if references and family.reads_references:
-                    mark, image = references[number % len(references)]
-                    states = family.encode_with_reference(pipeline, text, image)
+                    mark, images = references[number % len(references)]
+                    states = family.encode_with_references(pipeline, text, images)
                     found[text, mark] = {name: value[0] for name, value in states.items()}
                 else:
                     encode = family.encode_frozen if context.encoders else family.encode_captions

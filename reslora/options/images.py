@@ -169,10 +169,12 @@ class DataOptions:
     conditioning_data_dir: list[str] = by_content([],
         "reference images of an edit model (Flux.1 Kontext, Qwen-Image-Edit, FLUX.2): for each --train_data_dir a "
         "folder with a file of the same name for each image; the caption is the instruction that turns the reference "
-        "image into the image",
+        "image into the image. Several references of an image are in several folders: give the folders of the first "
+        "references, then those of the second",
         metavar="FOLDER", path="absolute", compared_as="held-out images")
-    conditioning_image_column: str | None = by_content(None,
-        "column with the reference image of an edit model, or its file name", compared_as="held-out images",
+    conditioning_image_column: list[str] = by_content([],
+        "column with the reference image of an edit model, or its file name; several columns for several references "
+        "of an image", metavar="COLUMN", compared_as="held-out images",
         diffusers=("cond_image_column",))
     caption_prefix: str | None = option(None, "trigger word, put before every caption except those of class images",
         metavar="TEXT", compared_as="held-out images")
@@ -242,7 +244,14 @@ class DataOptions:
         """The option that names the reference images, with its value; empty if there are none."""
         if self.conditioning_data_dir:
             return f"--conditioning_data_dir {' '.join(self.conditioning_data_dir)}"
-        return f"--conditioning_image_column {self.conditioning_image_column}" if self.conditioning_image_column else ""
+        columns = " ".join(self.conditioning_image_column)
+        return f"--conditioning_image_column {columns}" if columns else ""
+
+    @property
+    def references_per_image(self) -> int:
+        """The number of reference images that each image has."""
+        folders = len(self.conditioning_data_dir) // max(1, len(self.train_data_dir))
+        return folders or len(self.conditioning_image_column)
 
 
 @group
@@ -353,7 +362,8 @@ class ValidationOptions(SharedValidationOptions):
         "num_inference_steps, guidance_scale, cfg_scale; {} for none", options_text, metavar="JSON",
         yields_to="validation_prompt", compared_as="how samples are generated")
     validation_image: list[str] = shown([],
-        "reference images of the samples of an edit model: one for each prompt, or one for all", metavar="FILE",
+        "reference images of the samples of an edit model: one for each prompt, or one for all; with several "
+        "references per image as many for each prompt, one after another", metavar="FILE",
         or_else="those of the first held-out images or, without these, of the first images", path="absolute",
         compared_as="how samples are generated")
     num_validation_images: int = shown(4, "samples per prompt; 0 generates none while training", NATURAL, bundled=1)

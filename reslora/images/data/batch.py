@@ -38,10 +38,14 @@ class Batch:
     None if the forward pass encodes the pixels.
     """
     pixels: torch.Tensor | None = None
-    """Batch x 3 x height x width, in [-1, 1]; `reference_pixels` likewise."""
+    """Batch x 3 x height x width, in [-1, 1]."""
     reference: torch.Tensor | None = None
-    """Mean of the latents of the reference images that an edit model reads; None as long as they are not encoded."""
+    """Means of the latents of the reference images that an edit model reads; None as long as they are not encoded.
+
+    Batch x images x channels x height x width.
+    """
     reference_pixels: torch.Tensor | None = None
+    """Batch x images x 3 x height x width, in [-1, 1]."""
     mask: torch.Tensor | None = None
     """The weight of the loss at each position, 0 to 1, in the shape batch x 1 x height x width.
 

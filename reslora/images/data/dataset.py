@@ -27,7 +27,17 @@ from .images import UNREADABLE, image_size, is_image, is_masked, mask_problem, o
 from .listing import files_of, hidden_images, hidden_images_line
 from .shards import check_archives, training_files, training_split
 from .size import Size
-from .tables import REFERENCE, ROWS, check_inside, file_inside, has_file_names, names_files, unlisted
+from .tables import (
+    REFERENCE,
+    ROWS,
+    check_inside,
+    file_inside,
+    has_file_names,
+    names_files,
+    reference_column,
+    reference_columns,
+    unlisted,
+)
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED = ("dataset_dict.json", "state.json")  # `save_to_disk` writes one of them into the folder
@@ -52,7 +62,7 @@ class ImageDataset:
     rows: datasets.Dataset
     """Columns `image`, `{"bytes", "path"}`; `captions`, a list of strings.
 
-    With --masked_loss also `mask`, and with reference images also REFERENCE, both like `image`.
+    With --masked_loss also `mask`, and with reference images also their columns, all like `image`.
     """
     captions: Sequence[Sequence[str]]
     """The captions of each image, in memory, because reading a row would read its image too."""
@@ -84,7 +94,7 @@ class ImageDataset:
 
     @property
     def paired(self) -> bool:
-        """Whether each image has a reference image, which an edit model changes into the image."""
+        """Whether each image has reference images, which an edit model changes into the image."""
         return REFERENCE in self.rows.column_names
 
     @property
@@ -116,9 +126,10 @@ class ImageDataset:
         row = self._unchanged(index)
         return open_masked(_source(row), _source(row, "mask"))
 
-    def open_reference(self, index: int) -> PIL.Image.Image:
-        """Return the reference image of an image as 8-bit RGB."""
-        return open_image(_source(self._unchanged(index), REFERENCE))
+    def open_references(self, index: int) -> list[PIL.Image.Image]:
+        """Return the reference images of an image as 8-bit RGB."""
+        row = self._unchanged(index)
+        return [open_image(_source(row, column)) for column in reference_columns(row)]
 
     def _unchanged(self, index: int) -> dict:
         """Return an image's row; raises `RunFailed` if the hash of a file is not that in `marks`."""
@@ -161,10 +172,9 @@ class Found:
             return problem or size
         if min(size) < LEAST_SIDE:
             return f"{size[0]} x {size[1]} pixels, less than a latent ({LEAST_SIDE} x {LEAST_SIDE})"
-        reference = _source(row, REFERENCE)
-        other = image_size(reference) if reference else "missing" if REFERENCE in row else size
-        problem = f"its reference image: {other}" if isinstance(other, str) else ""
-        return mask_problem(_source(row, "mask"), size) or problem or size
+        others = [(source := _source(row, column)) and image_size(source) for column in reference_columns(row)]
+        problems = [f"its reference image: {other or 'missing'}" for other in others if not isinstance(other, tuple)]
+        return mask_problem(_source(row, "mask"), size) or next(iter(problems), size)
 
 
 def usable(
@@ -185,8 +195,8 @@ def usable(
     in_folder = read_folder(folder, data, training, output, caption, deep) if folder.is_dir() else None
     found = in_folder or read_dataset(model, data, training, output)
     columns = COLUMNS if in_folder is None else COLUMNS[1:] if in_folder.metadata else ()
-    for partners in data.conditioning_data_dir:
-        found = with_partners(found, folder, Path(partners))
+    for number, partners in enumerate(data.conditioning_data_dir):
+        found = with_partners(found, folder, Path(partners), reference_column(number))
     keep, left_out, sizes, masked, others = [], [], [], [], []
     for index, row in enumerate(found.rows):
         check_inside(row, found.places, f"{data_flag(data)} row {index}")
@@ -202,9 +212,8 @@ def usable(
         keep.append(index)
         sizes.append(size)
         masked += [is_masked(source, _source(row, "mask"))] if training.masked_loss else []
-        reference = _source(row, REFERENCE)
-        other = image_size(reference) if reference else size
-        others += [source] if isinstance(other, tuple) and kept(other, Size(size[1], size[0])) < ALIKE else []
+        sides = [image_size(_source(row, column)) for column in reference_columns(row)]
+        others += [source for side in sides if isinstance(side, tuple) and kept(side, Size(size[1], size[0])) < ALIKE]
     if not keep:
         example = f" (for example {left_out[0]})" if left_out else ""
         fix = "add a metadata.jsonl, or .txt captions next to the images"
@@ -239,8 +248,8 @@ def sample(folders: Sequence[ImageDataset], data: DataOptions, training: Trainin
 
 
 def _sources(row: dict) -> list[Content]:
-    """Return a row's image, mask and reference image, each a path or bytes; without those that the row lacks."""
-    return [source for column in ("image", "mask", REFERENCE) if (source := _source(row, column))]
+    """Return a row's image, mask and reference images, each a path or bytes; without those that the row lacks."""
+    return [source for column in ("image", "mask", *reference_columns(row)) if (source := _source(row, column))]
 
 
 def _source(row: dict, column: str = "image") -> Content:
@@ -316,8 +325,8 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
     return found
 
 
-def with_partners(found: Found, folder: Path, partners: Path) -> Found:
-    """Add a reference image to each row: the file in the folder `partners` with the name of the row's image.
+def with_partners(found: Found, folder: Path, partners: Path, column: str) -> Found:
+    """Add a reference image to each row, in `column`: the file in the folder `partners` with the name of the image.
 
     Suffixes may differ. Raises `InvalidArgument` if the rows were not read from files.
     """
@@ -338,8 +347,8 @@ def with_partners(found: Found, folder: Path, partners: Path) -> Found:
             f"warning: {pluralize(len(alone), 'reference image')} without an image of the same name in {folder}: "
             f"remove {alone[0]}, or add its image"
         )
-    column, unnamed = _files_column([there.get(name) for name in names])
-    rows = found.rows.add_column(REFERENCE, column, feature=FEATURES["image"])
+    cells, unnamed = _files_column([there.get(name) for name in names])
+    rows = found.rows.add_column(column, cells, feature=FEATURES["image"])
     return dataclasses.replace(found, rows=rows, problems=unnamed | problems | found.problems, notes=notes)
 
 
@@ -393,8 +402,9 @@ def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> F
         files.append(file_inside(path.parent, row.get("file_name"), place, "file_name"))
         lines.append(f"line {line}")
         groups.append(str(row.get(GROUP) or ""))
-        for flag, column in (("caption", data.caption_column), ("conditioning_image", data.conditioning_image_column)):
-            if column is not None and column not in row:
+        references = (("conditioning_image", column) for column in data.conditioning_image_column)
+        for flag, column in (("caption", data.caption_column), *references):
+            if column not in row:
                 problem = f"{place} has the columns {', '.join(map(repr, sorted(row)))}"
                 raise InvalidArgument(f"--{flag}_column {column}", problem, "name one of these")
         caption = row[data.caption_column]
@@ -424,7 +434,7 @@ def _check_listed_once(files: Sequence[Path], where: str, lines: Sequence[str]) 
 def others_of(data: DataOptions, training: TrainingOptions) -> dict[str, str]:
     """Return the columns of further images: their names in `Found.rows`, and in the data."""
     masks = {"mask": "mask"} if training.masked_loss else {}
-    return masks | ({REFERENCE: data.conditioning_image_column} if data.conditioning_image_column else {})
+    return masks | {reference_column(number): name for number, name in enumerate(data.conditioning_image_column)}
 
 
 # -- the datasets library ----------------------------------------------------------------------------------------------
@@ -541,10 +551,9 @@ def _columns(rows: datasets.Dataset, layout: str | None, options: DataOptions, n
         texts = [suffix[1:] for suffix in CAPTIONS if suffix[1:] in known]
         caption = texts[0] if caption not in known and texts else caption
         notes.append(f"the images are {image} of the .tar files, the captions {caption}")
-    reference = options.conditioning_image_column
-    columns = (("--image_column", image), ("--caption_column", caption), ("--conditioning_image_column", reference))
-    for flag, column in columns:
-        if column is not None and column not in known:
+    references = (("--conditioning_image_column", column) for column in options.conditioning_image_column)
+    for flag, column in (("--image_column", image), ("--caption_column", caption), *references):
+        if column not in known:
             more = f" and {len(known) - 20} more" if len(known) > 20 else ""
             problem = f"the columns are {', '.join(known[:20])}{more}"
             raise InvalidArgument(f"{flag} {column}", problem, "name one of these")

@@ -44,8 +44,8 @@ RANDOM_CROPS = 4  # crops that are cached of an image that must be cut: the cent
 FITS = 0.93  # if a bucket keeps at least this fraction of an image, only the center crop is cached
 
 
-Opened = tuple[Image, Image | None, Image | None]
-"""An image, its mask and its reference image; None without them."""
+Opened = tuple[Image, Image | None, list[Image]]
+"""An image, its mask or None, and its reference images."""
 Instruction = str | tuple[str, str]
 """A caption or, if the text encoder reads reference images, a caption and the hash of its reference image's content."""
 
@@ -81,7 +81,7 @@ class Latents:
     def of(self, index: int, variant: int) -> dict[str, torch.Tensor]:
         """Return a variant: `moments` (2 x channels x height x width), `sizes` (6) and, where given, `mask`.
 
-        With reference images, also `reference`: the mean of their latents (channels x height x width).
+        With reference images, also `reference`: the means of their latents (images x channels x height x width).
         """
         return self.encoded.read(self.images[index], variant)
 
@@ -98,7 +98,7 @@ def encode_texts(
     key: object,
     load_encoders: Callable[[], DiffusionPipeline],
     context: ImageContext,
-    references: Mapping[str, Callable[[], Image]] | None = None,
+    references: Mapping[str, Callable[[], list[Image]]] | None = None,
 ) -> Texts:
     """Return the text states of each distinct caption; the encoders are loaded only if states are missing on disk.
 
@@ -128,7 +128,7 @@ def encode_texts(
                     states = encode_captions(pipeline, [text for text in some if isinstance(text, str)], longest)
                 else:
                     ((caption, mark),) = (text for text in some if isinstance(text, tuple))
-                    states = family.encode_with_reference(pipeline, caption, references[mark]())
+                    states = family.encode_with_references(pipeline, caption, references[mark]())
             for position in range(len(some)):
                 yield {name: value[position].unsqueeze(0) for name, value in states.items()}
 
@@ -173,7 +173,8 @@ class Variants(TorchDataset):
         size, crops = self.sizes[index], self.crops(index)
         seed = self.training.seed if crops > 1 else None
         pixels = (size.height, size.width, self.data.image_interpolation_mode, crops, self.flips, seed)
-        return (self.images.marks[index], *pixels, *([MASKED] if self.training.masked_loss else []))
+        more = [MASKED] * self.training.masked_loss + ["references"] * self.images.paired
+        return (self.images.marks[index], *pixels, *more)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor] | str:
         found = opened(self.images, index, self.training.masked_loss)
@@ -199,21 +200,21 @@ class Damages(TorchDataset):
 
 
 def opened(images: ImageDataset, index: int, masked: bool) -> Opened | str:
-    """Return an image, its mask and its reference image, or the reason why the image cannot be trained on.
+    """Return an image, its mask and its reference images, or the reason why the image cannot be trained on.
 
-    The mask is None if `masked` is false; the reference image is None if there are none. Raises `RunFailed` if a file
-    may be intact but cannot be read at present, or has changed since the run began.
+    The mask is None if `masked` is false. Raises `RunFailed` if a file may be intact but cannot be read at present, or
+    has changed since the run began.
     """
     try:
         image, mask = images.open_masked(index) if masked else (images.open(index), None)
-        reference = images.open_reference(index) if images.paired else None
+        references = images.open_references(index)
     except RunFailed:
         raise
     except Exception as error:
         if passes(error):
             raise RunFailed(f"{images.name(index)} {damage(error)}; restore it, and resume") from None
         return damage(error)
-    return NOTHING_COUNTS if mask is not None and mask.getbbox() is None else (image, mask, reference)
+    return NOTHING_COUNTS if mask is not None and mask.getbbox() is None else (image, mask, references)
 
 
 def view(
@@ -221,9 +222,10 @@ def view(
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a crop of an opened image: `pixels` (3 x height x width) and `sizes` (6).
 
-    With a mask also `mask` (1 x height x width), and with a reference image its `reference_pixels`.
+    With a mask also `mask` (1 x height x width), and with reference images `reference_pixels` (images x 3 x height x
+    width).
     """
-    image, mask, reference = found
+    image, mask, references = found
     interpolation = data.image_interpolation_mode
     tensors = {
         "pixels": crop_and_scale(image, crop, flip, size, interpolation),
@@ -231,9 +233,10 @@ def view(
     }
     if mask is not None:
         tensors["mask"] = crop_mask(mask, crop, flip, size)
-    if reference is not None:
+    if references:
         size = Size(*family.reference_size(size.height, size.width))
-        tensors["reference_pixels"] = crop_and_scale(reference, crop, flip, size, interpolation)
+        scaled = [crop_and_scale(reference, crop, flip, size, interpolation) for reference in references]
+        tensors["reference_pixels"] = torch.stack(scaled)
     return tensors
 
 
@@ -305,16 +308,18 @@ def _stops_with_others(context: ImageContext) -> Generator[None]:
 
 
 def moments_of(
-    family: Family, vae: nn.Module, pixels: torch.Tensor, reference: torch.Tensor | None
+    family: Family, vae: nn.Module, pixels: torch.Tensor, references: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """Encode images (batch x 3 x height x width) and, if given, the pixels of their reference images.
+    """Encode images (batch x 3 x height x width) and, if given, their references (batch x images x 3 x ...).
 
-    Returns `moments` (batch x 2 x channels x height x width of the latents) and `reference`, the mean of the latents.
+    Returns `moments` (batch x 2 x channels x height x width of the latents) and `reference`, the means of the latents
+    (batch x images x channels x height x width).
     """
     with torch.no_grad(), wide_enough(family, vae):
         found = {"moments": family.encode_images(vae, pixels.to(vae.device, vae.dtype))}
-        if reference is not None:
-            found["reference"] = family.encode_images(vae, reference.to(vae.device, vae.dtype))[:, 0]
+        if references is not None:
+            means = family.encode_images(vae, references.flatten(0, 1).to(vae.device, vae.dtype))[:, 0]
+            found["reference"] = means.unflatten(0, references.shape[:2])
     return found
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from ...errors import InvalidArgument
 from ...formatting import pluralize
 from ...options.images import DataOptions, ModelOptions, OutputOptions, TrainingOptions
+from ...options.values import as_typed
 from .dataset import COLUMNS, METADATA, MOST_REPEATS, REPEATED, SAVED, ImageDataset, sample, usable
 from .images import is_image
 from .listing import files_of, hidden_images, hidden_images_line
@@ -26,14 +27,14 @@ def load_folders(
     repeats, weights = data.train_data_repeats, data.train_data_weight  # one value per folder, or one for all
     repeats, weights = repeats * (len(names) // len(repeats)), weights * (len(names) // len(weights))
     found, labels, lines = [], [], []
-    partners: list[str] | list[None] = data.conditioning_data_dir or [None] * len(names)
-    for name, partner, times, weight in zip(names, partners, repeats, weights, strict=True):
+    for number, (name, times, weight) in enumerate(zip(names, repeats, weights, strict=True)):
+        partners = data.conditioning_data_dir[number :: len(names)]
         kohyas, notes = ([], []) if data.dataset_name else kohyas_folders(Path(name), data, output)
         lines += notes
         for path, own, text in kohyas or [(name, 1, caption)]:
             own_data = dataclasses.replace(
                 data, train_data_dir=[str(path)] if data.train_data_dir else [],
-                conditioning_data_dir=[str(Path(partner) / Path(path).relative_to(name))] if partner else [],
+                conditioning_data_dir=[str(Path(partner) / Path(path).relative_to(name)) for partner in partners],
             )  # fmt: skip
             images = usable(model, own_data, training, output, text, deep=not kohyas)
             found.append(dataclasses.replace(images, repeats=times * own, weight=weight))
@@ -42,7 +43,9 @@ def load_folders(
         given = getattr(data, name)
         if given != getattr(DataOptions(), name) and not any(name in images.columns for images in found):
             files = "images" if name == "image_column" else "captions"
-            raise InvalidArgument(f"--{name} {given}", f"the {files} are files, not a table's column", "leave it out")
+            raise InvalidArgument(
+                f"--{name} {as_typed(given)}", f"the {files} are files, not a table's column", "leave it out"
+            )
     if training.masked_loss and caption is None and not any(any(images.masked) for images in found):
         fix = "give some, name masks in a column mask of metadata.jsonl, or leave it out"
         raise InvalidArgument("--masked_loss", "no image has an alpha channel or a mask", fix)

@@ -95,18 +95,20 @@ class TrainingData:
                 found.append(opened)
         return found
 
-    def references(self) -> list[tuple[str, PIL.Image.Image]]:
-        """Return the reference images of the samples: those of the options, or else of the first held-out images.
+    def references(self) -> list[tuple[str, list[PIL.Image.Image]]]:
+        """Return the reference images of each sample: those of the options, or else of the first held-out images.
 
         Without held-out images, those of the first training images; [] if there are no reference images at all.
-        Each item is the hash of an image's content, and the image.
+        Each item is a hash of the images' content, and the images.
         """
         if files := self.validation.validation_image:
-            return [(content_mark(file), open_image(file)) for file in files]
+            count = self.data.references_per_image
+            each = [files[start : start + count] for start in range(0, len(files), count)]
+            return [("+".join(map(content_mark, some)), list(map(open_image, some))) for some in each]
         places = self.held_out or [(0, image) for image in self.sources[0].train]
         places = places[: max(1, len(self.validation.validation_prompt))] if self.paired else []
         images = [(self.sources[source].images, image) for source, image in places]
-        return [(found.marks[image], found.open_reference(image)) for found, image in images]
+        return [(found.marks[image], found.open_references(image)) for found, image in images]
 
 
 class TrainingSamples(Dataset):

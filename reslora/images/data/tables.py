@@ -2,8 +2,9 @@
 
 import csv
 import io
+import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +13,17 @@ import datasets
 from ...errors import InvalidArgument
 from ...json_lines import NOT_JSON, values_of
 
-REFERENCE = "conditioning_image"  # the column of the reference images, whatever its name in the data is
+REFERENCE = "conditioning_image"  # the column of the first reference images, whatever its name in the data is
+
+
+def reference_column(number: int) -> str:
+    """Return the column of each image's reference image with this number, which begins at 0."""
+    return f"{REFERENCE}_{number + 1}" if number else REFERENCE
+
+
+def reference_columns(names: Iterable[str]) -> list[str]:
+    """Return the columns of reference images among all columns, in the order of the references."""
+    return list(itertools.takewhile(set(names).__contains__, map(reference_column, itertools.count())))
 
 
 def has_file_names(metadata: Path, layout: str | None) -> bool:
@@ -107,7 +118,7 @@ def file_inside(folder: Path, name: object, where: str, column: str) -> Path:
 
 def check_inside(row: Mapping, places: Sequence[Path], where: str) -> None:
     """Raise `InvalidArgument` if a path in a row, existing or not, is outside of `places`."""
-    for column in ("image", "mask", REFERENCE) if places else ():
+    for column in ("image", "mask", *reference_columns(row)) if places else ():
         image = row.get(column)
         if image and image["path"] and image["bytes"] is None:
             path = Path(image["path"]).resolve()

@@ -136,19 +136,19 @@ def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context
 
 def with_references(
     prompts: Sequence[str], training_data: TrainingData
-) -> tuple[list[Instruction], dict[str, Callable[[], Image]]]:
-    """Return every caption and prompt with the hash of each of its reference images, and functions that open these."""
+) -> tuple[list[Instruction], dict[str, Callable[[], list[Image]]]]:
+    """Return every caption and prompt with the hash of its reference images, and functions that open these."""
     found: dict[Instruction, None] = {}
-    opened: dict[str, Callable[[], Image]] = {}
-    for mark, image in training_data.references():
-        opened[mark] = image.copy
+    opened: dict[str, Callable[[], list[Image]]] = {}
+    for mark, some in training_data.references():
+        opened[mark] = some.copy
         found |= dict.fromkeys((prompt, mark) for prompt in prompts)
     for source in training_data.sources:
         images = source.images
         # --metric_model also generates from test images, with the empty negative prompt.
         empty = [""] if source.transform.dropout or training_data.validation.metric_model else []
         for index, (mark, texts) in enumerate(zip(images.marks, images.captions, strict=True)):
-            opened[mark] = functools.partial(images.open_reference, index)
+            opened[mark] = functools.partial(images.open_references, index)
             found |= dict.fromkeys((text, mark) for text in [*map(source.transform.plain, texts), *empty])
     return list(found), opened
 

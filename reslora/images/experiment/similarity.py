@@ -48,7 +48,7 @@ def similarities(parts: Mapping[str, nn.Module], images: Sequence[Image], settin
     tested, of_tested = images[:MOST_TEST], setting.sampler
     if sources[0].images.paired:
         pairs = [(sources[source].images, number) for source, number in tested]
-        references = [(found.marks[number], found.open_reference(number)) for found, number in pairs]
+        references = [(found.marks[number], found.open_references(number)) for found, number in pairs]
         of_tested = dataclasses.replace(setting.sampler, references=references)
     captions = [
         sources[source].transform.plain(sources[source].images.captions[number][0]) for source, number in tested

@@ -163,11 +163,9 @@ def denoising(rehearsal: Rehearsal, denoiser: Any, count: int, size: Size, dtype
         if rehearsal.trainable:
             text = family.encode_trained(rehearsal.pipeline, rehearsal.captions(count), text)
             text = tree_map(lambda value: value.to(dtype), text)  # encoders of an export are in float32, too
-        reference = None
-        if family.edits:
-            of_reference = family.latent_shape(rehearsal.pipeline, *family.reference_size(size.height, size.width))
-            reference = stage.empty(count, *of_reference, dtype=dtype)
-        conditions = Conditions(text, stage.empty(count, 6), reference=reference)
+        of_reference = family.latent_shape(rehearsal.pipeline, *family.reference_size(size.height, size.width))
+        references = [stage.empty(count, *of_reference, dtype=dtype)] * rehearsal.options.data.references_per_image
+        conditions = Conditions(text, stage.empty(count, 6), references=references)
         denoiser(**family.denoiser_inputs(denoiser.config, noisy, timesteps, conditions), return_dict=False)
     return live.peak
 

@@ -1,7 +1,6 @@
 """The memory of a run in each of its phases, in bytes: weights from their shapes, activations from fake tensors."""
 
 import contextlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -103,9 +102,10 @@ class Rehearsal:
         self.peak_of_encoders = reader.peak
         more = 0
         if self.family.reads_references:
-            self.unknown.append("activations of the text encoder: without those of the reference image (unknown)")
+            self.unknown.append("activations of the text encoder: without those of the reference images (unknown)")
             reader = self.pipeline.processor.image_processor
-            more = math.prod(self.reference_size) // (reader.patch_size * reader.merge_size) ** 2
+            pixels = self.options.data.references_per_image * self.family.read_area
+            more = pixels // (reader.patch_size * reader.merge_size) ** 2
         return [
             {name: (torch.Size([len(own[0]) + more, *own[0].shape[1:]]), own[0].dtype) for name, own in text.items()}
             for text in states
@@ -151,8 +151,9 @@ class Rehearsal:
         with torch.no_grad(), self.stage(vae) as live:
             pixels = self.stage.empty(count, 3, self.size.height, self.size.width).to(vae.dtype)
             self.family.encode_images(vae, pixels)
-            if self.family.edits:
-                self.family.encode_images(vae, self.stage.empty(count, 3, *self.reference_size).to(vae.dtype))
+            if references := self.options.data.references_per_image:
+                pixels = self.stage.empty(count * references, 3, *self.reference_size).to(vae.dtype)
+                self.family.encode_images(vae, pixels)
         return live.peak
 
     def autoencoder_in(self, dtype: torch.dtype) -> Any:
@@ -195,10 +196,10 @@ class Rehearsal:
         pixels = {"pixels": empty(count, 3, size.height, size.width)}
         moments = {"moments": empty(count, 2, *shape, dtype=self.pipeline.vae.dtype)}
         mask = {"mask": empty(count, 1, *shape[1:])} if options.training.masked_loss else {}
-        if self.family.edits:
+        if references := options.data.references_per_image:
             latents = self.family.latent_shape(self.pipeline, *self.reference_size)
-            moments["reference"] = empty(count, *latents, dtype=self.pipeline.vae.dtype)
-            pixels["reference_pixels"] = empty(count, 3, *self.reference_size)
+            moments["reference"] = empty(count, references, *latents, dtype=self.pipeline.vae.dtype)
+            pixels["reference_pixels"] = empty(count, references, 3, *self.reference_size)
         return Batch(
             empty(count, dtype=self.objective.at(0.5).dtype), empty(count, *shape), empty(count, *shape),
             sizes=empty(count, 6), weight=empty(count), caption=self.captions(count), text=self.text(count),

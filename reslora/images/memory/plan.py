@@ -218,7 +218,7 @@ def guess(context: ImageContext) -> float:
     assistant = context.assistant.layers.values() if context.assistant else ()
     weights += sum(4 * (down.numel() + up.numel()) for down, up, _ in assistant)
     pixels, side = most_pixels(context), math.isqrt(most_pixels(context))
-    pixels += math.prod(model.family.reference_size(side, side)) if model.family.edits else 0
+    pixels += options.data.references_per_image * math.prod(model.family.reference_size(side, side))
     texts = 64 * (options.training.max_sequence_length or 77)
     images = max(options.training.train_batch_size, 8)  # at most 8 crops and flips are encoded together
     passes = 2 if options.training.preserved_prompts else 1  # whose activations are kept at a time

@@ -38,8 +38,8 @@ class Sampler:
     validation: ValidationOptions
     encoders: Sequence[Part] = ()
     """The pipeline's text encoders that are trained."""
-    references: Sequence[tuple[str, Image.Image]] = ()
-    """The hashes and reference images of an edit model: the prompts use them in turn."""
+    references: Sequence[tuple[str, Sequence[Image.Image]]] = ()
+    """The reference images of an edit model, with a hash of those of one image: the prompts use them in turn."""
 
     def draw(
         self,
@@ -107,7 +107,7 @@ class Sampler:
         size = Size(*self.family.reference_size(prompts[0].height or 0, prompts[0].width or 0))
         images = [self.references[one.reference or 0][1] for one in prompts]
         how = (0.5, 0.5), size, self.data.image_interpolation_mode
-        return self.family.reference_inputs([cropped(image, *how) for image in images])
+        return self.family.reference_inputs([[cropped(image, *how) for image in some] for some in images])
 
     def _text(self, prompts: list[tuple[str, int | None]]) -> Text:
         # The pipeline's dtype, because some pipelines create latents in the dtype of the text states.

@@ -24,6 +24,7 @@ FAMILIES = {
     "ChromaPipeline": "chroma",
     "QwenImagePipeline": "qwen_image",
     "QwenImageEditPipeline": "qwen_image_edit",
+    "QwenImageEditPlusPipeline": "qwen_image_edit_plus",
     "Krea2Pipeline": "krea2",
 }
 

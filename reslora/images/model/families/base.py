@@ -5,7 +5,7 @@ It does not depend on optimizers, options or folders.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -58,8 +58,9 @@ class Conditions:
     """Batch x 6: height and width of the original image, top and left of the crop, height and width of the crop."""
     guidance: float = 1.0
     """The guidance scale that models with distilled guidance have as an input."""
-    reference: torch.Tensor | None = None
-    """The latents of the reference images that an edit model reads: batch x channels x height x width."""
+    references: Sequence[torch.Tensor] = ()
+    """The latents of the first reference image that an edit model reads, batch x channels x height x width, and so on.
+    """
 
 
 def numbered(name: str) -> tuple[str, list[str]]:
@@ -141,8 +142,12 @@ class Family:
     """The module and class of the family that the model becomes if the data have reference images; None for none."""
     batches_references: bool = True
     """Whether the pipeline generates several images at a time that have different reference images."""
+    most_references: int | None = 1
+    """The largest number of reference images of an image; None without a limit."""
     reads_references: bool = False
-    """Whether the text encoder reads the reference image together with the caption."""
+    """Whether the text encoder reads the reference images together with the caption."""
+    read_area: int = 0
+    """Area, in pixels, of a reference image that the text encoder reads."""
     encodes_in_float32: bool = False
     """Whether the autoencoder overflows in half precision if its configuration has `force_upcast`."""
 
@@ -283,13 +288,13 @@ class Family:
         return found
 
     def reference_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width of the reference image of an image of that height and width."""
+        """Return height and width of the reference images of an image of that height and width."""
         return height, width
 
-    def encode_with_reference(self, pipeline: DiffusionPipeline, caption: str, reference: Image) -> Text:
-        """Return the text states of a caption and its reference image, if `reads_references`."""
+    def encode_with_references(self, pipeline: DiffusionPipeline, caption: str, references: Sequence[Image]) -> Text:
+        """Return the text states of a caption and its reference images, if `reads_references`."""
         raise NotImplementedError
 
-    def reference_inputs(self, references: list[Image]) -> dict:
-        """Return the pipeline's keyword arguments for the samples' reference images, of `reference_size`."""
+    def reference_inputs(self, references: Sequence[list[Image]]) -> dict:
+        """Return the pipeline's keyword arguments for the reference images of each sample, of `reference_size`."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""FLUX.2 dev and klein as edit models: the tokens of a reference image follow those of the image."""
+"""FLUX.2 dev and klein as edit models: the tokens of the reference images follow those of the image."""
 
 import math
 
@@ -9,17 +9,18 @@ from .flux2_klein import Flux2Klein
 
 AREA, LEAST = 1024 * 1024, 64  # the most pixels of a reference image, and its shortest side, in the pipeline
 MULTIPLE = 16  # of the sides, in pixels
-FIRST = 10  # the first coordinate of the position ids of the first reference image
+APART = 10  # the first coordinate of the position ids of the first reference image, 20 for the second, and so on
 
 
 class Flux2KleinEdit(Flux2Klein):
     """FLUX.2 klein, trained on pairs of images as in diffusers' train_dreambooth_lora_flux2_klein_img2img.py.
 
-    As in the pipeline, the latents of the reference image are the mean, not a sample.
+    As in the pipeline, the latents of the reference images are the mean, not a sample.
     """
 
     edits = True
     batches_references = False
+    most_references = None
     editing: str | None = None
 
     def reference_size(self, height, width):
@@ -31,18 +32,19 @@ class Flux2KleinEdit(Flux2Klein):
         return height, width
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Return FLUX.2's inputs; the reference's tokens follow, with FIRST as the first coordinate."""
-        inputs, reference = super().denoiser_inputs(config, noisy, timesteps, conditions), conditions.reference
-        ids = self.pipeline._prepare_latent_ids(reference).to(noisy.device, copy=True)
-        ids[..., 0] = FIRST
-        return inputs | {
-            "hidden_states": torch.cat([inputs["hidden_states"], self.pipeline._pack_latents(reference)], 1),
-            "img_ids": torch.cat([inputs["img_ids"], ids], 1),
-        }
+        """Return FLUX.2's inputs; the references' tokens follow, with multiples of APART as the first coordinate."""
+        inputs = super().denoiser_inputs(config, noisy, timesteps, conditions)
+        tokens, places = [inputs["hidden_states"]], [inputs["img_ids"]]
+        for number, reference in enumerate(conditions.references, 1):
+            ids = self.pipeline._prepare_latent_ids(reference).to(noisy.device, copy=True)
+            ids[..., 0] = APART * number
+            tokens.append(self.pipeline._pack_latents(reference))
+            places.append(ids)
+        return inputs | {"hidden_states": torch.cat(tokens, 1), "img_ids": torch.cat(places, 1)}
 
     def reference_inputs(self, references):
-        """Return the image of the only sample; several would be references of each sample."""
-        return {"image": references}
+        """Return the images of the only sample; those of several would be references of each sample."""
+        return {"image": references[0]}
 
 
 class Flux2Edit(Flux2KleinEdit, Flux2):

@@ -21,14 +21,16 @@ class FluxKontext(Flux):
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
         """Return Flux's inputs; the reference's tokens follow, with 1 as the first coordinate of their position ids."""
         inputs = super().denoiser_inputs(config, noisy, timesteps, conditions)
-        both = torch.cat([inputs["hidden_states"], self.pipeline._pack_latents(conditions.reference, *noisy.shape)], 1)
+        (reference,) = conditions.references
+        both = torch.cat([inputs["hidden_states"], self.pipeline._pack_latents(reference, *noisy.shape)], 1)
         ids = inputs["img_ids"]
         reference_ids = torch.cat([torch.ones_like(ids[:, :1]), ids[:, 1:]], 1)
         return inputs | {"hidden_states": both, "img_ids": torch.cat([ids, reference_ids])}
 
     def reference_inputs(self, references):
         """Return the images, and arguments with which the pipeline scales neither them nor the samples."""
-        return {"image": references, "max_area": math.prod(references[0].size), "_auto_resize": False}
+        images = [image for (image,) in references]
+        return {"image": images, "max_area": math.prod(images[0].size), "_auto_resize": False}
 
 
 FAMILY = FluxKontext()

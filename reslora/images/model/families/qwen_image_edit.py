@@ -24,6 +24,7 @@ class QwenImageEdit(QwenImage):
     text_parts = ("text_encoder", "tokenizer", "processor")
     edits = True
     reads_references = True
+    read_area = AREA
     defaults: ClassVar = {name: value for name, value in QwenImage.defaults.items() if name != "max_sequence_length"}
 
     def reference_size(self, height, width):
@@ -36,25 +37,27 @@ class QwenImageEdit(QwenImage):
         states, mask = QwenImagePipeline._get_qwen_prompt_embeds(pipeline, captions, pipeline.text_encoder.device)
         return {"states": without_padding(states, mask)}
 
-    def encode_with_reference(self, pipeline, caption, reference):
-        """Return `states` of the caption and the reference image: tokens x width."""
-        height, width = self.reference_size(reference.height, reference.width)
-        image = pipeline.image_processor.resize(reference, height, width)
-        states, mask = pipeline.encode_prompt([caption], [image], device=pipeline.text_encoder.device)
+    def encode_with_references(self, pipeline, caption, references):
+        """Return `states` of the caption and the reference images: tokens x width."""
+        images = []
+        for image in references:
+            width, height, *_ = pipeline_qwenimage_edit.calculate_dimensions(self.read_area, image.width / image.height)
+            images.append(pipeline.image_processor.resize(image, height, width))
+        states, mask = pipeline.encode_prompt([caption], images, device=pipeline.text_encoder.device)
         return {"states": without_padding(states, mask)}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Return Qwen-Image's inputs, with the reference's tokens and shape after those of the image."""
-        inputs, reference = super().denoiser_inputs(config, noisy, timesteps, conditions), conditions.reference
-        shape = (1, reference.shape[2] // 2, reference.shape[3] // 2)
+        """Return Qwen-Image's inputs, with the references' tokens and shapes after those of the image."""
+        inputs = super().denoiser_inputs(config, noisy, timesteps, conditions)
+        more = [(1, reference.shape[2] // 2, reference.shape[3] // 2) for reference in conditions.references]
         return inputs | {
-            "hidden_states": torch.cat([inputs["hidden_states"], packed(reference)], 1),
-            "img_shapes": [[*shapes, shape] for shapes in inputs["img_shapes"]],
+            "hidden_states": torch.cat([inputs["hidden_states"], *map(packed, conditions.references)], 1),
+            "img_shapes": [[*shapes, *more] for shapes in inputs["img_shapes"]],
         }
 
     def reference_inputs(self, references):
         """Return the images, which the pipeline scales to their own size."""
-        return {"image": references}
+        return {"image": [image for (image,) in references]}
 
 
 FAMILY = QwenImageEdit()

@@ -1,0 +1,26 @@
+"""Qwen-Image-Edit-2509 and -2511: Qwen-Image-Edit with several reference images."""
+
+from diffusers import QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE
+
+from .qwen_image_edit import QwenImageEdit
+
+
+class QwenImageEditPlus(QwenImageEdit):
+    """Qwen-Image-Edit-2509 or -2511, trained as Qwen-Image-Edit is; the reference images as in the pipeline.
+
+    The latents are those of a million pixels per reference image; the text encoder reads about 384 x 384 of each.
+    """
+
+    name = "qwen_image_edit_plus"
+    pipeline = QwenImageEditPlusPipeline
+    most_references = None
+    batches_references = False
+    read_area = CONDITION_IMAGE_SIZE
+
+    def reference_inputs(self, references):
+        """Return the images of the only sample, which the pipeline scales to their own size."""
+        return {"image": references[0]}
+
+
+FAMILY = QwenImageEditPlus()
