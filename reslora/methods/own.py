@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+", re.ASCII)
 FORM = "package.module:function, peft:CLASS such as peft:VeraConfig, or a folder with PEFT's adapter_config.json"
 FIX = "correct it, or give another method"
+FIX_ON_META = "correct it; before training, it gets a model of shapes without values"
 _WHERE = "the module must be in the current folder or on the Python path"
 
 
@@ -43,7 +44,7 @@ def conversion_in_words(record: Mapping[str, Any]) -> str:
     """Return the content of `conversion.json` as text."""
     words = f"plain LoRA by PEFT's conversion, of rank {record['rank']}: its relative error is {record['error']:.2g}"
     if record["delta_error"] > LARGE_ERROR:
-        words += f"; all files have delta(), from which forward() differs by {record['delta_error']:.2g}"
+        words += f"; all files have delta(), from which forward() differs by {100 * record['delta_error']:.2g}%"
     return words
 
 
@@ -176,7 +177,7 @@ def configuration(name: str, settings: Any, model: nn.Module) -> PeftConfig:
 
     found, flag = find(name), flag_of(name)
     empty = any(value.is_meta for value in model.parameters())
-    with refused_as(flag, FIX), torch.device("meta") if empty else contextlib.nullcontext():
+    with refused_as(flag, FIX_ON_META if empty else FIX), torch.device("meta") if empty else contextlib.nullcontext():
         result = found(**arguments(found, settings)) if is_configuration(found) else found(model, settings)
         if isinstance(result, dict):
             return config_of_updates(result, model, settings)

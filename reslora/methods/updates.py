@@ -13,6 +13,7 @@ of PEFT's tuners.
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..chains import base_model
+from ..errors import speaks
 from ..tracing import evaluating
 from .controls import DEFAULT
 from .targets import targeted
@@ -88,13 +90,27 @@ def config_of_updates(updates: Mapping[str, Any], model: nn.Module, settings: An
 
 
 def put(adapted: nn.Module, config: UpdatesConfig) -> None:
-    """Replace PEFT's LoRA layers by layers with the updates of the configuration."""
+    """Replace PEFT's LoRA layers by layers with the updates of the configuration.
+
+    Warns if an update is not zero, because training then does not begin at the base model.
+    """
     base = base_model(adapted)
     for name, update in config.updates.items():
+        with torch.no_grad():
+            delta = update.delta()
+        if not delta.is_meta and bool(delta.any()):
+            warn_of_start(name)
         parent, _, last = name.rpartition(".")
         layer = cast(nn.Module, base.get_submodule(name).get_base_layer())
         setattr(base.get_submodule(parent), last, UpdatedLayer(layer, update.to(layer.weight.device)))
     del config.updates  # they are parts of the model now, and copies of the configuration need none
+
+
+@cache
+def warn_of_start(layer: str) -> None:
+    """Print once that the update of a layer is not zero at the start."""
+    if speaks():
+        print(f"warning: the update of {layer} is not zero at the start: training begins at another model", flush=True)
 
 
 def has_updates(model: nn.Module) -> bool:

@@ -148,7 +148,7 @@ def test_a_delta_that_is_not_what_was_trained_is_measured(monkeypatch):
     monkeypatch.setattr(SharedA, "delta", lambda self: 2 * self.up @ self.down * 2)  # the scale is 2, not 4
     assert delta_error(model) == pytest.approx(0.5, rel=1e-4)
     record = {"rank": 2, "error": 0.0, "delta_error": 0.5}
-    assert "all files have delta(), from which forward() differs by 0.5" in conversion_in_words(record)
+    assert "all files have delta(), from which forward() differs by 50%" in conversion_in_words(record)
 
 
 @pytest.mark.parametrize("method", [VERA, "examples.my_method.shared_a"])

@@ -91,7 +91,7 @@ class Measuring:
             for number, task in enumerate(tasks, 1):
                 status.count("measuring file", number - 1, len(tasks), task.label)
                 measured = self.measured(task)
-                file = f" ({task.path.name})" if task.path and task.path.stem != task.label else ""
+                file = f" ({'/'.join(task.path.parts[-3:])})" if task.path and task.path.stem != task.label else ""
                 line = f"{number} of {len(tasks)}: {task.label}{file}: loss {measured.mean:.6f}"
                 print(printable(line), flush=True)
                 found.append(measured)

@@ -13,7 +13,7 @@ import torch
 
 from ....errors import InvalidArgument
 from .names import Names
-from .reading import NUMBERED, Content, is_numbered
+from .reading import GIVE_PLAIN, NUMBERED, Content, is_numbered
 
 LAYERS = {
     "CrossAttention": r".*\.attn[12]\.to_(q|k|v|out\.0)",
@@ -47,7 +47,7 @@ def named(content: Content, names: Names) -> Content:
                 tensors[f"{part}.{layer}.{factor}.weight"] = value
     others = content.tensors.keys() - set(tokens) - {key for key in content.tensors if NUMBERED.fullmatch(key)}
     if others:
-        raise InvalidArgument(content.flag, f"{min(others)} is not part of a plain LoRA", "give a LoRA without that")
+        raise InvalidArgument(content.flag, f"{min(others)} is not part of a plain LoRA", GIVE_PLAIN)
     left = f"; the embeddings of {', '.join(tokens)} are not part of a LoRA, and are left out" if tokens else ""
     print(f"{content.flag}: cloneofsimo's layout, with numbered layers{left}")
     metadata = {

@@ -23,6 +23,7 @@ from ..families import FAMILIES, load_family
 from ..families.base import Family
 from .names import Names, Parts, names_of, shaped
 
+GIVE_PLAIN = "give a LoRA without it; of a run, kohya.safetensors"
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 ENDING = re.compile(
     r"\.(?:(?P<down>lora_A(?:\.default)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight"
@@ -216,7 +217,7 @@ def pairs_of(content: Content) -> dict[str, Factors]:
                 content.flag, "an unmerged ResLoRA, whose shortcuts a LoRA file cannot contain", EXPORTED
             )
         elif not OLDEST.search(key):
-            raise InvalidArgument(content.flag, f"{key} is not part of a plain LoRA", "give a LoRA without that")
+            raise InvalidArgument(content.flag, f"{key} is not part of a plain LoRA", GIVE_PLAIN)
     down, up, alpha = kinds.values()
     if lonely := [*(down.keys() ^ up.keys()), *(alpha.keys() - down.keys())]:
         raise InvalidArgument(content.flag, f"{lonely[0]} lacks one of its two factors", "give a complete file")
