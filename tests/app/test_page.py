@@ -396,6 +396,7 @@ def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
     wait_until(lambda: slider.evaluate(fits), "the slider to fit")
 
 
+@pytest.mark.exhaustive
 def test_images_with_merged_weights_beside_the_base_and_cancelled(page):
     page.get_by_role("tab", name="Generate").click()
     page.wait_for_function("document.querySelector('#weights input')?.value === 'ResLoRA: merged weights'")
@@ -522,6 +523,7 @@ def test_text_can_be_read(page):
     wait_until(lambda: 0 <= page.locator("#start").bounding_box()["y"] < 240, "Start beside the form")
 
 
+@pytest.mark.exhaustive
 def test_a_form_survives_a_restart(page):
     """Values typed under Train return when the page is loaded again.
 

@@ -10,7 +10,7 @@ from waiting import LIMIT
 from golden.commands import REFUSALS, RUNS
 
 RECORD = Path(__file__).with_name("record.py")
-QUICK = ["refusals", "killed"]
+QUICK = ["refusals"]
 REST = [name for name in (*REFUSALS, *RUNS) if name not in QUICK]
 
 PARTS = 4  # of the rest, so that none comes near the time limit on a slow machine

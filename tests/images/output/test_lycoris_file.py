@@ -122,6 +122,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.exhaustive
 def test_runs_write_the_file_and_notice_every_damage(brief_flags, tmp_path, monkeypatch):
     flags = [*without(brief_flags, "--method"), "--lora_alpha", "3", "--max_train_steps", "2"]
     noticed = []
