@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
 def serve(args: argparse.Namespace, neutral: Path) -> int:
     """Serve the page until it is closed, and return the exit status: 1 if the server cannot start, else 0.
 
-    `neutral`: an empty folder. It becomes the working directory, because Gradio serves files from that directory.
+    `neutral`: an empty folder. The folder becomes the working directory, because Gradio serves files from the working
+    directory.
     """
     from .jobs import Jobs
     from .library import Library

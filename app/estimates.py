@@ -64,7 +64,7 @@ def methods_of(found: Options | Grid[Options]) -> list[str]:
 def seconds_a_step(run: Run, options: Options) -> dict[str, float]:
     """Return a run's seconds per step by method; empty if it cannot be compared with the options.
 
-    Those of an experiment include its measurements, tests and exports."""
+    The seconds of an experiment include its measurements, tests and exports."""
     config, model = run.config, options.model.pretrained_model_name_or_path or ""
     named = run.word("pretrained_model_name_or_path") or ""
     if not config or (bundled(named) or named) != (bundled(model) or model):

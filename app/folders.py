@@ -1,6 +1,6 @@
 """List the folders of images that the page may show and train on: folders under the data folder, and uploads.
 
-Folder names come from a browser. They are only compared with the listed names, never used as paths.
+Folder names that come from a browser are only compared with the listed names, never used as paths.
 """
 
 import os

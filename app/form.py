@@ -144,7 +144,7 @@ def with_one_value(settings: Mapping[str, object]) -> dict[str, object]:
 def is_safe(option: Option) -> bool:
     """Return whether the page may set an option, because no value from a browser can do harm.
 
-    Such options are switches, choices, numbers and the texts in `TEXTS`."""
+    Safe options are switches, choices, numbers and the texts in `TEXTS`."""
     if option.name in NEVER:
         return False
     is_number = option.parse is not str and option.name != "validation_prompt_options"

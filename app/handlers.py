@@ -56,7 +56,7 @@ def named_inputs() -> Iterator[None]:
 def server_function(handler: Callable[[dict], dict]) -> Callable[[dict], dict]:
     """Wrap a handler that JavaScript calls directly, so that it returns an error as a sentence under the key `error`.
 
-    The result is a function, because Gradio sets an attribute on it, which methods do not allow.
+    The wrapped handler is a function, because Gradio sets an attribute on it, which methods do not allow.
     """
 
     @functools.wraps(handler)

@@ -183,8 +183,8 @@ class ImageEdits:
     def throw_away(self, folder: str, names: list[str]) -> str:
         """Move the named images to the folder's trash, and return a sentence that reports it.
 
-        Their caption files, masks and reference images are also moved, unless a remaining image uses them. Their rows
-        in a metadata table are removed.
+        The images' caption files, masks and reference images are also moved, unless a remaining image uses them. The
+        images' rows in a metadata table are removed.
         """
         with self.changing(folder) as images:
             if run := self.jobs.reader(images.folder.path):

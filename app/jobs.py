@@ -110,8 +110,9 @@ class Jobs:
     ) -> tuple[list[str], Options | Grid[Options]]:
         """Return the arguments after `accelerate launch` for a new run, or for more runs in an existing experiment.
 
-        The second value has the options as the trainer resolves them, with defaults. `folder`: name of the image
-        folder; None means the default. An experiment keeps its images. Raises `RunError` for invalid settings."""
+        The second return value has the options as the trainer resolves them, with defaults. `folder`: name of the image
+        folder; None means the default. An experiment keeps its images. Raises `RunError` for invalid settings.
+        """
         begun = self.begun(name)
         images = self.images.find(folder).path if folder and not begun else None
         words = launcher.words_for(begun.folder if begun else self.new_folder(name), settings, images, begun)
@@ -244,7 +245,7 @@ class Jobs:
     def reader(self, folder: Path) -> Run | None:
         """Return an active run that may train on images in the folder, in its parents or in its subfolders, or None.
 
-        This includes an active run without a config.json, because its images are not known yet.
+        An active run without a config.json is also returned, because its images are not known yet.
         """
         for run in self.all_active():
             read = [Path(name).resolve() for flag in FOLDERS for name in run.words(flag)]
@@ -255,8 +256,9 @@ class Jobs:
     def ask(self, request: str, prompts: str = "") -> str:
         """Ask the active trainer for a checkpoint (`SAVE`), samples (`SAMPLE`) or a pause (`PAUSE`) after this step.
 
-        `prompts`: those of the samples, one per line; by default the run's own. `PAUSE` ends a pause if there is one.
-        Returns a sentence about it, or why the trainer was not asked."""
+        `prompts`: the prompts of the samples, one per line; by default the run's own prompts. `PAUSE` ends a pause if
+        there is one. Returns a sentence about it, or why the trainer was not asked.
+        """
         if (run := self.active()) is None:
             return "Nothing is training."
         if why := self.why_not_asked(run, request):

@@ -1,6 +1,6 @@
 """Open images to make pictures for the page, and to find damaged files and duplicates.
 
-Each image is opened as the trainer opens it, when the page needs it. The result is cached until the file changes.
+Each image is opened as the trainer opens it, when the page needs it. An opened image is cached until its file changes.
 """
 
 import functools
@@ -77,8 +77,8 @@ class Looks:
     def alike(self, images: Images) -> dict[str, tuple[str, str]]:
         """Return the duplicates and near-duplicates among a folder's images.
 
-        The result has, by a duplicate's name, the name of the first image of its group, and a description of what it
-        duplicates. It is empty until all images have been opened.
+        The result maps the name of each duplicate to the name of its group's first image, and to a description of what
+        it duplicates. The result is empty until all images have been opened.
         """
         found = [(image.name, self.of(image)) for image in images.images.values() if image.size]
         return {} if None in dict(found).values() else alike(tuple(found))

@@ -117,7 +117,7 @@ class Page:
         self.library, self.jobs = parts.library, parts.jobs
         with gr.Row(elem_id="top"):
             gr.HTML(TITLE, elem_id="title")
-            # It accepts any name, because a run may have begun after the page was loaded.
+            # The box of the run accepts any name, because a run may have begun after the page was loaded.
             self.run = open_choice("Run", elem_id="run", min_width=240)
         self.summary = gr.HTML(views.skeleton(), elem_id="summary")
         self.tabs: list[Tab] = []

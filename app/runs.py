@@ -145,7 +145,7 @@ class Run:
 
     @property
     def compared(self) -> tuple[Run, ...]:
-        """This run, and the runs to compare it with."""
+        """The list of this run and of the runs that it is compared with."""
         return self, *self.beside
 
     @functools.cached_property
@@ -156,7 +156,8 @@ class Run:
     def inside(self, *parts: str) -> Path | None:
         """Return the resolved path of a file or folder of this run.
 
-        `parts`: path relative to the run's folder. The result is None if it does not exist or leads out of the folder.
+        `parts`: path relative to the run's folder. The result is None if the path does not exist or leads out of the
+        folder.
         """
         try:
             path = self.folder.joinpath(*parts).resolve(strict=True)
@@ -386,7 +387,7 @@ class Run:
     def checkpoints(self, method: str) -> list[Weights]:
         """Return the complete checkpoints of a LoRA or ResLoRA method, newest first.
 
-        Those of PiSSA and OLoRA are left out, because their factors do not add to the model's own weights."""
+        Checkpoints of PiSSA and OLoRA are left out, because their factors do not add to the model's own weights."""
         row, init = METHODS[method], self.config.get("init_lora_weights")
         wanted = WEIGHTS_NAME if row.shortcuts else ADAPTER_NAME
         found = []
@@ -405,7 +406,7 @@ class Run:
     def encoders(self, *parts: str) -> tuple[tuple[str, Path], ...] | None:
         """Return names and paths of the text encoders in a folder of this run.
 
-        The result is None if one of them contains a link to outside of the run's folder."""
+        The result is None if a text encoder contains a link to outside of the run's folder."""
         found = tuple((name, self.sound(*parts, name)) for name in self.entries(*parts) if name in ENCODERS)
         return found if all(path for _, path in found) else None
 

@@ -2,7 +2,7 @@
 
 The base weights never change. Other weights are loaded into a *skeleton*: a second denoiser that shares the base
 tensors and is made on the meta device in a fraction of a second. So other weights can be loaded without loading the
-base model again, and if they cannot be loaded, the pipeline is unchanged.
+base model again, and the pipeline is unchanged if they cannot be loaded.
 """
 
 import copy
@@ -86,8 +86,8 @@ class Studio:
     ) -> Iterator[Drawn]:
         """Yield images as `draw` does; `reference` is the image that an edit model changes.
 
-        Image i has the seed `request.seed + i`, whatever the number of images. It is generated once with each of the
-        weights in `choices`.
+        Image i has the seed `request.seed + i`, whatever the number of images. Each image is generated once with each
+        of the weights in `choices`.
         """
         pictures = []
         for number in range(request.images):

@@ -33,7 +33,8 @@ LARGEST_ADAPTER = 2**30
 def put_merged(model: nn.Module, weights: Weights, strength: float) -> None:
     """Load merged weights into a denoiser or a text encoder that has the base weights.
 
-    The result is `base + strength * (merged - base)`. Raises `RunError` if names or shapes differ from the model's.
+    The loaded weights are `base + strength * (merged - base)`. Raises `RunError` if names or shapes differ from the
+    model's.
     """
     present, merged = model.state_dict(), {}
     for file in sorted(weights.path.glob("*.safetensors")):

@@ -10,14 +10,14 @@ for example for lack of memory or of a library, stores its error, and the next o
 
 - `steps`: seconds of a training step. Steps of all rows alternate on the same frozen weights and the same batch.
   `ResLoRA` rows are compared with stock PEFT LoRA: forward, backward, AdamW. `train_sd.py` rows are this project's
-  trainer (`take_step`). They are compared with a stock loop as in diffusers' train_text_to_image_lora.py (for Flux.1,
-  train_dreambooth_lora_flux.py): accelerate, PEFT LoRA, noise, clipping, and reading the loss in every step. Both loops
-  have latents and text states in memory, which diffusers' script for U-Nets would encode in every step.
+  trainer (`take_step`). These rows are compared with a stock loop as in diffusers' train_text_to_image_lora.py (for
+  Flux.1, train_dreambooth_lora_flux.py): accelerate, PEFT LoRA, noise, clipping, and reading the loss in every step.
+  Both loops have latents and text states in memory, which diffusers' script for U-Nets would encode in every step.
 - `memory`: the peak of allocated bytes in training steps of ResLoRA, and what `--plan` computes for them. The peak is
   `torch.cuda.max_memory_allocated`; on a CPU that of the allocator's events in torch's profiler. The autoencoder's
   decoder, which a run also holds, is in neither.
 
-This has not been run on a GPU yet: none was available. A test runs `--miniature` on a CPU.
+These measurements have not been made on a GPU yet: none was available. A test runs `--miniature` on a CPU.
 """
 
 from __future__ import annotations

@@ -156,7 +156,8 @@ def convergence(name: str, results: dict[str, list[dict]]) -> str:
 def rates(name: str, experiment) -> str:
     """Return tables by learning rate for seed 0, if the trainings of the search are final ones too.
 
-    They show the validation loss, and the steps to LoRA's final loss at the same learning rate and at its chosen one.
+    The tables show the validation loss, and the steps to LoRA's final loss at the same learning rate and at its chosen
+    one.
     """
     if len(experiment.rates) < 2 or experiment.script != "train_sd.py":
         return ""
@@ -270,8 +271,8 @@ def kept(found: list[dict], figure: str, merge: str) -> str:
 def retained(found: list[dict]) -> list[str]:
     """Return the fraction of the test loss that each merge retains, as cells of a table.
 
-    They are empty if dropping the shortcuts raises the loss by less than LEAST_RISE, because fractions of so small a
-    rise say nothing about the merges.
+    The cells are empty if dropping the shortcuts raises the loss by less than LEAST_RISE, because fractions of so small
+    a rise say nothing about the merges.
     """
     none, unmerged = (sum(result["table"][row]["loss"] for result in found) for row in ("none", "unmerged"))
     if none < (1 + LEAST_RISE) * unmerged:

@@ -1,9 +1,9 @@
 """Measure the cost of merging at full size: merge every distinct layer with random weights, and add up the layers.
 
 The plan comes from the model on the meta device: how many blocks of each shape, and which of them read the same tensor.
-On a CPU, seconds are processor time. Those of `lstsq` do not contain the forward passes, one per pass and sample. Bytes
-are the peak of live tensors in addition to the model, its activations and the samples; for `exact` merges, those of the
-new factors.
+On a CPU, seconds are processor time. The costs of `lstsq` do not contain the forward passes, one per pass and sample.
+Bytes are the peak of live tensors in addition to the model, its activations and the samples; for `exact` merges, those
+of the new factors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run a training script in a separate process, and record time and memory after each of its optimizer steps.
 
-`Watched(script, flags, folder)` starts this file as `python watched.py RECORD SCRIPT FLAG ...`. It imports nothing,
-torch above all, that the script may need to configure before importing.
+`Watched(script, flags, folder)` starts this file as `python watched.py RECORD SCRIPT FLAG ...`. This file imports no
+module (such as torch) that the script may need to configure before importing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A LoRA variant of your own: layers with inputs of one width share the matrix A (as in Tied-LoRA, arXiv 2311.09578).
 
-It has little more than half of LoRA's parameters. Run this command in the repository's root; it compares the method
-with LoRA by learning rates and seeds, and writes report.html and the files of both:
+This method has little more than half of LoRA's parameters. Run this command in the repository's root; it compares the
+method with LoRA by learning rates and seeds, and writes report.html and the files of both:
 
     python train_sd.py --method lora examples.my_method:shared_a --learning_rate 1e-3 3e-3 --seed 0 1 2
 """

@@ -7,10 +7,10 @@
     reslora-compare --peft_results peft/method_comparison
 
 The first form measures the denoising loss of each file, and of the base model, on the same images, timesteps and
-noise. It prints which files are best, and writes report.html, comparison.json and losses.csv. Give images with captions
-that no file was trained on, at least 6 and better 30. In the second form, the files of a group are trainings of one
-method with different seeds, and the result is about the methods. The next two print a table of results, or check a
-claim with an exit status for scripts; they read an experiment, a comparison, or a CSV file of losses of any trainer.
+noise. This form prints which files are best, and writes report.html, comparison.json and losses.csv. Give images with
+captions that no file was trained on, at least 6 and better 30. In the second form, the files of a group are trainings
+of one method with different seeds, and the result is about the methods. The next two print a table of results, or check
+a claim with an exit status for scripts; they read an experiment, a comparison, or a CSV file of losses of any trainer.
 The last one says what the results of PEFT's method comparison, with one seed each, can and cannot tell.
 """
 

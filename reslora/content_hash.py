@@ -19,8 +19,8 @@ def content_mark(source: Content) -> str:
     """Return the size and a hash of a file, given as a path or as its content.
 
     The complete file is hashed, unless it is a path of a safetensors file: hashing a model of 24 GB would take half a
-    minute. Of a safetensors file, the header and several parts of every tensor are hashed. This detects every tensor
-    that was trained, merged, scaled or replaced, but may miss a few changed numbers within a large tensor.
+    minute. Of a safetensors file, the header and several parts of every tensor are hashed. This hash detects every
+    tensor that was trained, merged, scaled or replaced, but may miss a few changed numbers within a large tensor.
     """
     if isinstance(source, bytes):
         return f"{len(source)}:{hashlib.blake2b(source, digest_size=8).hexdigest()}"

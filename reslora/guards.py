@@ -95,7 +95,7 @@ def refuse_inner(base: nn.Module, adapter_name: str) -> None:
 def refuse_merged(layers: Mapping[str, BaseTunerLayer]) -> None:
     """Raise `ValueError` if PEFT has merged an adapter into a layer.
 
-    Such a layer does not call its variant, and its weight includes the merged adapter.
+    A layer with a merged adapter does not call its variant, and its weight includes the merged adapter.
     """
     for name, layer in layers.items():
         if layer.merged:
@@ -179,8 +179,8 @@ def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
         for verb in _GUARDED:
             if hasattr(type(module), verb) and not isinstance(vars(module).get(verb), _Guard):
                 vars(module)[verb] = _Guard(module, verb, base if module is base else outer)
-    # PEFT merges layer by layer: without this, plain layers would be merged before the first connected one raises. Its
-    # merge does not visit layers that merge in their `forward`.
+    # PEFT merges layer by layer: without this, plain layers would be merged before the first connected one raises.
+    # PEFT's merge does not visit layers that merge in their `forward`.
     itself = [f"{name}." for name, module in base.named_modules() if merges_itself(module)]
     for name, module in base.named_modules() if wired else ():
         if isinstance(module, LoraLayer) and not f"{name}.".startswith(tuple(itself)):

@@ -9,7 +9,7 @@ The tensors of a layer (of LyCORIS 4.1), and the weight that programs compute fr
 | DoRA | `lora_down.weight`, `lora_up.weight`, `dora_scale` | V dora_scale / |V| by rows, V = W + s up down |
 
 s is `alpha` / rank. LyCORIS multiplies by s twice when it merges LoHa and LoKr, and programs ignore the alpha of LoKr
-without low-rank factors. So `alpha` is the rank here, and the first factor contains the scale.
+without low-rank factors. So `alpha` is written as the rank here, and the first factor contains the scale.
 """
 
 import os

@@ -295,8 +295,8 @@ def truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor,
 def relative_error(block: Factors, merged: Merged) -> float:
     """Return `|merged - unmerged| / |unmerged LoRA output|` on the calibration batches, from the block's moments.
 
-    Both outputs are B times an r-wide vector, so each squared norm is the trace of moments times the Gram matrix of B.
-    `Moments.measure` measures the outputs themselves for a merge with another rank.
+    Both outputs are B times a vector of r numbers, so each squared norm is the trace of moments times the Gram matrix
+    of B. `Moments.measure` measures the outputs themselves for a merge with another rank.
     """
     moments = block.moments
     if moments.output:

@@ -213,9 +213,9 @@ def merge(
       to `max_rank` by truncation.
     - For other shortcuts, `auto` is `lstsq` with calibration, else `input` if training recorded norms, else `weights`.
 
-    `calibration`: batches, as dicts of keyword arguments of the base model. They are read once and run through the
-    unmerged model in eval mode without gradients. `lstsq` also stores the batches, and runs them several times if the
-    inputs of all layers need more memory than `reslora.calibration.BUDGET`.
+    `calibration`: batches, as dicts of keyword arguments of the base model. The batches are read once and run through
+    the unmerged model in eval mode without gradients. `lstsq` also stores the batches, and runs them several times if
+    the inputs of all layers need more memory than `reslora.calibration.BUDGET`.
 
     The adapter keeps its dtype, device and requires_grad. With several processes, merge on rank 0 and broadcast the
     result; only the norms that rank 0 recorded are used.

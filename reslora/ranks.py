@@ -26,7 +26,7 @@ def changes_base(config: LoraConfig) -> bool:
 def prepared(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
     """Return the merged factors on the device and in the dtype of the layer's current factors.
 
-    This allocates the memory for the merged factors, so that `write` allocates none.
+    The memory for the merged factors is allocated here, so that `write` allocates none.
     """
     factors = []
     with torch.inference_mode(False):  # tensors created in a caller's inference mode can never be trained

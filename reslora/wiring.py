@@ -134,7 +134,7 @@ def _hook(base: nn.Module, plan: Chains, wires: Wires) -> list:
 def _parts(plan: Chains) -> list[str]:
     """Return the paths of modules that contain one or more complete chains, and no part of other chains.
 
-    Such a module can run separately from the base model, as an encoder does in `generate`.
+    A module with complete chains can run separately from the base model, as an encoder does in `generate`.
     """
     whole, cut = set(), set()
     for chain in plan:

@@ -92,8 +92,8 @@ class Tab:
     def choice(self, run: Run, chosen: object, seen: object) -> object:
         """Return the new value of the component `self.chosen`.
 
-        `chosen`: the current value of the component. `seen`: the tab's part of the state at the last poll. Both are
-        None in the first poll of a run.
+        `chosen`: the current value of the component. `seen`: the tab's part of the state at the last poll. Both
+        arguments are None in the first poll of a run.
         """
         return None
 

@@ -72,7 +72,8 @@ class CompareTab(Tab):
         self.place = gr.Textbox(label="Path", max_lines=1, elem_id="place", **common)
         self.use = gr.Textbox(label="Load it with", lines=3, max_lines=8, elem_id="use", **common)
         self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers, self.verdict]
-        # Holds the time of the last change. It does not set the step: the user may have moved the slider.
+        # Holds the time of the last change. This event does not set the step, because the user may have moved the
+        # slider.
         self.new = gr.Textbox(visible="hidden", elem_id="new")
         self.watched, self.of_run = (
             [self.step, self.beside, self.new],
@@ -168,8 +169,8 @@ class CompareTab(Tab):
     def look_at_two(self, name: str, step: float, beside: object, *chosen: object) -> dict:
         """Return the new values of the swipe between two images of the grid, and of their difference, by component.
 
-        `chosen`: the titles of two columns, and a prompt. Those that do not exist become the first and the last column,
-        and the first prompt.
+        `chosen`: the titles of two columns, and a prompt. Titles that do not exist become the first and the last
+        column; a prompt that does not exist becomes the first prompt.
         """
         run = self.library.beside(self.library.find(name), beside)
         columns, rows = compared.choices(run, run.nearest(step))

@@ -281,8 +281,8 @@ class TrainTab(ControlTab):
     def look(self, name, folder, model, *values) -> dict:
         """Return updates of the page for the form's values, by component.
 
-        These are the number of runs, their time, and the command, or what is wrong with the form; options
-        that are visible only with shortcuts; and defaults that depend on other options.
+        The updates set the number of runs, their time and the command (or what is wrong with the form), options that
+        are visible only with shortcuts, and defaults that depend on other options.
         """
         settings, shown = self.settings(name, model, values), values[-1] if isinstance(values[-1], dict) else {}
         wired = gr.update(visible=form.wires(settings["method"]))
@@ -383,7 +383,9 @@ class TrainTab(ControlTab):
     def watched_run(self, run: Run, selected: Run) -> dict:
         """Return the newest samples and the loss curve of a run, and which requests it can handle.
 
-        Its progress is only added if it is not the `selected` run, whose progress is at the top of the page."""
+        The progress of the run is only added if the run is not `selected`, because the top of the page shows the
+        progress of the selected run.
+        """
         status = self.jobs.status(run)
         buttons = {
             button: gr.update(interactive=not self.jobs.why_not_asked(run, request))

@@ -1,7 +1,7 @@
 """Answers for programs and papers: whether a claim is shown, and a table of all results.
 
-Both read the folder of an experiment or of a comparison of LoRA files, or a CSV file with losses from any trainer
-(`losses.read_losses`).
+Both answers are read from the folder of an experiment, from the folder of a comparison of LoRA files, or from a CSV
+file with losses from any trainer (`losses.read_losses`).
 """
 
 import argparse
@@ -89,7 +89,8 @@ def results_of(source: Path, evaluations: int = 1, reference: str = "") -> Resul
     """Return the results in an experiment's folder or in a CSV file.
 
     `reference`: the method with which the others are compared, if all pairs are compared (default: that of the
-    experiment, or the first one of the file). `evaluations`: those of a file's items (`compare_losses`).
+    experiment, or the first one of the file). `evaluations`: how often the items of a CSV file have been evaluated
+    (`compare_losses`).
     """
     if is_comparison(source):
         files = read_losses(source / LOSSES)

@@ -2,8 +2,8 @@
 
 An arm is one run of the experiment: a method with a learning rate and a seed. If options such as the rank vary, each
 method is compared in several variants, such as `lora rank 4` and `lora rank 8`; "method" below means such a variant
-(`Label`). Each average of --average_checkpoints also counts as a method. Its arms are not trained: they average the
-adapters that arms of another method have saved.
+(`Label`). Each average of --average_checkpoints also counts as a method. The arms of an average are not trained: they
+average the adapters that arms of another method have saved.
 
 The order of training does not depend on a time limit, so that an experiment without a limit can resume a limited one:
 
@@ -334,9 +334,9 @@ def nearest(losses: Mapping[float, float]) -> list[float]:
 def grown(grids: Grids, seeds: Sequence[int], losses: Losses) -> dict[str, list[float]]:
     """Return each method's learning rates, extended by one if needed (--extend_rates).
 
-    If some methods have fewer learning rates than others, these get one more. Otherwise all methods get one more if any
-    method's best learning rate is its lowest or highest, and none if not. `losses` contains at least all arms of the
-    first seed.
+    If some methods have fewer learning rates than others, only these methods get one more. Otherwise all methods get
+    one more if any method's best learning rate is its lowest or highest, and none if not. `losses` contains at least
+    all arms of the first seed.
     """
     best = {label: best_rate(label, rates, seeds, losses) for label, rates in grids.items()}
     most = max(map(len, grids.values()))

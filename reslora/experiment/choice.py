@@ -44,7 +44,7 @@ def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choi
 
     `at_end` and `next` are set if the best learning rate is the lowest or the highest key of `losses`, and an arm at
     the learning rate next to it has ended. `next` continues the series by the ratio of these two. The ratio is at most
-    LARGEST_STEP if the other one has no finite loss, because it may be far too high.
+    LARGEST_STEP if no loss at the neighboring learning rate is finite, because the ratio may be far too high.
     """
     most = max(map(len, losses.values()), default=0)
     tried = sorted(rate for rate, seeds in losses.items() if len(seeds) == most > 0)

@@ -68,7 +68,7 @@ class Worker(NamedTuple):
     """A process that does jobs."""
 
     name: str
-    """Its TensorBoard folder is `process-` and this name."""
+    """The TensorBoard folder of a process is `process-` and this name."""
     owner: str
     """Identifier of the main process, which has locked the directory."""
     stop: StopRequest
@@ -330,7 +330,8 @@ def share_of(number: int, size: int) -> dict[str, str]:
 
     Process `number` has GPU `number` modulo the number of GPUs.
     """
-    # Both are needed: accelerate treats one thread as not set, and then divides the cores by LOCAL_WORLD_SIZE.
+    # Both variables are needed: accelerate treats one thread as not set, and then divides the cores by
+    # LOCAL_WORLD_SIZE.
     share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // size)), "LOCAL_WORLD_SIZE": str(size)}
     if (count := torch.cuda.device_count()) == 0:
         return share

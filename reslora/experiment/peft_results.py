@@ -1,7 +1,8 @@
 """Read the results of PEFT's method comparison, and print what one seed can and cannot tell about each pair of runs.
 
-The results are JSON files of https://github.com/huggingface/peft/tree/main/method_comparison, one for each run. They
-have the mean of a test metric, but not its value for each item, so that runs cannot be compared item by item.
+The results are JSON files of https://github.com/huggingface/peft/tree/main/method_comparison, one for each run. A
+result file has the mean of a test metric, but not its value for each item, so that runs cannot be compared item by
+item.
 """
 
 import csv

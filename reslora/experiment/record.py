@@ -105,7 +105,7 @@ class Arm(TypedDict):
 class Choice(TypedDict):
     """The learning rate and checkpoint of a method.
 
-    They have the lowest mean loss on the selection split over all choosing seeds.
+    The chosen learning rate and checkpoint have the lowest mean loss on the selection split over all choosing seeds.
     """
 
     learning_rate: float
@@ -211,7 +211,7 @@ class Best(TypedDict):
     options: NotRequired[dict[str, Any]]
     """The method and the values of the options that vary."""
     average: NotRequired[str]
-    """Which average of checkpoints was exported, such as `ema:0.99`, if it is one."""
+    """The average of checkpoints that was exported, such as `ema:0.99`; empty if a single checkpoint was exported."""
     files: list[str]
     """Names of files to use directly, with strength 1 and without training state."""
 
@@ -289,7 +289,7 @@ class Experiment(Facts):
     best: NotRequired[Best | None]
     """The exported arm; None until an arm is exported."""
     notes: list[str]
-    """Notes for the reader, as they were printed."""
+    """The notes for the reader that the experiment has printed."""
     beforehand: NotRequired[int]
     """How many of `notes`, counted from the first one, the latest start knew before it trained an arm."""
     readings: NotRequired[int]
@@ -312,8 +312,8 @@ class Experiment(Facts):
 def read_experiment(folder: Path) -> dict:
     """Return the content of a directory's `experiment.json`; empty if it does not exist.
 
-    Raises `InvalidArgument` for a damaged file. It is not replaced, because it identifies the experiment's data and
-    model, and counts the evaluations on the test split.
+    Raises `InvalidArgument` for a damaged file. A damaged file is not replaced, because it identifies the experiment's
+    data and model, and counts the evaluations on the test split.
     """
     found = read_object(folder / EXPERIMENT)
     if not found and (folder / EXPERIMENT).exists():

@@ -260,7 +260,8 @@ class Results:
     def beforehand(self) -> list[str]:
         """Return notes that are known before training.
 
-        They are about too few seeds, learning rates or test items, a missing reference, and differences between runs.
+        The notes are about too few seeds, learning rates or test items, a missing reference, and differences between
+        runs.
         """
         schedule, found = self.schedule, self.study.too_few()
         if len(schedule.labels) > 1 and len(schedule.seeds) == 1:

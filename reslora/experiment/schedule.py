@@ -153,8 +153,8 @@ class ArmSchedule:
     def averages(self) -> list[Arm]:
         """Return the arms of --average_checkpoints, in order of seed and label.
 
-        Their learning rate is the one that was chosen for the method whose checkpoints they average, because only there
-        are all seeds trained. A method without a chosen learning rate has no averages.
+        The learning rate of an average is the one that was chosen for the averaged method, because only there are all
+        seeds trained. A method without a chosen learning rate has no averages.
         """
         labels = [label for label in self.labels.values() if label.average]
         rates = {label.source: self.rate_of(label.source) for label in labels}
@@ -213,7 +213,7 @@ class ArmSchedule:
     def race(self, label: str) -> dict[float, float]:
         """Return the lowest loss at each learning rate at which the method's first seed has ended.
 
-        It is infinite if the arm diverged or was stopped early.
+        The loss is infinite if the arm diverged or was stopped early.
         """
         arms = [Arm(label, rate, self.seeds[0]) for rate in self.grids[label]]
         return {arm.rate: self.loss_of(arm) for arm in arms if self.ended(arm)}
@@ -245,8 +245,8 @@ class ArmSchedule:
     def rate_of(self, label: str) -> float | None:
         """Return a method's chosen learning rate.
 
-        None if at least one seed failed at each of the learning rates. It is the middle one until all arms that choose
-        learning rates have ended.
+        None if at least one seed failed at each of the learning rates. The result is the middle learning rate until all
+        arms that choose learning rates have ended.
         """
         rates = self.grids[label]
         failed = [rate for rate in rates for seed in self.others if self.ended(Arm(label, rate, seed)).get("reason")]

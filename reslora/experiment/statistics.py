@@ -143,7 +143,7 @@ def p_value(effects: Effects) -> float:
 def allowed(number: int, level: float) -> int:
     """Return the largest rank sum of the other sign with which Wilcoxon's signed-rank test is significant.
 
-    It is 0 if no rank sum is significant: values that all have the same sign always pass.
+    The result is 0 if no rank sum is significant: values that all have the same sign always pass.
     """
     orders = np.ones(1)  # how many orders of signs have each rank sum
     for rank in range(1, number + 1):
@@ -173,9 +173,10 @@ def detectable(
 ) -> tuple[float, float, float]:
     """Return the minimum detectable effect, and the ends of its 80% interval.
 
-    It is the true difference that is significant, at `level` and by ranks, with a probability of 80%. An experiment
-    only estimates its mean squares, so the true ones are sampled from their fiducial distribution. The power is 80% on
-    average over them; the interval has the effects with a power of 80% for each of them.
+    The minimum detectable effect is the true difference that is significant, at `level` and by ranks, with a
+    probability of 80%. An experiment only estimates its mean squares, so the true ones are sampled from their fiducial
+    distribution. The power is 80% on average over them; the interval has the effects with a power of 80% for each of
+    them.
 
     `squares`: mean squares of an experiment with `size` seeds and units. `planned`: the size of the experiments that
     are to detect the effect, if it is another one.
@@ -223,9 +224,9 @@ def follow(differences: np.ndarray) -> float:
 def expected(effects: Effects, level: float) -> float:
     """Return the expected difference in new experiments after a significant result.
 
-    It is smaller than the observed difference, because only large differences are significant (winner's curse). It is
-    the mean of the true difference, given the observed difference, and given that the observed difference exceeds the
-    half width at `level`.
+    The expected difference is smaller than the observed difference, because only large differences are significant
+    (winner's curse). The expected difference is the mean of the true difference, given the observed difference, and
+    given that the observed difference exceeds the half width at `level`.
     """
     size, error = abs(float(effects.mean)), float(error_of(effects.squares, effects.number))
     if error == 0:

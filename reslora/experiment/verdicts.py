@@ -45,13 +45,13 @@ def compare(
 ) -> Compared:
     """Return the conclusions from the test losses of arms at the chosen learning rates.
 
-    `reference`: a method, or one variant of a method (`arms.Label`). If the reference method has several variants,
-    another method is compared with one of them (`partner_of`), and the other variants of the reference method are
-    compared with its first one. An average of a method's checkpoints is compared with that method only. Without the
-    reference nothing is compared. `against`: whether the other methods are also compared with each other. Two options
-    with two values each are compared as two effects and their interaction. `before`: the `family` of earlier
-    evaluations, which stays. `reading`: number of evaluations on the test split. `base`: losses before training.
-    Raises `ValueError` if arms were evaluated on different images.
+    `reference`: a method, or one variant of a method (`arms.Label`). If the reference method has several variants, each
+    other method is compared with one of these (`partner_of`), and the reference method's other variants with its first
+    one. An average of a method's checkpoints is compared with that method only. Without the reference nothing is
+    compared. `against`: whether the other methods are also compared with each other. Two options with two values each
+    are compared as two effects and their interaction. `before`: the `family` of earlier evaluations, which stays.
+    `reading`: number of evaluations on the test split. `base`: losses before training. Raises `ValueError` if arms were
+    evaluated on different images.
     """
     judged = [arm for arm in arms if arm["test"] and is_chosen(arm, chosen)]
     kinds = {arm["label"]: kind_of(arm) for arm in judged if "average_of" not in arm}
@@ -274,8 +274,8 @@ def coverage_in_words(level: float) -> str:
 def ranking_of(pairs: Sequence[Comparison], words: Words) -> Ranking | None:
     """Return the methods that do not differ significantly from the best one, and by how much the others are worse.
 
-    A method is worse if it is significantly worse than the other method of any of its pairs: of one of the best, if
-    there is such a pair, and the one with the lowest p value. None if no pair is tested.
+    A method is worse if it is significantly worse than one of the best methods or, if it is in no pair with them, than
+    the other method of its pair with the lowest p value. None if no pair is tested.
     """
     tested = [pair for pair in pairs if pair.effects]
     behind: dict[str, list[tuple[str, Comparison]]] = {}

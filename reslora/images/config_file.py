@@ -54,7 +54,7 @@ def _of_other_methods(now: Given) -> Iterable[str]:
 def _of_other_optimizer(values: Given, given: Given) -> Iterable[str]:
     """Return the options to ignore because the command line gives another optimizer.
 
-    They include the learning rates if the two optimizers have different default learning rates.
+    The ignored options include the learning rates if the two optimizers have different default learning rates.
     """
     if not given.keys() & {"optimizer", "use_8bit_adam"}:
         return ()

@@ -62,9 +62,9 @@ class DenoisingLoss:
     def preservation(self, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the mean squared error between predictions with and without the adapters, of shape (batch,).
 
-        Both are predictions from the batch's noisy latents for --output_preservation_prompt, in the denoiser and with
-        the text encoders. The one without the adapters is the target and has no gradient. This is ai-toolkit's
-        `diff_output_preservation`, but with one prompt for all samples.
+        Both predictions are made from the batch's noisy latents for --output_preservation_prompt, in the denoiser and
+        with the text encoders. The one without the adapters is the target and has no gradient. This loss is
+        ai-toolkit's `diff_output_preservation`, but with one prompt for all samples.
         """
         prediction = self._class_prediction(denoiser, batch)
         models = (unwrap(denoiser), *self.encoders)  # compiling the base model too would take another few minutes

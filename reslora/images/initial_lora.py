@@ -76,7 +76,7 @@ def with_start(options: Options, start: Start) -> Options:
 def expression_of(names: Iterable[str], every: Iterable[str]) -> str:
     """Return a regular expression that matches the complete names in `names`, and no others out of `every`.
 
-    It matches any number instead of a specific one where possible, which makes it shorter.
+    The expression matches any number instead of a specific one where possible, which makes it shorter.
     """
     wanted, found = set(names), []
     others = set(every) - wanted

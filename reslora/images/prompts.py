@@ -45,7 +45,7 @@ class Prompt:
     cfg_scale: float | None = None
     """kohya's guidance scale for a negative prompt; 1 disables it.
 
-    It overrides `guidance_scale`, except for models with embedded guidance.
+    This value overrides `guidance_scale`, except for models with embedded guidance.
     """
     reference: int | None = None
     """The number of the sample's reference image; only edit models have one."""

@@ -159,7 +159,7 @@ def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> t
     context = resolve_context(options, accelerator, stop)
 
     def generate() -> None:
-        """Generate missing class images. This takes minutes, so all checks of the run are made before it."""
+        """Generate missing class images. Generating images takes minutes, so all checks of the run are made before it."""
         if missing_class_images(context.options.data, context.options.output):
             check_before_loading(images, context)
             load_and_check(context)

@@ -60,8 +60,8 @@ _CONTROL = "control"  # key in the file's header
 def known_targets(model_type: str) -> list[str] | None:
     """Return PEFT's default target modules for LoRA in a transformers model type; None for an unknown type.
 
-    These are the query and value projections for the models of the paper: `q_proj`, `v_proj` (LLaMA) and `query`,
-    `value` (RoBERTa, BERT).
+    The target modules are the query and value projections for the models of the paper: `q_proj`, `v_proj` (LLaMA) and
+    `query`, `value` (RoBERTa, BERT).
     """
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     return list(known[model_type]) if model_type in known else None
@@ -166,11 +166,13 @@ def _add(model: nn.Module, config: PeftConfig, in_place: bool) -> nn.Module:
             put(adapted, config)
         return adapted
     if isinstance(config, AdaLoraConfig):
-        # `add_adapter` would discard the rank allocator. This is a plain attribute, which no `state_dict` includes.
+        # `add_adapter` would discard the rank allocator. The rank allocator is a plain attribute, which no `state_dict`
+        # includes.
         model._rank_allocator = RankAllocator(AdaLoraModel(model, config, DEFAULT))
         model._hf_peft_config_loaded = True
     elif not isinstance(config, (LoraConfig, LoHaConfig, LoKrConfig, OFTConfig)):
-        # Some of PEFT's tuners share tensors over layers. They belong to the wrapper, which also saves them.
+        # Some of PEFT's tuners share tensors over layers. The shared tensors belong to the wrapper, which also saves
+        # them.
         vars(model)[checkpoint.WRAPPER] = get_peft_model(model, config)
         if hasattr(model, "_hf_peft_config_loaded"):
             model._hf_peft_config_loaded = True
@@ -186,7 +188,7 @@ def _add(model: nn.Module, config: PeftConfig, in_place: bool) -> nn.Module:
 def check_usable(model: nn.Module) -> None:
     """Raise `ValueError` for an adapter that trains nothing, or that cannot be saved or merged.
 
-    This is for methods that the user brings.
+    Only adapters of methods that the user brings are checked.
     """
     trained = {name for name, value in unwrap(model).named_parameters() if value.requires_grad}
     if not trained:
@@ -222,7 +224,8 @@ class RankAllocator:
     def penalty(self) -> torch.Tensor:
         """Return the orthogonality regularizer, a scalar (Zhang et al., 2023).
 
-        It is `orth_reg_weight` times the mean of the Frobenius norms of `A A^T - I` and `B^T B - I` over all layers.
+        The regularizer is `orth_reg_weight` times the mean of the Frobenius norms of `A A^T - I` and `B^T B - I` over
+        all layers.
         """
         norms = []
         for number, factor in enumerate(self.factors()):

@@ -5,7 +5,7 @@ initial factors (Meng et al., 2024, arXiv 2404.02948; Büyükakyüz, 2024, arXiv
 as a part of the adapter. With them, a resumed run gets the same frozen weights, and the trained adapter becomes plain
 LoRA of rank 2 r on W, as with PEFT's `path_initial_model_for_weight_conversion`.
 
-Its factors are `[B - B_0, B_0] [A; A - A_0]`, whose product is that of PEFT's `[B, -B_0] [A; A_0]`. The latter is a
+Its factors are `[B - B_0, B_0] [A; A - A_0]`, whose product is that of PEFT's `[B, -B_0] [A; A_0]`. PEFT's update is a
 small difference of large products, which loses digits in half precision. The former is exactly zero at the start.
 """
 

@@ -1,7 +1,8 @@
 """Methods that a user brings: `--method package.module:function`, and every tuner of PEFT: `--method peft:VeraConfig`.
 
-The name of such a method has a dot in place of the colon, `package.module.function`. This is a safe name of a folder,
-and the module can be imported from it in every process. `entries.py` has the names of PEFT's experiment folders.
+The name of such a method has a dot in place of the colon, `package.module.function`. This form of the name is a safe
+name of a folder, and the module can be imported from it in every process. `entries.py` has the names of PEFT's
+experiment folders.
 
 Functions import PEFT and torch when they are called, so that `--help` appears at once.
 """

@@ -57,7 +57,7 @@ def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence
 def _is_layer(module: nn.Module) -> bool:
     """Return whether PEFT can adapt a module: a known layer, or any module with a matrix and without submodules.
 
-    The latter can be a quantized layer, whose type may be unknown.
+    A module without a known type can be a quantized layer.
     """
     if isinstance(module, (*LAYERS, nn.MultiheadAttention)):
         return True

@@ -99,7 +99,7 @@ class Option:
     yields_to: str = ""
     """Another option, from which this one may be derived.
 
-    If the other option is given on the command line, this one's value in a config.json is ignored.
+    If the other option is given on the command line, the value of this option in a config.json is ignored.
     """
     compared_as: str = ""
     """What differs between two runs with different values, as text, so that their images or losses are not comparable.

@@ -58,8 +58,9 @@ def is_read(option: Option, methods: Iterable[str]) -> bool:
 def report_unread_by_methods(asked: RunOptions | Grid) -> None:
     """Print options that no method uses, unless they have their default values.
 
-    They are not errors, because a command may be reused for other methods; only --init_lora_weights is. Also print a
-    warning if --pre_num 0 leaves a method without the shortcuts that it otherwise has.
+    Options that no method uses are not errors, because a command may be reused for other methods; only
+    --init_lora_weights is. Also print a warning if --pre_num 0 leaves a method without the shortcuts that it otherwise
+    has.
     """
     options, values = asked.base if isinstance(asked, Grid) else asked, asked.flat()
     defaults = {"lora_alpha": alpha_of(dataclasses.replace(options.adapter, lora_alpha=None))}

@@ -47,7 +47,7 @@ def step_of(checkpoint: Path) -> int:
 def set_aside(checkpoint: Path) -> Path:
     """Rename a checkpoint, or another file at its path, to `set-aside-<name>`, print it, and return the new path.
 
-    It is not removed, and no longer counts as a checkpoint.
+    The checkpoint is not removed, and no longer counts as a checkpoint.
     """
     number, there = 1, checkpoint.with_name(f"set-aside-{checkpoint.name}")
     while there.exists():

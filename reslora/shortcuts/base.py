@@ -299,8 +299,8 @@ def add_scaled(
 def _unheld(result: torch.Tensor, module: LoraLayer) -> bool:
     """Return whether `result`, the output of the frozen layer, can be changed in place.
 
-    It can if the layer is an `nn.Linear`, whose backward pass does not need its output, and if neither a hook nor
-    another adapter can use this output.
+    The output can be changed if the layer is an `nn.Linear`, whose backward pass does not need its output, and if
+    neither a hook nor another adapter can use this output.
     """
     base = module.base_layer
     if type(base) is not nn.Linear or base._forward_hooks or base._backward_hooks or "forward" in vars(base):

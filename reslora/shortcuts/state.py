@@ -173,9 +173,9 @@ class Wires:
     def contexts(self) -> tuple:
         """Return the contexts of one checkpointed segment (`context_fn`): for its forward pass and its recomputation.
 
-        The second context stores the tensors that blocks passed on *before* the segment began, for its recomputation.
-        Storing the state itself would create a reference cycle through the autograd graph; such a cycle is never freed
-        if the backward pass does not run.
+        The context for the recomputation stores the tensors that blocks passed on *before* the segment began. Storing
+        the state itself would create a reference cycle through the autograd graph; such a cycle is never freed if the
+        backward pass does not run.
         """
         state = self.threads.slot.state
         if state is None:
@@ -187,7 +187,7 @@ class Wires:
 def _segment(state: State) -> Iterator[None]:
     """Mark that layers run inside a segment of activation checkpointing.
 
-    On entry, the product `A x` that several blocks share is dropped. It would be missing when the segment is
+    On entry, the product `A x` that several blocks share is dropped. The product would be missing when the segment is
     recomputed, and the recomputation must compute as many products as the forward pass.
     """
     state.shared = None

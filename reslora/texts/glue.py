@@ -180,7 +180,7 @@ def check_fit(options: GlueOptions, tokenizer, model) -> None:
 def calibration_batches(rows: list[dict[str, Any]]) -> list[dict] | None:
     """Return training examples as model inputs, in batches of one example; None without examples.
 
-    They have no padding, because it would be included in the second moments that a merge reads.
+    The batches have no padding, because it would be included in the second moments that a merge reads.
     """
     return [{name: torch.tensor([row[name]]) for name in row if name != "labels"} for row in rows] or None
 

@@ -199,8 +199,8 @@ def write_results(
 ) -> dict:
     """Write `results.json` and return its content.
 
-    It has `facts` (task, model, sizes, steps, time), the method with its settings, `table` (see `merge_table`), and
-    `merge`: the merge method of the exported adapter, None if there was nothing to merge.
+    The content has `facts` (task, model, sizes, steps, time), the method with its settings, `table` (see
+    `merge_table`), and `merge`: the merge method of the exported adapter, None if there was nothing to merge.
     """
     row = METHODS[adapter.name]
     wired = ("shortcut", "pre_num", "head") * row.reads_shortcut

@@ -66,7 +66,7 @@ def best_of(folder: Path) -> Best | None:
 def to_export(folder: Path, step: int) -> Best | None:
     """Return the adapter that --save_best exports after `step` steps; None without any.
 
-    It is the best adapter, or an average of checkpoints whose loss is lower.
+    The exported adapter is the best one, or an average of checkpoints whose loss is lower.
     """
     candidates = [best for best in (best_of(folder), *averages_at(folder, step)) if best and math.isfinite(best.loss)]
     return min(candidates, key=lambda best: best.loss, default=None)

@@ -321,9 +321,9 @@ def beyond_limit(checkpoints: list[Path], output: SharedOutputOptions, averaged:
 def to_average(checkpoints: list[Path], output: SharedOutputOptions) -> list[Path]:
     """Return those of the checkpoints, newest first, that are averaged.
 
-    They are the newest one and those of --checkpointing_steps, at most --checkpoints_total_limit. Checkpoints that were
-    saved because of a stop, a file or a time are not among them. Therefore a resumed run averages the same checkpoints
-    as an uninterrupted one.
+    The averaged checkpoints are the newest one and those of --checkpointing_steps, at most --checkpoints_total_limit.
+    Checkpoints that were saved because of a stop, a file or a time are not among them. Therefore a resumed run averages
+    the same checkpoints as an uninterrupted one.
     """
     regular = [path for path in checkpoints[1:] if step_of(path) % output.checkpointing_steps == 0]
     return [*checkpoints[:1], *regular][: output.checkpoints_total_limit]
@@ -357,7 +357,8 @@ def write_exports(
 ) -> None:
     """Write `exports.json`, which marks a method as finished.
 
-    It contains the settings and, for each file, the largest relative difference of a layer from the merged model.
+    The file contains the settings and, for each exported file, the largest relative difference of a layer from the
+    merged model.
     """
     record: dict[str, Any] = {
         "step": schedule.steps,

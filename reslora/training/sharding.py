@@ -95,8 +95,8 @@ def cuts_base(accelerator: Accelerator) -> bool:
 def units_of(denoiser: nn.Module, accelerator: Accelerator) -> list[str]:
     """Return the classes of the modules that FSDP2 gathers one by one.
 
-    They are those in accelerate's configuration, or by default the denoiser's blocks. Raises `InvalidArgument` for a
-    class that no module of the denoiser has.
+    The classes are those in accelerate's configuration, or by default the denoiser's blocks. Raises `InvalidArgument`
+    for a class that no module of the denoiser has.
     """
     classes = {type(module).__name__ for module in denoiser.modules()}
     own = [name for name in getattr(denoiser, "_no_split_modules", None) or [] if name in classes]

@@ -12,8 +12,8 @@ SMALLEST, LONGEST = 0.88, 2.6  # of a bucket: least area as a fraction of resolu
 def step_of(resolution: int, multiple: int) -> int:
     """Return the number of pixels that bucket heights and widths are multiples of.
 
-    It is a sixteenth of the resolution, rounded down to a multiple of `multiple`, and at least `multiple`: the number
-    of pixels that the model requires image height and width to be multiples of.
+    The step is a sixteenth of the resolution, rounded down to a multiple of `multiple`, and at least `multiple`: the
+    number of pixels that the model requires image height and width to be multiples of.
     """
     return max(multiple, resolution // STEPS // multiple * multiple)
 
@@ -54,7 +54,7 @@ def bucket_of(image: tuple[int, int], buckets: Sequence[Size]) -> Size:
 def own_bucket(image: tuple[int, int], resolution: int, multiple: int) -> Size:
     """Return the size that an image (width and height) is cropped and scaled to if images are not upscaled.
 
-    It is the best of the buckets that are not wider or higher than the image. If there is none, it is the image's
+    The size is the best of the buckets that are not wider or higher than the image. If there is none, it is the image's
     own size, rounded down to multiples of `step_of` and to the area of the square with edges of `resolution`. If an
     edge of the image is shorter than `step_of`, `multiple` takes the place of `step_of`. Only an image with an edge
     below `multiple` is upscaled.

@@ -53,8 +53,9 @@ def load_class_images(options: Options) -> list[ImageDataset]:
 def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
     """Return the number of class images to generate.
 
-    It is 0 without --class_data_dir, or if that folder contains kohya's folders (10_name). Raises `InvalidArgument` if
-    the folder contains the training images. If images must be generated, it also raises `InvalidArgument`
+    The number is 0 without --class_data_dir, or if that folder contains kohya's folders (10_name). Raises
+    `InvalidArgument` if the folder contains the training images. If images must be generated, it also raises
+    `InvalidArgument`
 
     - if the folder has a metadata file, because that file would not list the generated images;
     - if the folder is not writable.

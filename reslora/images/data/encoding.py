@@ -326,7 +326,7 @@ def moments_of(
 def encoded(family: Family, vae: nn.Module, views: Mapping[str, torch.Tensor]) -> Item:
     """Encode an item of `Variants`, and return the tensors to store of all variants.
 
-    They are `moments`, `sizes` and, where given, `reference` and `mask`, the last at the size of the latents.
+    The stored tensors are `moments`, `sizes` and, where given, `reference` and `mask` (at the size of the latents).
     """
     kept = moments_of(family, vae, views["pixels"], views.get("reference_pixels")) | {"sizes": views["sizes"]}
     if "mask" in views:

@@ -69,8 +69,9 @@ def _label(images: ImageDataset, name: str, caption: str | None) -> str:
 def kohyas_folders(folder: Path, data: DataOptions, output: OutputOptions) -> tuple[list[Part], list[str]]:
     """Return the subfolders that are named `<repeats>_<caption>` and contain images, as in kohya's DreamBooth method.
 
-    The second item has lines to print about the rest of the folder, which that method ignores. Both items are empty if
-    the folder has a metadata file. Raises `InvalidArgument` if a name asks for more than MOST_REPEATS repeats.
+    The second return value has lines to print about the rest of the folder, which kohya's method ignores. Both return
+    values are empty if the folder has a metadata file. Raises `InvalidArgument` if a name asks for more than
+    MOST_REPEATS repeats.
     """
     content = files_of(folder, data, output, deep=False)
     if any(path.name in (*METADATA, *SAVED) for path in content):

@@ -157,8 +157,8 @@ def crop_and_scale(
 def cropped(image: PIL.Image.Image, crop: Sequence[float], size: Size, interpolation: str) -> PIL.Image.Image:
     """Return the largest part of an image with the aspect ratio of `size`, scaled to that size.
 
-    `crop` is its position across and down, each from 0 to 1. The image is cropped before it is scaled. The result is
-    the same as in the reverse order, which would first scale a 1 x 5000 image to a huge one.
+    `crop` is its position across and down, each from 0 to 1. The image is cropped before it is scaled. The crop is the
+    same as in the reverse order, which would first scale a 1 x 5000 image to a huge one.
     """
     width, height = image.size
     kept = (min(width, height * size.width / size.height), min(height, width * size.height / size.width))
@@ -179,8 +179,8 @@ def crop_mask(mask: PIL.Image.Image, crop: Sequence[float], flip: bool, size: Si
 def crop_sizes(original: tuple[int, int], crop: Sequence[float], flip: bool, size: Size) -> list[int]:
     """Return SDXL's size conditions for a crop (Podell et al., 2023, Section 2.2).
 
-    They are the image's height and width, the top and left of the crop in the scaled image, and the height and width of
-    the scaled crop. With `flip`, left is measured in the flipped image.
+    The conditions are the image's height and width, the top and left of the crop in the scaled image, and the height
+    and width of the scaled crop. With `flip`, left is measured in the flipped image.
     """
     width, height = original
     by_width = size.width * height >= size.height * width  # the dimension in which nothing is cut off

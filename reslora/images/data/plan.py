@@ -18,7 +18,7 @@ from .sources import Source
 class Draw:
     """One sample of the run: index of its source, index of the image within the source, image size, and position.
 
-    The position is the sample's number in the run. It seeds the noise, timestep, caption and crop.
+    The position is the sample's number in the run. The position seeds the noise, timestep, caption and crop.
     """
 
     source: int

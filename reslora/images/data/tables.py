@@ -30,8 +30,8 @@ def has_file_names(metadata: Path, layout: str | None) -> bool:
     """Return whether this module, and not `datasets`, reads a metadata file.
 
     - Parquet: `datasets` reads it.
-    - .jsonl, and .csv with the column `file_name`: this module reads it. It also reads .csv with semicolons between the
-      columns, and reports them.
+    - .jsonl, and .csv with the column `file_name`: this module reads it, also with semicolons between the columns,
+      and reports them.
     - Other .csv: `datasets` reads it if a column ends with `_file_name` or `file_names`, or if the folder has another
       layout. Otherwise this module reads it, and its error names the missing column.
     """

@@ -236,7 +236,7 @@ def sizes_of(images: ImageDataset, multiple: int, options: DataOptions) -> list[
 def size_of(image: tuple[int, int], resolution: int, multiple: int, options: DataOptions) -> tuple[Size, bool]:
     """Return the size that an image (width and height) is cropped and scaled to: a square, or the best bucket.
 
-    The second item is whether the size is the image's own, because the image is smaller than all buckets.
+    The second return value is whether the size is the image's own, because the image is smaller than all buckets.
     """
     if not options.use_aspect_ratio_buckets:
         return Size(resolution, resolution), False

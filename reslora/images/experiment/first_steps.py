@@ -86,8 +86,8 @@ def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context
 def timed(images: ImageDataset, schedule: Schedule, context: ImageContext) -> tuple[float, float, float]:
     """Train a few steps of the schedule on these images, and return three times in seconds.
 
-    They are the time to load the model, the median time of a step (without the first one, which may compile), and the
-    time to measure the loss of a sample.
+    The three times are the time to load the model, the median time of a step (without the first one, which may
+    compile), and the time to measure the loss of a sample.
     """
     (method,), accelerator = context.options.adapter.method, context.accelerator
     pipeline, objective = load_and_check(context)

@@ -440,7 +440,7 @@ class ImageExperiment(ExperimentStudy):
     def seconds_to_conclude(self) -> float:
         """Return the expected time to test and export one arm, in seconds.
 
-        It is estimated from the time that validations have taken per sample; 0 before the first validation.
+        The time is estimated from the time that validations have taken per sample; 0 before the first validation.
         """
         shared = self.study.shared
         return self.times(shared.seconds / shared.samples)[1] if shared.samples else 0.0

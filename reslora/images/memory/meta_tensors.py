@@ -57,7 +57,7 @@ def copied(function: Any, args: tuple, result: Any) -> int:
     """Return the temporary bytes of a convolution, as measured with oneDNN on a CPU.
 
     oneDNN copies tensors to a layout with channels padded to multiples of LANES, but not inputs with fewer channels
-    than LANES. It frees the copy of the inputs before it copies the output back.
+    than LANES. oneDNN frees the copy of the inputs before it copies the output back.
     """
     if function is CONVOLUTION and args[1].shape[2:].numel() > 1:
         return _beside(args[0], args[1], result)

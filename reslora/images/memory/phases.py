@@ -78,7 +78,7 @@ class Rehearsal:
     def known(self, what: str, trace: Callable[[], int]) -> int | None:
         """Return the result of `trace`; if it fails, return None and add the reason to `unknown`.
 
-        It fails for models that do not run on fake tensors.
+        The trace fails for models that do not run on fake tensors.
         """
         try:
             return trace()

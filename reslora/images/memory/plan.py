@@ -205,7 +205,8 @@ def guess(context: ImageContext) -> float:
 
     - four float32 copies of all weights;
     - the activations of the model that has the largest: 16 bytes for each value that enters or leaves a layer, as if
-      all layers had the resolution of the model's input. This also covers intermediate results between layers.
+      all layers had the resolution of the model's input. The activations also cover intermediate results between
+      layers.
 
     All layers of the denoiser count, because it keeps their activations for the backward pass. Of any other model, only
     a few layers count.

@@ -49,7 +49,7 @@ class DdpmObjective:
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the target of the prediction, in the shape of the latents.
 
-        It is the noise e or, for v prediction, `v = sqrt(a_t) e - sqrt(1 - a_t) x`.
+        The target is the noise e or, for v prediction, `v = sqrt(a_t) e - sqrt(1 - a_t) x`.
         """
         if self.prediction_type == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)

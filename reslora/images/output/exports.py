@@ -270,8 +270,8 @@ def as_float32(values: dict) -> dict:
 def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
     """Write `chains.json`, `merge.json` and the calibration batches.
 
-    In both JSON files, text encoders are entries under their names. Their calibration batches are in files of their
-    own.
+    In both JSON files, text encoders are entries under their names. The calibration batches of text encoders are in
+    files of their own.
     """
     denoiser = next(iter(merged))
     for file, found in (

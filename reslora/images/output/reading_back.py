@@ -47,8 +47,8 @@ def read_back(
 ) -> dict[str, float]:
     """Return the largest relative difference between each exported file and the merged model.
 
-    It compares the updates of the layers in a LoRA file, the parameters and scales in PEFT's folder, and the tensors of
-    merged weights. `parts` have the merged adapters; afterwards they have none. `converted`: as in `write_adapters`.
+    The updates of the layers are compared in a LoRA file, the parameters and scales in PEFT's folder, and the tensors
+    in merged weights. `parts` have the merged adapters; afterwards they have none. `converted`: as in `write_adapters`.
 
     Raises `RunFailed` if a file cannot be read, or differs by more than ROUNDING.
     """
@@ -174,8 +174,8 @@ def relative(expected: torch.Tensor, found: torch.Tensor) -> float:
 def relative_update(expected: Factors, found: Factors) -> float:
     """Return the norm of the difference of two updates `scale * B A`, relative to the product of the factors' norms.
 
-    It is computed from Gram matrices, as an update is as large as the layer's weight, and is precise to about 1e-8.
-    Infinite for another shape or NaN.
+    The norm is computed from Gram matrices, because an update is as large as the layer's weight, and is precise to
+    about 1e-8. Infinite for another shape or NaN.
     """
     (a, b), (other_a, other_b) = (
         (each.down.flatten(1).double(), each.up.flatten(1).double() * each.scale) for each in (expected, found)

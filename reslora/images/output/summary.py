@@ -56,8 +56,8 @@ def write_comparison(
 ) -> None:
     """Write the comparison figure, like the paper's Figure 3.
 
-    Its columns are steps, its rows prompts and methods; training images are on top. Without samples of these prompts
-    nothing is written, so that an existing figure of other prompts remains.
+    The columns of the figure are steps, its rows are prompts and methods; training images are on top. Without samples
+    of these prompts nothing is written, so that an existing figure of other prompts remains.
     """
     output, prompts = Path(output_options.output_dir), list(enumerate(validation.validation_prompt))
     folders = [found for samples in output.glob("*/samples") for found in by_step(samples).items()]

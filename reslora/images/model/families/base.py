@@ -1,6 +1,6 @@
 """The interface of model families: the code that differs between text-to-image models.
 
-It does not depend on optimizers, options or folders.
+A family does not depend on optimizers, options or folders.
 """
 
 import math
@@ -222,7 +222,7 @@ class Family:
     def scale_latents(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
         """Return the denoiser's input latents, in the shape of `latents` (batch x channels x height x width).
 
-        They are `(x - shift) * scale`, with the autoencoder's shift and scale.
+        The input latents are `(x - shift) * scale`, with the autoencoder's shift and scale.
         """
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return (latents - shift) * vae.config.scaling_factor

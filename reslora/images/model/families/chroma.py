@@ -16,8 +16,8 @@ class Chroma(Flux):
     """Chroma, trained on the layers of diffusers' train_dreambooth_lora_flux.py; diffusers has no script for it.
 
     The denoiser reads the tokens of a caption and one token of padding. diffusers' pipeline passes the mask of the
-    other padding as floating point, which attention adds to its logits instead of masking. Here, as in the model's own
-    code, padding has no effect: states are not padded, which is equivalent, because text has no positions.
+    other padding as floating point, which attention adds to its logits instead of masking. In this family, as in the
+    model's own code, padding has no effect: states are not padded, which is equivalent, because text has no positions.
     """
 
     name = "chroma"

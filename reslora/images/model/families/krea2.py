@@ -33,8 +33,8 @@ class Krea2(WithQwenAutoencoder):
     """Krea 2, trained as in diffusers' train_dreambooth_lora_krea2.py, but without `text_fusion.projector`.
 
     That layer has only one output. The pipeline pads text states to the maximum length. The loss uses text
-    states without padding. This is equivalent, because the pipeline masks the padding, and text has no
-    positions.
+    states without padding. Leaving the padding out is equivalent, because the pipeline masks the padding, and text has
+    no positions.
     """
 
     name = "krea2"

@@ -296,7 +296,7 @@ def _another(names: Names) -> str:
 def _refuse_unscaled(content: Content, names: Names) -> None:
     """Raise `InvalidArgument` for layers with PEFT's names whose scale is in another file, such as a checkpoint's.
 
-    Files of some other trainers have such names, too. They are accepted and read with scale 1, as in diffusers.
+    Files of some other trainers have such names, too. Such files are accepted and read with scale 1, as in diffusers.
     """
     layers = [
         match["layer"]
