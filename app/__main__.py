@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Serve the page until Ctrl-C or SIGTERM, and return the exit status."""
     args = parse_args(argv)
-    # A process that a shell starts in the background ignores SIGINT; restore the handler, so that SIGINT ends it.
+    # A process that a shell starts in the background ignores SIGINT; restoring the handler lets SIGINT end the process.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     limit_spinning()

@@ -23,7 +23,7 @@ def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host name or IP address is that of this machine."""
+    """Return whether a host name or IP address belongs to this machine."""
     address = address_of(host)
     return host == "localhost" if address is None else address.is_loopback
 
@@ -54,7 +54,7 @@ class OwnPagesOnly:
         await (PlainTextResponse(problem, 403) if problem else self.app)(scope, receive, send)
 
     def problem(self, headers: Headers) -> str:
-        """Return why a request with these headers is refused; empty if it is not."""
+        """Return why a request with these headers is refused; an empty string if the request is accepted."""
         host, origin = headers.get("host", "").lower(), headers.get("origin")
         name = name_in(f"//{host}")
         if not self.knows(name):

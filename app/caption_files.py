@@ -37,7 +37,9 @@ def with_captions(images: Images, captions: Captions) -> dict[Path, bytes | None
 
 
 def caption_file(image: Image) -> Path:
-    """Return the caption file of an image, which may not exist yet. Raises `RunError` if it cannot be decoded."""
+    """Return the caption file of an image, which may not exist yet. Raises `RunError` if the caption file cannot be
+    decoded.
+    """
     path = next(iter(caption_files(image.path)), image.path.with_suffix(".txt"))
     if path.is_file() and isinstance(problem := read_caption(path), str):
         raise RunError(f"{path.name}: {problem}; correct this file first.")

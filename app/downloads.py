@@ -91,7 +91,7 @@ def of_weights(run: Run, weights: Weights) -> Download:
 
 
 def files_below(run: Run, *parts: str) -> tuple[Path, ...]:
-    """Return all files below a folder of the run, or no files if any of them is outside of the run's folder."""
+    """Return all files below a folder of the run, or no files if one of them is outside of the run's folder."""
     root, names = run.inside(*parts), []
     with contextlib.suppress(OSError):  # the folder has just been moved or removed
         names = [path.relative_to(root) for path in sorted(root.rglob("[!.]*"))] if root else []

@@ -30,7 +30,7 @@ def training_time(library: Library, found: Options | Grid[Options]) -> str:
     limit = f"at most {minutes:g} min" if minutes else ""
     steps = base.training.max_train_steps
     known = ((run, seconds_a_step(run, base)) for run in library.everything() if library.owns(run))
-    # An experiment knows how long everything else takes, too.
+    # An experiment's log also shows how long everything besides the training takes.
     wanted = sorted(
         (one for one in known if one[1]), key=lambda one: isinstance(one[0], Experiment) != isinstance(found, Grid)
     )

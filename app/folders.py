@@ -54,7 +54,7 @@ class Folders:
         return folders | {BUNDLED: Folder(BUNDLED, BUNDLED_IMAGES.resolve(), bundled=True)}
 
     def find(self, name: object) -> Folder:
-        """Return the folder with this name. Raises `RunError` if no folder on the list has it."""
+        """Return the folder with this name. Raises `RunError` if no folder on the list has the name."""
         return pick(self.all(), name, "There is no such folder of images; choose one from the list.")
 
     def of_run(self, run: Run) -> str:

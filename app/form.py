@@ -234,7 +234,7 @@ def wires(methods: Iterable[str]) -> bool:
 
 
 def values_of(settings: Mapping[str, object], names: Sequence[str]) -> list[object]:
-    """Return the value in the form of each named option: the value in `settings`, else the default."""
+    """Return the form's value of each named option: the value in `settings`, else the default."""
     otherwise, own = defaults(settings), with_one_value(settings)
     return [
         widget_value(option, own[name]) if name in own else otherwise[name] for name, option in chosen(names).items()

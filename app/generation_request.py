@@ -71,7 +71,7 @@ def of_samples(run: Run) -> Request:
 def within_limits(name: str, word: str, where: str) -> int | float:
     """Return the number that the user typed for the setting `name`.
 
-    Raises `RunError` if it is outside of the setting's limits; `where`: beginning of the message.
+    Raises `RunError` if the number is outside of the setting's limits; `where`: beginning of the message.
     """
     least, greatest, multiple = LIMITS[name]
     value = bounded(word, whole=multiple is not None)

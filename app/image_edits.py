@@ -111,7 +111,9 @@ class ImageEdits:
 
     @contextlib.contextmanager
     def changing(self, folder: object) -> Iterator[Images]:
-        """Yield the images of a folder while no other change is made. Raises `RunError` if they cannot be changed."""
+        """Yield the images of a folder while no other change is made. Raises `RunError` if the images cannot be
+        changed.
+        """
         with self.lock:
             images = self.look(folder)
             if images.folder.bundled:
@@ -126,7 +128,9 @@ class ImageEdits:
                 raise RunError(f"Nothing was changed: {error.strerror or first_line(error)}.") from None
 
     def write(self, images: Images, line: str, files: Files) -> None:
-        """Replace files, and move those without content to the trash; if one of them fails, change none."""
+        """Replace files, and move files without new content to the trash; if one of the changes fails, make none of
+        them.
+        """
         before, trash, folder = {}, new_place(images.folder.path), images.folder.path
         try:
             for path, content in files.items():
@@ -200,7 +204,7 @@ class ImageEdits:
     def undo(self, folder: str) -> str:
         """Undo the last change of a folder, and return a sentence that reports it.
 
-        Raises `RunError` if one of its files was changed later.
+        Raises `RunError` if one of the changed files was changed again later.
         """
         with self.changing(folder) as images:
             if (change := self.last.pop(images.folder.path, None)) is None:

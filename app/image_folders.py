@@ -49,7 +49,7 @@ class Image:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The image, and its mask and its reference image if it has them."""
+        """The paths of the image and, if it has them, of its mask and its reference image."""
         return tuple(filter(None, (self.path, self.mask, self.reference)))
 
 
@@ -87,7 +87,7 @@ def defaults() -> Options:
 
 
 def state_of(folder: Folder) -> Hashable:
-    """Return a value that changes with any of a folder's files. Raises `RunError` if they cannot be read."""
+    """Return a value that changes with any of a folder's files. Raises `RunError` if the images cannot be read."""
     try:
         return folder, hash(tuple((str(path), stamp_of(path)) for path in listed(folder)))
     except OSError:
@@ -130,7 +130,8 @@ def contents_of(folder: Path, caption: str | None, deep: bool) -> Found | None:
     """Read a folder with its masks and reference images, or without those that are missing or invalid.
 
     Returns None if only the datasets library can read the folder. `caption`: caption of images without a caption file.
-    `deep`: whether to read subfolders. Raises `InvalidArgument` if the folder cannot be read without them either.
+    `deep`: whether to read subfolders. Raises `InvalidArgument` if the folder cannot be read without its masks and
+    reference images either.
     """
     options = defaults().replace(train_data_dir=str(folder))
     more = options.replace(masked_loss=True, conditioning_image_column=[REFERENCE])

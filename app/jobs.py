@@ -49,7 +49,7 @@ SIGTERM would end the trainer before it has saved."""
 
 
 class Busy(RunError):
-    """Raised if a run is training, so that it, or another run, cannot start."""
+    """Raised if a training that is in progress keeps this run from starting."""
 
 
 class NameTaken(RunError):
@@ -146,7 +146,7 @@ class Jobs:
         return folder
 
     def resumable(self, name: str, kind: type[Run] = Run) -> Run:
-        """Return the run or experiment with this name. Raises `RunError` if it cannot be resumed."""
+        """Return the run or experiment with this name. Raises `RunError` if the run or experiment cannot be resumed."""
         run = self.find(name, kind)
         if not run.config:
             raise RunError("This run has nothing to resume: start a new run.")
@@ -188,7 +188,8 @@ class Jobs:
         """Start the trainer of a run with its output in the run's log; return the run."""
         self.asked &= {active.process for active in self.all_active()}  # process ids are reused
         self.began.discard(run.name)
-        # Requests that the last training did not handle, and the log of a failed start of the other kind.
+        # Remove requests that the last training did not handle, and the log of a failed start of the other kind (run or
+        # experiment).
         for left in {SAVE, SAMPLE, PAUSE, LOG_NAME, EXPERIMENT_LOG} - {run.log_name}:
             (run.folder / left).unlink(missing_ok=True)
         with (run.folder / run.log_name).open("ab") as log:
@@ -327,7 +328,8 @@ class Jobs:
             for entry in entries:  # an entry that has just ended may be resumed or removed
                 self.look_after(entry)
             yield entries
-            # What has ended is in the list of runs; only a failure is told here, until it is removed.
+            # The queue shows no run that has ended, because the list of runs does; only a failed start stays in the
+            # queue, until the user removes it.
             after = [asdict(entry) for entry in entries if not entry.ends or entry.state == FAILED]
             if after != before:
                 try:

@@ -56,7 +56,9 @@ class Experiment(Run):
 
     @property
     def time_is_over(self) -> str:
-        """A phrase about the time limit if it stopped the experiment before all arms had ended; otherwise empty."""
+        """A phrase about the time limit if the time limit stopped the experiment before all arms had ended; otherwise
+        empty.
+        """
         content, minutes = self.read_json(EXPERIMENT), number(self.config.get("experiment_minutes"))
         notes = content.get("notes") if "as_of" not in content else None
         told = isinstance(notes, list) and any(str(note).startswith(UNFINISHED) for note in notes)
@@ -168,7 +170,7 @@ class Library:
 
 
 def kind_of(folder: Path) -> type[Run] | None:
-    """Return the class of a folder, `Run` or `Experiment`, or None if `train_sd.py` has not written in it.
+    """Return the class of a folder, `Run` or `Experiment`, or None if `train_sd.py` has not written to the folder.
 
     An experiment without arms yet is detected by its settings: an option has several values that a run has only one of.
     """

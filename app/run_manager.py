@@ -23,7 +23,9 @@ class RunManager:
         self.jobs, self.library = jobs, jobs.library
 
     def find(self, name: object) -> Run:
-        """Return the run or experiment with this name. Raises `RunError` if it is not in the runs folder."""
+        """Return the run or experiment with this name. Raises `RunError` if the run or experiment is not in the runs
+        folder.
+        """
         found = self.library.find_any(name)
         if not self.library.owns(found):
             raise RunError(f"{found.name} cannot be changed, because it is not in the folder of runs.")
@@ -85,7 +87,7 @@ class RunManager:
 
     @contextlib.contextmanager
     def idle(self, name: object) -> Iterator[Run]:
-        """Yield a run that cannot be started meanwhile. Raises `RunError` if it is training or waits in the queue."""
+        """Yield a run that cannot be started meanwhile. Raises `RunError` if the run is training or waits in the queue."""
         with self.jobs.changing() as entries:
             run = self.find(name)
             self.jobs.refuse_active(run)

@@ -85,7 +85,7 @@ def stamp_of(path: Path | None) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a cached function; calls of equal state have the same result."""
+    """A call of a cached function; two calls with equal state have the same result."""
 
     state: Hashable
     given: tuple = field(compare=False)
@@ -203,7 +203,7 @@ class Run:
 
     @property
     def unreadable(self) -> bool:
-        """Whether config.json is damaged, so that the model and the method are unknown."""
+        """Whether config.json is damaged, so that the run's model and method are unknown."""
         return not self.config and self.inside("config.json") is not None
 
     def words(self, flag: str) -> list[str]:

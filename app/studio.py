@@ -176,7 +176,7 @@ class Studio:
     # -- pipeline and weights ------------------------------------------------------------------------------------------
 
     def _load(self, base: Options) -> None:
-        """Load the pipeline of `base`. Raises `RunError` if this fails; then the previous pipeline remains."""
+        """Load the pipeline of `base`. Raises `RunError` if loading fails; then the previous pipeline remains."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         name = base.model.pretrained_model_name_or_path
         try:
@@ -196,7 +196,7 @@ class Studio:
         self.current = None
 
     def _use(self, run: Run | None, weights: Weights, strength: float) -> None:
-        """Load the weights into the pipeline. Raises `RunError` if this fails; then the previous weights remain."""
+        """Load the weights into the pipeline. Raises `RunError` if loading fails; then the previous weights remain."""
         wanted = (*files_of(weights), 1.0 if weights.kind == "base" else strength)
         if self.current == wanted:
             return

@@ -89,7 +89,7 @@ def losses_of(
 def ends_of(differences: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the ends of the interval that has no zero if the difference is significant, by the mean and by ranks.
 
-    The ranks' level is that of the first evaluation, without correction for the number of pairs.
+    The level of the rank test is that of the first evaluation, without correction for the number of pairs.
     """
     ranked = [rank_interval(differences.mean(axis), max(level, FIRST)) for axis in (-1, -2)]
     lows, highs = zip(effects_of(differences).interval(level), *ranked, strict=True)
@@ -111,7 +111,7 @@ def false_positives(pairs: Sequence[np.ndarray], level: float = FIRST, family: i
     """Return the fraction of experiments with a significant difference, and with one in each direction.
 
     Holm's procedure rejects a hypothesis if and only if it rejects the one with the smallest p value, so its first
-    step decides. `family`: number of comparisons, if it is not that of the pairs.
+    step decides. `family`: number of comparisons, if it differs from the number of pairs.
     """
     found = np.array([signs(pair, level / (family or len(pairs))) for pair in pairs])
     return {
@@ -228,7 +228,7 @@ def choosing(experiments: int) -> list[dict]:
 def outliers(experiments: int) -> list[dict]:
     """One seed in ten is worse for the last method, or better or worse, by 5 or 15 standard deviations of seeds.
 
-    `either`: in either direction, so the methods are alike on average. `worse`: the method is otherwise like the
+    `either`: in either direction, so the methods are alike on average. `worse`: the last method is otherwise like the
     others, so it is truly worse, and only `lower` is wrong.
     """
     rows = []

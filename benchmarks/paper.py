@@ -57,7 +57,7 @@ APPROXIMATE = ("lora", "lora_x2", "is", "ms(4)")  # without bs, whose merge is e
 
 @dataclass(frozen=True)
 class Experiment:
-    """Methods trained on one task; the fields are common to its trainings."""
+    """Methods that are trained on one task, with the fields that their trainings have in common."""
 
     script: str
     task: str

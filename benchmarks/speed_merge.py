@@ -42,11 +42,11 @@ class Layer:
     width: int
     out: int
     before: int
-    """The number of blocks before it in its chain."""
+    """The number of earlier blocks in the block's chain."""
     rows: int
-    """The number of tokens per sample that it reads."""
+    """The number of tokens per sample that the block reads."""
     source: int
-    """The identity of the tensor that it reads."""
+    """The identity of the tensor that the block reads."""
 
 
 # -- models on the meta device ---------------------------------------------------------------------------------------

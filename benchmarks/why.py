@@ -56,10 +56,12 @@ class Experiment:
     pre_nums: tuple[str, ...] = ("4",)
     seeds: tuple[str, ...] = SEEDS
     needs: str = ""
-    """The option of this command line that it requires."""
+    """The option of this command line that the experiment requires."""
 
     def command(self, name: str, args: argparse.Namespace) -> list[str]:
-        """Return the command; {llm}, {encoder}, {text} and {depth} in its flags are replaced by options."""
+        """Return the command of an experiment; {llm}, {encoder}, {text} and {depth} in its flags are replaced by
+        options.
+        """
         flags = [flag.format(**vars(args)) for flag in self.flags]
         several = ["--method", *self.methods, "--learning_rate", *self.rates, "--seed", *self.seeds]
         if "reslora" in self.methods:

@@ -13,7 +13,7 @@ from reslora.methods.updates import layers, sides
 
 
 class SharedA(nn.Module):
-    """The update `scale * B A` of one layer; its A also belongs to other layers."""
+    """The update `scale * B A` of one layer, whose A also belongs to other layers."""
 
     def __init__(self, down: nn.Parameter, outputs: int, scale: float) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class SharedA(nn.Module):
         return (x @ self.down.T) @ self.up.T * self.scale
 
     def delta(self) -> torch.Tensor:
-        """Return the same as a change of the layer's weight."""
+        """Return the update as a change of the layer's weight."""
         return self.scale * self.up @ self.down
 
 

@@ -219,7 +219,9 @@ def with_wrappers(model: nn.Module) -> list[nn.Module]:
 
 
 def live_connection(base: nn.Module) -> Any:
-    """Return the `wiring.Connection` of a base model; None if it is not connected or the adapter has been removed."""
+    """Return the `wiring.Connection` of a base model; The result is None if the model is not connected or the adapter
+    has been removed.
+    """
     connection = vars(base).get("_reslora")
     return connection if connection is not None and connection.alive(base) else None
 

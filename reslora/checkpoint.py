@@ -96,7 +96,8 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     """Load what `save` wrote into `model` and return the connected model.
 
     `model` is a base model without the adapter, or a model with a matching LoRA adapter, connected or not. A missing
-    adapter is added as on the saved model: by `get_peft_model`, which wraps the model, or in place by `add_adapter`.
+    adapter is added in the way in which the saved model had it: by `get_peft_model`, which wraps the model, or in place
+    by `add_adapter`.
 
     Raises `ValueError`, and leaves the model unchanged, in these cases:
 
@@ -230,7 +231,7 @@ def _read_plan(content: dict) -> Chains:
 def adapter_state(model: nn.Module, adapter_name: str, keep_vars: bool = False) -> dict[str, torch.Tensor]:
     """Return the adapter's tensors by names that are the same for wrapped and unwrapped models.
 
-    With `keep_vars`, these are the parameters themselves.
+    With `keep_vars`, the tensors are the parameters themselves.
     """
     return {key.removeprefix(PEFT_PREFIX): value for key, value in peft_state(model, adapter_name, keep_vars).items()}
 

@@ -42,7 +42,7 @@ DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, LYCORIS_FILE = (
     "comfyui.safetensors",
     "lycoris.safetensors",
 )
-"""File names of exported LoRA. The first is the name that diffusers looks for; the others are this project's."""
+"""File names of exported LoRA. diffusers looks for the first file name; the other names are this project's."""
 PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 OF_A_MODEL = re.compile(
     r"(generation_)?config\.json|(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
@@ -367,7 +367,7 @@ def tuned_layers(model: nn.Module, adapter_name: str = "default") -> tuple[nn.Mo
 def _unmerged(base: nn.Module) -> dict[str, BaseTunerLayer]:
     """Return the layers with adapters, by name.
 
-    Raises `ValueError` if PEFT has merged an adapter, because an export would add it a second time.
+    Raises `ValueError` if PEFT has merged an adapter, because an export would add the adapter a second time.
     """
     tuned = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     refuse_merged(tuned)

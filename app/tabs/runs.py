@@ -72,7 +72,8 @@ class RunsTab(ListTab):
         return gr.Tabs(selected="compare"), gr.Tabs(selected="run"), self.library.find(name).name, gr.skip()
 
     def save_notes(self, edit: dict) -> dict:
-        """Save the notes on a run, and return them as stored. The page is not updated: the user may be typing others.
+        """Save the notes on a run, and return them as stored. The page is not updated after saving, because the user
+        may already type other notes.
 
         `edit`: keys name, was (the notes that the user saw) and text."""
         return {"notes": self.manager.write_notes(edit.get("name"), edit.get("was"), edit.get("text"))}

@@ -88,9 +88,9 @@ class Results(NamedTuple):
 def results_of(source: Path, evaluations: int = 1, reference: str = "") -> Results:
     """Return the results in an experiment's folder or in a CSV file.
 
-    `reference`: the method with which the others are compared, if all pairs are compared (default: that of the
-    experiment, or the first one of the file). `evaluations`: how often the items of a CSV file have been evaluated
-    (`compare_losses`).
+    `reference`: the method with which the other methods are compared if all pairs are compared (default: the reference
+    of the experiment, or the first method of the file). `evaluations`: how often the items of a CSV file have been
+    evaluated (`compare_losses`).
     """
     if is_comparison(source):
         files = read_losses(source / LOSSES)
@@ -143,8 +143,8 @@ def check(source: Path, claim: str, evaluations: int = 1) -> tuple[int, str]:
 def table(source: Path, form: str, evaluations: int = 1) -> str:
     """Return a table with a row for each method, and for the model before training: `csv`, `markdown` or `latex`.
 
-    Losses are means over seeds; `loss_sd` is their standard deviation. The comparison with the reference is that of the
-    verdict, in percent. Other metrics, such as accuracy, have a column each.
+    Losses are means over seeds; `loss_sd` is their standard deviation. The column of the difference is the verdict's
+    comparison with the reference, in percent. Other metrics, such as accuracy, have a column each.
     """
     losses, verdicts, experiment = results_of(source, evaluations)
     if not losses:

@@ -58,13 +58,13 @@ EVERY = 4  # one of this many seeds chooses learning rates, starting with the fi
 class Label:
     """What an experiment compares: a method or, if options vary, a variant of it, such as `lora rank 4`.
 
-    Learning rate and seed are not part of a label: its arms have several of them.
+    A label does not name a learning rate or a seed: its arms have several of them.
     """
 
     name: str
     method: str
     rank: int | None
-    """None if all methods have the same rank; likewise `shortcut` and `pre_num`."""
+    """The rank of this label; None if all methods have the same rank. `shortcut` and `pre_num` likewise."""
     shortcut: str | None
     place: str = ""
     """Prefix of the learning rate in directory names."""
@@ -198,7 +198,7 @@ def shortcut_in_words(shortcut: str | None, pre_num: int) -> str:
 
 
 def options_of(grid: Grid[O], label: Label, rate: float, seed: int) -> O:
-    """Return an arm's options, as those of a single run."""
+    """Return an arm's options as the options of a single run."""
     own: dict[str, Any] = {**label.values, "learning_rate": rate, "seed": seed}
     if label.rank:
         own["rank"] = label.rank
@@ -250,7 +250,7 @@ def check_values(grid: Grid) -> None:
 
 
 def check_at_once(options: SharedExperimentOptions, arms: int) -> None:
-    """Raise `InvalidArgument` for more processes than arms, a launcher of several processes, and missing Ray."""
+    """Return the directory of an arm, relative to the directory of its method."""
     processes = options.arms_at_once or 1
     flag = f"--arms_at_once {processes}" if options.executor == "local" else "--executor ray"
     if options.executor == "ray":

@@ -55,13 +55,13 @@ class Job(NamedTuple):
 
 
 class Order(NamedTuple):
-    """A job, with what its process must know of the present state."""
+    """A job, with what its process must know of the experiment's present state."""
 
     job: Job
     grids: dict[str, list[float]]
     """Learning rates may have been added since the start."""
     is_first: bool
-    """Whether it is the first job since the start; its process prints the expected time."""
+    """Whether the job is the first one since the start; its process then prints the expected time."""
 
 
 class Worker(NamedTuple):
@@ -170,7 +170,9 @@ class Executor(ABC):
     def each(
         self, jobs: Iterable[Job], grids: dict[str, list[float]], on_start: Callable[[Job], object]
     ) -> Iterator[tuple[Job, Any]]:
-        """Do the jobs, and yield each with its result as it ends; `on_start` is called before a job is submitted."""
+        """Do the jobs, and yield each job with its result as soon as it ends; `on_start` is called before a job is
+        submitted.
+        """
         todo = deque(jobs)
         while todo or self.orders:
             while todo and not self.is_full:
@@ -262,7 +264,7 @@ class LocalExecutor(Executor):
             raise Died("killed, or out of memory") from None
 
     def close(self) -> None:
-        """End the processes, and wait until they have."""
+        """End the processes, and wait until they have ended."""
         for pool in self.pools.values():
             pool.shutdown()
 
@@ -317,7 +319,7 @@ def do_in_process(order: Order) -> Any:
 def arms_a_device(options: SharedExperimentOptions, device: torch.device) -> int:
     """Return the number of arms that are trained in parallel on each GPU, or on the CPU.
 
-    With Ray it is a lower bound for the CPU of each machine.
+    With Ray, this number is a lower bound for the CPU cores of each machine.
     """
     if options.executor == "ray":
         return int(1 / (options.gpus_per_run or 1)) if device.type == "cuda" else 1

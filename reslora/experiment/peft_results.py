@@ -43,7 +43,7 @@ class Run(NamedTuple):
     """The test result of a run."""
 
     task: str
-    """Benchmark, model and number of steps, which runs that are compared have in common."""
+    """The benchmark, the model and the number of steps, which all compared runs have in common."""
     name: str
     seed: object
     metric: str

@@ -71,7 +71,7 @@ def power_in_words(schedule: ArmSchedule, model: str, units: int, unit: str, gro
 def spread_of(folder: Path, model: str, grouped: bool) -> Spread | None:
     """Return the spread in the experiment in a folder.
 
-    None if there is none on this model, with enough seeds of two methods, and with groups if `grouped`.
+    The result is None if no experiment on this model has enough seeds of two methods and, if `grouped`, groups.
     """
     found = read_object(folder / EXPERIMENT)
     if found.get("format") != FORMAT or absolute(model) not in map(found["settings"].get, MODELS):

@@ -20,7 +20,8 @@ def remaining(rates: Sequence[float], losses: Mapping[float, float], start: floa
     """Return the learning rates that the race may still train, the next one first; empty if it is decided.
 
     `rates` are in ascending order. `losses`: the lowest loss at each learning rate whose run has ended; infinite if it
-    diverged or was stopped early. If all of them are infinite, only learning rates below the ended ones remain.
+    diverged or was stopped early. If the losses at all ended learning rates are infinite, only learning rates below the
+    ended ones remain.
     """
     ended = [rate for rate in rates if rate in losses]
     if not ended:

@@ -22,7 +22,9 @@ ONE_RATE = "only one learning rate"  # prefix of the note if no method has sever
 
 Status = Literal["finished", "running", "waiting", "failed", "stopped"]
 ENDED_AS = ("finished", "failed", "stopped")
-"""Statuses of an arm that has ended; `stopped`: racing has stopped it before its last step."""
+"""Statuses of an arm that has ended; Status of an arm; `stopped` means that racing has stopped the arm before its last
+step.
+"""
 
 
 class Split(TypedDict):
@@ -81,7 +83,7 @@ class Arm(TypedDict):
     status: Status
     """State of its training; `stopped`: racing has stopped it before its last step."""
     reason: str
-    """Why it failed, waits or was stopped early; otherwise empty."""
+    """Why the arm failed, waits or was stopped early; otherwise empty."""
     steps: int
     """Number of trained steps."""
     seconds: float
@@ -156,7 +158,9 @@ class Verdict(TypedDict):
     p_holm: float | None
     """p value corrected for all pairs of methods and all evaluations on the test split; significant below 0.05."""
     detectable: float | None
-    """Minimum detectable effect with 80% power; None with fewer than three seeds, which do not determine it."""
+    """Minimum detectable effect with 80% power; The value is None with fewer than three seeds, which do not determine
+    it.
+    """
     detectable_interval: NotRequired[tuple[float, float] | None]
     """80% interval of `detectable`, which a few seeds determine only roughly."""
     expected: float | None
@@ -174,7 +178,7 @@ class Worse(TypedDict):
     label: str
     """Label of the method."""
     reference: str
-    """One of the best methods, compared with which it is significantly worse."""
+    """The best method compared with which this method is significantly worse."""
     relative: float
     """Difference in percent of the reference's loss."""
     interval: tuple[float, float]
@@ -217,7 +221,7 @@ class Best(TypedDict):
 
 
 class Facts(TypedDict):
-    """Properties of an experiment that are known before its first arm."""
+    """Properties of an experiment that are known before its first arm is trained."""
 
     versions: dict[str, str]
     """Versions of libraries, by name."""
@@ -291,7 +295,7 @@ class Experiment(Facts):
     notes: list[str]
     """The notes for the reader that the experiment has printed."""
     beforehand: NotRequired[int]
-    """How many of `notes`, counted from the first one, the latest start knew before it trained an arm."""
+    """How many of `notes`, counted from the first one, the experiment's latest start knew before it trained an arm."""
     readings: NotRequired[int]
     """Number of evaluations on the test split."""
     read: NotRequired[list[list]]
@@ -299,11 +303,11 @@ class Experiment(Facts):
     family: NotRequired[dict[str, list]]
     """All pairs of labels that were ever compared, in `methods` and `averages`: p values are corrected for all."""
     test_seconds: NotRequired[float]
-    """Time of all tests and exports, in seconds; with several processes, the sum over these."""
+    """Time of all tests and exports, in seconds; with several processes, the sum over all processes."""
     as_of: NotRequired[int]
     """Number of arms that had ended when an earlier start drew the conclusions stored here.
 
-    Missing if the conclusions are those of the latest start.
+    This entry is missing if the conclusions are those of the latest start.
     """
     process: NotRequired[str]
     """Process that has written this file; an arm's status `running` is valid only while this process exists."""

@@ -227,7 +227,7 @@ def verdict_table(experiment: Experiment, unit: str, explanation: str = READING)
 
 
 def folded(title: str, content: str) -> str:
-    """Return a part of the report that a click on its title opens; HTML."""
+    """Return a part of the report that is hidden until a click on its title; HTML."""
     return f"<details><summary>{title}</summary>{content}</details>"
 
 
@@ -270,7 +270,7 @@ def best_in_words(best: Best) -> str:
 
 
 def with_slash(name: str) -> str:
-    """Return the name, with a slash if it is a directory, which has no suffix."""
+    """Return a file's name, with a slash if it is a directory, which has no suffix."""
     return name if Path(name).suffix else f"{name}/"
 
 
@@ -362,7 +362,7 @@ def signed(percent: float) -> str:
 
 
 def with_signs(*values: float) -> list[str]:
-    """Return numbers with their signs and the decimal places that `percents` gives them."""
+    """Return numbers as text with their signs and the decimal places that `percents` gives them."""
     signs = (MINUS if value < 0 else "+" if value else "" for value in values)
     return [sign + size for sign, size in zip(signs, percents(*values), strict=True)]
 

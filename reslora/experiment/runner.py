@@ -69,7 +69,7 @@ def opened_in_worker(opened: Callable, worker: Worker) -> Iterator[ExperimentStu
 
 
 def do(order: Order, study: ExperimentStudy) -> Any:
-    """Do a job in a worker, and return its result."""
+    """Do a job in a worker process, and return its result."""
     study.schedule.grids = order.grids
     study.schedule.estimated |= not order.is_first
     job = order.job

@@ -123,7 +123,7 @@ class ArmSchedule:
         return found
 
     def place_of(self, arm: Arm) -> str:
-        """Return the directory of an arm, relative to that of its method."""
+        """Return the directory of an arm, relative to the directory of its method."""
         return place_of(self.labels[arm.label], arm)
 
     def folder_of(self, arm: Arm) -> Path:
@@ -131,7 +131,7 @@ class ArmSchedule:
         return self.folder / self.labels[arm.label].method / self.place_of(arm)
 
     def name_of(self, arm: Arm) -> str:
-        """Return the directory of an arm, relative to that of the experiment, such as `lora/lr-0.0001/seed-0`."""
+        """Return the directory of an arm, relative to the directory of the experiment, such as `lora/lr-0.0001/seed-0`."""
         return self.folder_of(arm).relative_to(self.folder).as_posix()
 
     def options_of(self, arm: Arm) -> Any:
@@ -291,8 +291,9 @@ class ArmSchedule:
     ) -> None:
         """Record that an arm has ended after `seconds` in this process.
 
-        `reason`: why it failed or, if `stopped`, was stopped early; empty if it has finished. `memory`: its peak memory
-        in bytes. `to_conclude`: expected seconds to test and export it. `measuring`: seconds of its measurements.
+        `reason`: why the arm failed or, if `stopped`, was stopped early; empty if the arm has finished. `memory`: its
+        peak memory in bytes. `to_conclude`: expected seconds to test and export the arm. `measuring`: seconds of the
+        arm's measurements.
         """
         status = "stopped" if stopped else "failed" if reason else "finished"
         known = {"status": status, "reason": reason, "memory_bytes": memory}

@@ -175,8 +175,8 @@ def detectable(
 
     The minimum detectable effect is the true difference that is significant, at `level` and by ranks, with a
     probability of 80%. An experiment only estimates its mean squares, so the true ones are sampled from their fiducial
-    distribution. The power is 80% on average over them; the interval has the effects with a power of 80% for each of
-    them.
+    distribution. The power is 80% on average over the sampled mean squares; the interval has, for each of them, the
+    effect with a power of 80%.
 
     `squares`: mean squares of an experiment with `size` seeds and units. `planned`: the size of the experiments that
     are to detect the effect, if it is another one.
@@ -266,11 +266,12 @@ class Comparison:
     base: float
     """Mean loss of the reference."""
     has: np.ndarray
-    """Which of all seeds have finite losses of both."""
+    """Which of all seeds have finite losses of both methods."""
     reading_level: float
     """Significance level of this evaluation on the test split (`level_of`)."""
     fixed_runs: bool = False
-    """Whether only units are random: the comparison is of these very runs, not of their methods with new seeds."""
+    """Whether only units are random: the comparison is about these very runs, not about their methods with new seeds.
+    """
     effects: Effects | None = None
     """None without enough common seeds or units for a test. The next values are then undefined."""
     p: float = 1.0
@@ -327,7 +328,7 @@ def judge(
     """Return the test result of each pair, by Holm's (1979) procedure at the level of this evaluation.
 
     `reading`: number of this evaluation on the test split, from 1. `family`: number of pairs ever compared, if there
-    were more. `part`: the part of the significance level that these pairs have. `least`: least number of units.
+    were more. `part`: the fraction of the significance level that these pairs get. `least`: least number of units.
     `fixed_runs`: only units are random, so that one seed is enough: the test is Student's paired t test over the units,
     of the mean over the seeds. A pair without a common seed is left out.
     """
@@ -341,7 +342,8 @@ def judge(
     seeds = 1 if fixed_runs else 2
     tested = [each for each in found if len(each.differences) >= seeds and each.differences.shape[1] >= least]
     for each in tested:
-        # two equal rows: the mean squares of seeds and residuals are zero, and only that of the units remains
+        # If two methods have equal losses, the mean squares of seeds and residuals are zero, and only that of the units
+        # remains.
         rows = np.stack([each.differences.mean(0)] * 2) if fixed_runs else each.differences
         each.effects = effects_of(rows)
         each.p = p_value(each.effects)

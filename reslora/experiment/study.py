@@ -43,7 +43,7 @@ LEAST_LOSS = 1e-12  # the statistics need losses above zero
 def numbers(losses: Iterable[float]) -> list[float | None]:
     """Return test losses for JSON: None for a loss that is not finite, and LEAST_LOSS for a smaller one.
 
-    A confident prediction can have a loss that rounds to zero, and an image a mask that is zero where it is cropped.
+    A confident prediction can have a loss that rounds to zero, and the mask of a cropped image can be zero everywhere.
     """
     return [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
 
@@ -220,7 +220,9 @@ class ExperimentStudy(ABC):
         return [*few_to_choose(len(self.parts.select), unit), *few]
 
     def say(self, phase: str, name: str = "") -> None:
-        """Write the current phase to the run's status; `name`: the arm that it is about, if it is about one."""
+        """Write the current phase to the run's status; `name`: the arm that the message is about; empty if it is about
+        no arm.
+        """
         self.context.status.say(phase, name)
 
     def report_progress(self, ended: int, total: int) -> None:

@@ -30,7 +30,7 @@ class Compared(NamedTuple):
     family: dict[str, list]
     """All pairs that were ever compared: `methods`, and `averages` of checkpoints with the method that they average."""
     alike: bool = False
-    """Whether methods differ similarly on images that were taken one after the other."""
+    """Whether methods differ by similar amounts on images that were taken one after the other."""
 
 
 def compare(
@@ -48,10 +48,10 @@ def compare(
     `reference`: a method, or one variant of a method (`arms.Label`). If the reference method has several variants, each
     other method is compared with one of these (`partner_of`), and the reference method's other variants with its first
     one. An average of a method's checkpoints is compared with that method only. Without the reference nothing is
-    compared. `against`: whether the other methods are also compared with each other. Two options with two values each
-    are compared as two effects and their interaction. `before`: the `family` of earlier evaluations, which stays.
-    `reading`: number of evaluations on the test split. `base`: losses before training. Raises `ValueError` if arms were
-    evaluated on different images.
+    compared. `against`: whether the methods other than the reference are also compared with each other. Two options
+    with two values each are compared as two effects and their interaction. `before`: the number of comparisons in the
+    `family` of earlier evaluations, below which the present number cannot fall. `reading`: number of evaluations on the
+    test split. `base`: losses before training. Raises `ValueError` if arms were evaluated on different images.
     """
     judged = [arm for arm in arms if arm["test"] and is_chosen(arm, chosen)]
     kinds = {arm["label"]: kind_of(arm) for arm in judged if "average_of" not in arm}
@@ -87,7 +87,7 @@ def conclude(
     """Return the conclusions from the losses of each label, of shape (seeds, images).
 
     `references` and `averages`: the label with which a method, or an average of checkpoints, is compared. `fixed_runs`:
-    only images are random (`statistics.judge`). The other arguments are those of `compare`.
+    only images are random (`statistics.judge`). The remaining arguments are those of `compare`.
     """
     least = 2
     if words.groups:
@@ -149,7 +149,8 @@ def kind_of(arm: Arm) -> dict[str, Any]:
 def partner_of(label: str, references: Sequence[str], kinds: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the reference of a method: the first one with equal values of all options that both use.
 
-    If there is none, or if the method is one of the references, it is the first of these. `kinds`: `kind_of` by name.
+    If there is no such variant, or if the method is one of the references, the result is the first reference. `kinds`:
+    `kind_of` by name.
     """
     own = {} if label in references else kinds[label]
     equal = (each for each in references if all(own[name] == kinds[each][name] for name in own.keys() & kinds[each]))
@@ -157,7 +158,7 @@ def partner_of(label: str, references: Sequence[str], kinds: Mapping[str, Mappin
 
 
 def mean_of(test: TestLosses | None) -> float | None:
-    """Return the mean test loss; None without losses, or if any of them is not finite."""
+    """Return the mean test loss; The result is None without losses, or if one of them is not finite."""
     losses = test["losses"] if test else []
     return math.fsum(losses) / len(losses) if losses and None not in losses else None  # type: ignore[arg-type]
 
@@ -302,7 +303,8 @@ def ranking_of(pairs: Sequence[Comparison], words: Words) -> Ranking | None:
 def percents(*values: float) -> list[str]:
     """Format values without their signs, all with the same number of decimal places, from one to four.
 
-    The number is the smallest with which the smallest nonzero value has a nonzero digit, if four are enough.
+    The number of decimal places is the smallest with which the smallest nonzero value has a nonzero digit, if four are
+    enough.
     """
     smallest = min((abs(value) for value in values if value), default=1)
     places = min(4, max(1, -math.floor(math.log10(smallest))))

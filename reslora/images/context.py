@@ -30,7 +30,7 @@ class ImageContext(Context):
 
     @property
     def writes_merged(self) -> bool:
-        """Whether to export merged weights: not of the runs of an experiment, which may be many."""
+        """Whether to export merged weights; the runs of an experiment, which may be many, export none."""
         return not self.place
 
     @property

@@ -49,7 +49,7 @@ STEERING = [name for name, option in Options.table().items() if HELD_OUT in opti
 def check_held_out(kinds: Sequence[ImageDataset], context: ImageContext) -> None:
     """Raise `InvalidArgument` for options that need a validation loss if there are too few images to hold one out.
 
-    If no such option is given, only print a warning.
+    If no such option is given, this check only prints a warning.
     """
     options, most = context.options, max(len(images) for images in kinds if not images.of_class)
     split = options.validation.validation_split

@@ -16,7 +16,7 @@ def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
     """Print an estimate of the run's memory; write no files. Raise an error if the run does not fit into memory.
 
     For an experiment, this is the estimate for its highest rank and its largest batch size, after a line with the
-    number of runs. Then its first steps are timed, to print how long it takes.
+    number of runs. After the memory, the experiment's first steps are timed, to print how long the experiment takes.
     """
     if isinstance(asked, Grid):
         training = asked.base.training

@@ -102,7 +102,7 @@ def begin(
 def make_plan(kinds: Sequence[ImageDataset], context: ImageContext, identity: Identity) -> Resume | None:
     """Return what is left to train, after all checks that need no weights; None for a run that is finished.
 
-    Only the main process calls this, and broadcasts the result.
+    Only the main process makes the plan, and broadcasts it.
     """
     resume = plan_resume(context.options, identity)
     for line in resume.notes:
@@ -159,7 +159,7 @@ def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> t
     context = resolve_context(options, accelerator, stop)
 
     def generate() -> None:
-        """Generate missing class images. Generating images takes minutes, so all checks of the run are made before it."""
+        """Generate missing class images; as this takes minutes, all checks of the run are made before it."""
         if missing_class_images(context.options.data, context.options.output):
             check_before_loading(images, context)
             load_and_check(context)
@@ -211,7 +211,7 @@ def check_folder(options: Options) -> None:
 def identity_of(kinds: Sequence[ImageDataset], context: ImageContext) -> Identity:
     """Return the content hashes of images, model and LoRA.
 
-    Raises `InvalidArgument` if their content differs between processes.
+    Raises `InvalidArgument` if the files' content differs between processes.
     """
     model, images_flag = context.model, data_flag(context.options.data)
     groups = [[images.fingerprint for images in kinds if images.of_class == kind] for kind in (False, True)]

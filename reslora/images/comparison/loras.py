@@ -22,7 +22,7 @@ SEED = "ss_seed"
 FOLDERS = ("ss_dataset_dirs", "ss_tag_frequency")
 """kohya's metadata: JSON objects whose keys are the names of the training folders."""
 USUAL = ("data", "dataset", "images", "img", "train", "train_images")
-"""Names of folders that say nothing about their content."""
+"""Names of folders that say nothing about the folder's content."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LoraFile:
     mark: str
     """Hash of its content."""
     parts: tuple[str, ...]
-    """The parts of the pipeline whose layers it changes."""
+    """The parts of the pipeline whose layers the file changes."""
     ranks: tuple[int, ...]
     """All ranks of its layers."""
     metadata: Mapping[str, str] = field(repr=False)
@@ -45,7 +45,7 @@ class LoraFile:
         return self.metadata.get(SEED)
 
     def read(self) -> Parts:
-        """Return its layers by their names in diffusers."""
+        """Return the layers of the file by their names in diffusers."""
         return parts_of(self.path, self.names)[0]
 
 
@@ -84,7 +84,9 @@ def read_loras(paths: Sequence[Path], model: Model) -> dict[Path, LoraFile]:
 
 
 def in_order_of_seeds(groups: Mapping[str, Sequence[LoraFile]]) -> dict[str, list[LoraFile]] | None:
-    """Return the files of each group by their training seeds; None unless all groups have the same, different seeds."""
+    """Return the files of each group by their training seeds; The result is None unless all groups have the same,
+    different seeds.
+    """
     seeds = [[file.seed for file in files] for files in groups.values()]
     wanted = set(seeds[0])
     if None in wanted or any(set(each) != wanted or len(set(each)) < len(each) for each in seeds):

@@ -112,7 +112,7 @@ def folders_of(options: Options) -> set[str]:
 def notes_of(
     entries: Sequence[Entry], loras: Mapping[Path, LoraFile], marks: Collection[str], folders: Collection[str]
 ) -> list[str]:
-    """Return a warning about each file that was trained on the images, as far as its metadata say so."""
+    """Return a warning about each file whose metadata say that it was trained on the compared images."""
     notes = []
     for entry in entries:
         for path in entry.files:

@@ -54,7 +54,7 @@ def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
     """Return the number of class images to generate.
 
     The number is 0 without --class_data_dir, or if that folder contains kohya's folders (10_name). Raises
-    `InvalidArgument` if the folder contains the training images. If images must be generated, it also raises
+    `InvalidArgument` if the folder contains the training images. If images must be generated, this function also raises
     `InvalidArgument`
 
     - if the folder has a metadata file, because that file would not list the generated images;
@@ -91,7 +91,7 @@ def generate_missing(context: ImageContext) -> None:
     if missing_class_images(data, output):
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(folder, context):
-            # Another run may have generated them in the meantime.
+            # Another run may have generated the missing images in the meantime.
             if missing := missing_class_images(data, output):
                 draw(folder, missing, context)
 

@@ -49,7 +49,9 @@ ONE_BY_ONE = "name the folders one by one with --train_data_dir, none inside ano
 GROUP = "group"
 """Column of metadata files with the group of an image: images of one session or subject, which resemble each other."""
 COLUMNS = ("image_column", "caption_column", "conditioning_image_column")
-"""Options that name columns; metadata.jsonl and .csv have the other two, caption files have none."""
+"""Options that name columns; metadata.jsonl and .csv have a caption column and a reference column, caption files have
+none.
+"""
 FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
 )
@@ -505,7 +507,7 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
 
 
 def _captions(value: object, in_files: bool) -> list | str:
-    """Return a list of a row's captions, or a string with the reason why they cannot be used.
+    """Return a list of a row's captions, or a string with the reason why the captions cannot be used.
 
     `in_files`: whether the captions are text files in a webdataset, of which `datasets` decodes only some.
     """

@@ -55,7 +55,7 @@ class Texts:
     """Outputs of the text encoders by caption, read from disk on access."""
 
     encoded: Encoded | None
-    """None if all text encoders are trained, so that nothing can be stored."""
+    """The text states; None if all text encoders are trained, so that nothing can be stored."""
     places: dict[Instruction, int]
 
     def __getitem__(self, caption: Instruction) -> dict[str, torch.Tensor]:
@@ -337,7 +337,7 @@ def encoded(family: Family, vae: nn.Module, views: Mapping[str, torch.Tensor]) -
 def without_damaged(
     images: ImageDataset, latents: Latents | None, problems: dict[int, str], options: DataOptions
 ) -> tuple[ImageDataset, Latents | None, list[int]]:
-    """Return the usable images, their latents (None if not stored), and their positions among all images.
+    """Return the usable images, their latents (None if latents are not stored), and their positions among all images.
 
     Raises `InvalidArgument` if no image is usable or, with --strict, if any image is not usable.
     """

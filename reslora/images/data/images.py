@@ -157,8 +157,8 @@ def crop_and_scale(
 def cropped(image: PIL.Image.Image, crop: Sequence[float], size: Size, interpolation: str) -> PIL.Image.Image:
     """Return the largest part of an image with the aspect ratio of `size`, scaled to that size.
 
-    `crop` is its position across and down, each from 0 to 1. The image is cropped before it is scaled. The crop is the
-    same as in the reverse order, which would first scale a 1 x 5000 image to a huge one.
+    `crop` is the position of the crop across and down, each from 0 to 1. The image is cropped before it is scaled. The
+    crop is the same as in the reverse order, which would first scale a 1 x 5000 image to a huge one.
     """
     width, height = image.size
     kept = (min(width, height * size.width / size.height), min(height, width * size.height / size.width))

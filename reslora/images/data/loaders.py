@@ -37,7 +37,7 @@ def stream(loader: DataLoader) -> Generator:
         raise RunFailed(_what_failed(error, loader.num_workers)) from None
     finally:
         if loader.num_workers:
-            # torch does so in garbage collection, which a stored traceback prevents
+            # torch shuts the workers down in garbage collection, which a stored traceback prevents.
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 

@@ -67,7 +67,7 @@ class Plan:
 
     @functools.cached_property
     def uses_per_epoch(self) -> dict[Size, float]:
-        """For each size, how often an epoch uses each of its images, divided by the image's repeats.
+        """For each image size, how often an epoch uses each of its images, divided by the image's repeats.
 
         The number is 1, or higher if the last batch is filled up.
         """

@@ -57,7 +57,9 @@ class TrainingData:
         return Plan(self.sources, self.training.train_batch_size * processes, self.training.seed)
 
     def updates(self, processes: int) -> int:
-        """Return the number of optimizer updates per epoch with `processes` processes."""
+        """The result has one pair for each image: the index of its source, and the index of the image within this
+        source.
+        """
         return self.plan(processes).updates_per_epoch(self.training.gradient_accumulation_steps)
 
     def sampled_caption(self, draw: Draw) -> str:
@@ -76,7 +78,7 @@ class TrainingData:
 
     @property
     def held_out(self) -> list[tuple[int, int]]:
-        """The number of the source, and of the image in it, for every held-out image."""
+        """For every held-out image, the index of its source, and the index of the image within this source."""
         return [(number, image) for number, source in enumerate(self.sources) for image in source.held_out]
 
     def training_images(self, count: int) -> list[PIL.Image.Image]:
@@ -98,8 +100,8 @@ class TrainingData:
     def references(self) -> list[tuple[str, list[PIL.Image.Image]]]:
         """Return the reference images of each sample: those of the options, or else of the first held-out images.
 
-        Without held-out images, those of the first training images; [] if there are no reference images at all.
-        Each item is a hash of the images' content, and the images.
+        Without held-out images, the reference images of the first training images; [] if there are no reference images
+        at all. Each item is a hash of the images' content, and the images.
         """
         if files := self.validation.validation_image:
             count = self.data.references_per_image

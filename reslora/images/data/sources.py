@@ -49,8 +49,8 @@ def without_copies(sources: Sequence[Source]) -> tuple[tuple[Source, ...], int]:
 def split(count: int, share: float, seed: int, least: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Split `count` images at random; return the numbers of the training images and of the held-out images.
 
-    `share` is the fraction to hold out for the validation loss. If it is not 0, at least `least` images are held out.
-    At least one image remains for training in any case.
+    `share` is the fraction to hold out for the validation loss. If the fraction is not 0, at least `least` images are
+    held out. At least one image remains for training in any case.
     """
     order = shuffled(count, seed, "validation_split")
     held_out = min(max(least, round(share * count)), count - 1) if share else 0

@@ -85,7 +85,7 @@ def note_images(training_data: TrainingData, context: ImageContext, resuming: bo
         raise InvalidArgument(data_flag(options.data), "the processes found different damaged images", "repair them")
 
     def write_used() -> None:
-        """Write which images are used. Raises `InvalidArgument` if a resumed run was trained on others."""
+        """Write which images are used. Raises `InvalidArgument` if a resumed run was trained on other images."""
         there = read_object(path).get("images", used)
         if resuming and there != used:
             example = f" (left out: {left_out[0]})" if left_out else ""
@@ -258,7 +258,7 @@ def print_bucket_sizes(sources: Sequence[Source], context: ImageContext) -> None
 def print_folder_counts(training_data: TrainingData, context: ImageContext) -> None:
     """Print repeats, weight of the loss and number of masks of each source (a folder of images) that has a label.
 
-    The printed line begins with the label. If there is only one source, it may have none.
+    The printed line begins with the label. If there is only one source, the source may have no label.
     """
     plan = training_data.plan(context.accelerator.num_processes)
     print_uneven_buckets(plan, context)

@@ -150,7 +150,7 @@ def open_study(given: Grid[Options], stop: StopRequest, worker: Worker | None = 
 def with_options(context: ImageContext, **values: Any) -> ImageContext:
     """Return the context with some options replaced.
 
-    If their values are the same, the result is `context` itself, which does not print a line a second time.
+    If the values are the same, the result is `context` itself, which does not print a line a second time.
     """
     options = context.options.replace(**values)
     return context if options == context.options else dataclasses.replace(context, options=options)
@@ -274,7 +274,7 @@ def data_key(options: Options) -> tuple:
 def data_of_variant(
     training_data: TrainingData, options: Options, pipeline: DiffusionPipeline, context: ImageContext
 ) -> TrainingData:
-    """Return the training data of arms with these options.
+    """Return the training data of the arms that have these options.
 
     Encodes random crops, mirrored images and caption variants of the seed, and the captions for the text encoders that
     are trained.
@@ -313,7 +313,7 @@ def expected_times(
     # two passes with guidance
     samples = select * TIMESTEPS * SELECT_NOISES * math.ceil(schedule.steps / schedule.validation_steps)
     measuring = samples + 2 * validation.num_inference_steps * prompts
-    # likewise, by the merged model, and a single image by each of three formats
+    # The merged model writes a single image in the same way, by each of three formats.
     drawn = 2 * validation.num_inference_steps * (max(1, prompts) + 3)
     tested = test * TIMESTEPS * TEST_NOISES + drawn + FORWARDS * calibration
     return a_sample * measuring, a_sample * tested

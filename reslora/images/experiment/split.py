@@ -237,7 +237,8 @@ def features_of_all(images: Mapping[int, ImageDataset], flat: Sequence[Image], f
 def features_of(image: PIL.Image.Image) -> np.ndarray:
     """Return the features of an image: a float32 vector of 384 and 192 values.
 
-    The first 384 are the bits of the perceptual hash. The others are 8 x 8 cells in each color, minus the color's mean.
+    The first 384 are the bits of the perceptual hash. The remaining features are 8 x 8 cells in each color, minus the
+    color's mean.
     """
     cells = np.asarray(image.resize((SIDE, SIDE), PIL.Image.Resampling.BOX), dtype=np.float32)
     return np.concatenate([perceptual_hash(image).astype(np.float32), (cells - cells.mean((0, 1))).ravel()])

@@ -143,7 +143,9 @@ def advice(kinds: Sequence[ImageDataset], context: ImageContext, plan: Plan) -> 
     """Return the first option that makes the run fit, or else the first few options that do so together."""
 
     def plan_with(change: Change) -> Plan | None:
-        """Return the memory estimate with changed options; None if the pipeline does not accept them."""
+        """Return the memory estimate with changed options; The result is None if the pipeline does not accept the
+        changed options.
+        """
         options = context.options.replace(**change)
         try:
             return plan_of(kinds, dataclasses.replace(context, options=options), plan.free)

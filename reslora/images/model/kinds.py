@@ -109,7 +109,7 @@ def tensor_names(path: Path) -> list[str]:
 def read_index(folder: Path, flag: str) -> dict:
     """Return the content of a pipeline's model_index.json.
 
-    Raises `InvalidArgument` if it cannot be read, or if the pipeline's class is not in `FAMILIES`.
+    Raises `InvalidArgument` if the index cannot be read, or if the pipeline's class is not in `FAMILIES`.
     """
     index = read_object(folder / "model_index.json")
     if not index:

@@ -209,7 +209,8 @@ def objective_of(
     between = between_of(training, pipeline.scheduler.config.num_train_timesteps)
     check_objective(model, training, family)
     argument = f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}"
-    # The objective's noise levels follow from one of these. EDM's schedulers, as of Playground 2.5, have neither.
+    # The objective's noise levels follow from one of these configurations. EDM's schedulers, as of Playground 2.5, have
+    # neither.
     if ("shift" if family.objective == "flow" else "beta_schedule") not in pipeline.scheduler.config:
         problem = f"its {type(pipeline.scheduler).__name__} has other noise levels than {family.name} is trained with"
         raise InvalidArgument(argument, problem, "give another model")

@@ -9,13 +9,13 @@ Why not another library's layers? A weight of 1024 x 768 takes 1,572,864 bytes i
 to the quantized weight. Such a base takes more memory than an unquantized one. As in this module, torchao's NF4 and
 bitsandbytes' 4 and 8 bits (0.50) save no dequantized copy. But torchao's NF4 rounds the scales, bitsandbytes' int8 on a
 GPU rounds activations, and neither library has fp8 without that copy. bitsandbytes' NF4 has the same codes and scales
-as this module's, but the weight of its layer has another shape and cannot be swapped. The other formats would still
+as this module's, but the weight of its layer has another shape and cannot be swapped. The remaining formats would still
 need this module.
 
-Why not diffusers' group offloading? It is made for inference. In a U-Net, and in any denoiser without gradient
-checkpointing, gradients were wrong: the backward pass finds weights that were offloaded again. With streams, each
-offload restores the adapter's initial values (`ModuleGroup._offload_to_memory`). Only transformer blocks with gradient
-checkpointing were trained correctly.
+diffusers' group offloading is not used, because it is made for inference. In a U-Net, and in any denoiser without
+gradient checkpointing, gradients were wrong: the backward pass finds weights that were offloaded again. With streams,
+each offload restores the adapter's initial values (`ModuleGroup._offload_to_memory`). Only transformer blocks with
+gradient checkpointing were trained correctly.
 """
 
 from collections.abc import Callable, Iterator
@@ -144,7 +144,8 @@ class PackedLinear(nn.Linear):
 def weight_let_go(
     weight: torch.Tensor, unpacked: Callable[[torch.dtype], torch.Tensor]
 ) -> AbstractContextManager[None]:
-    """Return a context in which autograd saves no copy of `weight`, and the backward pass dequantizes it again.
+    """Return a context in which autograd saves no copy of `weight`, and in which the backward pass dequantizes it
+    again.
 
     In place of the weight, autograd saves its shape, strides and offset.
     """

@@ -104,7 +104,7 @@ class Family:
     The table is empty if ComfyUI and kohya's scripts know diffusers' names."""
     published: ClassVar[Mapping[str, object]] = {}
     """The values in the published denoiser's configuration that names of layers depend on and that differ from the
-    class's defaults. If several denoisers are published, this is the deepest one's."""
+    class's defaults. If several denoisers are published, the value is that of the deepest one."""
     largest: ClassVar[Mapping[str, object] | None] = None
     """The configuration of the largest published denoiser, if `published` is not one that is published."""
     version: tuple[str, str]
@@ -127,7 +127,9 @@ class Family:
     latents_per_token: int = 4
     """The number of latent positions per token of the denoiser."""
     one_size: bool = False
-    """Whether all its denoisers have the published size, so that layers of another size belong to another family."""
+    """Whether all denoisers of the family have the published size, so that layers of another size belong to another
+    family.
+    """
     derived: bool = False
     """Whether another family has layers of the same names and sizes, to which LoRA files without metadata belong."""
     unguided: float = 1.0
@@ -188,7 +190,7 @@ class Family:
     ) -> list[int]:
         """Return the number of tokens of each caption without truncation.
 
-        Tokens of the template count if the denoiser gets their text states.
+        Tokens of the template count if the denoiser gets the text states of the template.
         """
         if self.thinking is not None:
             how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": self.thinking}

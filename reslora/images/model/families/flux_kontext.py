@@ -19,7 +19,9 @@ class FluxKontext(Flux):
     edits = True
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Return Flux's inputs; the reference's tokens follow, with 1 as the first coordinate of their position ids."""
+        """Return Flux's inputs; the reference's tokens follow those of the image, with 1 as the first coordinate of
+        their position ids.
+        """
         inputs = super().denoiser_inputs(config, noisy, timesteps, conditions)
         (reference,) = conditions.references
         both = torch.cat([inputs["hidden_states"], self.pipeline._pack_latents(reference, *noisy.shape)], 1)

@@ -56,7 +56,7 @@ class Krea2(WithQwenAutoencoder):
     }
 
     def token_counts(self, pipeline, tokenizer, captions):
-        """Return the number of tokens of each caption with the template's suffix, but without its prefix.
+        """Return the number of tokens of each caption, with the template's suffix and without its prefix.
 
         The pipeline drops the text states of the prefix.
         """

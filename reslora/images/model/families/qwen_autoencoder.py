@@ -55,9 +55,10 @@ def side_by_side(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Te
 
 
 def prompt_inputs(text: Text, negative: Text, mask: str = "prompt_embeds_mask") -> dict:
-    """Return a pipeline's arguments for the text states of captions and negative prompts, with masks of their padding.
+    """Return a pipeline's arguments for the text states of captions and negative prompts, with the masks of their
+    padding.
 
-    A single negative prompt is that of all captions. `mask`: the name of the argument for the captions' mask.
+    A single negative prompt is used for all captions. `mask`: the name of the argument for the captions' mask.
     """
     captions, others = list(text["states"]), list(negative["states"])
     found: dict[str, torch.Tensor] = {}

@@ -53,7 +53,7 @@ class QwenImage(WithQwenAutoencoder):
 
     def sampling_inputs(self, pipeline, text, negative, empty):
         """Return text states of the captions and of the negative prompt, which guidance requires."""
-        # the length at which the pipeline truncates them
+        # The length at which the pipeline truncates captions.
         return prompt_inputs(text, negative) | {"max_sequence_length": pipeline.tokenizer_max_length}
 
 

@@ -72,7 +72,7 @@ class StableDiffusion3(Family):
     def encode_trained(self, pipeline, captions, frozen):
         """Return `states` (batch x tokens x width) and `pooled` of both CLIPs (batch x width).
 
-        The states are those of both CLIPs, concatenated and zero-padded to T5's width, followed by T5's tokens.
+        The states are the states of both CLIPs, concatenated and zero-padded to T5's width, followed by T5's tokens.
         """
         device, t5 = pipeline.text_encoder.device, frozen["t5"]
         clips = [

@@ -103,7 +103,7 @@ class Names:
     modules: frozenset[str]
     """The names of all modules of the denoiser."""
     exact: bool
-    """Whether `shapes` are those of the model itself, not those of the published model of its family."""
+    """Whether `shapes` are those of the model itself, and not those of its family's published model."""
     known: dict[str, Fused] = field(default_factory=dict)
     """The layers by all names that a file may have for them, with prefixes."""
 

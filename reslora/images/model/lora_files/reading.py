@@ -245,7 +245,7 @@ def pairs_of(content: Content) -> dict[str, Factors]:
 
 
 def wide(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in float32, or unchanged if it is float64."""
+    """Return a tensor in float32; a float64 tensor is unchanged."""
     return value if value.dtype == torch.float64 else value.float()
 
 

@@ -65,7 +65,9 @@ def write(parts: Parts, names: Names, to: str, path: Path, metadata: Mapping[str
 
 
 def peft_folder(folder: Path, part: str, family: Family) -> Path:
-    """Return where the LoRA of a part of the pipeline goes: `folder` for the denoiser, else a subfolder."""
+    """Return where the LoRA of a part of the pipeline goes: PEFT's folder is `folder` for the denoiser, and a subfolder
+    for a text encoder.
+    """
     return folder if part == family.denoiser else folder / part
 
 
