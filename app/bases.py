@@ -28,7 +28,7 @@ OF_MODEL = ("pretrained_vae_model_name_or_path", "pretrained_transformer_file", 
 def bundled(named: str, known: Mapping[str, Path] = PIPELINES) -> str | None:
     """Return the name (key in `known`) of the bundled asset that the path `named` refers to, or None.
 
-    The path may be from another machine. A folder at the path of a bundled asset must be that asset itself.
+    The path may be from another machine. A path that exists on this machine must be that of the bundled asset itself.
     """
     word = "/".join(Path(named).parts[-2:])
     if word not in known:

@@ -99,9 +99,7 @@ class Captioning:
                 raise RunError(self.jobs.without_folders((lines or ["The captions could not be written."])[-1])[:300])
 
     def store(self, folder: str, texts: dict[Image, Path]) -> str:
-        """Store the captions of images whose captions have not changed since the model was started, and return a line
-        about them.
-        """
+        """Store new captions of images whose captions have not changed meanwhile, and return a line about them."""
         with self.edits.changing(folder) as images:
             same = {}
             for image, path in texts.items():

@@ -63,8 +63,7 @@ def differing(run: Run, labels: Collection[str]) -> dict[str, list[str]]:
 def begin_alike(runs: Collection[Run]) -> bool:
     """Return whether the known validation losses before training agree within `TOLERANCE`.
 
-    If the base images of runs differ although all options agree, the training images or the model were changed between
-    two runs.
+    If these losses differ although all options agree, the images or the model were changed between two runs.
     """
     starting = [run for run in runs if not run.config.get("init_lora")]
     first = [held_out(run, method).get(0) for run in starting for method in run.methods[:1]]

@@ -49,7 +49,7 @@ SIGTERM would end the trainer before it has saved."""
 
 
 class Busy(RunError):
-    """Raised if a training that is in progress keeps this run from starting."""
+    """Raised if a run is training, so that neither this run nor another one can start."""
 
 
 class NameTaken(RunError):

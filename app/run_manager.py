@@ -58,7 +58,7 @@ class RunManager:
     def throw_away(self, name: str) -> str:
         """Move a run to the trash, and return a sentence that reports it.
 
-        Raises `RunError` if the run is training or waits in the queue."""
+        Raises `RunError` if the run trains or waits."""
         with self.idle(name) as run:
             trash = self.library.folder / TRASH
             if trash.is_symlink():
@@ -87,7 +87,7 @@ class RunManager:
 
     @contextlib.contextmanager
     def idle(self, name: object) -> Iterator[Run]:
-        """Yield a run that cannot be started meanwhile. Raises `RunError` if the run is training or waits in the queue."""
+        """Yield a run that cannot be started meanwhile. Raises `RunError` if the run trains or waits."""
         with self.jobs.changing() as entries:
             run = self.find(name)
             self.jobs.refuse_active(run)

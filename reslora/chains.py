@@ -219,7 +219,7 @@ def with_wrappers(model: nn.Module) -> list[nn.Module]:
 
 
 def live_connection(base: nn.Module) -> Any:
-    """Return the `wiring.Connection` of a base model; The result is None if the model is not connected or the adapter
+    """Return the `wiring.Connection` of a base model; None if the model is not connected or the adapter
     has been removed.
     """
     connection = vars(base).get("_reslora")

@@ -250,7 +250,7 @@ def check_values(grid: Grid) -> None:
 
 
 def check_at_once(options: SharedExperimentOptions, arms: int) -> None:
-    """Return the directory of an arm, relative to the directory of its method."""
+    """Raise `InvalidArgument` for more processes than arms, a launcher of several processes, and missing Ray."""
     processes = options.arms_at_once or 1
     flag = f"--arms_at_once {processes}" if options.executor == "local" else "--executor ray"
     if options.executor == "ray":

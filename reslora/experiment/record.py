@@ -22,9 +22,7 @@ ONE_RATE = "only one learning rate"  # prefix of the note if no method has sever
 
 Status = Literal["finished", "running", "waiting", "failed", "stopped"]
 ENDED_AS = ("finished", "failed", "stopped")
-"""Statuses of an arm that has ended; Status of an arm; `stopped` means that racing has stopped the arm before its last
-step.
-"""
+"""Statuses of an arm that has ended; `stopped` means that racing has stopped the arm before its last step."""
 
 
 class Split(TypedDict):
@@ -158,9 +156,7 @@ class Verdict(TypedDict):
     p_holm: float | None
     """p value corrected for all pairs of methods and all evaluations on the test split; significant below 0.05."""
     detectable: float | None
-    """Minimum detectable effect with 80% power; The value is None with fewer than three seeds, which do not determine
-    it.
-    """
+    """Minimum detectable effect with 80% power; None with fewer than three seeds, which do not determine the effect."""
     detectable_interval: NotRequired[tuple[float, float] | None]
     """80% interval of `detectable`, which a few seeds determine only roughly."""
     expected: float | None

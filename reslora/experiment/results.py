@@ -178,8 +178,8 @@ class Results:
     def is_new(self, read: Sequence[Sequence]) -> bool:
         """Return whether a method is read with other seeds, or another rate or step, than in every earlier evaluation.
 
-        Fewer methods are no new evaluation, because all pairs that were ever compared stay in the family. One or two
-        added seeds count as one, because they may have been chosen by their results.
+        Fewer methods are no new evaluation, because all pairs that were ever compared stay in the family. Fewer
+        seeds are a new evaluation, because they may have been chosen by their results.
         """
         earlier = [_by_label(rows) for rows in self.seen]
         return bool(earlier) and any(

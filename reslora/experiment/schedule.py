@@ -131,7 +131,7 @@ class ArmSchedule:
         return self.folder / self.labels[arm.label].method / self.place_of(arm)
 
     def name_of(self, arm: Arm) -> str:
-        """Return the directory of an arm, relative to the directory of the experiment, such as `lora/lr-0.0001/seed-0`."""
+        """Return an arm's directory, relative to the experiment's directory, such as `lora/lr-0.0001/seed-0`."""
         return self.folder_of(arm).relative_to(self.folder).as_posix()
 
     def options_of(self, arm: Arm) -> Any:

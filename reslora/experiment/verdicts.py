@@ -49,8 +49,8 @@ def compare(
     other method is compared with one of these (`partner_of`), and the reference method's other variants with its first
     one. An average of a method's checkpoints is compared with that method only. Without the reference nothing is
     compared. `against`: whether the methods other than the reference are also compared with each other. Two options
-    with two values each are compared as two effects and their interaction. `before`: the number of comparisons in the
-    `family` of earlier evaluations, below which the present number cannot fall. `reading`: number of evaluations on the
+    with two values each are compared as two effects and their interaction. `before`: the `family` of earlier
+    evaluations, whose pairs stay in the family. `reading`: number of evaluations on the
     test split. `base`: losses before training. Raises `ValueError` if arms were evaluated on different images.
     """
     judged = [arm for arm in arms if arm["test"] and is_chosen(arm, chosen)]
@@ -158,7 +158,7 @@ def partner_of(label: str, references: Sequence[str], kinds: Mapping[str, Mappin
 
 
 def mean_of(test: TestLosses | None) -> float | None:
-    """Return the mean test loss; The result is None without losses, or if one of them is not finite."""
+    """Return the mean test loss; None without losses, or if one of them is not finite."""
     losses = test["losses"] if test else []
     return math.fsum(losses) / len(losses) if losses and None not in losses else None  # type: ignore[arg-type]
 

@@ -43,7 +43,7 @@ def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, A
 def _of_other_methods(now: Given) -> Iterable[str]:
     """Return the options that a new run ignores because none of its methods has shortcuts.
 
-    A resumed run ignores no option, because it compares their values with those of the earlier run.
+    A resumed run ignores no option, because it compares all values with those of the earlier run.
     """
     methods = [METHODS[name] for name in now.get("method", ())]
     if not methods or now.get("resume_from_checkpoint") or any(method.reads_shortcut for method in methods):

@@ -84,7 +84,7 @@ def read_loras(paths: Sequence[Path], model: Model) -> dict[Path, LoraFile]:
 
 
 def in_order_of_seeds(groups: Mapping[str, Sequence[LoraFile]]) -> dict[str, list[LoraFile]] | None:
-    """Return the files of each group by their training seeds; The result is None unless all groups have the same,
+    """Return the files of each group by their training seeds; None unless all groups have the same,
     different seeds.
     """
     seeds = [[file.seed for file in files] for files in groups.values()]

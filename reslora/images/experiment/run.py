@@ -313,7 +313,7 @@ def expected_times(
     # two passes with guidance
     samples = select * TIMESTEPS * SELECT_NOISES * math.ceil(schedule.steps / schedule.validation_steps)
     measuring = samples + 2 * validation.num_inference_steps * prompts
-    # The merged model writes a single image in the same way, by each of three formats.
+    # The merged model draws as many samples, and each of three file formats draws a single image.
     drawn = 2 * validation.num_inference_steps * (max(1, prompts) + 3)
     tested = test * TIMESTEPS * TEST_NOISES + drawn + FORWARDS * calibration
     return a_sample * measuring, a_sample * tested

@@ -143,7 +143,7 @@ def advice(kinds: Sequence[ImageDataset], context: ImageContext, plan: Plan) -> 
     """Return the first option that makes the run fit, or else the first few options that do so together."""
 
     def plan_with(change: Change) -> Plan | None:
-        """Return the memory estimate with changed options; The result is None if the pipeline does not accept the
+        """Return the memory estimate with changed options; None if the pipeline does not accept the
         changed options.
         """
         options = context.options.replace(**change)

@@ -46,7 +46,7 @@ class Model:
     cache_dir: str | None = None
     index: dict = field(default_factory=dict)
     prediction_type: str | None = None
-    """The denoiser's prediction type; The type of prediction; None for the type in the scheduler's configuration."""
+    """The denoiser's prediction type; None for the type in the scheduler's configuration."""
 
     @property
     def vae_flag(self) -> str:
@@ -170,8 +170,7 @@ class Model:
 
 
 def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: Accelerator) -> Model:
-    """Return the model that the options name. A model that is not a local folder is downloaded, or converted from a
-    single file.
+    """Return the model that the options name; download it, or convert a single file, unless it is a local folder.
 
     Raises `InvalidArgument` if the model cannot be trained.
     """

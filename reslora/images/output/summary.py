@@ -77,7 +77,7 @@ def write_comparison(
 
 
 def _image(samples: Path, number: int, prompt: str) -> Path | None:
-    """Return the path of a prompt's first sample; The result is None if the image cannot be read or shows another
+    """Return the path of a prompt's first sample; None if the image cannot be read or shows another
     prompt.
     """
     path = samples / f"{number}-0.png"

@@ -32,7 +32,7 @@ class Flux2(Flux2Klein):
     marks = version
 
     def token_counts(self, pipeline, tokenizer, captions):
-        """Return the number of tokens of each caption in the chat template, including the tokens of the system message."""
+        """Return the number of tokens of each caption in the chat template, including the system message."""
         messages = format_input(captions, pipeline.system_message)
         found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, padding=True)
         return found["attention_mask"].sum(dim=1).tolist()
