@@ -246,8 +246,9 @@ class Studio:
         denoiser.load_state_dict(self.state, assign=True)
         for name, module in denoiser.named_modules():
             own = present.get_submodule(name)
-            # plain tensor attributes, such as Qwen-Image's frequencies
-            vars(module).update({key: vars(own)[key] for key, value in vars(module).items() if torch.is_tensor(value)})
+            for key, value in vars(module).items():  # such as Qwen-Image's frequencies, and Lumina 2's list of them
+                if any(map(torch.is_tensor, value if isinstance(value, list) else [value])):
+                    vars(module)[key] = vars(own)[key]
             for key, value in list(module.named_buffers(recurse=False)):
                 if value.is_meta:  # not in the state, such as Chroma's positions of modulations
                     setattr(module, key, getattr(own, key))

@@ -141,10 +141,10 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
     """Return the chains of neighboring LoRA blocks of `model`; `print` shows them as a table.
 
     `example_inputs` are keyword arguments of the base model, used only to trace the execution order, on the meta device
-    if possible. For a U-Net, and for a Z-Image, Flux, Stable Diffusion 3, Qwen-Image or Krea 2 transformer, the default
-    is made from the configuration; for other models it is their `dummy_inputs`. The trace leaves random states,
-    training modes and gradients unchanged. Where two independent streams join, such as those of an image and its
-    caption, new chains begin.
+    if possible. For a U-Net, and for a Z-Image, Flux, Stable Diffusion 3, Qwen-Image, Krea 2 or Lumina 2 transformer,
+    the default is made from the configuration; for other models it is their `dummy_inputs`. The trace leaves random
+    states, training modes and gradients unchanged. Where two independent streams join, such as those of an image and
+    its caption, new chains begin.
 
     Raises `ValueError` if the model has no LoRA layer of this adapter, has no default inputs and `example_inputs` is
     missing, or does not run on the inputs.

@@ -384,6 +384,28 @@ def _krea2_inputs(config: Any, zeros: Callable) -> dict:
     }
 
 
+class _Ones(torch.Tensor):
+    """A mask of ones that has sums on the meta device, too: Lumina 2 reads the lengths of captions from its mask."""
+
+    def sum(self, dim: int) -> torch.Tensor:  # type: ignore[override]
+        """Return the sums along a dimension, on the CPU."""
+        return torch.full(self.shape[:dim], self.shape[dim])
+
+    def bool(self) -> torch.Tensor:
+        """Return a plain tensor of ones on the mask's device."""
+        return torch.ones(self.shape, dtype=torch.bool, device=self.device)
+
+
+def _lumina2_inputs(config: Any, zeros: Callable) -> dict:
+    side = 8 * config.patch_size
+    return {
+        "hidden_states": zeros(config.in_channels, side, side),
+        "encoder_hidden_states": zeros(24, config.cap_feat_dim),
+        "timestep": zeros(),
+        "encoder_attention_mask": torch.ones(1, 24).as_subclass(_Ones),
+    }
+
+
 # By the name of the class: nothing of diffusers is imported here.
 _INPUTS = {
     "UNet2DConditionModel": _unet_inputs,
@@ -394,4 +416,5 @@ _INPUTS = {
     "SD3Transformer2DModel": _sd3_inputs,
     "QwenImageTransformer2DModel": _qwen_image_inputs,
     "Krea2Transformer2DModel": _krea2_inputs,
+    "Lumina2Transformer2DModel": _lumina2_inputs,
 }

@@ -2,7 +2,8 @@
 
 Each builder writes the folder that `DiffusionPipeline.from_pretrained` reads, and returns it. Keyword arguments are
 named after the pipeline's parts (`unet={"sample_size": 16}`, `scheduler={"prediction_type": "epsilon"}`) and override
-that part's configuration. All pipelines generate 32x32 images from 8x8 latents, and read captions made of `WORDS`.
+that part's configuration. All pipelines generate 32x32 images from 8x8 latents (Lumina 2: 4x4), and read captions made
+of `WORDS`.
 """
 
 import csv
@@ -30,6 +31,8 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
@@ -53,6 +56,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     Dinov2Config,
     Dinov2Model,
+    Gemma2Config,
+    Gemma2Model,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PixtralImageProcessor,
@@ -444,9 +449,39 @@ def krea2(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler
     return folder
 
 
+def lumina2(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
+    """Write Lumina 2: Gemma 2, refiners of image and caption, fewer heads of keys and values than of queries.
+
+    Its pipeline takes for granted that the autoencoder divides width and height by eight, so latents are 4x4.
+    """
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 512,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }  # fmt: skip
+    deeper = {"block_out_channels": (8,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4}
+    deeper |= {"up_block_types": ("UpDecoderBlock2D",) * 4}
+    Lumina2Pipeline(
+        text_encoder=Gemma2Model(Gemma2Config(**text | (text_encoder or {}))),
+        tokenizer=tiny_tokenizer(512),
+        transformer=Lumina2Transformer2DModel(
+            **{
+                "sample_size": 4, "in_channels": 4, "hidden_size": 32, "num_layers": 3, "num_refiner_layers": 2,
+                "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16, "cap_feat_dim": 16,
+                "axes_dim_rope": (4, 6, 6), **(transformer or {}),
+            }
+        ),
+        vae=tiny_vae(FLOW_VAE | deeper | (vae or {})),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 6.0, **(scheduler or {})}),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 FAMILIES: dict[str, Callable[..., Path]] = {
     "stable_diffusion": stable_diffusion, "sdxl": sdxl, "z_image": z_image, "flux": flux, "sd3": sd3,
     "flux2": flux2, "flux2_klein": flux2_klein, "chroma": chroma, "qwen_image": qwen_image, "krea2": krea2,
+    "lumina2": lumina2,
 }  # fmt: skip
 
 

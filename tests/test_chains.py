@@ -24,6 +24,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
+    Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -244,6 +245,13 @@ TRANSFORMERS = {
         ["to_q", "add_k_proj", "img_mlp.net.2"],
         {"attn.to_q": (60, 59), "attn.add_k_proj": (60, 59), "img_mlp.net.2": (60, 59)},
     ),
+    # Two blocks each for caption and image, and 26 over both. Keys and values are narrower than queries.
+    "lumina2": (
+        Lumina2Transformer2DModel,
+        {"cap_feat_dim": 2304},
+        [*ATTENTION, "feed_forward.linear_2"],
+        dict.fromkeys([*(f"attn.{role}" for role in ATTENTION), "feed_forward.linear_2"], (30, 27)),
+    ),
     # Two blocks over the layers of each token, two over the tokens of the caption, and 28 over those and the image's.
     # Queries are 6144 wide and keys and values 1536; text has 2560 of all.
     "krea2": (
@@ -262,6 +270,10 @@ CUTS = {
     "flux_dev": {
         "single_transformer_blocks.0": "88 follows 64 tokens",
         "proj_out": "one of the two is in no list of modules of one class",
+    },
+    "lumina2": {
+        "noise_refiner.0": "another stream: noise_refiner.0 does not read the output of context_refiner.1",
+        "layers.0": "another stream: layers.0 combines the outputs of context_refiner.1 and noise_refiner.1",
     },
     "krea2": {
         "text_fusion.refiner_blocks.0": "24 follows 12 tokens",
@@ -510,6 +522,10 @@ RUNS_AT = {
     "krea2": (
         tiny_models.krea2,
         [tiny_models.krea2_inputs(*lengths) for lengths in ((2, 4, 8), (4, 2, 4), (3, 5, 70))],
+    ),
+    "lumina2": (
+        tiny_models.lumina2,
+        [tiny_models.lumina2_inputs(*lengths) for lengths in ((2, 4, 8), (4, 2, 4), (3, 5, 70))],
     ),
 }
 

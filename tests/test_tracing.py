@@ -270,6 +270,7 @@ TRANSFORMERS = {
     "sd3": (tiny_models.sd3, {}, (16, 77, None)),
     "sd3_large": (tiny_models.sd3, {"sample_size": 128, "pos_embed_max_size": 96}, (256, 77, None)),
     "qwen_image": (tiny_models.qwen_image, {}, (64, 24, None)),
+    "lumina2": (tiny_models.lumina2, {}, (64, 24, 88)),
     "krea2": (tiny_models.krea2, {"num_text_layers": 12}, (64, 24, 88, 12)),
 }
 

@@ -6,6 +6,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
+    Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
@@ -130,6 +131,14 @@ def krea2(**overrides) -> nn.Module:
     return Krea2Transformer2DModel(**config | overrides)
 
 
+def lumina2(**overrides) -> nn.Module:
+    config = {
+        "in_channels": 4, "hidden_size": 24, "num_layers": 4, "num_refiner_layers": 2, "num_attention_heads": 2,
+        "num_kv_heads": 1, "multiple_of": 8, "cap_feat_dim": 12, "axes_dim_rope": (4, 4, 4),
+    }  # fmt: skip
+    return Lumina2Transformer2DModel(**config | overrides)
+
+
 def tokens(length: int) -> torch.Tensor:
     return torch.arange(2, 2 + length)[None]
 
@@ -205,4 +214,15 @@ def krea2_inputs(height: int, width: int, caption: int) -> dict:
         "encoder_attention_mask": torch.arange(caption) < torch.tensor([[caption - 1], [caption]]),
         "timestep": torch.full((2,), 0.3),
         "position_ids": torch.zeros(caption + height * width, 3),
+    }
+
+
+def lumina2_inputs(height: int, width: int, caption: int) -> dict:
+    """Return an image of this size (in patches), and two captions of which the first has padding."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(2, 4, 2 * height, 2 * width, generator=generator),
+        "encoder_hidden_states": torch.randn(2, caption, 12, generator=generator),
+        "encoder_attention_mask": torch.arange(caption) < torch.tensor([[caption - 1], [caption]]),
+        "timestep": torch.full((2,), 0.3),
     }

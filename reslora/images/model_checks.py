@@ -210,6 +210,9 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
     if longest is not None and "max_sequence_length" not in family.defaults:
         problem = f"{family.name} always reads as many tokens as its text encoder can"
         raise InvalidArgument(f"--max_sequence_length {longest}", problem, "leave it out")
+    if longest is not None and family.most_tokens is not None and longest > family.most_tokens:
+        problem = f"{family.name} reads at most {family.most_tokens} tokens"
+        raise InvalidArgument(f"--max_sequence_length {longest}", problem, f"give {family.most_tokens} or fewer")
     default = Options.table()["guidance_scale_train"].default
     if guidance != default and not (family.takes_guidance and model.denoiser_config().get("guidance_embeds")):
         problem = f"the denoiser of this {family.name} does not take guidance as an input"

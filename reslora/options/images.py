@@ -327,8 +327,8 @@ class TrainingOptions(SharedTrainingOptions):
     guidance_scale_train: float = option(1.0,
         "guidance scale that a guidance-distilled denoiser gets as input in training: only for Flux.1 and FLUX.2 dev "
         "(diffusers' script has 3.5)", NOT_NEGATIVE, compared_as="how losses are measured")
-    max_sequence_length: int = option(None, "tokens of a caption that T5 or Qwen reads", COUNT,
-        compared_as="how losses are measured", by_family="SD 3 77, others with T5 or Qwen 512")
+    max_sequence_length: int = option(None, "tokens of a caption that T5, Qwen or Gemma reads", COUNT,
+        compared_as="how losses are measured", by_family="SD 3 77, Lumina 2 256, others with T5 or Qwen 512")
     local_rank: int = free(-1, "set by launchers", int)
 
     @property
@@ -399,11 +399,11 @@ class ValidationOptions(SharedValidationOptions):
         "add --validation_prompt and --num_validation_images 1, or leave it out"))
     num_inference_steps: int = shown(None, "denoising steps of a sample", COUNT,
         compared_as="how samples are generated", bundled=20,
-        by_family="Stable Diffusion 1 and 2, SDXL 30; Chroma 35; Qwen-Image 50; others 28")
+        by_family="Stable Diffusion 1 and 2, SDXL, Lumina 2 30; Chroma 35; Qwen-Image 50; others 28")
     guidance_scale: float = shown(None, "classifier-free guidance of a sample", NOT_NEGATIVE,
         compared_as="how samples are generated", bundled=4.0, bundled_flow=3.0,
-        by_family="Stable Diffusion 1 and 2 7.5; SDXL, Z-Image, Chroma 5; SD 3 7; Flux.1 3.5; FLUX.2, Qwen-Image 4; "
-        "Krea 2 4.5")
+        by_family="Stable Diffusion 1 and 2 7.5; SDXL, Z-Image, Chroma 5; SD 3 7; Flux.1 3.5; FLUX.2, Qwen-Image, "
+        "Lumina 2 4; Krea 2 4.5")
 
 
 @group

@@ -68,6 +68,13 @@ def test_what_the_model_does_not_read_is_refused(pipeline, config, words):
     check_family(*parts(parse_args(["--guidance_scale_train", "1"]), "adapter", "training"), model)
 
 
+def test_more_tokens_than_the_denoiser_has_positions_for_are_refused():
+    model = SimpleNamespace(family=load_family("Lumina2Pipeline"), denoiser_config=dict)
+    check_family(*parts(parse_args(["--max_sequence_length", "299"]), "adapter", "training"), model)
+    with pytest.raises(InvalidArgument, match=r"^--max_sequence_length 300: lumina2 .* 299 tokens; give 299"):
+        check_family(*parts(parse_args(["--max_sequence_length", "300"]), "adapter", "training"), model)
+
+
 def test_what_the_model_reads_is_taken():
     """`check_family` raises an error for an option that the model does not use."""
     flags = parse_args(["--max_sequence_length", "64", "--guidance_scale_train", "3.5"])

@@ -14,7 +14,7 @@ from reslora.images.data.lengths import reader_of
 from reslora.images.model.families import load_family
 from reslora.images.model.loading import Model
 
-FAMILIES = ("stable_diffusion", "sdxl", "flux", "sd3", "z_image", "flux2", "flux2_klein", "chroma")
+FAMILIES = ("stable_diffusion", "sdxl", "flux", "sd3", "z_image", "flux2", "flux2_klein", "chroma", "lumina2")
 LONGEST = 12  # --max_sequence_length
 TELLING = ("captions and prompts", "longer than")
 
@@ -31,7 +31,7 @@ def loaded(name: str, folder: Path) -> tuple:
 @torch.no_grad()
 def test_a_caption_that_is_no_longer_is_read_to_its_last_word_and_of_a_longer_one_that_is_not(name, tmp_path):
     stock, family, (part, tokenizer) = loaded(name, tmp_path / "model")
-    longest = 40 if name == "flux2" else LONGEST  # its system message counts, too
+    longest = 40 if name in ("flux2", "lumina2") else LONGEST  # their system message counts, too
     most = longest if "max_sequence_length" in family.defaults else tokenizer.model_max_length
     assert part == {"flux": "tokenizer_2", "sdxl": "tokenizer_2", "sd3": "tokenizer_3"}.get(name, "tokenizer")
     around = family.token_counts(stock, tokenizer, ["red"])[0] - 1

@@ -38,6 +38,11 @@ OTHERS = {
         r"\.attention\.to_out\.0\.": ".attention.out.",
         r"\.attention\.norm_([qk])\.": r".attention.\1_norm.",
     },
+    "lumina2": {
+        r"^time_caption_embed\.caption_embedder\.0\.": "cap_embedder.0.",
+        r"\.attn\.norm_([qk])\.": r".attention.\1_norm.",
+        r"\.norm1\.(norm\.)?weight": ".attention_norm1.weight", r"\.norm2\.": ".attention_norm2.",
+    },
     "krea2": {
         r"^text_fusion\.": "txtfusion.", r"^transformer_blocks\.": "blocks.",
         r"\.norm1\.weight": ".prenorm.scale", r"\.norm2\.weight": ".postnorm.scale",
@@ -47,8 +52,8 @@ OTHERS = {
     },
 }  # fmt: skip
 """Names of what is neither a linear layer nor a convolution, in the model's own code."""
-IN_PUBLISHED_SIZE = ("flux", "chroma")
-"""diffusers converts their single blocks at a width of 3072 alone."""
+IN_PUBLISHED_SIZE = ("flux", "chroma", "lumina2")
+"""diffusers converts their single blocks, and Lumina 2's queries, keys and values, at the published width alone."""
 SMALL = [family for family in OTHERS if family not in IN_PUBLISHED_SIZE]
 
 
@@ -114,6 +119,8 @@ def test_diffusers_own_names_are_read_as_they_are(family, tmp_path):
 def test_weights_in_published_width_are_those_of_the_model(family, tmp_path):
     kind = load_family(PIPELINE_OF[family]).denoiser_class
     config = {"num_layers": 1, "num_single_layers": 1}
+    if family == "lumina2":
+        config = {"num_layers": 1, "num_refiner_layers": 1}
     if family == "chroma":
         config |= {"approximator_hidden_dim": 32, "approximator_layers": 1}
     with torch.device("meta"):

@@ -45,7 +45,7 @@ def test_text_states_of_half_precision_are_drawn_in_the_pipelines_at_any_size(tm
         assert drawn.shape == (height or 32, width or 32, 3) and np.isfinite(drawn).all()
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "krea2"])
+@pytest.mark.parametrize("name", ["qwen_image", "krea2", "lumina2"])
 def test_samples_are_guided_by_the_scale_that_is_given(tmp_path, name):
     """With other arguments than Stable Diffusion's, and a negative prompt of another length."""
     family = load_family(index_of(FAMILIES[name](tmp_path / "model"))["_class_name"])

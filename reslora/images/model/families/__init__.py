@@ -26,6 +26,7 @@ FAMILIES = {
     "QwenImageEditPipeline": "qwen_image_edit",
     "QwenImageEditPlusPipeline": "qwen_image_edit_plus",
     "Krea2Pipeline": "krea2",
+    "Lumina2Pipeline": "lumina2",
 }
 
 

@@ -116,6 +116,8 @@ class Family:
     """The names of A and B in ComfyUI's files. With these names diffusers reads the files too, if it can."""
     text_names: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Text encoders that LoRA files may contain, trainable here or not: the prefixes of kohya's and ComfyUI's names."""
+    most_tokens: int | None = None
+    """The highest number of a caption's tokens that the denoiser reads; None if it reads any number."""
     takes_guidance: bool = False
     """Whether guidance is an input of the denoiser, so that a negative prompt has no effect."""
     thinking: bool | None = None

@@ -165,8 +165,10 @@ def family_of(content: Content) -> Family:
         return marked[0]
     pairs = pairs_of(content)
     fitting = [names for names in map(names_of, families) if all(name in names.known for name in pairs)]
-    if len(fitting) > 1:
-        fitting = [names for names in fitting if _in_proportion(pairs, names) and not names.family.derived]
+    several = len(fitting) > 1
+    # Z-Image's fused layers have the names of Lumina 2's, which is the only one of the two with these names here.
+    fitting = [names for names in fitting if not (several or names.family.one_size) or _in_proportion(pairs, names)]
+    fitting = [names for names in fitting if not (several and names.family.derived)]
     if len(fitting) == 1:
         return fitting[0].family
     problem = "its layers are in several families" if fitting else "no single family is certain by its layers' names"

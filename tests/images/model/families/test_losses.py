@@ -129,6 +129,41 @@ def test_z_image_counts_the_other_way_and_points_the_other_way(setting, captions
     torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(prediction, velocity))
 
 
+@pytest.mark.parametrize(("captions", "width"), [(CAPTIONS, 32), (MIXED, 48)], ids=["equal", "mixed"])
+@torch.no_grad()
+def test_lumina_2_reads_captions_of_their_own_length_as_its_pipeline_does_padded_ones(setting, captions, width):
+    one = setting("lumina2")
+    batch = one.batch(captions, width)
+    noisy, velocity = flow_parts(one, batch)
+    states, mask, empty, its_mask = one.stock.encode_prompt(captions, device="cpu")
+    kept = one.family.encode_captions(one.stock, [*captions, ""], 256)["states"]
+    assert [len(own) for own in kept] == [*mask.sum(dim=1), its_mask[0].sum()] and max(map(len, kept)) < 64
+    torch.testing.assert_close(kept[2], empty[0, : len(kept[2])])  # without the system prompt
+    output = one.denoiser(noisy, 1 - batch.timesteps / 1000, states, mask).sample
+    torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(-output, velocity))
+
+
+@torch.no_grad()
+def test_lumina_2s_pipeline_goes_from_noise_to_the_image_by_what_is_trained(setting, monkeypatch):
+    """In one step, if the denoiser's output is the one whose loss is zero; and the loss tells it the same time."""
+    one = setting("lumina2")
+    image, noise = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    output, told = image - noise, []
+
+    def answer(hidden_states, timestep, **inputs):
+        told.append(timestep)
+        return (output,)
+
+    monkeypatch.setattr(one.stock.transformer, "forward", answer)
+    given = {"height": 32, "width": 32, "latents": noise, "guidance_scale": 1.0, "output_type": "latent"}
+    drawn = one.stock("red disc", num_inference_steps=1, **given).images
+    torch.testing.assert_close(drawn, image)
+    conditions = Conditions(one.family.encode_captions(one.stock, ["red disc"], 64), SIZES[:1])
+    inputs = one.family.denoiser_inputs(one.denoiser.config, noise, torch.tensor([1000.0]), conditions)
+    assert inputs["timestep"].equal(told[0])
+    torch.testing.assert_close(one.family.prediction((output,), noise), one.objective.target(image, noise, None))
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("guided", [True, False])
 @torch.no_grad()
@@ -296,7 +331,7 @@ def test_the_moments_of_qwen_images_autoencoder_are_those_of_the_only_frame(sett
     torch.testing.assert_close(moments[:, 1], posterior.std[:, :, 0])
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "krea2"])
+@pytest.mark.parametrize("name", ["qwen_image", "krea2", "lumina2"])
 @torch.no_grad()
 def test_padding_beside_a_longer_caption_changes_no_loss(setting, name):
     """In float64, where this is nearly exact: the mask excludes the padding from every product."""

@@ -149,6 +149,10 @@ READ = {
     ],
     # ComfyUI fuses q, k and v of Z-Image, and reads the three names of diffusers. musubi-tuner has three layers.
     "z_image": [("layers.2.attention.to_out.0", *["layers.2.attention.to_out.0"] * 2)],
+    "lumina2": [
+        ("noise_refiner.1.attn.to_v", *["noise_refiner.1.attention.qkv"] * 2),
+        ("layers.2.feed_forward.linear_3", *["layers.2.feed_forward.w3"] * 2),
+    ],
     "qwen_image": [("transformer_blocks.2.attn.add_k_proj", *["transformer_blocks.2.attn.add_k_proj"] * 2)],
     "krea2": [
         ("transformer_blocks.2.attn.to_gate", *["blocks.2.attn.gate"] * 2),
@@ -161,7 +165,7 @@ READ = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_names_are_those_that_comfyui_and_kohyas_scripts_have_read(family):
-    """Read by the code of ComfyUI 0.33.0, sd-scripts and musubi-tuner; see docs/convert.md."""
+    """Read by the code of ComfyUI 0.33.0, sd-scripts and musubi-tuner, but for Lumina 2; see docs/convert.md."""
     up = ["CrossAttnUpBlock2D"] * 4
     config = FrozenDict({"layers_per_block": 2, "up_block_types": up, "block_out_channels": (1, 1, 1)})
     own = load_family(PIPELINE_OF[family])

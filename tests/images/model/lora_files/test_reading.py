@@ -53,6 +53,19 @@ def test_layers_say_whose_a_file_is_where_no_other_family_has_them(family, tmp_p
         assert guessed(tmp_path / "in.safetensors") == "chroma"
 
 
+@pytest.mark.parametrize(("width", "outputs", "found"), [(2304, 2304 + 2 * 768, True), (3840, 3 * 3840, False)])
+def test_z_images_fused_layers_are_not_taken_for_lumina_2s(width, outputs, found, tmp_path):
+    """They have the same names in the models' own code, in other sizes."""
+    name = "diffusion_model.layers.0.attention.qkv.lora_{}.weight"
+    save_file({name.format("A"): torch.ones(1, width), name.format("B"): torch.ones(outputs, 1)}, tmp_path / "in.st")
+    content = read_content((tmp_path / "in.st").rename(tmp_path / "in.safetensors"), "IN")
+    if found:
+        assert family_of(content).name == "lumina2"
+    else:
+        with pytest.raises(InvalidArgument, match="no single family is certain by its layers' names"):
+            family_of(content)
+
+
 def test_in_doubt_the_family_is_asked_for(tmp_path):
     shape = names("flux").shapes[ALL]
     tensors = {f"transformer.{ALL}.lora_A.weight": torch.ones(1, shape[1])}
