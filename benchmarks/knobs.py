@@ -49,7 +49,7 @@ TEXT = {
 FACTORS = {"x0.25": 0.25, "x0.5": 0.5, "x2": 2, "x4": 4}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Value:
     """One value of a knob on a model: an experiment with a few options that differ from the reference's."""
 

@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 
+import knobs_report
 import matplotlib
 import matplotlib.pyplot as plt
 import why_plots
@@ -21,7 +22,7 @@ from reslora.io import read_object
 from reslora.merges import MERGES as FOR_LINKS
 
 matplotlib.use("Agg")
-REPORTS = [ROOT / "RESULTS.md", *sorted((ROOT / "benchmarks" / "reports").glob("*.md"))]
+REPORTS = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "benchmarks" / "reports").glob("*.md"))]
 COLORS = {
     "lora": "#8a8f98",
     "lora_x2": "#1971c2",
@@ -43,7 +44,7 @@ def write(experiments: dict) -> None:
             content = content.replace("](", f"]({'../' * (len(report.relative_to(ROOT).parts) - 1)}")
             text = re.sub(pattern, lambda m, content=content: f"{m[1]}\n{content}\n{m[2]}", text, flags=re.DOTALL)
         report.write_text(text, encoding="utf-8")
-    print(f"RESULTS.md, its reports and the plots in {RESULTS.relative_to(ROOT)} are up to date")
+    print(f"README.md, RESULTS.md, its reports and the plots in {RESULTS.relative_to(ROOT)} are up to date")
 
 
 def part(name: str, experiments: dict) -> str:
@@ -54,6 +55,8 @@ def part(name: str, experiments: dict) -> str:
         "merging": merging_table, "merging-plot": merging_plot, "why": lambda: why_tables(found),
         "counted": counted, "summary": summary_table, "alpha": alpha_table,
         "again": again_table,
+        "knobs-plot": knobs_plot, "knobs": lambda: knobs_report.sentences(knobs_report.all_found()),
+        "knobs-table": lambda: knobs_report.table(knobs_report.all_found()), "knobs-planned": knobs_report.planned,
         "forest": lambda: plot_of(found, "every comparison with LoRA", why_plots.forest, "why-forest.png"),
         "rates": lambda: plot_of(found, "loss by learning rate and method", why_plots.rates, "why-rates.png"),
     }  # fmt: skip
@@ -433,3 +436,9 @@ def not_run(experiments: dict) -> str:
 def plot_of(found: list[Kept], shows: str, plot: Callable[[list[Kept]], Figure], name: str) -> str:
     """Return a plot of experiments of `why.py` as a Markdown image."""
     return f"![{shows}]({saved(plot(found), name)})" if found else NOT_RUN
+
+
+def knobs_plot() -> str:
+    """Return the figure of `knobs.py` as a Markdown image."""
+    found = knobs_report.all_found()
+    return f"![which settings matter when one trains a LoRA]({saved(knobs_report.figure(found), 'knobs.png')})"
