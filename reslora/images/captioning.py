@@ -31,7 +31,7 @@ def caption_folder(args: argparse.Namespace) -> None:
     waiting = [image for image in images if args.overwrite or not caption_files(image)]
     if len(waiting) < len(images):
         skipped = pluralize(len(images) - len(waiting), "image")
-        print(f"skipped {skipped} with a caption; --overwrite writes new ones")
+        print(f"skipped {skipped} with a caption; --overwrite replaces captions")
     if not waiting:
         return
     captioner = Captioner(args.model, args.prompt, args.max_new_tokens)
@@ -97,7 +97,7 @@ class Captioner:
                 name, trust_remote_code=False, use_safetensors=True, dtype=dtype, output_loading_info=True
             )
             if info["missing_keys"]:  # transformers would initialize them randomly
-                raise ValueError(f"lacks weights, such as {min(info['missing_keys'])}")
+                raise ValueError(f"the file lacks weights, such as {min(info['missing_keys'])}")
             tokenizer = self.processor.tokenizer
         self.model: Any = model.eval().to(device)
         tokenizer.padding_side = "left"  # the model continues at the right end

@@ -236,7 +236,7 @@ def check_reads_references(
         argument = argument or f"--validation_image {' '.join(validation.validation_image)}"
         if family.editing:
             fix = "give --conditioning_data_dir or --conditioning_image_column, too, or leave it out"
-            raise InvalidArgument(argument, f"{family.name} edits images only if it is trained on pairs", fix)
+            raise InvalidArgument(argument, f"{family.name} edits images only if the data are pairs of images", fix)
         names = ", ".join(other.name for other in map(load_family, FAMILIES) if other.edits or other.editing)
         raise InvalidArgument(argument, f"{family.name} edits no images", f"leave it out, or give a model of {names}")
     most = family.most_references

@@ -81,7 +81,7 @@ def config_of_updates(updates: Mapping[str, Any], model: nn.Module, settings: An
         if found != sides(layer):
             raise ValueError(f"delta() of {name} has the shape {found}, and the layer {sides(layer)}")
     if not updates:
-        raise ValueError("it returned an empty dict, so that nothing would be trained")
+        raise ValueError("it returned an empty dict, and nothing would be trained")
     targets = "|".join(map(re.escape, sorted(updates)))
     shared = settings.shared | {"target_modules": targets}
     config = UpdatesConfig(r=settings.r, **shared)

@@ -28,7 +28,7 @@ def as_text(options: object) -> str:
         raise ValueError("not a JSON object with the options of a prompt")
     for name, value in options.items():
         if name not in CHECKS:
-            raise ValueError(f"{name} is no option of a prompt, which are {', '.join(CHECKS)}")
+            raise ValueError(f"{name} is not an option of a prompt; the options are {', '.join(CHECKS)}")
         fits, words = CHECKS[name]
         if not fits(value):
             raise ValueError(f"{name} {value!r} is not {words}")

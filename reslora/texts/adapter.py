@@ -109,7 +109,7 @@ def _refuse_tied(base: PreTrainedModel, flag: str) -> None:
     weights = {id(getattr(module, "base_layer", module).weight) for module in embeddings}
     if len(weights) < len(embeddings) and any(isinstance(module, BaseTunerLayer) for module in embeddings):
         raise InvalidArgument(
-            flag, "the input and the output embedding are one weight", "name other layers, or omit --merge_and_save"
+            flag, "input and output embedding are the same weight", "name other layers, or omit --merge_and_save"
         )
 
 
@@ -122,7 +122,7 @@ def _targets(model: PreTrainedModel, adapter: MethodOptions) -> list[str] | str:
     if not targets:
         raise InvalidArgument(
             "--target_modules",
-            f"missing, and not known for model type {model.config.model_type!r}",
+            f"is missing, and there is no default for model type {model.config.model_type!r}",
             f"name some of {known}",
         )
     if targets == ["all-linear"]:

@@ -112,7 +112,7 @@ def with_start(options: T, given: Given) -> T:
     if others := [name for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if config.get(name)]:
         raise InvalidArgument(flag, f"it has {others[0]}", "give a LoRA with one rank and one alpha")
     if not config["lora_alpha"]:
-        raise InvalidArgument(flag, "it has alpha 0, so that it cannot be trained", "give a LoRA with another alpha")
+        raise InvalidArgument(flag, "its alpha is 0, so it cannot be trained", "give a LoRA with another alpha")
     refuse_changed_base(config.get("init_lora_weights"), flag)
     contradictions.refuse_unable_to_start(options.adapter, flag)
     targets = sorted(listed(config["target_modules"]))

@@ -104,7 +104,7 @@ def load_tokenizer(task: LlmTaskOptions) -> Tokenizer:
         config = AutoConfig.from_pretrained(name, **source(task))
         classes = config.architectures or []
         if config.is_encoder_decoder or not any(c.endswith(("ForCausalLM", "LMHeadModel")) for c in classes):
-            raise ValueError(f"a {', '.join(classes) or config.model_type}, no causal language model")
+            raise ValueError(f"a {', '.join(classes) or config.model_type}, which is not a causal language model")
         tokenizer = AutoTokenizer.from_pretrained(name, **source(task))
     if tokenizer.eos_token_id is None:
         raise InvalidArgument(flag, "its tokenizer has no end-of-sequence token", "set eos_token in its configuration")
@@ -257,7 +257,7 @@ class LlmTexts(Texts):
             ),
         ):
             if needed > limit:
-                raise InvalidArgument(argument, f"{what} tokens and the model {limit} positions", fix)
+                raise InvalidArgument(argument, f"{what} tokens, and the model has only {limit} positions", fix)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return tokens, mask and labels of a batch, each batch x tokens, padded on the right."""

@@ -66,7 +66,7 @@ def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
 def refuse_flags(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions, output: OutputOptions) -> None:
     """Raise `InvalidArgument` for options that cannot be combined with FSDP2."""
     if training.compile:
-        raise InvalidArgument("--compile", "does not work with FSDP2, which gathers weights in hooks", "leave it out")
+        raise InvalidArgument("--compile", "is not possible with FSDP2, which gathers weights in hooks", "leave it out")
     if model.blocks_to_swap:
         problem = "does not work with FSDP2, which gathers blocks itself"
         raise InvalidArgument(f"--blocks_to_swap {model.blocks_to_swap}", problem, "leave it out")

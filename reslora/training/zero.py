@@ -42,7 +42,7 @@ def configure(
     for name in ("optimizer", "scheduler"):
         if name in settings:
             problem = f"DeepSpeed's configuration has its own {name}"
-            raise InvalidArgument(launcher, problem, "leave it out there, and give flags instead")
+            raise InvalidArgument(launcher, problem, "remove it from the configuration, and give options instead")
     refuse_unable(adapter.method, "deepspeed")
     if optimizer.optimizer != "adamw":
         flag = "--use_8bit_adam" if getattr(optimizer, "use_8bit_adam", False) else f"--optimizer {optimizer.optimizer}"

@@ -250,7 +250,7 @@ def test_folders_of_no_known_denoiser_are_refused(tmp_path, capsys):
         ('IN "" --to kohya', "OUT: is empty"),
         ("nowhere OUT --to kohya", "IN nowhere: no such file or folder"),
         ("IN OUT --to kohya --base ./nowhere", "--base ./nowhere: no such folder"),
-        ("IN OUT --to kohya --base IN", "a single file does not describe its model"),
+        ("IN OUT --to kohya --base IN", "a single file does not say which model it is for"),
         ("IN OUT --to kohya --base FLUX --family sd3", "--family sd3"),
         ("IN OUT --to kohya --base FLUX", "is not a layer of flux"),
         ("IN OUT.safetensors --to peft --base SD", "--to peft writes a folder"),

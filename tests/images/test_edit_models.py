@@ -282,7 +282,7 @@ def test_flux2_without_pairs_takes_no_reference_of_samples(tmp_path, capsys):
         "--validation_image",
         tmp_path / "before" / "0.png",
     )
-    assert "flux2_klein edits images only if it is trained on pairs; give --conditioning_data_dir" in line
+    assert "flux2_klein edits images only if the data are pairs of images; give --conditioning_data_dir" in line
 
 
 # -- layouts ---------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def test_json(tmp_path):
         ("a.json", "[", "is not JSON"),
         ("a.json", "{}", "is not a list"),
         ("a.json", '[{"prompt": "a"}, "b"]', "entry 2: is not an object with a prompt"),
-        ("a.json", '[{"prompt": "a", "steps": 3}]', "entry 1: steps is no option of a prompt"),
+        ("a.json", '[{"prompt": "a", "steps": 3}]', "entry 1: steps is not an option of a prompt"),
         ("a.json", '[{"prompt": "a", "guidance_scale": "7"}]', "entry 1: guidance_scale '7' is not a finite number"),
         ("a.json", f'[{{"prompt": "a", "cfg_scale": 1{"0" * 309}}}]', "0 is not a finite number"),
         ("a.json", '[{"prompt": "a", "seed": true}]', "entry 1: seed True is not a whole number"),

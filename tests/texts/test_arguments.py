@@ -138,7 +138,7 @@ def test_what_contradicts_the_lora_to_start_from_is_refused(tmp_path):
             {"init_lora_weights": "pissa_niter_4"},
             "its init_lora_weights, pissa_niter_4, has changed the base model, too",
         ),
-        ({"lora_alpha": 0}, "it has alpha 0, so that it cannot be trained"),
+        ({"lora_alpha": 0}, "its alpha is 0, so it cannot be trained"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(start | setting))
         with pytest.raises(InvalidArgument, match=problem):

@@ -316,9 +316,7 @@ def test_a_model_that_is_no_causal_one_is_refused(tiny, data, tmp_path, capsys):
 
     tiny_bert().save_pretrained(tmp_path / "bert")
     bytes_tokenizer().save_pretrained(tmp_path / "bert")
-    assert_refused(
-        flags(tmp_path / "bert", data, tmp_path / "run"), capsys, ["--model_name_or_path", "no causal language model"]
-    )
+    assert_refused(flags(tmp_path / "bert", data, tmp_path / "run"), capsys, ["--model_name_or_path", "not a causal"])
 
 
 def test_a_four_bit_model_cannot_be_written_merged(tiny, data, tmp_path, monkeypatch):

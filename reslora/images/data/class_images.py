@@ -113,7 +113,7 @@ def exclusive_lock(folder: Path, context: ImageContext) -> contextlib.AbstractCo
         context.stop.check(NOT_BEGUN)
         time.sleep(PAUSE.total_seconds())
     raise RunFailed(
-        f"--class_data_dir {folder}: another run still generates images there; stop that, or choose another folder"
+        f"--class_data_dir {folder}: another run still generates images there; stop that run, or choose another folder"
     )
 
 

@@ -112,7 +112,9 @@ def file_inside(folder: Path, name: object, where: str, column: str) -> Path:
         raise nameless from None
     if not inside:
         link = "a link to a file " if path.is_symlink() else ""
-        raise InvalidArgument(where, f"names {name}, {link}outside the folder", "move the image into it")
+        raise InvalidArgument(
+            where, f"names {name}, which is {link}outside of the folder", "move the image into the folder"
+        )
     return path
 
 
@@ -123,7 +125,8 @@ def check_inside(row: Mapping, places: Sequence[Path], where: str) -> None:
         if image and image["path"] and image["bytes"] is None:
             path = Path(image["path"]).resolve()
             if not any(path.is_relative_to(place.resolve()) for place in places):
-                raise InvalidArgument(where, f"names {image['path']}, outside the folder", "move the image into it")
+                problem = f"names {image['path']}, which is outside of the folder"
+                raise InvalidArgument(where, problem, "move the image into the folder")
 
 
 def unlisted(rows: datasets.Dataset, files: Sequence[Path]) -> list[Path]:

@@ -59,7 +59,7 @@ def load_training_data(
     for source in sources:
         print_skipped_images(source.images, context)
     if copies:
-        context.accelerator.print(f"{pluralize(copies, 'image')} not trained: exact copies of held-out images")
+        context.accelerator.print(f"left out of training: {pluralize(copies, 'exact duplicate')} of held-out images")
     if any(images.of_class for images in kinds):
         per_forward = options.training.train_batch_size * context.accelerator.num_processes
         training, of_class = ([s for s in sources if s.images.of_class == kind] for kind in (False, True))
@@ -127,7 +127,8 @@ def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context
             vars(pipeline).update(vars(whole))  # setting the encoders is not enough: `__init__` reads them
             data = dataclasses.replace(data, cache_text_embeddings=False)
             context.accelerator.print(
-                "too many variants of captions to cache: each step encodes its captions, text encoders stay in memory"
+                "there are too many variants of captions to cache them: each step encodes its captions, and the text "
+                "encoders stay in memory"
             )
         wanted += captions or []
     texts = encode_texts(wanted, key, load_encoders, context, references)

@@ -177,11 +177,9 @@ def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context
         try:
             check_checksums(saved)
         except Damaged as error:
-            raise RunFailed(f"{first_line(error)}; remove {saved}, then the previous one is exported") from None
+            raise RunFailed(f"{first_line(error)}; remove {saved}, then the previous adapter is exported") from None
     elif options.validation.save_best:
-        print(
-            f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)", flush=True
-        )
+        print(f"{learner.name}: no validation loss was measured, so --save_best exports the last adapter", flush=True)
     if not best and context.holds_base and learner.denoiser.dtype == torch.float32:
         return dict(learner.trained.parts)
     return saved_parts(learner.method, saved, learner.trained.loss, schedule, context)

@@ -51,7 +51,7 @@ def check_upload(options: OutputOptions) -> None:
     """
     hub_repository(options)
     if (own := own_card(Path(options.output_dir))) is not None:
-        print(f"--push_to_hub: {own} will be uploaded as it is; remove it to have a model card written", flush=True)
+        print(f"--push_to_hub: {own} will be uploaded unchanged; remove it to have a card written", flush=True)
 
 
 def publish(context: ImageContext) -> None:
@@ -64,7 +64,7 @@ def publish(context: ImageContext) -> None:
     )
     try:
         if own is not None:
-            print(f"{own} is uploaded as it is; remove it to have a model card written")
+            print(f"{own} is uploaded unchanged; remove the file to have a model card written")
             files["README.md"] = own
         else:
             files["README.md"] = card_of(name, "comparison.png" in files, context).encode()

@@ -247,7 +247,7 @@ class Validation:
     def _keep_samples(self, learner: Learner, reports: ImageReports, drawn: list[np.ndarray]) -> None:
         validation, prompts = self.training_data.validation, self.training_data.validation.validation_prompt
         if not all(np.isfinite(image).all() for image in drawn):
-            self.accelerator.print(f"warning: samples of step {learner.step} have pixels that are not finite")
+            self.accelerator.print(f"warning: samples of step {learner.step} have pixels that are NaN or infinity")
         images = [as_image(image) for image in drawn]
         captions = [prompt for prompt in prompts for _ in range(validation.num_validation_images)]
         found = self._similarities(images, captions) if validation.metric_model else {}

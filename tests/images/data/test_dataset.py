@@ -104,7 +104,8 @@ def test_rows_name_no_file_outside_the_folder(tmp_path, layout):
         with pytest.raises(InvalidArgument) as refusal:
             load_images(parse_args(words))
         lines.add(str(refusal.value))
-    assert lines == {f"--train_data_dir {folder} row 0: names {outside}, outside the folder; move the image into it"}
+    said = f"names {outside}, which is outside of the folder; move the image into the folder"
+    assert lines == {f"--train_data_dir {folder} row 0: {said}"}
 
 
 def test_captions_beside_the_images(tmp_path):

@@ -172,5 +172,5 @@ def test_a_readme_of_the_users_is_uploaded_as_it_is(run, base_flags, hub, tmp_pa
     shutil.copytree(run, tmp_path / "out")
     (tmp_path / "out" / "README.md").write_text("# Mine\n")
     flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", tmp_path / "out", "--push_to_hub"]
-    assert main(*flags) == 0 and f"{tmp_path}/out/README.md is uploaded as it is" in capsys.readouterr().out
+    assert main(*flags) == 0 and f"{tmp_path}/out/README.md is uploaded unchanged" in capsys.readouterr().out
     assert (tmp_path / "out" / "README.md").read_text() == hub.card == "# Mine\n"

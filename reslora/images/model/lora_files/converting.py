@@ -89,7 +89,7 @@ def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
     """Return the layer names and file metadata of a model; `name` is its directory or its name on the Hub."""
     flag = f"--base {name}"
     if Path(name).is_file():
-        raise InvalidArgument(flag, "a single file does not describe its model", "give a folder in diffusers format")
+        raise InvalidArgument(flag, "a single file does not say which model it is for", "give a diffusers folder")
     with refused_as(flag, "give a pipeline's folder in diffusers format, or its name on the hub"):
         alone = (Path(name) / "config.json").is_file() and not (Path(name) / "model_index.json").is_file()
         known = list(map(load_family, FAMILIES))

@@ -216,7 +216,7 @@ def pairs_of(content: Content) -> dict[str, Factors]:
             kind[name] = value
         elif key.startswith("reslora."):
             raise InvalidArgument(
-                content.flag, "an unmerged ResLoRA, whose shortcuts a LoRA file cannot contain", EXPORTED
+                content.flag, "is an unmerged ResLoRA, whose shortcuts a LoRA file cannot contain", EXPORTED
             )
         elif not OLDEST.search(key):
             raise InvalidArgument(content.flag, f"{key} is not part of a plain LoRA", GIVE_PLAIN)
