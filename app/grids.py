@@ -5,25 +5,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reslora.formatting import pluralize
-from reslora.merges import MERGES
 from reslora.methods.registry import METHODS
 from reslora.plots import figures
 
 from . import views
 from .generation_request import Drawn, Request, within_limits
-from .runs import BASE, Run, RunError, Weights, merged_by
-from .studio import MERGE_CHOICES, Picture
+from .runs import BASE, Run, RunError, Weights
+from .studio import Picture
 
 NONE = "none"
 NUMBERS = ("strength", "seed", "guidance", "steps")
-OF_WEIGHTS = ("checkpoint", "method", "merge")
-AXES = ("checkpoint", "method", "strength", "seed", "guidance", "steps", "merge", "prompt")
+OF_WEIGHTS = ("checkpoint", "method")
+AXES = ("checkpoint", "method", "strength", "seed", "guidance", "steps", "prompt")
 SUGGESTED = {"strength": "0 0.5 1", "seed": "0 1 2", "guidance": "1 4 8", "steps": "5 10 20"}
 MOST = 64
 """Maximum number of cells in a grid."""
 LARGEST_CELL = 512
 """Maximum width and height in pixels of a cell in the image of the complete grid."""
-RESLORA = "reslora"
 BY_TITLE = {method.title: name for name, method in METHODS.items()}
 """Names of the methods by their titles, which the form shows."""
 Place = tuple[int, int]
@@ -70,9 +68,8 @@ def suggestion(run: Run | None, name: str) -> str:
     if run is None or name in SUGGESTED:
         return SUGGESTED.get(name, "")
     checkpoints = {weights.step for method in run.methods for weights in run.checkpoints(method)}
-    merges = list(filter(run.allows, MERGE_CHOICES))
     known = {"checkpoint": " ".join(map(str, sorted(checkpoints))), "method": ", ".join(titles(run))}
-    return (known | {"merge": " ".join(merges), "prompt": "\n".join(run.prompts)}).get(name, "")
+    return (known | {"prompt": "\n".join(run.prompts)}).get(name, "")
 
 
 def titles(run: Run) -> list[str]:
@@ -137,7 +134,7 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
 
 
 def weights_of(run: Run | None, start: Weights, chosen: dict) -> Weights:
-    """Return the weights of a cell, which do not exist yet if they have to be merged.
+    """Return the weights of a cell.
 
     `start`: the weights selected in the form. `chosen`: the cell's values by setting."""
     named = {name: value for name, value in chosen.items() if name in OF_WEIGHTS}
@@ -145,44 +142,27 @@ def weights_of(run: Run | None, start: Weights, chosen: dict) -> Weights:
         return start
     if run is None or (start.kind == "file" and not start.method):
         raise RunError(f"An uploaded LoRA file has no {next(iter(named))}: choose weights of a run.")
-    if "method" in named and "merge" in named:
-        raise RunError("The merge method applies only to ResLoRA: combine merge with another setting than method.")
     if named.get("method") in ("base", BASE.label):
         return BASE
-    method = named.get("method", RESLORA if "merge" in named else start.method)
+    method = named.get("method", start.method)
     if not method:
         raise RunError("The base model has no checkpoints: choose weights of a trained method.")
     if method not in run.methods:
         raise RunError(f"This run has no method {method[:40]}; it has {', '.join(titles(run))}.")
-    if "merge" in named:
-        return merged(run, checkpoint_of(run, RESLORA, named.get("checkpoint"), start.step), named["merge"])
     if "checkpoint" in named:
-        return checkpoint_of(run, method, named["checkpoint"], None)
+        return checkpoint_of(run, method, named["checkpoint"])
     return same_form(run, start, method)
 
 
-def checkpoint_of(run: Run, method: str, word: str | None, otherwise: int | None) -> Weights:
-    """Return a method's checkpoint at the step `word`, which is text that the user typed.
-
-    If `word` is None, return the checkpoint at the step `otherwise`, or the newest checkpoint if none is at this step.
-    Raises `RunError` if there is no checkpoint, or none at the typed step.
-    """
+def checkpoint_of(run: Run, method: str, word: str) -> Weights:
+    """Return a method's checkpoint at the step `word`. Raises `RunError` if there is none."""
     known = {str(weights.step): weights for weights in run.checkpoints(method)}
     if not known:
         raise RunError(f"{METHODS[method].title} has no checkpoints in this run.")
-    found = known.get(str(otherwise), next(iter(known.values()))) if word is None else known.get(word)
-    if found is None:
+    if word not in known:
         have = ", ".join(sorted(known, key=int))
         raise RunError(f"{METHODS[method].title} has no checkpoint at step {word[:20]}; it has checkpoints at {have}.")
-    return found
-
-
-def merged(run: Run, checkpoint: Weights, method: str) -> Weights:
-    """Return a checkpoint merged by the merge method `method`."""
-    if method not in MERGES:
-        raise RunError(f"There is no merge method {method[:40]}; choose from {', '.join(MERGE_CHOICES)}.")
-    made = merged_by(checkpoint, method)
-    return next((weights for weights in run.weights() if weights.label == made.label), made)
+    return known[word]
 
 
 def same_form(run: Run, start: Weights, method: str) -> Weights:

@@ -4,7 +4,7 @@ Names from a browser are only compared with the names of the listed folders, nev
 """
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,8 +19,6 @@ from .runs import EXPERIMENT_LOG, LOG_NAME, Run, cached_by_stamp, number, pick, 
 VARYING = tuple(name for name, option in Options.table().items() if option.can_vary)
 REPORT = "report.html"
 NO_RUN = "There is no run of that name; choose one from the list."
-MOST_BESIDE = 3
-"""Maximum number of other runs to compare with a run; charts have dash patterns for four runs."""
 
 
 @dataclass(frozen=True)
@@ -154,15 +152,6 @@ class Library:
     def find(self, name: object) -> Run:
         """Return the run with this name. Raises `RunError` if none has it."""
         return pick(self.runs(), name, NO_RUN)
-
-    def beside(self, run: Run, names: object) -> Run:
-        """Return a copy of `run` whose field `beside` has the runs with these names, to compare with it.
-
-        Unknown names, and names beyond the first `MOST_BESIDE`, are ignored."""
-        wanted = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-        runs = self.runs() if wanted else {}
-        found = [runs[name] for name in dict.fromkeys(wanted) if name in runs and name != run.name]
-        return replace(run, beside=tuple(found[:MOST_BESIDE]))
 
     def find_experiment(self, name: object) -> Experiment:
         """Return the experiment with this name. Raises `RunError` if none has it."""

@@ -14,7 +14,6 @@ from .runs import Run
 from .studio import Studio
 from .tabs import TABS
 from .tabs.base import Parts, T, Tab, open_choice
-from .tabs.compare import CompareTab
 
 FIRST = "compare"
 """The tab that is open when the page is loaded for the first time."""
@@ -130,7 +129,6 @@ class Page:
                         self.make(parts, self.titles[title.lower()], *views_of.values())
                     else:
                         self.make_views(parts, views_of)
-        self.beside = self.tab(CompareTab).beside
         self.choosing = [tab for tab in self.tabs if tab.chosen is not None]
         self.blocks: gr.Blocks
         self.seen = gr.State(None)
@@ -168,8 +166,8 @@ class Page:
         self.run.change(None, self.run, None, js=STORE % ("run", "value"), **QUIET)
         for name, frame in self.titles.items():
             frame.select(None, js=STORE % ("tab", f"'{name}'"), **QUIET)
-        self.run.change(self.choose, [self.run, self.beside], everything, **QUIET)
-        context = [self.run, self.beside, self.seen, *(tab.chosen for tab in self.choosing)]
+        self.run.change(self.choose, self.run, everything, **QUIET)
+        context = [self.run, self.seen, *(tab.chosen for tab in self.choosing)]
         # Not queued: if the queue's stream closes, a queued poll is lost, and the page would wait for it forever. Not
         # preprocessed: just after another run is selected, the step may be beyond its last one; Gradio would reject it.
         self.timer.tick(self.watch, context, everything, queue=False, preprocess=False, **QUIET)
@@ -189,17 +187,17 @@ class Page:
             values |= tab.arrive()
         return values
 
-    def choose(self, name: str, beside: list[str] | None):
+    def choose(self, name: str):
         """Return the values of all components for the newly selected run, at the run's last step."""
         if not name:
             return gr.skip()
-        run = self.library.beside(self.library.find(name), beside)
+        run = self.library.find(name)
         values = self.shown(run, {tab: tab.choice(run, None, None) for tab in self.choosing})
         for tab in self.tabs:
             values |= tab.filled_in(run)
         return values
 
-    def watch(self, name: str, beside: list[str] | None, seen: tuple | None, *chosen: object):
+    def watch(self, name: str, seen: tuple | None, *chosen: object):
         """Return the values that have changed since the last poll, by component.
 
         `seen`: the state at the last poll. `chosen`: current values of the tabs' components `chosen`.
@@ -212,7 +210,7 @@ class Page:
             gone = seen is not None and name in seen[RUNS_SEEN]
             first = {"value": next(iter(runs), None)} if gone else {}
             return {self.run: gr.update(choices=list(runs), **first)} if gone or (runs and seen is None) else gr.skip()
-        run = self.library.beside(runs[name], beside)
+        run = runs[name]
         state = self.state_of(run)
         if seen and state[:AT_REST] == seen[:AT_REST]:
             return {self.seen: state} | self.updates(run, state[AT_REST]) if state != seen else gr.skip()
@@ -223,8 +221,6 @@ class Page:
         for tab, choice in choices.items():
             if choice == was[tab] or not seen:
                 del updates[tab.chosen]["value"]
-        if updates[self.beside]["value"] == (beside or []):
-            del updates[self.beside]["value"]
         for tab in self.tabs:
             if tab.is_outdated(run, before[tab]):
                 updates |= tab.filled_in(run)

@@ -22,7 +22,6 @@ from reslora.checkpoint import WEIGHTS_NAME
 from reslora.checks import is_subtracted
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from reslora.io import has_ended, read_object, this_process
-from reslora.merges import MERGES
 from reslora.methods.adapters import ADAPTER_NAME
 from reslora.methods.registry import METHODS
 from reslora.options.values import listed
@@ -119,18 +118,9 @@ class Weights:
     step: int | None = None
     encoders: tuple[tuple[str, Path], ...] = ()
     """Names and paths of the trained text encoders; empty for a LoRA file, which contains the encoders' weights."""
-    made_of: tuple[Weights, str] | None = None
-    """The checkpoint and the merge method by which to make the file if it does not exist yet."""
 
 
 BASE = Weights("base model", "base")
-
-
-def merged_by(checkpoint: Weights, method: str) -> Weights:
-    """Return the weights that result from merging a checkpoint by a merge method; their file may not exist yet."""
-    label = f"{METHODS[checkpoint.method].title}: step {checkpoint.step} merged by {method}"
-    path = checkpoint.path.parent / f"merged-by-{method}-{checkpoint.step}" / DIFFUSERS_FILE
-    return Weights(label, "file", checkpoint.method, path, checkpoint.step, made_of=(checkpoint, method))
 
 
 @dataclass(frozen=True)
@@ -139,14 +129,7 @@ class Run:
 
     name: str
     folder: Path
-    beside: tuple[Run, ...] = ()
-    """Other runs to compare with this run."""
     log_name: ClassVar[str] = LOG_NAME
-
-    @property
-    def compared(self) -> tuple[Run, ...]:
-        """The list of this run and of the runs that it is compared with."""
-        return self, *self.beside
 
     @functools.cached_property
     def resolved(self) -> Path:
@@ -323,15 +306,10 @@ class Run:
         return found
 
     def fingerprint(self) -> tuple:
-        """Return a value that changes if the page has to show the run, or a run compared with it, again."""
+        """Return a value that changes if the page has to show the run again."""
         names = ("log.jsonl", "merged", "merge.json")
         stamps = [stamp_of(self.inside(method, name)) for method in self.methods for name in names]
-        return self.status, tuple(self.steps()), *stamps, *(run.fingerprint() for run in self.beside)
-
-    def results(self) -> tuple:
-        """Return a value that changes with the chain plan, merge report, export record or LoRA file of any method."""
-        names = ("chains.json", "merge.json", "exports.json", DIFFUSERS_FILE)
-        return tuple(stamp_of(self.inside(method, name)) for method in self.methods for name in names)
+        return self.status, tuple(self.steps()), *stamps
 
     def log_tail(self, lines: int = 40) -> str:
         """Return the last `lines` lines of the trainer's output; progress bars are reduced to their latest state."""
@@ -373,16 +351,10 @@ class Run:
         return [Weights(label, "merged", method, path, encoders=encoders) for path in paths]
 
     def lora_files(self, method: str) -> list[Weights]:
-        """Return a method's exported LoRA files, and the LoRA files of checkpoints merged by another merge method."""
-        found = []
-        for name in self.entries(method):
-            merged = re.fullmatch(r"merged-by-([a-z]+)-(\d+)", name)
-            if merged and (path := self.inside(method, name, DIFFUSERS_FILE)):
-                label = f"{METHODS[method].title}: step {merged[2]} merged by {merged[1]}"
-                found.append(Weights(label, "file", method, path, int(merged[2])))
-            elif name in LORA_FILES and (path := self.inside(method, name)):
-                found.append(Weights(f"{METHODS[method].title}: {name}", "file", method, path))
-        return found
+        """Return a method's exported LoRA files."""
+        files = {name: self.inside(method, name) for name in self.entries(method) if name in LORA_FILES}
+        title = METHODS[method].title
+        return [Weights(f"{title}: {name}", "file", method, path) for name, path in files.items() if path]
 
     def checkpoints(self, method: str) -> list[Weights]:
         """Return the complete checkpoints of a LoRA or ResLoRA method, newest first.
@@ -409,10 +381,6 @@ class Run:
         The result is None if a text encoder contains a link to outside of the run's folder."""
         found = tuple((name, self.sound(*parts, name)) for name in self.entries(*parts) if name in ENCODERS)
         return found if all(path for _, path in found) else None
-
-    def allows(self, merge: str) -> bool:
-        """Return whether the run has the calibration samples, if the merge method `merge` needs them."""
-        return not MERGES[merge].needs_moments or self.inside("reslora", "calibration.safetensors") is not None
 
     def find_weights(self, label: str) -> Weights:
         """Return the weights with this label. Raises `RunError` if the run has none."""

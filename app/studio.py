@@ -1,8 +1,8 @@
 """Generate images: load the pipeline, change its weights, and run it, one request at a time.
 
-The base weights never change. Other weights are loaded into a *skeleton*: a second denoiser that shares the base
-tensors and is made on the meta device in a fraction of a second. So other weights can be loaded without loading the
-base model again, and the pipeline is unchanged if they cannot be loaded.
+The base weights never change. Other weights are loaded into copies of the denoiser and the text encoders that share
+the base tensors. So other weights can be loaded without loading the base model again, and if they cannot be loaded, the
+pipeline is unchanged.
 """
 
 import copy
@@ -17,28 +17,20 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-import reslora
 from reslora.errors import InvalidArgument, RunFailed
 from reslora.images.data.images import cropped, image_size, open_image
 from reslora.images.data.size import Size
 from reslora.images.initial_lora import targets_of
 from reslora.images.model.families.base import Family
 from reslora.images.model.loading import find_model
-from reslora.images.output.calibration_file import read_calibration
-from reslora.images.output.exports import write_lora
 from reslora.images.refusals import check_model_name
-from reslora.io import replacing, write_json
-from reslora.merges import MERGES
 from reslora.options.images import Options
 
 from . import weight_files
 from .bases import base_of
 from .generation_request import SEEDS, Drawn, Request
-from .runs import Run, RunError, Weights, merged_by
+from .runs import Run, RunError, Weights
 from .weight_files import files_of, without_folders
-
-MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments, name == "none"))
-"""Names of the merge methods: those that need calibration samples come first, and `none` comes last."""
 
 
 class Cancelled(Exception):
@@ -70,10 +62,8 @@ class Studio:
         self.family: Family | None = None
         self.base: Options | None = None
         """The options with which the pipeline was loaded."""
-        self.state = {}
-        """The base denoiser's tensors, shared by every skeleton."""
-        self.encoders: dict[str, torch.nn.Module] = {}
-        """The base text encoders that a run may have trained, by name."""
+        self.parts: dict[str, torch.nn.Module] = {}
+        """The base denoiser, and the base text encoders that a run may have trained, by name."""
         self.current = None
         """Key of the weights in the pipeline: paths and stamps of their files, and strength."""
         self.loads = 0
@@ -110,9 +100,6 @@ class Studio:
                     self._load(base)
                 for number, picture in enumerate(pictures):
                     weights, share = picture.weights, number / len(pictures)
-                    if weights.made_of and not weights.path.is_file():
-                        self.now = f"Merging: {weights.label}", share
-                        self._merge(run, *weights.made_of)
                     self.now = picture.title, share
                     self._use(run, weights, picture.request.strength)
                     image = self._image(picture, partial(self._step, picture.title, number, len(pictures)))
@@ -191,8 +178,9 @@ class Studio:
             raise RunError(f"The model of this run could not be loaded ({type(error).__name__}).") from None
         setattr(pipeline, model.family.denoiser, denoiser)
         self.loads += 1
-        self.pipeline, self.family, self.base, self.state = pipeline, model.family, base, denoiser.state_dict()
-        self.encoders = {part.name: getattr(pipeline, part.name) for part in model.family.trainable}
+        self.pipeline, self.family, self.base = pipeline, model.family, base
+        names = model.family.denoiser, *(part.name for part in model.family.trainable)
+        self.parts = {name: getattr(pipeline, name).requires_grad_(False).eval() for name in names}
         self.current = None
 
     def _use(self, run: Run | None, weights: Weights, strength: float) -> None:
@@ -200,7 +188,7 @@ class Studio:
         wanted = (*files_of(weights), 1.0 if weights.kind == "base" else strength)
         if self.current == wanted:
             return
-        parts = self._parts()
+        parts = {name: sharing(part) for name, part in self.parts.items()}
         try:
             self._put(parts, run, weights, strength)
         except RunError:
@@ -216,7 +204,7 @@ class Studio:
         self.current = wanted
 
     def _put(self, parts: dict[str, torch.nn.Module], run: Run | None, weights: Weights, strength: float) -> None:
-        """Load the weights into `parts`: a denoiser and text encoders, by name, from `_parts`."""
+        """Load the weights into `parts`: a denoiser and text encoders, by name."""
         if weights.kind == "file":
             weight_files.put_file(parts, self.family, weights, strength)
         for name, path in ((self.family.denoiser, weights.path), *weights.encoders):
@@ -228,64 +216,11 @@ class Studio:
                     targets = targets_of(run.config["target_modules"])
                 else:
                     (part,) = [part for part in self.family.trainable if part.name == name]
-                    targets = part.targets_in(self.encoders[name])
+                    targets = part.targets_in(self.parts[name])
                 weight_files.put_adapter(parts[name], run.config, targets, one, strength)
 
-    def _parts(self) -> dict[str, torch.nn.Module]:
-        """Return a new denoiser and new text encoders, by name; they share the tensors of the base model."""
-        return {self.family.denoiser: self._skeleton()} | {
-            name: copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
-            for name, encoder in self.encoders.items()
-        }
 
-    def _skeleton(self) -> torch.nn.Module:
-        """Return a new denoiser that shares the tensors of the base denoiser."""
-        present = getattr(self.pipeline, self.family.denoiser)
-        with torch.device("meta"):
-            denoiser = type(present).from_config(present.config)
-        denoiser.load_state_dict(self.state, assign=True)
-        for name, module in denoiser.named_modules():
-            own = present.get_submodule(name)
-            for key, value in vars(module).items():  # such as Qwen-Image's frequencies, and Lumina 2's list of them
-                if any(map(torch.is_tensor, value if isinstance(value, list) else [value])):
-                    vars(module)[key] = vars(own)[key]
-            for key, value in list(module.named_buffers(recurse=False)):
-                if value.is_meta:  # not in the state, such as Chroma's positions of modulations
-                    setattr(module, key, getattr(own, key))
-        return denoiser.requires_grad_(False).eval()
-
-    # -- merging -------------------------------------------------------------------------------------------------------
-
-    def _merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
-        """Merge a checkpoint in float32, write the LoRA files and the merge report, and return the report."""
-        report, parts = {}, {}
-        try:
-            if not run.allows(method):
-                raise RunError(
-                    f"{method} needs calibration samples, and this run has none; choose another merge method"
-                )
-            made = self._parts()
-            for name, path in ((self.family.denoiser, checkpoint.path), *checkpoint.encoders):
-                parts[name] = torch.nn.Module.to(made[name], dtype=torch.float32)
-                reslora.load(parts[name], path)
-                encoder = name if path != checkpoint.path else None
-                found = reslora.merge(parts[name], method=method, calibration=calibration_of(run, encoder)).to_dict()
-                report |= {encoder: found} if encoder else found
-            with replacing(merged_by(checkpoint, method).path.parent) as temporary:
-                temporary.mkdir()
-                write_lora(parts, temporary, self.family, {})
-                write_json(temporary / "merge.json", report)
-        except OSError as error:
-            reason = error.strerror or without_folders(error, run.folder)
-            raise RunError(f"The merged weights cannot be written into the run's folder ({reason}).") from None
-        except (ValueError, RuntimeError) as error:
-            raise RunError(f"The checkpoint cannot be merged: {without_folders(error, run.folder)}.") from None
-        return report
-
-
-def calibration_of(run: Run, encoder: str | None = None) -> list[dict] | None:
-    """Return a run's batches of calibration samples, or None if the run has none.
-
-    `encoder`: name of the text encoder whose samples to return; None means the denoiser."""
-    path = run.inside("reslora", f"calibration{f'-{encoder}' if encoder else ''}.safetensors")
-    return None if path is None else read_calibration(path)
+def sharing(part: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a model that shares its tensors."""
+    shared = (*part.parameters(), *part.buffers(), part.config)
+    return copy.deepcopy(part, {id(one): one for one in shared})

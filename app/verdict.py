@@ -35,7 +35,6 @@ def verdict(run: Run, step: int) -> str:
         return notice("No verdict at this step: choose a later step at which all methods have a validation loss.")
     order = sorted(losses, key=lambda method: losses[method][at])
     named = ", ".join(f"{NAMES[method]} {losses[method][at]:.4f}" for method in order)
-    named = f"{run.name}: {named}" if run.beside else named
     claim, steps = ONE_SEED if len(order) > 1 else ALONE, pluralize(at, "step")
     return f'<p class="verdict"><b>{escape(named)}</b>: {LOSS} after {steps}. {claim}</p>'
 
@@ -53,7 +52,7 @@ def merge_warning(report: object) -> str:
     if not errors or sum(errors) / len(errors) <= HIGH_ERROR:
         return ""
     text = f"This merge has a large error: its blocks differ by {sum(errors) / len(errors):.0%} on average. "
-    advice = "Compare its images with those of the unmerged checkpoint, or of other merges (X/Y grid, axis merge)."
+    advice = "Compare its images with those of the unmerged checkpoint."
     return f'<p class="warning" role="status">{escape(text + advice)}</p>'
 
 

@@ -1,4 +1,4 @@
-"""Part of Compare: samples and losses of the methods of one or several runs, at a training step set by a slider."""
+"""Part of Compare: samples and losses of a run's methods, at a training step set by a slider."""
 
 import math
 import time
@@ -6,18 +6,15 @@ import time
 import gradio as gr
 
 from .. import compared, downloads, views
-from ..differences import differences
 from ..handlers import NO_PROGRESS, QUIET
 from ..launcher import safe_name
-from ..layers import ABOUT, COLUMNS, linked_layers
-from ..library import MOST_BESIDE
 from ..runs import Run
 from ..verdict import verdict
 from .base import Parts, Tab, TabHost, open_choice
 
 
 class CompareTab(Tab):
-    """The tab that compares methods and runs."""
+    """The tab that compares the methods of a run."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
@@ -27,11 +24,7 @@ class CompareTab(Tab):
             self.download = gr.Button("Download grid", elem_id="download", scale=1, min_width=120)
             self.grid_file = gr.DownloadButton("grid", visible="hidden", elem_id="grid-file")
         self.playing = gr.Timer(0.8, active=False)
-        with gr.Row(elem_id="told"):
-            self.verdict = gr.HTML(elem_id="verdict")
-            self.beside = open_choice(
-                "Compare with", value=[], multiselect=True, max_choices=MOST_BESIDE, elem_id="others", min_width=240
-            )
+        self.verdict = gr.HTML(elem_id="verdict")
         with gr.Row(elem_id="beside"):
             with gr.Column(scale=3):
                 self.grid = gr.HTML(views.skeleton("tall"), elem_id="grid")
@@ -56,13 +49,6 @@ class CompareTab(Tab):
                     buttons=["fullscreen"],
                     interactive=False,
                 )  # fmt: skip
-        with gr.Accordion("Linked layers and merge", open=False, elem_id="layers-fold"):
-            self.linked = gr.HTML(elem_id="layers")
-            gr.Markdown(ABOUT)
-            self.layers = gr.Dataframe(
-                headers=COLUMNS, datatype=["str"] * 3 + ["number"] * 2, interactive=False, wrap=True,
-                show_search="search", elem_id="layers-table",
-            )  # fmt: skip
         gr.Markdown("### Download")
         with gr.Row(elem_id="take-row"):
             self.file = open_choice("File", elem_id="file", scale=4)
@@ -75,19 +61,16 @@ class CompareTab(Tab):
         # Holds the time of the last change. This event does not set the step, because the user may have moved the
         # slider.
         self.new = gr.Textbox(visible="hidden", elem_id="new")
-        self.watched, self.of_run = (
-            [self.step, self.beside, self.new],
-            [self.file, self.place, self.use, self.linked, self.layers],
-        )
+        self.watched, self.of_run = [self.step, self.new], [self.file, self.place, self.use]
         self.chosen = self.step
 
     def events(self, page: TabHost) -> None:
         """Connect the slider, the buttons and the endpoints."""
-        run, looked_at = page.run, [page.run, self.step, self.beside]
+        run, looked_at = page.run, [page.run, self.step]
         # Not preprocessed: Gradio would reject a step beyond the slider's previous maximum.
         gr.on(
-            [self.step.change, self.beside.input, self.new.change], self.look, looked_at,
-            [*self.at_step, self.beside], trigger_mode="always_last", preprocess=False, **QUIET,
+            [self.step.change, self.new.change], self.compare, looked_at, self.at_step, trigger_mode="always_last",
+            preprocess=False, **QUIET,
         )  # fmt: skip
         two = [self.left, self.right, self.row]
         gr.on(
@@ -113,8 +96,8 @@ class CompareTab(Tab):
         ).success(None, js="() => document.querySelector('#taken').click()")
 
     def seen(self, run: Run) -> tuple:
-        """Return the last step with samples, the downloads and merge reports, and whether the run has failed."""
-        return max(run.steps(), default=0), self.results(run), self.jobs.status(run) == "failed"
+        """Return the last step with samples, the downloads, and whether the run has failed."""
+        return max(run.steps(), default=0), self.list_files(run), self.jobs.status(run) == "failed"
 
     def choice(self, run: Run, chosen: float | None, seen: tuple | None) -> int:
         """Return the new step of the slider; if it was at the run's last step, it follows the last step."""
@@ -122,23 +105,18 @@ class CompareTab(Tab):
         return max(run.steps(), default=0) if (chosen or 0) >= last else run.nearest(chosen)
 
     def is_outdated(self, run: Run, seen: tuple | None) -> bool:
-        """Return whether the list of downloads or a merge report has changed."""
-        return seen is not None and seen[1] != self.results(run)
-
-    def results(self, run: Run) -> tuple:
-        """Return a value that changes with what the run has exported."""
-        return self.list_files(run), run.results()
+        """Return whether the list of downloads has changed."""
+        return seen is not None and seen[1] != self.list_files(run)
 
     def filled_in(self, run: Run) -> dict:
-        """Return the downloads, with the last method's first LoRA file selected, and the linked layers."""
+        """Return the downloads, with the last method's first LoRA file selected."""
         labels = self.list_files(run)
         mine = [label for label in labels if label.startswith(f"{views.NAMES[run.methods[-1]]}:")]
         chosen = next((label for label in mine if ".safetensors" in label), next(iter(mine or labels), None))
         place, use = self.how_to_use(run.name, chosen)
         title = "File" if labels else "File (there are none yet: they are written when a method has been trained)"
         file = gr.update(choices=labels, value=chosen, label=title)
-        linked, rows = linked_layers(run)
-        return {self.file: file, self.place: place, self.use: use, self.linked: linked, self.layers: rows}
+        return {self.file: file, self.place: place, self.use: use}
 
     def shown(self, run: Run, step: int) -> dict:
         """Return the new values of the components in `watched`, by component; `step`: the slider's new step."""
@@ -146,33 +124,23 @@ class CompareTab(Tab):
         slider = gr.update(
             minimum=0, maximum=max(steps, default=1) or 1, step=max(1, math.gcd(*steps)) if steps else 1, value=step
         )
-        others = [name for name in self.library.runs() if name != run.name]
-        beside = gr.update(choices=others, value=[other.name for other in run.beside])
-        return {self.step: slider, self.beside: beside, self.new: str(time.time_ns())}
+        return {self.step: slider, self.new: str(time.time_ns())}
 
-    def compare(self, name: str, step: float, beside: object = None) -> tuple:
-        """Return samples, two charts of losses, numbers and verdict at a step, as HTML.
-
-        `beside`: names of other runs to compare with the run; invalid names are ignored."""
-        run = self.library.beside(self.library.find(name), beside)
+    def compare(self, name: str, step: float) -> tuple:
+        """Return samples, two charts of losses, numbers and verdict at a step, as HTML."""
+        run = self.library.find(name)
         step = run.nearest(step)
         train, validation = (compared.curves(run, split, step) for split in ("train", "validation"))
-        said = verdict(run, step) + differences(run)
         shown = compared.images(run, step, self.jobs.status(run))
-        return shown, train, validation, compared.numbers(run, step), said
+        return shown, train, validation, compared.numbers(run, step), verdict(run, step)
 
-    def look(self, name: str, step: float, beside: object) -> tuple:
-        """Return the results of `compare`, and the names of the other selected runs without invalid names."""
-        found = [run.name for run in self.library.beside(self.library.find(name), beside).beside]
-        return *self.compare(name, step, beside), gr.skip() if found == (beside or []) else found
-
-    def look_at_two(self, name: str, step: float, beside: object, *chosen: object) -> dict:
+    def look_at_two(self, name: str, step: float, *chosen: object) -> dict:
         """Return the new values of the swipe between two images of the grid, and of their difference, by component.
 
         `chosen`: the titles of two columns, and a prompt. Titles that do not exist become the first and the last
         column; a prompt that does not exist becomes the first prompt.
         """
-        run = self.library.beside(self.library.find(name), beside)
+        run = self.library.find(name)
         columns, rows = compared.choices(run, run.nearest(step))
         if len(columns) < 2:
             return {self.swipe_part: gr.update(visible=False)}
@@ -216,9 +184,9 @@ class CompareTab(Tab):
         steps = self.library.find(name).steps()
         return next((s for s in steps if s > step), steps[0] if steps else 0)
 
-    def save_grid(self, name: str, step: float, beside: object = None) -> str:
+    def save_grid(self, name: str, step: float) -> str:
         """Return the path of a PNG file with the grid of samples at a step."""
-        run = self.library.beside(self.library.find(name), beside)
+        run = self.library.find(name)
         step = run.nearest(step)
         path = downloads.new_file(f"{safe_name(run.name)}-step-{step}.png")
         compared.save_grid(run, step, path)

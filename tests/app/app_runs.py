@@ -16,7 +16,7 @@ from waiting import LIMIT
 import train_sd
 from app.generation_request import Drawn, Request
 from app.library import Library
-from app.runs import Run, Weights, merged_by
+from app.runs import Run, Weights
 from app.studio import Studio
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -96,14 +96,6 @@ def image_of(studio: Studio, run: Run, weights: Weights, request: Request = REQU
     """Return the only image of a request."""
     (image,) = pixels(studio.generate(run, [weights], request))
     return image
-
-
-def merge(studio: Studio, run: Run, checkpoint: Weights, method: str) -> dict:
-    """Merge a checkpoint by a method, as a cell of an X/Y grid does, and return the merge report."""
-    made = merged_by(checkpoint, method)
-    shutil.rmtree(made.path.parent, ignore_errors=True)
-    image_of(studio, run, made)
-    return json.loads((made.path.parent / "merge.json").read_text())
 
 
 def run_by_hand(folder: Path) -> Run:

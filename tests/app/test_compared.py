@@ -1,16 +1,12 @@
-"""app/compared.py: images, curves and numbers of one run or of several."""
+"""app/compared.py: images, curves and numbers of a run."""
 
 import json
-import shutil
-from dataclasses import replace
 
 import PIL.Image
 import pytest
-from app_runs import run_by_hand, write_run, write_samples
+from app_runs import run_by_hand, write_samples
 
 from app import compared
-from app.differences import differences
-from app.runs import Run
 
 
 @pytest.fixture
@@ -22,7 +18,7 @@ def test_columns_and_grid_show_the_chosen_step(run):
     write_samples(run.folder / "reslora" / "merged", 200)
     columns = compared.columns(run, 2)
     assert [column.title for column in columns] == ["Base model", "LoRA", "ResLoRA", "ResLoRA merged"]
-    reds = [PIL.Image.open(column.images[0, 0, "red disc"]).getpixel((0, 0))[0] for column in columns]
+    reds = [PIL.Image.open(column.images[0, 0]).getpixel((0, 0))[0] for column in columns]
     assert reds == [0, 20, 60, 200]
     assert compared.images(run, 2) != compared.images(run, 4)
     assert "not at this step" in compared.images(run, 3)
@@ -72,48 +68,3 @@ def test_numbers_and_curves_by_hand(run, monkeypatch):
     assert held_out == [(0, 0.0), (10, 1.25), (30, 3.75)]
     assert [step for step, _ in train] == list(range(1, 31))
     assert [loss for _, loss in train] == pytest.approx([1.0, 1.5, *range(2, 30)])
-
-
-def beside(folder, *others: dict, **config) -> Run:
-    """A run, and other runs with other settings to compare with it."""
-    config = {"seed": 3, "validation_split": 0.1, "validation_prompt": ["red disc", "box"]} | config
-    runs = [Run("first", write_run(folder / "first", methods=("lora",), **config))]
-    for number, changes in enumerate(others):
-        name = f"other{number}"
-        runs.append(Run(name, write_run(folder / name, methods=("lora",), **(config | changes))))
-    return replace(runs[0], beside=tuple(runs[1:]))
-
-
-def test_runs_are_side_by_side_and_images_that_do_not_compare_are_in_rows_of_their_own(tmp_path):
-    """Two runs that sample alike share the base model's column; another prompt of the same number has its own row."""
-    run = beside(tmp_path, {}, {"validation_prompt": ["red disc", "a large box"], "seed": 4})
-    shutil.rmtree(run.beside[0].folder / "lora" / "samples" / "step-000002")
-    columns = compared.columns(run, 2)
-    assert [column.title for column in columns] == [
-        "first: Base model", "other1: Base model", "first: LoRA", "other0: LoRA", "other1: LoRA",
-    ]  # fmt: skip
-    assert [cell[2] for cell in compared.rows_of(columns)] == ["red disc", "box", "a large box"]
-    shown = compared.images(run, 2)
-    assert shown.count("<img") == 8 and shown.count(">other prompt<") == 5 and shown.count(">not at this step<") == 2
-    assert 'alt="a large box: other1: LoRA" title="a large box: other1: LoRA"' in shown
-    assert shown.count('class="small"') == 8
-
-
-@pytest.mark.parametrize(
-    ("changes", "told", "compares"),
-    [
-        ({}, "All settings that affect images and losses agree", (True, True)),
-        ({"seed": 4}, "seed (first: 3, other0: 4)", (False, False)),
-        ({"pretrained_model_name_or_path": "<b>"}, "base model (first: none, other0: &quot;&lt;b&gt;", (False, False)),
-        ({"validation_split": 0.2}, "images not trained on (first: 0.1, other0: 0.2)", (True, False)),
-    ],
-)  # fmt: skip
-def test_what_keeps_runs_from_being_compared_is_said(tmp_path, changes, told, compares):
-    """No loss is marked as the lowest if the held-out images may differ."""
-    run = beside(tmp_path, changes)
-    log = run.folder / "lora" / "log.jsonl"
-    log.write_text(log.read_text().replace("0.4", "0.41"))
-    said = differences(run)
-    assert told in said and differences(replace(run, beside=())) == ""
-    assert ("can be compared" in said, "same images, which were not trained on; one seed" in said) == compares
-    assert ("lowest" in compared.numbers(run, 4)) == compares[1]

@@ -1,14 +1,13 @@
 """app/grids.py on a tiny Stable Diffusion: every cell equals, pixel for pixel, the image generated alone."""
 
-import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from app_runs import merge, own_runs, pixels
+from app_runs import own_runs, pixels
 
 from app.generation_request import Request
-from app.grids import MOST, axis, grid, suggestion, table
+from app.grids import MOST, axis, grid, table
 from app.library import Library
 from app.runs import RunError
 from app.studio import Studio
@@ -44,13 +43,12 @@ def grid_of(run, x, y, start=START):
             lambda x, y: (f"{METHODS[x].title}: merged weights", {"prompt": y})),
         (("checkpoint", "2 4"), ("method", "LoRA, ResLoRA"),
             lambda x, y: (f"{METHODS[y].title}: unmerged, step {x}", {})),
-        (("merge", "input none"), ("checkpoint", "4 2"), lambda x, y: (f"ResLoRA: step {y} merged by {x}", {})),
         (("method", "LoRA, base"), ("none", ""), lambda x, y: (START if x == "lora" else "base model", {})),
     ],
-    ids=["strength-seed", "method-prompt", "checkpoint-method", "merge-checkpoint", "one-axis"],
+    ids=["strength-seed", "method-prompt", "checkpoint-method", "one-axis"],
 )  # fmt: skip
 def test_cells_are_single_drawings(studio, run, x, y, single):
-    """With different weights and settings; weights that are not merged yet are merged once."""
+    """With different weights and settings."""
     made = grid_of(run, x, y)
     drawn = pixels(studio.draw(run, [*made.cells.values()]))
     assert len(drawn) == len(made.cells) == len(made.x.values) * len(made.y.values)
@@ -59,8 +57,6 @@ def test_cells_are_single_drawings(studio, run, x, y, single):
         alone = pixels(studio.generate(run, [run.find_weights(label)], replace(REQUEST, **changes)))
         assert np.array_equal(image, *alone)
     assert all(not np.array_equal(one, other) for i, one in enumerate(drawn) for other in drawn[:i])
-    again = grid_of(run, x, y)
-    assert [picture.weights.made_of for picture in again.cells.values()] == [None] * len(drawn)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -93,16 +89,6 @@ def test_a_grid_that_cannot_be_drawn_is_refused_before_anything_is(run, x, y, sa
 
 
 # -- what is seen of it ------------------------------------------------------------------------------------------------
-
-
-def test_a_run_without_calibration_samples_is_merged_by_what_needs_none(run, studio, tmp_path):
-    """Such as a run that was stopped before its exports."""
-    shutil.copytree(run.folder, tmp_path / "runs" / "short")
-    (tmp_path / "runs" / "short" / "reslora" / "calibration.safetensors").unlink()
-    short = Library(tmp_path / "runs").find("short")
-    assert "lstsq" in suggestion(run, "merge") and suggestion(short, "merge") == "input weights none"
-    with pytest.raises(RunError, match=r"lstsq needs calibration samples, and this run has none; choose another"):
-        merge(studio, short, short.checkpoints("reslora")[0], "lstsq")
 
 
 def test_the_page_has_a_place_for_each_cell_and_prompts_are_no_markup(run):

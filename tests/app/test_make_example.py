@@ -9,7 +9,7 @@ import pytest
 from app_runs import run_by_hand, write_exports
 from safetensors.numpy import save_file
 
-from app import compared, layers
+from app import compared
 from app.bases import BUNDLED, base_of
 from app.library import Library
 from app.runs import EXAMPLE
@@ -42,6 +42,5 @@ def test_bundled_example():
     example = Library(EXAMPLE.parent).find(EXAMPLE.name)
     assert example.status == "finished" and {"lora", "reslora"} <= set(example.methods)
     assert "not yet" not in compared.images(example, max(example.steps()))
-    assert layers.linked_layers(example)[1]
     assert not [value for value in example.config.values() if str(value).startswith("/")]
     assert base_of(example).model.pretrained_model_name_or_path == str(BUNDLED)

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from app_runs import merge, own_runs, pixels, write_run
+from app_runs import own_runs, pixels, write_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +18,7 @@ from app import generation_request, weight_files
 from app.generation_request import Request
 from app.library import Library
 from app.runs import BASE, RunError, Weights
-from app.studio import MERGE_CHOICES, Cancelled, Studio
+from app.studio import Cancelled, Studio
 from reslora.methods.registry import METHODS
 
 REQUEST = Request(prompt="red disc", steps=3, seed=5, width=64, height=64)
@@ -133,23 +133,6 @@ def test_a_model_that_could_run_code_is_not_loaded(studio, tmp_path):
         draw(studio, Library(tmp_path / "runs").find("bad"), BASE)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("method", MERGE_CHOICES)
-def test_merging_a_checkpoint_by_another_method(studio, run, method):
-    report = merge(studio, run, run.find_weights("ResLoRA: unmerged, step 4"), method)
-    assert report["method"] == method
-    assert report["blocks"] and all(block["error"] is not None for block in report["blocks"])
-    folder = run.folder / "reslora" / f"merged-by-{method}-4"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "kohya.safetensors", "merge.json", "pytorch_lora_weights.safetensors",
-    ]  # fmt: skip
-    if method == "lstsq":  # what the run itself did: the same samples, in the same batches
-        ours, theirs = (load_file(f / "pytorch_lora_weights.safetensors") for f in (folder, run.folder / "reslora"))
-        assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
-    drawn = one(studio, run, f"ResLoRA: step 4 merged by {method}")
-    assert np.abs(drawn - one(studio, run, BASE.label)).max() > 2
-
-
 # -- files from people -------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +196,7 @@ class Bomb:
         return (pytest.fail, ("it was unpickled",))
 
 
-def test_only_whole_safetensors_with_lora_weights_are_taken(run, tmp_path):
+def test_only_whole_safetensors_with_lora_weights_are_taken(studio, run, tmp_path):
     good = (run.folder / "lora" / "kohya.safetensors").read_bytes()
     path = tmp_path / "upload.safetensors"
     path.write_bytes(good)
@@ -222,10 +205,7 @@ def test_only_whole_safetensors_with_lora_weights_are_taken(run, tmp_path):
     with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
         archive.writestr("data.pkl", pickle.dumps(Bomb()))
     save_file({"weight": torch.zeros(2)}, tmp_path / "no-lora")
-    for content in (
-        b"", good[:-1], good[:100], pickle.dumps(Bomb()), (tmp_path / "zip").read_bytes(),
-        (tmp_path / "no-lora").read_bytes(),
-    ):  # fmt: skip
+    for content in (b"", good[:-1], good[:100], pickle.dumps(Bomb()), (tmp_path / "zip").read_bytes()):
         path.write_bytes(content)
         with pytest.raises(RunError, match=r"^upload\.safetensors: "):
             weight_files.uploaded(path)
@@ -233,6 +213,9 @@ def test_only_whole_safetensors_with_lora_weights_are_taken(run, tmp_path):
         (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
         with pytest.raises(RunError, match="safetensors"):
             weight_files.uploaded(tmp_path / name)
+    path.write_bytes((tmp_path / "no-lora").read_bytes())
+    with pytest.raises(RunError, match=r"^upload\.safetensors: "):
+        draw(studio, run, weight_files.uploaded(path))
 
 
 def test_an_image_has_its_settings_as_metadata(studio, run, tmp_path):

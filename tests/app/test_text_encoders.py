@@ -41,7 +41,7 @@ def drawn(studio: Studio, run, weights: Weights, **changes) -> tuple[np.ndarray,
     image = image_of(studio, run, weights, request)
     pipe, states = studio.pipeline, []
     with torch.no_grad():
-        for name in studio.encoders:
+        for name in studio.parts.keys() - {studio.family.denoiser}:
             tokens = pipe.tokenizer(["red blue"], return_tensors="pt").input_ids
             states.append(getattr(pipe, name)(tokens)[0])
     return image, states
