@@ -17,9 +17,9 @@ from why import AGAIN, KEPT
 from why import EXPERIMENTS as OF_WHY
 from why_report import NOT_RUN, Kept, again_table, alpha_table, counted, records, summary_table, why_tables
 
+from reslora.config import MERGES as FOR_LINKS
 from reslora.formatting import pluralize
 from reslora.io import read_object
-from reslora.merges import MERGES as FOR_LINKS
 
 matplotlib.use("Agg")
 REPORTS = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "benchmarks" / "reports").glob("*.md"))]

@@ -23,10 +23,10 @@ from transformers import LlamaConfig, LlamaModel
 
 import reslora
 from reslora import calibration, merging
-from reslora.chains import before_each
 from reslora.images.model.families.flux import FAMILY
+from reslora.linking import before_each
 from reslora.regression import Inputs
-from reslora.shortcuts import shortcut_class
+from reslora.shortcuts import CLASSES
 
 sys.path.append(str(ROOT / "tests"))
 from live_tensors import LiveTensors
@@ -146,14 +146,14 @@ def closed_form(width: int, out: int, rank: int, device: str) -> dict[str, dict[
     weight = torch.randn(out, width, device=device)
     found = {}
     for method, shortcut in (("weights", "input"), ("exact", "block")):
-        cls = shortcut_class(shortcut)
+        cls = CLASSES[shortcut]
         down = [torch.randn(rank, width, device=device) for _ in range(REACH + 1)]
         chain = [
             merging.Factors(
                 name=str(n), a=down[n], b=torch.randn(out, rank, device=device), scaling=1.0, weight=lambda: weight,
                 before=before, parts=cls.parts(down, n, before), alpha_of_head=1.0,
             )
-            for n, before in enumerate(before_each(len(down), cls.reach(REACH)))
+            for n, before in enumerate(before_each(len(down), reslora.ResLoraConfig(shortcut, REACH).reach))
         ]  # fmt: skip
         with LiveTensors() as live:
             taken = seconds(lambda cls=cls, method=method, chain=chain: cls.merges[method](chain), device)

@@ -9,20 +9,18 @@ Names are imported on first use, so that `import reslora` does not import torch 
 """
 
 import importlib
-import sys
-import types
 from typing import Any
 
 __version__ = "0.2.0"
 
 _HOMES = {
-    "Block": "chains",
+    "Block": "linking",
     "BlockReport": "model",
-    "Chain": "chains",
-    "Chains": "chains",
+    "Chain": "linking",
+    "Chains": "linking",
     "MergeReport": "model",
     "ResLoraConfig": "config",
-    "chains": "chains",
+    "chains": "linking",
     "connect": "model",
     "disconnect": "model",
     "enable_gradient_checkpointing": "model",
@@ -33,22 +31,6 @@ _HOMES = {
 _MODULES = ("calibration", "export")  # modules that are attributes of the package
 
 __all__ = sorted(_HOMES)
-
-
-class _Package(types.ModuleType):
-    """Module type of the package: `reslora.chains` is the function, even after the submodule `chains` is imported."""
-
-    @property
-    def chains(self) -> Any:
-        """The function `chains` of `reslora/chains.py`."""
-        return importlib.import_module(".chains", __name__).chains
-
-    @chains.setter
-    def chains(self, module: types.ModuleType) -> None:
-        """Ignore the assignment: the import system sets each imported submodule as an attribute of its package."""
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,6 @@ from peft import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
 from .config import ResLoraConfig
 from .errors import first_line
 from .guards import (
@@ -43,6 +42,7 @@ from .io import (
     write_json,
     write_tensors,
 )
+from .linking import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
 from .ranks import changes_base, rescale, rescaled
 from .tracing import meta_copy
 from .wiring import attach_wires, connected, connection_of

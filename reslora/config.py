@@ -1,10 +1,23 @@
-"""Configuration of ResLoRA: the shortcut, how many earlier blocks it uses, and the head of a chain."""
+"""Configuration of ResLoRA: the shortcut, how many earlier blocks it uses, and the head of a chain.
+
+This module does not import torch, so that `--help` appears at once.
+"""
 
 import dataclasses
 
 from .checks import is_whole
-from .shortcuts import NAMES as SHORTCUTS
-from .shortcuts import PLAIN, shortcut_class
+
+PLAIN = "none"
+"""Name for plain LoRA, without a shortcut (Eq. 1)."""
+
+SHORTCUTS = (PLAIN, "input", "block", "middle")
+"""Valid values of `ResLoraConfig.shortcut`; `reslora.shortcuts` has the class of each."""
+
+MERGES = ("none", "input", "weights", "lstsq")
+"""Merge methods that can be chosen by name; a block-shortcut has an exact merge in place of all but `none`."""
+
+AUTO = "auto"
+"""Name that stands for the most accurate merge method that the available statistics allow."""
 
 HEADS = ("repeat", "none")
 """Valid values of `ResLoraConfig.head`."""
@@ -44,12 +57,19 @@ class ResLoraConfig:
 
         The m of Eqs. 3 and 4 is this number, or the number of earlier blocks in the chain if that is smaller.
         """
-        return shortcut_class(self.shortcut).reach(self.pre_num) if self.wired else 0
+        if not self.wired or self.shortcut == "input":
+            return int(self.wired)
+        return None if self.pre_num == -1 else self.pre_num
 
     @property
     def wired(self) -> bool:
         """Whether this configuration has shortcuts; `shortcut="none"` and `pre_num=0` are plain LoRA."""
         return self.shortcut != PLAIN and self.pre_num != 0
+
+    @property
+    def carries(self) -> bool:
+        """Whether blocks pass activations to later blocks and record norms, as all shortcuts but `block` do."""
+        return self.wired and self.shortcut != "block"
 
     def to_dict(self) -> dict:
         """Return the fields as a JSON-serializable dict; `ResLoraConfig(**fields)` restores the configuration."""

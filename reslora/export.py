@@ -29,10 +29,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
 
-from .chains import base_model, lora_layers
 from .checkpoint import PEFT_PREFIX, jsonable, peft_state
 from .guards import refuse_merged
 from .io import replacing, replacing_both, serialized, write_tensors
+from .linking import base_model, lora_layers
 from .ranks import changes_base, commonest, declare_scaling, whole
 from .wiring import connection_of
 

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from . import ranks
-from .chains import base_model, live_connection, merges_itself, with_wrappers
+from .linking import base_model, live_connection, merges_itself, with_wrappers
 from .shortcuts.base import merge_refused
 
 _COMBINES = "combine the plain LoRA weights without the shortcuts"

@@ -1,4 +1,4 @@
-"""Merge methods: functions that turn a trained chain into plain LoRA factors; `merges.py` lists them by name.
+"""Merge methods: functions that turn a trained chain into plain LoRA factors.
 
 A chain is a list of `Factors`, front to back, and the result a list of `Merged`, one for each block. Notation of the
 paper: A (r x p), B (q x r), the frozen weight W (q x p), the norm f_n of x_n or of A_n x_n, and alpha*, the factor in
@@ -326,3 +326,36 @@ def _ratio(numerator: float, denominator: float) -> float:
 
 def _zero_norm(block: Factors) -> str:
     return f"{block.name}: zero norm, alpha* = 1"
+
+
+# -- registry ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """A merge method: its function and the statistics that it needs."""
+
+    function: Callable[[list[Factors]], list[Merged]]
+    """Function of the blocks of a chain, which returns a `Merged` for each."""
+    needs_norms: bool = False
+    """Whether the method needs the norm f_n of every block."""
+    needs_moments: bool = False
+    """Whether the method needs calibration, with the second moments of every block's input."""
+    max_rank: int | None = None
+    """Maximum rank of merged blocks; None: no limit."""
+
+    def __call__(self, chain: list[Factors]) -> list[Merged]:
+        """Return the merged blocks of a chain, front to back."""
+        results = self.function(chain)
+        if self.max_rank is None:
+            return results
+        return [cut(block, result, self.max_rank) for block, result in zip(chain, results, strict=True)]
+
+
+MERGES = {
+    "none": Merge(merge_none),
+    "input": Merge(merge_input, needs_norms=True),
+    "weights": Merge(merge_weights_input),
+    "lstsq": Merge(merge_lstsq, needs_moments=True),
+}
+"""Merge methods by name; a shortcut may define others (`reslora.shortcuts`)."""

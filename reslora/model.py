@@ -14,15 +14,13 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
-from . import guards, merges, ranks
+from . import guards, ranks
 from .calibration import Calibrator
-from .chains import Chain, Chains, base_model, before_each, chains, lora_layers
 from .checks import is_whole
-from .config import ResLoraConfig
+from .config import AUTO, MERGES, ResLoraConfig
 from .formatting import pluralize
-from .merges import Merge
-from .merging import Factors, Merged, relative_error
-from .shortcuts import shortcut_class
+from .linking import Chain, Chains, base_model, before_each, chains, lora_layers
+from .merging import Factors, Merge, Merged, relative_error
 from .wiring import Connection, attach_wires, connected, connection_of
 
 
@@ -106,7 +104,7 @@ def connect(
     layers = lora_layers(base, adapter_name)
     guards.refuse_merged(layers)
     guards.refuse_inactive(layers, adapter_name)
-    if config.wired and shortcut_class(config.shortcut).raises_rank:
+    if config.wired and not config.carries:
         guards.refuse_changed_base(base.peft_config[adapter_name])
     plan = _plan(base, config, adapter_name, example_inputs)
     attach_wires(model, config, adapter_name, plan)
@@ -158,7 +156,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     base = base_model(model)
     connection = connection_of(base)
     kwargs: dict[str, Any] = {"use_reentrant": False}
-    if connection is not None and connection.shortcut is not None and connection.shortcut.carries:
+    if connection is not None and connection.config.carries:
         kwargs["context_fn"] = connection.wires.contexts
     if hasattr(base, "activation_checkpointing_enable"):
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
@@ -257,8 +255,8 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
 
     Raises `ValueError` if the method is unknown, if its statistics are missing, or if `max_rank` does not apply to it.
     """
-    if name not in merges.NAMES:
-        raise ValueError(f"method={name!r} is not one of {', '.join(map(repr, merges.NAMES))}")
+    if name not in (AUTO, *MERGES):
+        raise ValueError(f"method={name!r} is not one of {', '.join(map(repr, (AUTO, *MERGES)))}")
     shortcut = connection.shortcut
     if max_rank is not None:
         if not is_whole(max_rank, 1):
@@ -272,12 +270,12 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
     recorded = bool(means) and all(map(math.isfinite, means))
     if "exact" in shortcut.merges:
         resolved = "exact"
-    elif name == merges.AUTO:
+    elif name == AUTO:
         resolved = "lstsq" if calibration is not None else "input" if recorded else "weights"
     else:
         resolved = name
     row = shortcut.merges[resolved]
-    if name == merges.AUTO and calibration is None and any(each.needs_moments for each in shortcut.merges.values()):
+    if name == AUTO and calibration is None and any(each.needs_moments for each in shortcut.merges.values()):
         message = f"merging by {resolved!r} because calibration= is missing; the more accurate 'lstsq' needs it"
         warnings.warn(message, stacklevel=3)  # attributed to the caller of `merge`
     if row.needs_moments and calibration is None:

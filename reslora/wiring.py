@@ -7,9 +7,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from . import guards
-from .chains import Chain, Chains, base_model, before_each, live_connection, lora_layers
 from .config import ResLoraConfig
-from .shortcuts import shortcut_class
+from .linking import Chain, Chains, base_model, before_each, live_connection, lora_layers
+from .shortcuts import CLASSES
 from .shortcuts.base import CastOthers, Shortcut
 from .shortcuts.shared import SharedProduct
 from .shortcuts.state import Wires
@@ -36,7 +36,7 @@ class Connection:
     @property
     def shortcut(self) -> type[Shortcut] | None:
         """Class of the configured shortcut; None if the configuration is plain LoRA."""
-        return shortcut_class(self.config.shortcut) if self.config.wired else None
+        return CLASSES[self.config.shortcut] if self.config.wired else None
 
     def alive(self, base: nn.Module) -> bool:
         """Return whether the connected adapter is still on the model: not deleted, unloaded or replaced."""
@@ -97,8 +97,7 @@ def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, pla
     """Connect the layers of a model by the validated chains in `plan`, and return the connection."""
     base = base_model(model)
     layers = lora_layers(base, adapter_name)
-    carries = config.wired and shortcut_class(config.shortcut).carries
-    recorded = [block.name for chain in plan if carries and len(chain) > 1 for block in chain]
+    recorded = [block.name for chain in plan if config.carries and len(chain) > 1 for block in chain]
     wires = Wires(recorded, config.window)
     connection = Connection(config, adapter_name, plan, wires)
     for layer in layers.values():
@@ -114,7 +113,7 @@ def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, pla
             shared = SharedProduct(blocks)
             for variant, _ in blocks.values():
                 variant.shared = shared
-        if carries or plan.readers or config.reach is None:
+        if config.carries or plan.readers or config.reach is None:
             connection.handles = _hook(base, plan, wires)
     guards.install(model, ((block.name, layers[block.name]) for block in plan.blocks if config.wired))
     base._reslora = connection

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "reslora"
 # Each may import those before it, and itself. A module is in the layer that has its name or the longest part of it.
 LAYERS = {
     "io": "io formatting errors checks attributes content_hash",
-    "core": "config chains tracing wiring guards shortcuts merging merges regression calibration model ranks export "
+    "core": "config linking tracing wiring guards shortcuts merging regression calibration model ranks export "
     "checkpoint lycoris",
     "methods": "methods",
     "runtime": "runtime plots bundled json_lines losses seeds options.argument_parser options.values",

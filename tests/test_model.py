@@ -498,9 +498,8 @@ def test_a_model_that_checkpoints_by_itself_works_as_the_error_says(shortcut, wh
 PACKAGE = Path(reslora.__file__).parent
 CORE = (
     "config",
-    "chains",
+    "linking",
     "tracing",
-    "merges",
     "merging",
     "regression",
     "calibration",

@@ -32,7 +32,7 @@ from wired import PLAIN, SOME, WIRED, connected, language, one_each, pair, some,
 
 import reslora
 from reslora import ResLoraConfig
-from reslora.chains import base_model
+from reslora.linking import base_model
 from reslora.wiring import connection_of
 
 # --- Eqs. 1-4 ---------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..checks import require_package
+from ..config import PLAIN, SHORTCUTS
 from ..errors import InvalidArgument
 from ..formatting import pluralize
 from ..methods.registry import METHODS
@@ -41,12 +42,11 @@ from ..options.shared import SharedExperimentOptions
 from ..options.unused import is_read
 from ..options.values import as_typed
 from ..seeds import derive
-from ..shortcuts import NAMES, PLAIN
 from .verdicts import REFERENCE
 
 NEAR = 3  # number of learning rates around the best one at which further seeds are trained first
 # shortcuts for which --pre_num counts blocks
-SEVERAL_BLOCKS = tuple(name for name in NAMES if name not in (PLAIN, "input"))
+SEVERAL_BLOCKS = tuple(name for name in SHORTCUTS if name not in (PLAIN, "input"))
 MOST_EXTENSIONS = 3  # maximum number of extensions of the learning rates by --extend_rates
 LEAST_RATIO = 1.02  # minimum ratio of two learning rates to extend them
 PLACED = ("learning_rate", "seed", "shortcut", "pre_num", "rank")  # not written as `name=value` in labels

@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..chains import unwrap
+from ..linking import unwrap
 from ..methods.adapters import without_adapters
 from ..tracing import evaluating
 from .context import ImageContext

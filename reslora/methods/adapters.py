@@ -37,10 +37,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import checkpoint
 from ..attributes import override_attributes
-from ..chains import base_model, unwrap
 from ..config import ResLoraConfig
 from ..errors import Diverged
 from ..io import check_checksums, read_tensors, write_checksums, write_tensors
+from ..linking import base_model, unwrap
 from ..model import connect, connection_of
 from ..ranks import changes_base
 from . import controls, initial

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..chains import base_model, lora_layers
 from ..config import ResLoraConfig
+from ..linking import base_model, lora_layers
 from ..model import connect, disconnect
 from ..shortcuts.base import Shortcut
 from ..tracing import evaluating
@@ -28,7 +28,7 @@ def gauged(model: nn.Module, shortcuts: ResLoraConfig, example_inputs: dict | No
     """
     connect(model, shortcuts, example_inputs=example_inputs)
     base = base_model(model)
-    connected(base, DEFAULT).wires.observer = gauge = Gauge(base)
+    connected(base, DEFAULT).wires.observer = gauge = Gauge(base, shortcuts.carries)
     try:
         with torch.no_grad(), evaluating(base):
             yield gauge
@@ -41,13 +41,14 @@ class Gauge:
     """Sums of squares for each block: of h (the input of its B), and of A_n x_n."""
 
     base: nn.Module
+    carries: bool
     squares: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
 
     def __call__(self, variant: Shortcut, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
         """Record one forward pass of a block; see `Wires.observer`."""
         h = own
         if handed is not None:
-            h = own + handed if variant.carries else torch.cat([own, handed], dim=1)
+            h = own + handed if self.carries else torch.cat([own, handed], dim=1)
         for place, value in enumerate((h, own)):
             dtype = torch.promote_types(value.dtype, torch.float32)
             self.squares[variant.name][place] += torch.linalg.vector_norm(value, dtype=dtype).item() ** 2

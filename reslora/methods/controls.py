@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import nn
 
-from ..chains import base_model, lora_layers
+from ..linking import base_model, lora_layers
 
 DEFAULT = "default"  # name of the adapter, PEFT's default
 

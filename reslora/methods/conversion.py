@@ -11,10 +11,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..chains import base_model
 from ..checkpoint import PEFT_PREFIX
 from ..export import PEFT_FILE, Factors, lora_config, merged_value
 from ..io import replacing, write_tensors
+from ..linking import base_model
 from ..tracing import meta_copy
 from .adapters import attach, remove_adapters
 from .controls import DEFAULT

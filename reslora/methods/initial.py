@@ -18,7 +18,7 @@ from torch import nn
 
 from .. import ranks
 from ..attributes import override_attributes
-from ..chains import base_model, lora_layers
+from ..linking import base_model, lora_layers
 from ..merging import Merged
 from .controls import DEFAULT
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..chains import chains
 from ..config import ResLoraConfig
 from ..formatting import is_or_are, pluralize
+from ..linking import chains
 from .registry import DEFAULT_PRE_NUM, METHODS
 
 

@@ -120,7 +120,7 @@ def plain_if_lora(model: nn.Module) -> nn.Module:
     """Return a method that the user brings as plain LoRA if it is LoRA or AdaLoRA; other adapters are unchanged."""
     from peft import AdaLoraConfig
 
-    from ..chains import base_model
+    from ..linking import base_model
 
     ada = any(isinstance(config, AdaLoraConfig) for config in base_model(model).peft_config.values())
     return adalora_as_lora(model) if ada else on_original_base(model)

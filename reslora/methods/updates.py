@@ -22,8 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..chains import base_model
 from ..errors import speaks
+from ..linking import base_model
 from ..tracing import evaluating
 from .controls import DEFAULT
 from .targets import targeted

@@ -4,13 +4,12 @@ import math
 from collections.abc import Iterable
 
 from ..checks import is_subtracted
+from ..config import PLAIN
 from ..errors import InvalidArgument
 from ..formatting import pluralize
-from ..merges import MERGES
 from ..methods import own
 from ..methods.patterns import FIELDS, entries
 from ..methods.registry import METHODS, ZERO_B, refuse_settings
-from ..shortcuts import PLAIN, shortcut_class
 from .averages import averages_of
 from .grid import Grid
 from .optimizers import named
@@ -63,8 +62,7 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
     if options.merge_calibration_samples:
         return
     reads = [f"--method {name}" for name in options.method if METHODS[name].measured]
-    moments = options.merge in MERGES and MERGES[options.merge].needs_moments and is_wired(options)
-    if moments and options.merge in shortcut_class(options.shortcut).merges:  # last, because the class imports torch
+    if options.merge == "lstsq" and carries_activations(options):
         reads.append(f"--merge {options.merge}")
     for argument in reads:
         other = f"another {argument.split()[0]}"
@@ -93,7 +91,7 @@ def is_wired(options: SharedMethodOptions) -> bool:
 
 def carries_activations(options: SharedMethodOptions) -> bool:
     """Return whether the shortcuts of any method pass activations from block to block."""
-    return is_wired(options) and shortcut_class(options.shortcut).carries
+    return is_wired(options) and options.reslora_config.carries
 
 
 def check_compiled(flag: str, options: SharedMethodOptions, checkpointing: bool) -> None:

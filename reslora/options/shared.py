@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import HEADS, SHORTCUTS, ResLoraConfig
-from ..merges import AUTO
-from ..merges import NAMES as MERGES
+from ..config import AUTO, HEADS, MERGES, SHORTCUTS, ResLoraConfig
 from ..methods.patterns import HELP as PATTERNS
 from ..methods.registry import (
     DEFAULT_PRE_NUM,
@@ -87,7 +85,7 @@ class SharedMethodOptions:
     head: str = option("repeat",
         "--shortcut input: what the first block of a chain adds to its input; repeat: the same input "
         "again; none: nothing", choices=HEADS, variable=True, implies="reslora", read_by="reads_shortcut")
-    merge: str = option(AUTO, "ResLoRA: how the shortcuts are merged into plain LoRA weights", choices=MERGES,
+    merge: str = option(AUTO, "ResLoRA: how the shortcuts are merged into plain LoRA weights", choices=(AUTO, *MERGES),
         essential="ResLoRA: how shortcuts are merged into plain LoRA weights", resume="merged", implies="reslora",
         read_by="shortcuts")
     merge_calibration_samples: int = option(64,

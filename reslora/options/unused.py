@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from ..config import PLAIN
 from ..errors import InvalidArgument, speaks
 from ..methods.entries import is_entry, settings_in_words
 from ..methods.registry import METHODS
-from ..shortcuts import PLAIN
 from .grid import Grid, alpha_of
 from .groups import Groups
 from .option import Need, Option

@@ -1,25 +1,8 @@
-"""Registry of the shortcuts. Each shortcut is implemented in its own file and has a row here."""
+"""The class of each shortcut, by its name in `reslora.config.SHORTCUTS`."""
 
-from __future__ import annotations
+from .base import Shortcut
+from .block import BlockShortcut
+from .input import InputShortcut
+from .middle import MiddleShortcut
 
-import importlib
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .base import Shortcut
-
-PLAIN = "none"
-"""Name for plain LoRA, without a shortcut (Eq. 1)."""
-
-_CLASSES = {
-    "input": "InputShortcut",
-    "block": "BlockShortcut",
-    "middle": "MiddleShortcut",
-}
-
-NAMES = (PLAIN, *_CLASSES)
-
-
-def shortcut_class(name: str) -> type[Shortcut]:
-    """Return the class of a shortcut; the first call imports its module, and torch."""
-    return getattr(importlib.import_module(f".{name}", __name__), _CLASSES[name])
+CLASSES: dict[str, type[Shortcut]] = {"input": InputShortcut, "block": BlockShortcut, "middle": MiddleShortcut}

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
-from ..chains import Before
-from ..merges import MERGES, Merge
-from ..merging import Factors, Merged
+from ..linking import Before
+from ..merging import MERGES, Factors, Merge, Merged
 from .shared import SharedProduct, autocasts, sharded, version_of
 from .state import State, Wires
 
@@ -65,8 +64,6 @@ class Shortcut(LoraVariant):
     model does not recurse along a complete chain.
     """
 
-    carries: ClassVar[bool] = True
-    """Whether blocks pass activations to later blocks and record norms, which needs a `State` for each forward pass."""
     raises_rank: ClassVar[bool] = False
     """Whether a merge raises the rank of blocks."""
     repeats_heads: ClassVar[bool] = False
@@ -84,11 +81,6 @@ class Shortcut(LoraVariant):
         """Computes `A x` of this block together with other blocks that read the same tensor; None: separately."""
 
     # -- connections: defined by a subclass for a complete chain -------------------------------------------------------
-
-    @classmethod
-    def reach(cls, pre_num: int) -> int | None:
-        """Return the maximum number of earlier blocks whose terms a block adds (m of Eqs. 3 and 4); None: all."""
-        return None if pre_num == -1 else pre_num
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:

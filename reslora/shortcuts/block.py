@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..chains import Before
-from ..merges import MERGES, Merge
-from ..merging import Factors, Merged
+from ..linking import Before
+from ..merging import MERGES, Factors, Merge, Merged, merge_exact
 from .base import Shortcut, add_scaled, cast, inside_checkpoint, rows
 from .shared import autocasts
 from .state import State, Wires, refuse_replica
@@ -30,9 +29,8 @@ class BlockShortcut(Shortcut):
     a block starts at the head, the block adds its own B A to the sum of the previous block.
     """
 
-    carries = False
     raises_rank = True
-    merges: ClassVar = {"none": MERGES["none"], "exact": Merge("merge_exact")}
+    merges: ClassVar = {"none": MERGES["none"], "exact": Merge(merge_exact)}
 
     def __init__(
         self, wires: Wires, name: str, factors: Sequence[tuple], sum_from: str | None, gives_sum: bool

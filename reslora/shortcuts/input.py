@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..chains import Before
+from ..linking import Before
 from .base import OWN, Shortcut, add_product
 from .state import Wires
 
@@ -30,11 +30,6 @@ class InputShortcut(Shortcut):
         self.source = source
         self.following = following
         self.repeats = source is None and head == "repeat"
-
-    @classmethod
-    def reach(cls, pre_num: int) -> int:
-        """Return 1: the input-shortcut uses one earlier block for any `pre_num`."""
-        return 1
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:

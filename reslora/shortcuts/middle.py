@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..chains import Before
-from ..merges import MERGES, Merge
+from ..linking import Before
+from ..merging import MERGES, Merge, merge_weights_middle
 from .base import OWN, Shortcut, add_product, cast, passes, rows
 from .state import Wires
 
@@ -21,7 +21,7 @@ class MiddleShortcut(Shortcut):
     Block n of a chain has at most n earlier blocks, so m is 0 in the head.
     """
 
-    merges: ClassVar = MERGES | {"weights": Merge("merge_weights_middle")}
+    merges: ClassVar = MERGES | {"weights": Merge(merge_weights_middle)}
 
     def __init__(self, wires: Wires, name: str, sources: list[str], takes_sum: bool, gives: Sequence[str]) -> None:
         """Initialize the variant of one block.

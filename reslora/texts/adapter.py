@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..chains import base_model, lora_layers
 from ..errors import InvalidArgument, refused_as
 from ..formatting import pluralize
+from ..linking import base_model, lora_layers
 from ..methods import adapters
 from ..methods.adapters import check_rank, check_usable, known_targets
 from ..methods.control_scales import gauged

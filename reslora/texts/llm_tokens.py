@@ -8,9 +8,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..attributes import override_attributes
-from ..chains import base_model
 from ..errors import InvalidArgument
 from ..formatting import is_or_are
+from ..linking import base_model
 from ..runtime.processes import say
 from ..tracing import to_device
 from .llm_tasks import Example, extract_answer, same_answer

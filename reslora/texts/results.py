@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..chains import base_model
+from ..config import AUTO, MERGES
 from ..errors import Diverged, RunFailed, first_line
 from ..export import export_peft, merged_state_dict
 from ..io import remove, remove_leftovers, replacing, write_json
-from ..merges import AUTO, MERGES
+from ..linking import base_model
 from ..methods import initial
 from ..methods.adapters import rank_allocator
 from ..methods.conversion import convert, is_plain, write_converted

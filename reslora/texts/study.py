@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..bundled import ASSETS
-from ..chains import base_model
 from ..errors import Stopped
 from ..io import replacing
+from ..linking import base_model
 from ..methods.adapters import load_adapter
 from ..methods.links import print_links
 from ..methods.registry import check_steps

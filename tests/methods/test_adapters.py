@@ -10,9 +10,9 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import reslora
-from reslora.chains import base_model
 from reslora.errors import RunFailed
 from reslora.io import write_checksums
+from reslora.linking import base_model
 from reslora.methods.adapters import (
     as_plain_lora,
     attach,

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from reslora import ResLoraConfig
-from reslora.chains import base_model, lora_layers
+from reslora.linking import base_model, lora_layers
 from reslora.methods.adapters import load_adapter, remove_adapters, save_adapter, trained_state
 from reslora.methods.control_scales import gauged
 from reslora.methods.controls import put_on, settings_of

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from suites import quick
 from torch import nn
 
-from reslora.chains import base_model, lora_layers
 from reslora.export import export_diffusers, export_kohya, export_peft, merged_state_dict
+from reslora.linking import base_model, lora_layers
 from reslora.methods.adapters import attach, load_adapter, save_adapter, trained_state, without_adapters
 from reslora.methods.initial import INITIAL
 from reslora.methods.registry import METHODS, AdapterSettings, adapter_config

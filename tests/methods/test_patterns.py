@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import reslora
-from reslora.chains import base_model
 from reslora.errors import InvalidArgument
 from reslora.export import merged_state_dict
+from reslora.linking import base_model
 from reslora.methods.adapters import attach
 from reslora.methods.patterns import entries, spell_out
 from reslora.methods.registry import METHODS, AdapterSettings, adapter_config, refuse_settings

@@ -6,9 +6,9 @@ import pytest
 import torch
 from core_models import assert_one_line, tiny_bert, tiny_llama, token_inputs
 
-from reslora.chains import base_model
 from reslora.config import ResLoraConfig
 from reslora.errors import InvalidArgument, RunFailed
+from reslora.linking import base_model
 from reslora.methods.adapters import save_adapter
 from reslora.model import connection_of
 from reslora.texts.adapter import attach, put_start

@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import reslora
-from reslora.chains import base_model
 from reslora.errors import RunFailed
+from reslora.linking import base_model
 from reslora.methods.adapters import save_adapter
 from reslora.model import connection_of
 from reslora.texts.adapter import attach

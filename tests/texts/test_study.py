@@ -11,8 +11,8 @@ from core_models import tiny_llama
 from suites import quick
 from transformers import get_scheduler
 
-from reslora.chains import base_model
 from reslora.errors import InvalidArgument, RunFailed, Stopped
+from reslora.linking import base_model
 from reslora.methods.adapters import load_adapter, rank_allocator
 from reslora.model import connection_of
 from reslora.options.texts import LlmOptions

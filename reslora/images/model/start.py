@@ -7,8 +7,8 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from ...chains import lora_layers
 from ...export import Factors, lora_config
+from ...linking import lora_layers
 
 
 @dataclass(frozen=True)

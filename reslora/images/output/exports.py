@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_map_only
 
 from ... import export
 from ...attributes import override_attributes
-from ...chains import Chains, chains
 from ...errors import Diverged, RunFailed, first_line
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, LYCORIS_FILE
 from ...io import Damaged, check_checksums, remove, replacing, write_json
+from ...linking import Chains, chains
 from ...methods.adapters import load_adapter
 from ...methods.conversion import convert, is_plain, with_lora
 from ...methods.own import CONVERSION, conversion_in_words

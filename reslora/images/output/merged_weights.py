@@ -9,8 +9,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
 from ... import export
-from ...chains import base_model
 from ...io import replacing, write_json, write_one_by_one
+from ...linking import base_model
 from ..model.stored import Stored
 
 LARGEST_FILE = "10GB"  # diffusers' default

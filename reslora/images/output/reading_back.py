@@ -13,9 +13,9 @@ from torch import nn
 
 from ... import export
 from ...attributes import override_attributes
-from ...chains import base_model, lora_layers
 from ...errors import RunFailed, first_line
 from ...export import DIFFUSERS_FILE, LYCORIS_FILE, Factors
+from ...linking import base_model, lora_layers
 from ...lycoris import merged_weight
 from ...methods.adapters import remove_adapters
 from ...methods.registry import METHODS

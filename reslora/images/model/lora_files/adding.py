@@ -7,9 +7,9 @@ from peft import inject_adapter_in_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from ....chains import lora_layers
 from ....errors import InvalidArgument
 from ....export import Factors, lora_config
+from ....linking import lora_layers
 
 T = TypeVar("T")
 
