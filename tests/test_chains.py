@@ -123,7 +123,7 @@ STABLE_DIFFUSION = {
 }
 
 
-@pytest.fixture(scope="module", params=list(STABLE_DIFFUSION))
+@pytest.fixture(scope="module", params=quick(STABLE_DIFFUSION, "sd15"))
 def stable_diffusion(request):
     """A full-size U-Net with LoRA on the meta device, and its numbers of blocks and links per role."""
     config, expected = STABLE_DIFFUSION[request.param]

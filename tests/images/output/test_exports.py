@@ -215,6 +215,7 @@ def test_every_damage_of_a_written_file_is_noticed(brief_flags, tmp_path, monkey
     assert max(json.loads((tmp_path / "out" / "lora" / "exports.json").read_text())["read_back"].values()) < 1e-7
 
 
+@pytest.mark.exhaustive
 def test_a_run_whose_files_differ_fails_and_writes_them_again(brief_flags, capsys, tmp_path, monkeypatch):
     write = results.write_formats
     damage = scaled(".alpha", 2.0)

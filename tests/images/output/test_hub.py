@@ -131,6 +131,7 @@ def examples(card: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
 
 
+@pytest.mark.exhaustive
 def test_the_cards_lines_load_each_methods_weights(run, base_flags, hub, model):
     """Unchanged, next to the folder of the base model."""
     assert main(*base_flags, "--method", "lora", "reslora", "--output_dir", run, "--push_to_hub") == 0
