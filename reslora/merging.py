@@ -207,7 +207,7 @@ def _front_to_back(chain: list[Factors], fold: Callable[[Factors, list[float]], 
 
     Let f*_j be the Frobenius norm of the *merged* weight of block j. The approximation `x_{n-k} ~ alpha_{n-k} x_n`
     uses `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}` (Eqs. 10-11). If the chain has no block n-k-1, alpha_{n-k} is 1. `fold`
-    returns a block as plain LoRA, given these alphas for k = 1..m; a head has none.
+    returns a block as plain LoRA, given its alphas for k = 1..m; a head has no alphas.
 
     Raises `ValueError` for a frozen weight with NaN or infinity.
     """
@@ -270,7 +270,7 @@ def merge_exact(chain: list[Factors]) -> list[Merged]:
 
 
 def cut(block: Factors, merged: Merged, rank: int) -> Merged:
-    """Return `merged` truncated to `rank`, with a note of the loss; a block with unchanged A is returned as it is."""
+    """Return `merged` truncated to `rank`, with a note of the loss; return a block with unchanged A unchanged."""
     if merged.a is block.a or merged.a.shape[0] <= rank:
         return merged
     a, b, loss = truncate(merged.a, merged.b, rank)

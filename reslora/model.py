@@ -82,8 +82,8 @@ def connect(
     """Connect the LoRA blocks of neighboring layers of `model` in place (Eqs. 2-4) and return the chains.
 
     `example_inputs` are keyword arguments of the base model, used to trace the order of its layers (see `chains`).
-    Hooks that are added to `lora_A` and `lora_B` afterwards are not called, because shortcuts only read the weights of
-    these modules. Hooks on the adapted layers are called.
+    Hooks that are added to `lora_A` and `lora_B` later are not called, because shortcuts only read the weights of these
+    modules. Hooks on the adapted layers are called.
 
     Raises `ValueError` if the model has no such LoRA adapter, is connected or merged already, has a layer that cannot
     be connected, or has no neighboring layers to link. The model is then unchanged. Raises `RuntimeError` if the
@@ -291,7 +291,7 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
 def _check_factors(layers: dict[str, LoraLayer], connection: Connection) -> None:
     """Raise `ValueError` if an A or B is on the meta device, is not finite, or cannot be overwritten by the merge.
 
-    Parametrized weights cannot be written: they are computed each time they are read.
+    Parametrized weights cannot be written, because they are computed each time they are read.
     """
     written = {block.name for block in connection.chains.blocks if connection.shortcut}
     for name, layer in layers.items():

@@ -112,9 +112,9 @@ def rescale(layers: Mapping[str, LoraLayer], scaling: Mapping[str, float], adapt
 
 
 def declare_scaling(config: PeftConfig, base: nn.Module, adapter_name: str) -> None:
-    """Set the alphas in a configuration that will be saved, so that they include scalings changed by `set_scale`.
+    """Set the alphas in a configuration that will be saved, so that the alphas include scalings changed by `set_scale`.
 
-    Raises `ValueError` if the configuration cannot express the scalings: loading it would give another model.
+    Raises `ValueError` if the configuration cannot express the scalings, because loading it would give another model.
     """
     layers = {
         name: module

@@ -83,7 +83,7 @@ class Gram:
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:
-    """Return x in float64, on the CPU if its device is MPS, which has no float64."""
+    """Return x in float64, on the CPU if the device of x is MPS, which has no float64."""
     return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
 
 

@@ -44,7 +44,7 @@ class Trace:
         return f"another stream: {holder} does not read the output of {before}"
 
     def _stream(self, holder: str) -> set[str]:
-        """Return those of the holders in `reads[holder]` whose hidden states `holder` continues.
+        """Return the holders in `reads[holder]` whose hidden states `holder` continues.
 
         - If one of these holders depends on all the others, they form one stream, and all of them are returned.
         - Otherwise `holder` joins independent streams, such as those of an image and its caption. Then only holders in
@@ -56,7 +56,7 @@ class Trace:
         return {source for source in sources if source.rpartition(".")[0] == holder.rpartition(".")[0]}
 
     def _back_from(self, holders: set[str], step: Callable[[str], set[str]]) -> set[str]:
-        """Return `holders` and all holders that can be reached from them: by `step`, or because they are inside one."""
+        """Return `holders` and all holders that can be reached from them by `step`, or because one is inside another."""
         found, left = set(holders), list(holders)
         while left:
             holder = left.pop()
@@ -222,7 +222,7 @@ def _fresh(holder: str, value: Any) -> Any:
     if not _differentiable(value):
         return value
     with torch.enable_grad():
-        # A clone, because a model may change it in place, which is an error for a leaf.
+        # A clone is needed, because a model may change the tensor in place, which is an error for a leaf.
         fresh = value.detach().requires_grad_().clone()
     fresh.grad_fn.metadata[_HOLDER] = holder
     return fresh
@@ -329,7 +329,7 @@ def _unet_inputs(config: Any, zeros: Callable) -> dict:
 def _z_image_inputs(config: Any, zeros: Callable) -> dict:
     patch, frames = config.all_patch_size[0], config.all_f_patch_size[0]
     return {
-        # The model pads image and caption to multiples of 32 tokens; here they have 64 and 32.
+        # The model pads image and caption to multiples of 32 tokens; these inputs have 64 and 32 tokens.
         "x": [zeros(config.in_channels, frames, 8 * patch, 8 * patch)[0]],
         "t": zeros(),
         "cap_feats": [zeros(32, config.cap_feat_dim)[0]],

@@ -80,8 +80,8 @@ def attach(
     """Add the adapter of `config` to a bare `model`, connect it by `shortcuts`, and return the model to train.
 
     Models of diffusers get the adapter in place (`add_adapter`), and `model` itself is returned; others are wrapped
-    (`get_peft_model`) unless `in_place` is set. `example_inputs` are those of `reslora.connect`. The adapter's initial
-    weights are drawn from torch's global random state.
+    (`get_peft_model`) unless `in_place` is set. `example_inputs`: see `reslora.connect`. The adapter's initial weights
+    are drawn from torch's global random state.
 
     Raises `ValueError` for targets that match no layer or that the method cannot adapt, for a rank larger than a
     layer's smaller dimension, or if the shortcut finds no neighboring layers to link. Raises `RuntimeError` for
@@ -250,7 +250,7 @@ class RankAllocator:
         self.tuner.update_and_allocate(global_step)
 
     def read_ranks(self) -> None:
-        """Set the allocated ranks to those of the present weights: E is zero for all others.
+        """Set the allocated ranks to the ranks of the present weights: E is zero for all others.
 
         Loaded or averaged weights may have ranks that the latest allocation has removed, and an export would drop
         them.

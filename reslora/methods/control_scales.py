@@ -22,7 +22,7 @@ from .controls import DEFAULT, Settings
 
 @contextmanager
 def gauged(model: nn.Module, shortcuts: ResLoraConfig, example_inputs: dict | None = None) -> Iterator[Gauge]:
-    """Connect a model with plain LoRA inside this context, and yield a `Gauge` that measures its forward passes.
+    """Connect a model that has plain LoRA inside this context, and yield a `Gauge` that measures its forward passes.
 
     The model is in eval mode and connected by `shortcuts`. Raises `ValueError` as `reslora.connect` does.
     """

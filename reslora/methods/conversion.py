@@ -47,7 +47,7 @@ def convert(model: nn.Module, rank: int) -> tuple[Converted, float] | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that updates are configured as LoRA
         config, tensors = convert_to_lora(base, rank, DEFAULT)
-    # Of a module that is trained completely, PEFT names each tensor by the last part of its name only.
+    # In a module that is trained completely, PEFT names each tensor by the last part of the tensor's name only.
     tensors = {name: value for name, value in tensors.items() if name.endswith((".lora_A.weight", ".lora_B.weight"))}
     for name, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper):

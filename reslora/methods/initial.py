@@ -23,11 +23,13 @@ from ..merging import Merged
 from .controls import DEFAULT
 
 INITIAL = ("lora_initial_A", "lora_initial_B")
-"""Attributes of a LoRA layer with A_0 and B_0, by adapter; PEFT and checkpoints treat them as parts of the adapter."""
+"""Attributes of a LoRA layer with A_0 and B_0, by adapter; PEFT and checkpoints treat the initial factors as parts of
+the adapter.
+"""
 
 
 def store(model: nn.Module) -> None:
-    """Store the factors that PEFT has just initialized, in at least float32; they are not trained."""
+    """Store the factors that PEFT has just initialized, in at least float32; the stored factors are not trained."""
     for layer in lora_layers(base_model(model), DEFAULT).values():
         for part, name in zip((layer.lora_A, layer.lora_B), INITIAL, strict=True):
             weight = part[DEFAULT].weight.detach()
@@ -37,7 +39,7 @@ def store(model: nn.Module) -> None:
 
 
 def factors_of(layer: nn.Module) -> list[nn.Parameter]:
-    """Return A_0 and B_0 of a layer; none if its frozen weight is unchanged."""
+    """Return A_0 and B_0 of a layer; none if the layer's frozen weight is unchanged."""
     return [getattr(layer, name)[DEFAULT] for name in INITIAL if hasattr(layer, name)]
 
 
@@ -73,7 +75,9 @@ def frozen_weights_follow(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untrained(layer: nn.Module) -> Iterator[None]:
-    """Use the initial factors inside this context, with which a layer in eval mode computes what its base layer did."""
+    """Use the initial factors inside this context; a layer in eval mode then computes what its base layer computed
+    before training.
+    """
     with ExitStack() as stack:
         for part, value in zip((layer.lora_A, layer.lora_B), factors_of(layer), strict=True):
             stack.enter_context(override_attributes(part[DEFAULT], weight=value))

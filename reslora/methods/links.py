@@ -20,7 +20,7 @@ def print_links(
     """Report, by calling `tell`, the layers that stay plain LoRA and the chains that are too short for --pre_num.
 
     On a chain of n blocks, all values of --pre_num from n - 1 are equivalent. Nothing is reported for a method without
-    chains. `model` must have the method's adapter; `example_inputs` are those of `reslora.chains`.
+    chains. `model` must have the method's adapter; `example_inputs`: see `reslora.chains`.
     """
     if not METHODS[method].reads_shortcut or not shortcuts.wired:
         return

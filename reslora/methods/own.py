@@ -65,7 +65,7 @@ def name_of(text: str) -> str:
 
 
 def flag_of(name: str) -> str:
-    """Return the option for messages, as the user has typed it."""
+    """Return the option that messages name, as the user has typed it."""
     if entries.is_entry(name):
         return f"--method {entries.folder_of(name)}"
     module, _, function = name.rpartition(".")
@@ -134,7 +134,7 @@ def is_configuration(value: object) -> bool:
 def fields_of(name: str) -> set[str] | None:
     """Return the settings of a class of PEFT's configurations; None for a function, which gets all settings.
 
-    An entry of PEFT's method comparison has settings of its own, and reads no options.
+    An entry of PEFT's method comparison contains all settings, and reads no options.
     """
     if entries.is_entry(name):
         return set()
@@ -168,8 +168,8 @@ def configuration(name: str, settings: Any, model: nn.Module) -> PeftConfig:
     """Return the configuration of a method that a user brings, for `AdapterSettings` and a model without adapters.
 
     A function is called as `function(model, settings)`. On a model without weights (on the meta device, as in checks
-    before training), what it creates has no weights either. Raises `InvalidArgument` for anything that it raises, and
-    if it returns neither PEFT's configuration of layers nor a dict of updates by layer.
+    before training), what it creates has no weights either. Raises `InvalidArgument` for any error of the method, and
+    if the method returns neither PEFT's configuration of layers nor a dict of updates by layer.
     """
     import torch
     from peft import PeftConfig

@@ -38,9 +38,9 @@ HELP = {
 def entries(field: str, texts: Iterable[str] | None) -> dict[str, Any]:
     """Return PEFT's `rank_pattern` or `alpha_pattern`, or the factors of `lr_pattern`, from `NAME=VALUE` texts.
 
-    A text may have several, with spaces between them. Raises `InvalidArgument` for another format, for a name given
-    twice, and for a value that is not a rank (a whole number above 0), or not an alpha or factor (a finite number above
-    0).
+    A text may have several entries, with spaces between them. Raises `InvalidArgument` for another format, for a name
+    given twice, and for a value that is not a rank (a whole number above 0), or not an alpha or factor (a finite number
+    above 0).
     """
     found: dict[str, Any] = {}
     for text in " ".join(texts or ()).split():

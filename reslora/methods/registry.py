@@ -1,8 +1,8 @@
 """Registry of the trainable methods: a new one needs a function that returns PEFT's configuration, and a row in
 METHODS.
 
-Options, validation, exports and the application use these rows. Functions import PEFT and torch when they are
-called, so that `--help` appears at once.
+Options, validation, exports and the application use these rows. The functions of this module import PEFT and torch when
+they are called, so that `--help` appears at once.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def on_original_base(model: nn.Module) -> nn.Module:
 
 
 def plain_if_lora(model: nn.Module) -> nn.Module:
-    """Return a method that the user brings as plain LoRA if it is LoRA or AdaLoRA; other adapters are unchanged."""
+    """Return a method that the user brings as plain LoRA if it is LoRA or AdaLoRA; return other adapters unchanged."""
     from peft import AdaLoraConfig
 
     from ..linking import base_model
@@ -144,9 +144,10 @@ class Method:
     help: str
     """Description in one line."""
     color: str
-    """Color of its curve on the application's page."""
+    """Color of the method's curve on the application's page."""
     config: Callable[..., PeftConfig]
-    """Function that returns PEFT's configuration for the settings; if `own` is set, it takes the model, too."""
+    """Function that returns PEFT's configuration for the settings; if `own` is set, the function takes the model, too.
+    """
     plain_lora: Callable[[nn.Module], nn.Module] | None = on_original_base
     """Function that converts the trained (and merged) model to plain LoRA, for the files of diffusers and kohya.
 
@@ -186,7 +187,7 @@ class Method:
 
     @property
     def reads_initialization(self) -> bool:
-        """Whether the method depends on --init_lora_weights; all others have one start."""
+        """Whether the method depends on --init_lora_weights; methods that do not depend on it have one start."""
         return self.trains_lora and not self.reads_shortcut
 
     @property
@@ -201,7 +202,7 @@ def _own_row(name: str) -> Method:
     fields = own.fields_of(name)
 
     def has(*settings: str) -> bool:
-        """Return whether the method uses one of these settings; a function gets all of them."""
+        """Return whether the method uses one of these settings; a function gets all settings."""
         return fields is None or not fields.isdisjoint(settings)
 
     return Method(
@@ -213,7 +214,9 @@ def _own_row(name: str) -> Method:
 
 
 class Methods(dict[str, Method]):
-    """The built-in methods by name. A method that a user brings is also found by its name, but not listed."""
+    """The built-in methods by name. A method that a user brings is found by its name, but the built-in methods are the
+    only listed ones.
+    """
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or own.is_own(name)
@@ -292,7 +295,8 @@ NEED_DATA = ("eva", "corda", "loftq", "lora_ga")
 def initialization(text: str) -> str:
     """Return PEFT's `init_lora_weights` as text; the parser of an option.
 
-    Raises `ArgumentTypeError` for unknown names, and for those that need data or gradients before the adapter is made.
+    Raises `ArgumentTypeError` for unknown names, and for initializations that need data or gradients before the adapter
+    is made.
     """
     if re.fullmatch(r"true|gaussian|orthogonal|olora|pissa(_niter_[1-9]\d*)?", text.lower()):
         return text.lower()

@@ -1,4 +1,4 @@
-"""Find target modules, report those that cannot be adapted, such as a list of layers, and suggest others."""
+"""Find target modules, report modules that cannot be adapted, such as a list of layers, and suggest other ones."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain

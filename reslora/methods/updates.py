@@ -37,7 +37,7 @@ class Update(Protocol):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what is added to the layer's output; `x` is its input, of shape (..., inputs)."""
+        """Return what is added to the layer's output; `x`: the input of the layer, of shape (..., inputs)."""
 
     def delta(self) -> torch.Tensor:
         """Return the change of the layer's weight, of shape (outputs, inputs): `forward(x) = x @ delta().T`."""

@@ -1,4 +1,4 @@
-"""Averages of checkpoints (--average_checkpoints): their notation, and the weights with which they average."""
+"""Averages of checkpoints (--average_checkpoints): how they are written, and the weights of the checkpoints in them."""
 
 import argparse
 from dataclasses import dataclass
@@ -27,9 +27,10 @@ class Average:
     def weights(self, count: int) -> list[float]:
         """Return the weights of `count` checkpoints, oldest first; they sum to 1.
 
-        `last:N`: 1/N for the last N, and 0 for those before. `ema:d`: the weights of an exponential moving average over
-        the checkpoints in order, `d^(count - 1 - k) (1 - d) / (1 - d^count)` for checkpoint k from 0. The denominator
-        is Adam's correction of the bias (Kingma & Ba, 2015): without it, the average would start from zero.
+        `last:N`: 1/N for the last N checkpoints, and 0 for the earlier ones. `ema:d`: the weights of an exponential
+        moving average over the checkpoints in order, `d^(count - 1 - k) (1 - d) / (1 - d^count)` for checkpoint k from
+        0. The denominator is Adam's correction of the bias (Kingma & Ba, 2015): without it, the average would start
+        from zero.
         """
         if self.kind == "last":
             used = min(count, self.least)

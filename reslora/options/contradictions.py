@@ -25,7 +25,7 @@ POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
 def check_texts(values: Given) -> None:
     """Raise `InvalidArgument` for values that are not valid UTF-8.
 
-    safetensors, tokenizers and TensorBoard reject them.
+    safetensors, tokenizers and TensorBoard reject texts that are not.
     """
     for name, value in values.items():
         for text in listed(value):
@@ -48,8 +48,8 @@ def refuse_empty(given: Given, names: Iterable[str]) -> None:
 def check_method(options: SharedMethodOptions, calibration: str) -> None:
     """Raise `InvalidArgument` for a method that is not found, options that it does not support, or missing samples.
 
-    Some merges, and the control method `lora_matched`, need calibration samples. `calibration` is the
-    name of the script's option for their number.
+    Some merges, and the control method `lora_matched`, need calibration samples. `calibration`: the name of the
+    script's option for the number of calibration samples.
     """
     for name in options.method:
         if METHODS[name].own:
@@ -104,7 +104,8 @@ def check_compiled(flag: str, options: SharedMethodOptions, checkpointing: bool)
 def check_averages(options: TrainOptions, steps: int | None) -> None:
     """Raise `InvalidArgument` if fewer checkpoints will be retained than --average_checkpoints averages.
 
-    `steps`: number of training steps; None while it, or the steps between checkpoints, is unknown.
+    `steps`: number of training steps; None while this number, or the number of
+    steps between checkpoints, is unknown.
     """
     if options.validation.average_checkpoints is None:
         return
@@ -142,8 +143,8 @@ def refuse_unable_to_start(options: SharedMethodOptions, flag: str) -> None:
 def refuse_other_than_lora(given: Given, found: Given) -> None:
     """Raise `InvalidArgument` for a given option that contradicts the LoRA of --init_lora.
 
-    `found`: rank, alpha and target modules of the LoRA, by option. Rank and alpha patterns contradict it, because the
-    LoRA sets rank and alpha of each layer.
+    `found`: rank, alpha and target modules of the LoRA, by option. Rank and alpha patterns contradict the LoRA, because
+    the LoRA sets rank and alpha of each layer.
     """
     for name, value in {**found, **dict.fromkeys(FIELDS)}.items():
         asked = given.get(name)

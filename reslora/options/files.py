@@ -20,7 +20,7 @@ REMOVED = {"shortcut_scale": "sum"}
 
 
 def read_file(path: Path, table: Mapping[str, Option], given: Collection[str], prog: str) -> dict[str, Any]:
-    """Return the values of a file, validated like those of the command line.
+    """Return the values of a file, validated like the values of the command line.
 
     `given` are the names of the options on the command line. A value in a config.json is left out if it may have been
     derived from one of these options (`Option.yields_to`).
@@ -46,7 +46,7 @@ def read_file(path: Path, table: Mapping[str, Option], given: Collection[str], p
 def read_table(path: Path) -> dict[str, Any]:
     """Return the content of a TOML or JSON file.
 
-    Raises `InvalidArgument` if it is not a flat table.
+    Raises `InvalidArgument` if the file is not a flat table.
     """
     where = f"--config {path}"
     try:

@@ -25,7 +25,7 @@ DIFFUSERS = {
 
 
 def foreign_names(table: Mapping[str, Option]) -> dict[str, tuple[str, str]]:
-    """Return the options of other scripts by name: whose option it is (kohya's, diffusers'), and its equivalent here.
+    """Return the options of other scripts by name: the script (kohya's or diffusers'), and the equivalent option here.
 
     The equivalent is an option, for some with a value.
     """

@@ -13,7 +13,7 @@ DEFAULTS: Any = object()
 
 
 class Groups:
-    """Base of the dataclasses that hold the options of one run; each of their fields is a group of options.
+    """Base of the dataclasses that hold the options of one run; each field of such a class is a group of options.
 
     Files and messages name an option without its group.
     """
@@ -55,7 +55,7 @@ class Groups:
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """Return options with these values, and the defaults of all others."""
+        """Return options with these values, and the default of every other option."""
         return cls().replace(**values)
 
     def replace(self, **values: Any) -> Self:

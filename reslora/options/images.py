@@ -333,7 +333,9 @@ class TrainingOptions(SharedTrainingOptions):
 
     @property
     def preserved_prompts(self) -> list[str]:
-        """The prompt of --output_preservation_prompt if its predictions are preserved; else none."""
+        """The prompt of --output_preservation_prompt if the base model's predictions for it are preserved; otherwise
+        none.
+        """
         prompt = self.output_preservation_prompt
         return [prompt] if self.output_preservation_weight and prompt is not None else []
 
@@ -459,7 +461,9 @@ class Options(TrainOptions):
     }  # fmt: skip
 
     def no_samples(self, prompts: str = "") -> str:
-        """Return why training generates no samples of `prompts`, or of its own prompts; empty if it does."""
+        """Return why training generates no samples of `prompts` or, without `prompts`, of the run's own prompts; empty
+        if it generates samples.
+        """
         generates = prompts or (self.validation.validation_prompt and self.validation.num_validation_images)
         return "" if generates else "give it --validation_prompt and --num_validation_images"
 
@@ -467,7 +471,7 @@ class Options(TrainOptions):
         """Raise `InvalidArgument` for --save_best or --early_stopping_patience if earlier losses are not comparable.
 
         Both options need validation losses with --validation_noises, and set this option by default. Therefore the
-        message names them, not --validation_noises.
+        message names these two options, and not --validation_noises.
         """
         names = ("save_best", "early_stopping_patience")
         steering = next((name for name in names if getattr(self.validation, name)), None)

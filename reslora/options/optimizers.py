@@ -30,9 +30,9 @@ class Named:
 OPTIMIZERS = {
     "adamw": Named("torch.optim.AdamW", "torch"),
     "adamw8bit": Named("bitsandbytes.optim.AdamW8bit", "bitsandbytes"),
-    # Prodigy estimates the learning rate and multiplies it by this value
+    # Prodigy estimates the learning rate, and multiplies the estimate by this value.
     "prodigy": Named("prodigyopt.Prodigy", "prodigyopt", learning_rate=1.0),
-    # By default it computes its own learning rate and rejects a given one.
+    # By default the optimizer computes its own learning rate and rejects a given one.
     "adafactor": Named(
         "transformers.optimization.Adafactor", "transformers", {"relative_step": False, "scale_parameter": False}
     ),
@@ -82,7 +82,7 @@ def check_installed(optimizer: str, words: Sequence[str], flag: str) -> None:
 def class_of(optimizer: str) -> type:
     """Return the class of an optimizer.
 
-    Raises `InvalidArgument` if it does not exist or is not an optimizer.
+    Raises `InvalidArgument` if the class does not exist or is not an optimizer.
     """
     module, _, name = named(optimizer).path.rpartition(".")
     flag = f"--optimizer {optimizer}"

@@ -18,8 +18,8 @@ Resume = Literal["fixed", "content", "free", "shown", "merged"]
 - fixed: the value of the option.
 - content: the content of the files that the value names.
 - free: nothing.
-- shown: nothing. If a method has finished, a message says that a new value has no effect on it.
-- merged: nothing. If a method has finished, it is merged again with the new value.
+- shown: nothing. If a method has finished, a message says that a new value has no effect on the method.
+- merged: nothing. If a method has finished, the method is merged again with the new value.
 """
 K = TypeVar("K")
 SAME: Any = object()
@@ -41,7 +41,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a script. `name` is its name on the command line and its key in files."""
+    """An option of a script. `name`: the name of the option on the command line and its key in files."""
 
     name: str
     attribute: str
@@ -66,21 +66,23 @@ class Option:
     varies: bool = False
     """Whether several values make an experiment."""
     variable: bool = False
-    """Whether `--vary` accepts it: runs with different values share the model, the data and the measured losses."""
+    """Whether `--vary` accepts the option: runs with different values share the model, the data and the measured
+    losses.
+    """
     unshared: str = ""
     """What runs of one seed no longer share if the option varies, as text."""
     in_experiments: str = ""
-    """Why an experiment refuses the option, with the fix; empty if it accepts the option."""
+    """Why an experiment refuses the option, with the fix; empty if experiments accept the option."""
     bundled: Any = SAME
     """Default for bundled models; `default` is the one for all other models."""
     bundled_flow: Any = SAME
-    """Default for the bundled flow transformer, if it differs from `bundled`."""
+    """Default for the bundled flow transformer, if this default differs from `bundled`."""
     by_family: str = ""
     """Defaults by family of models, as text; the option's value is None until the family is known."""
     or_else: str = ""
-    """Default as text for the help, if it depends on other options."""
+    """The default as text for the help, if the default depends on other options."""
     path: Literal["", "relative", "absolute"] = ""
-    """Whether it may be a path, possibly with `~`, and how `config.json` stores it."""
+    """Whether the value may be a path, possibly with `~`, and how `config.json` stores the path."""
     collapses: bool = False
     """Whether files store a single value without a list."""
     secret: bool = False
@@ -95,21 +97,22 @@ class Option:
     """The only timestep samplings that use it."""
     needs: tuple[Need, ...] = ()
     counts_if_given: bool = False
-    """Whether giving its default value differs from leaving it out."""
+    """Whether giving the option's default value differs from leaving the option out."""
     yields_to: str = ""
     """Another option, from which this one may be derived.
 
     If the other option is given on the command line, the value of this option in a config.json is ignored.
     """
     compared_as: str = ""
-    """What differs between two runs with different values, as text, so that their images or losses are not comparable.
+    """What differs between two runs with different values of the option, as text, so that their images or losses are
+    not comparable.
 
     Empty if they are comparable.
     """
     kohya: tuple[str, ...] = ()
     """Names in kohya's scripts."""
     diffusers: tuple[str, ...] = ()
-    """Names in diffusers' scripts, if they differ."""
+    """Names of the option in diffusers' scripts, if they differ."""
 
     @property
     def flag(self) -> str:
@@ -138,9 +141,10 @@ class Option:
 
     @property
     def fixed_default(self) -> Any:
-        """The default, if it is the same for all models and giving it is equivalent to leaving it out; else None.
+        """The default, if the default is the same for all models and giving it is equivalent to leaving the option out;
+        else None.
 
-        For a switch without a fixed default, this is its value in most cases, as `or_else` says.
+        For a switch without a fixed default, the result is the switch's value in most cases, as `or_else` says.
         """
         if self.counts_if_given or self.bundled is not SAME:
             return None

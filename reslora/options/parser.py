@@ -93,7 +93,7 @@ class OptionsParser(Parser):
     def page(self, group: str | None) -> str:
         """Return the help of a group of options.
 
-        If `group` is None, it is the help of all options; if it is empty, that of the essential options.
+        If `group` is None, the page is the help of all options; if `group` is empty, the help of the essential options.
         """
         if not group:
             return short_help(self) if group == "" else self.format_help()
@@ -131,7 +131,7 @@ def with_home(values: Mapping[str, Any], table: Mapping[str, Option]) -> dict[st
 
 
 def default_in_words(option: Option) -> str:
-    """Return an option's default for its help; empty if the help does not mention it."""
+    """Return an option's default for the option's help; empty if the help does not mention the default."""
     otherwise = option.otherwise
     if option.bundled is not SAME:
         flow = option.bundled_flow

@@ -139,7 +139,7 @@ class SharedExperimentOptions:
 
     @property
     def in_this_process(self) -> bool:
-        """Whether runs are trained by this process, one after the other."""
+        """Whether this process trains the runs, one after the other."""
         return (self.arms_at_once or 1) == 1 and self.executor == "local"
 
 
@@ -266,11 +266,13 @@ class TrainOptions(RunOptions):
     output: SharedOutputOptions = DEFAULTS
 
     def folder_of(self, method: str, place: str = "") -> Path:
-        """Return the directory of a method; `place` is that of an arm of an experiment inside it."""
+        """Return the directory of a method; `place`: the directory of an arm inside that of the experiment."""
         return Path(self.output.output_dir) / method / place
 
     def no_samples(self, prompts: str = "") -> str:
-        """Return why training generates no samples of `prompts`, or of its own prompts; empty if it does."""
+        """Return why training generates no samples of `prompts` or, without `prompts`, of the run's own prompts; empty
+        if it generates samples.
+        """
         return "no language script does"
 
     def refuse_record(self, place: Path, settings: Mapping[str, Any]) -> None:

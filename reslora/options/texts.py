@@ -1,6 +1,6 @@
 """The options of train_llm.py and train_glue.py.
 
-Options that transformers' `TrainingArguments` have too have the names, meanings and defaults that they have there.
+Options that transformers' `TrainingArguments` also have have the names, meanings and defaults of `TrainingArguments`.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Find options that have no effect in combination with the others, and raise an error or print them."""
+"""Find options that have no effect in combination with other options, and raise an error or print these options."""
 
 import dataclasses
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Format the values of options as on the command line, and refuse values that differ from those of an earlier run."""
+"""Format the values of options as on the command line, and refuse values that differ from an earlier run's."""
 
 from typing import Any, NoReturn
 
@@ -11,7 +11,7 @@ def listed(value: Any) -> list:
 
 
 def as_typed(value: Any) -> str:
-    """Return the value or values of an option as typed on the command line; "none" if it is not given."""
+    """Return the value or values of an option as typed on the command line; "none" if the option is not given."""
     return " ".join(map(str, listed(value))) or "none"
 
 

@@ -14,8 +14,8 @@ def values_to_vary(words: Sequence[str], table: Mapping[str, Option], given: Giv
     """Return the values of each option that --vary names, parsed like those of the command line.
 
     `words` have the form `name=value,value`; a value of a list has the form `item+item`, and one of a switch is true or
-    false. `given`: the other options of the command line. Raises `InvalidArgument` for an option that is unknown, that
-    cannot vary or that is given twice, and for fewer than two values.
+    false. `given`: the remaining options of the command line. Raises `InvalidArgument` for an option that is unknown,
+    that cannot vary or that is given twice, and for fewer than two values.
     """
     names = {option.short: name for name, option in table.items() if option.short}
     found: dict[str, list] = {}

@@ -187,7 +187,7 @@ def chart(series: Sequence[Series], axes: Axes) -> str:
 
 
 def _figure(title: str, frame: Frame, body: str, names: Sequence[str], legend: str = "") -> str:
-    """Return a chart as HTML; `names`: what it shows, for screen readers; `legend`: items of a list."""
+    """Return a chart as HTML; `names`: what the chart shows, for screen readers; `legend`: items of a list."""
     legend = f'<ul class="legend">{legend}</ul>' if legend else ""
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'

@@ -26,7 +26,7 @@ Image: TypeAlias = PIL.Image.Image | str | os.PathLike | None
 
 DPI = 100
 SMALL, LARGE = 128, 192
-"""Longer side of an image in the comparison in pixels: SMALL for images up to that size, LARGE for others."""
+"""Longer side of an image in the comparison in pixels: SMALL for images up to that size, LARGE for larger ones."""
 ABOVE = 0.6
 """Size of the images above the grid, relative to the images in the grid."""
 GAP, MARGIN = 6, 12
@@ -57,7 +57,8 @@ def comparison(
     `columns` holds the titles of the columns, possibly of several lines. `rows` holds each prompt with its methods: for
     each method a name and one image for every column. `above` holds a title and images that are shown above the grid,
     smaller and as many as fit. The longer side of the first image in the grid becomes `side` pixels (None: SMALL or
-    LARGE), and all other images are fitted into its size by Lanczos resampling. Long prompts are shortened.
+    LARGE), and all other images are fitted into the size of the figure by Lanczos resampling. Long prompts are
+    shortened.
 
     Raises `OSError` for a file that is not an image.
     """
@@ -191,7 +192,7 @@ def _tile(images: Iterable[Image], side: int | None) -> tuple[int, int]:
 
 
 def _opened(image: Any) -> Any:
-    """Return a context manager that yields the image; if `image` is a file, it is closed on exit."""
+    """Return a context manager that yields the image; if `image` is a file, the context manager closes it on exit."""
     return nullcontext(image) if isinstance(image, PIL.Image.Image) else PIL.Image.open(image)
 
 
@@ -212,7 +213,7 @@ def _width(text: str, size: int) -> int:
 
 @functools.cache
 def _font(size: int) -> FontProperties:
-    """Return the properties of a font: its size in pixels, and those of FAMILIES that are installed.
+    """Return the properties of a font: its size in pixels, and the installed fonts of FAMILIES.
 
     matplotlib would warn about families that are not installed.
     """

@@ -18,7 +18,9 @@ from .status import FILE
 # File with the process id and identifier of the owner. The lock itself is a file in the system's temporary directory.
 OWNER = ".lock"
 _HELD: dict[Path, str] = {}
-"""Directories that this process, or the one for which it does jobs, has locked; each with that process's identifier."""
+"""Directories that this process, or the process for which it does jobs, has locked; each with the identifier of the
+process that has locked it.
+"""
 
 
 @contextlib.contextmanager
@@ -77,7 +79,8 @@ def sharing_lock(folder: Path, owner: str) -> Iterator[None]:
 def check_held() -> None:
     """Raise `RunFailed` if a directory locked by this run was moved, removed or taken by another run.
 
-    `io.replacing` calls this function before it writes. Call it also before long work and before removing files.
+    `io.replacing` calls this function before it writes. Call this function also before long work and before removing
+    files.
     """
     for folder, owner in _HELD.items():
         if problem := _lost(folder, owner):
@@ -94,7 +97,9 @@ def make_folder(folder: Path) -> None:
 
 
 def _lost(folder: Path, owner: str) -> str:
-    """Return why a directory that `owner` has locked no longer belongs to this run; empty if it still does."""
+    """Return why a directory that `owner` has locked no longer belongs to this run; empty if the directory still
+    belongs to it.
+    """
     number, process = _owner(folder)
     if process not in ("", owner):
         # Runs on other machines or in other containers do not see this process, and may have taken its directory.
@@ -108,7 +113,7 @@ def _lost(folder: Path, owner: str) -> str:
 def guard_of(folder: Path) -> FileLock:
     """Return the file lock of a directory, which locks only against runs on the same machine.
 
-    The operating system releases it when the process ends.
+    The operating system releases the lock when the process ends.
     """
     name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
     return FileLock(Path(tempfile.gettempdir()) / f"reslora-{getattr(os, 'getuid', int)()}-{name}.lock")

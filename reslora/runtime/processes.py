@@ -23,7 +23,7 @@ _DECIDING = ContextVar("deciding", default=False)
 
 
 def is_single_process() -> bool:
-    """Return whether this is the only process of its run."""
+    """Return whether this process is the only process of its run."""
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
@@ -41,7 +41,7 @@ def say(text: str) -> None:
 def broadcast_from_main(decide: Callable[[], T]) -> T:
     """Call `decide` in the main process, and return its result in every process.
 
-    The other processes wait, even for hours. The result must be picklable. If `decide` raises an error, the other
+    The remaining processes wait, even for hours. The result must be picklable. If `decide` raises an error, the other
     processes raise `EndedElsewhere`. `decide` must not call functions of this module that involve the other processes,
     because they do not run it.
     """

@@ -94,8 +94,8 @@ def warning_line(message: Warning | str, *where: object, **more: object) -> str:
 def limit_spinning() -> None:
     """Limit how long an idle thread of GNU OpenMP spins before it sleeps; call this before torch is imported.
 
-    By default it spins 300,000 times, which is ten times slower on cores that other processes use too. Without
-    spinning, a step of a small U-Net takes half as long again.
+    By default an idle thread spins 300,000 times, which is ten times slower on cores that other processes use too.
+    Without spinning, a step of a small U-Net takes half as long again.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -104,9 +104,9 @@ def limit_spinning() -> None:
 def shares_the_cpu() -> bool:
     """Return whether several processes run on a machine without an accelerator.
 
-    In this case `Accelerator` needs `cpu=True`: accelerate's launcher does not pass `use_cpu` to several processes, so
-    without it each process would find no backend and run as the only one. With DeepSpeed this returns False, because
-    `cpu=True` would disable DeepSpeed.
+    In this case `Accelerator` needs `cpu=True`: accelerate's launcher does not pass `use_cpu` to several
+    processes, so without it each process would find no backend and run as the only one. With DeepSpeed this returns
+    False, because `cpu=True` would disable DeepSpeed.
     """
     import torch  # slow, and therefore imported only after the options are validated
 

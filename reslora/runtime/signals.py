@@ -43,8 +43,8 @@ NOT_BEGUN = "stopped before training began"
 class StopRequest:
     """Inside this context, store the first SIGINT or SIGTERM in `signal`; the second ends the process immediately.
 
-    In a process started by torch's launcher, only the third ends it, because this launcher repeats signals that the
-    terminal has already sent.
+    In a process started by torch's launcher, only the third signal ends the process, because this launcher repeats
+    signals that the terminal has already sent.
 
     `signal` also becomes SIGTERM in three other cases:
 
@@ -85,8 +85,8 @@ class StopRequest:
     def shared(self, asked: bool) -> bool:
         """Store whether any process was asked to stop (`asked`), and return `asked`.
 
-        If it is true, `signal` becomes SIGTERM in this process too, so that all processes exit with the status of a
-        stopped run.
+        If the shared flag is true, `signal` becomes SIGTERM in this process too, so that all processes exit with the
+        status of a stopped run.
         """
         if asked and self.signal is None:
             self.signal = signal.SIGTERM
@@ -165,7 +165,9 @@ def _write_line(text: str) -> None:
 
 
 def _launcher() -> int | None:
-    """Return the process id of the parent if it is a launcher; None if it is a shell, the application or a test."""
+    """Return the process id of the parent if the parent is a launcher; None if the parent is a shell, the application
+    or a test.
+    """
     parent = os.getppid()
     with contextlib.suppress(psutil.Error):  # it has ended
         return parent if is_launcher(psutil.Process(parent).cmdline()) else None

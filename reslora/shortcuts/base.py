@@ -27,7 +27,7 @@ from .state import State, Wires
 OWN = "A x"
 """Key in `State.handed` of the tensor `A x_n` that a block passes to later blocks.
 
-x_n is the block's input, and A is its own A (`middle`) or the A of the next block (`input`).
+x_n is the block's input, and A is the block's own A (`middle`) or the A of the next block (`input`).
 """
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -113,7 +113,7 @@ class Shortcut(LoraVariant):
         block.moments.add(x, own, handed, torch.linalg.vector_norm(self.normed(x, own)))
 
     def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Return the tensor whose norm is f_n: the block's input `x` (tokens x p), or its `A_n x_n` (tokens x r)."""
+        """Return the tensor whose norm is f_n: the block's input `x` (tokens x p), or `A_n x_n` (tokens x r)."""
         return x
 
     # -- what PEFT calls -----------------------------------------------------------------------------------------------
@@ -158,8 +158,8 @@ class Shortcut(LoraVariant):
     ) -> Sequence[torch.Tensor]:
         """Return `A x` (batch * tokens x r) for the block's own A, then for each of `others`; x is batch x tokens x p.
 
-        One matrix product computes all of them, also for other blocks that read x (see `SharedProduct`). With dropout,
-        every block has its own mask and computes its own product.
+        One matrix product computes all these products, also for other blocks that read x (see `SharedProduct`). With
+        dropout, every block has its own mask and computes its own product.
         """
         lora_a, dropout = module.lora_A[adapter], module.lora_dropout[adapter]
         if self.shared is not None and state is not None and passes(dropout):
@@ -259,7 +259,8 @@ def add_product(
 ) -> torch.Tensor:
     """Return `result + scaling * hidden B^T` for `result` (… x q) and `hidden` (rows x r).
 
-    If the weight of B is sharded, this calls the B module: such a weight is complete only while its module runs.
+    If the weight of B is sharded, the B module is called, because a sharded weight is complete only while its module
+    runs.
     """
     lora_b = module.lora_B[adapter]
     weight = lora_b.weight

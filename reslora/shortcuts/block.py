@@ -25,8 +25,8 @@ class BlockShortcut(Shortcut):
     Computed as two matrix products for any m: `[B_n, ..., B_{n-m}] [A_n; ...; A_{n-m}] x_n`. No `State` is required; if
     there is one, blocks that read the same tensor share the first product.
 
-    With many blocks and rows it is cheaper to sum the matrices B A (q x p) first and to multiply x once. If the sum of
-    a block starts at the head, the block adds its own B A to the sum of the previous block.
+    With many blocks and rows it is cheaper to sum the matrices B A (q x p) first, and to multiply x by the sum once. If
+    the sum of a block starts at the head, the block adds its own B A to the sum of the previous block.
     """
 
     raises_rank = True
@@ -59,7 +59,7 @@ class BlockShortcut(Shortcut):
     ) -> torch.Tensor:
         """Return the block's output (batch x tokens x q).
 
-        `x` is its input (batch x tokens x p), and `result` the output of the frozen layer.
+        `x`: the block's input (batch x tokens x p); `result`: the output of the frozen layer.
         """
         refuse_replica(module)
         state, scaling = self._sharing(), module.scaling[active_adapter]

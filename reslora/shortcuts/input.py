@@ -46,7 +46,7 @@ class InputShortcut(Shortcut):
     ) -> torch.Tensor:
         """Return the block's output (batch x tokens x q).
 
-        `x` is its input (batch x tokens x p), and `result` the output of the frozen layer.
+        `x`: the block's input (batch x tokens x p); `result`: the output of the frozen layer.
         """
         state = self._running()
         self._record(state, x)

@@ -26,8 +26,9 @@ class MiddleShortcut(Shortcut):
     def __init__(self, wires: Wires, name: str, sources: list[str], takes_sum: bool, gives: Sequence[str]) -> None:
         """Initialize the variant of one block.
 
-        `sources`: names of the blocks whose tensors this block adds. `takes_sum`: whether it adds SUM (of the previous
-        block, its only source) or OWN of each source. `gives`: keys of the tensors that it passes on: OWN, SUM or both.
+        `sources`: names of the blocks whose tensors this block adds. `takes_sum`: whether the block adds SUM (of the
+        previous block, its only source) or OWN of each source. `gives`: keys of the tensors that the block passes on:
+        OWN, SUM or both.
         """
         super().__init__(wires, name)
         self.sources = sources
@@ -55,7 +56,7 @@ class MiddleShortcut(Shortcut):
     ) -> torch.Tensor:
         """Return the block's output (batch x tokens x q).
 
-        `x` is its input (batch x tokens x p), and `result` the output of the frozen layer.
+        `x`: the block's input (batch x tokens x p); `result`: the output of the frozen layer.
         """
         state = self._running()
         (own,) = self._products(state, module, active_adapter, x)
@@ -76,7 +77,7 @@ class MiddleShortcut(Shortcut):
         return add_product(result, hidden, module, active_adapter, module.scaling[active_adapter])
 
     def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return `A x` by calling the A module: a sharded weight is complete only while its module runs."""
+        """Return `A x` by calling the A module, because a sharded weight is complete only while its module runs."""
         return (lora_a(x),)
 
     @classmethod

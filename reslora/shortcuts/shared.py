@@ -16,7 +16,7 @@ class SharedProduct:
 
     In the forward pass one matrix product replaces three. In the backward pass one p-wide gradient replaces three
     gradients and their sum. The trace of `connect` finds blocks that read the same tensor, and every forward pass
-    checks that they still do. A block with another input computes its own `A x`.
+    checks that these blocks still do. A block with another input computes its own `A x`.
     """
 
     def __init__(self, blocks: Mapping[str, tuple[Any, nn.Linear]]) -> None:
@@ -65,7 +65,7 @@ def _circumstances(x: torch.Tensor) -> tuple:
 def version_of(x: torch.Tensor) -> int | None:
     """Return the version of a tensor, which every change in place raises.
 
-    None in a compiled graph and for tensors created in inference mode: they have no version.
+    None in a compiled graph and for tensors created in inference mode, which have no version.
     """
     return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 

@@ -15,7 +15,7 @@ from torch import nn
 
 
 class State:
-    """The tensors that blocks pass to each other in one forward pass; it exists until the pass returns."""
+    """The tensors that blocks pass to each other in one forward pass; the state exists until the pass returns."""
 
     __slots__ = ("frame", "grad", "handed", "normed", "norms", "outer", "parts", "segments", "shared")
 
@@ -116,8 +116,8 @@ class NormWindow:
 class Wires:
     """Data that the connected blocks of one model share: states of running forward passes, and recorded norms.
 
-    Every thread has its own state. On CUDA the backward pass runs on another thread, and with it the recomputation of a
-    checkpointed segment. Therefore the recomputation gets its state from `contexts`.
+    Every thread has its own state. On CUDA the backward pass, and with it the recomputation of a checkpointed segment,
+    runs on another thread. Therefore the recomputation gets its state from `contexts`.
     """
 
     def __init__(self, names: list[str], window: int) -> None:
@@ -163,7 +163,7 @@ class Wires:
             state.parts += 1
 
     def end_part(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Drop the state that `begin_part` created, if it created one; a forward hook."""
+        """Drop the state that `begin_part` created, if there is one; a forward hook."""
         state = self.threads.slot.state
         if state is not None and state.parts:
             state.parts -= 1

@@ -86,7 +86,7 @@ def put_start(model: PeftModel, adapter: MethodOptions) -> None:
 
     B is rescaled for the adapter's own scaling, so that the adapter's weight update equals that of the LoRA.
 
-    Raises `InvalidArgument` if its layers differ from those of the adapter.
+    Raises `InvalidArgument` if the layers of the LoRA differ from those of the adapter.
     """
     folder, scale = adapter.init_lora, adapter.lora_alpha / adapter.rank
     state = load_peft_weights(folder, device="cpu")

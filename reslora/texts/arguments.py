@@ -101,8 +101,8 @@ def resolve(kind: type[T], given: Given) -> T | Grid[T]:
 def with_start(options: T, given: Given) -> T:
     """Return the options with rank, alpha and target modules of --init_lora.
 
-    Raises `InvalidArgument` if it is not a plain LoRA with one rank and one alpha, if a method cannot start from it, or
-    if a given option contradicts it.
+    Raises `InvalidArgument` if the LoRA is not a plain LoRA with one rank and one alpha, if a method cannot start from
+    it, or if a given option contradicts it.
     """
     if (place := options.adapter.init_lora) is None:
         return options

@@ -1,4 +1,4 @@
-"""Which training examples each batch has, as transformers' `Trainer` batches them."""
+"""Which training examples each batch has, in the same way as transformers' `Trainer` batches examples."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ class BatchPlan(Dataset):
     """The batches of a process: a pure function of the seed and the number of the step.
 
     Every epoch uses each example once, in a random order. With several processes, the last batches are filled up with
-    the first examples of the epoch. The last step of an epoch may have fewer batches than the others.
+    the first examples of the epoch. The last step of an epoch may have fewer batches than the earlier steps.
     """
 
     rows: Sequence[dict[str, Any]]

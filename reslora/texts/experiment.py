@@ -301,7 +301,7 @@ class TextExperiment(ExperimentStudy):
         return self.losses_of(study.adapted(), study)  # a newly initialized adapter does not change the output
 
     def losses_of(self, model: PeftModel, study: TextArmStudy) -> dict:
-        """Return the loss of each test example (None if it is not finite), and metrics over all of them."""
+        """Return the loss of each test example (None if the loss is not finite), and metrics over all test examples."""
         with study.evaluating(model):
             losses, figures = self.texts.measured(study.options, model, lambda: self.context.stop.check(COMPARING))
         return {"losses": numbers(losses), "figures": figures}

@@ -38,7 +38,8 @@ PROG = "train_glue.py"
 def read_splits(options: GlueOptions) -> dict[str, list[Row]]:
     """Return the rows of every split by its name, after validation of every row.
 
-    Test splits are read with --do_predict, or if --data_dir has them. MNLI has two validation and two test splits.
+    Test splits are read with --do_predict, or if --data_dir has test splits. MNLI has two validation and two test
+    splits.
     """
     data, task = options.data, task_of(options)
     wanted = data.do_predict
@@ -127,7 +128,7 @@ def load_tokenizer(options: GlueOptions) -> tuple[PreTrainedConfig, PreTrainedTo
 def load_model(options: GlueOptions, config: PreTrainedConfig) -> tuple[PreTrainedModel, list[str]]:
     """Return the model in float32, and the names of its classifier's modules.
 
-    The classifier's modules are those outside of the pretrained encoder, and a pooler without pretrained weights.
+    The classifier's modules are the modules outside of the pretrained encoder, and a pooler without pretrained weights.
     """
     given = options.model
     logging.set_verbosity_error()  # no warning that the classifier has no pretrained weights, which is expected
@@ -327,7 +328,7 @@ class GlueTexts(Texts):
         return figures
 
     def measured(self, options: GlueOptions, model: PeftModel, check: Check) -> tuple[list[float], dict]:
-        """Return the loss of each test example, and the task's metrics; only this process computes them."""
+        """Return the loss of each test example, and the task's metrics; only this process computes both."""
         rows = self.sets["test"]
         return self.compared(self.logits(options, model, rows, check), rows)
 
@@ -350,7 +351,7 @@ class GlueTexts(Texts):
         return {f"{begin}{name.removeprefix('test')}.txt": rows for name, rows in tests.items()}
 
     def files(self, options: GlueOptions) -> list[str]:
-        """Return the names of the files that the options ask for, in addition to those of every run."""
+        """Return the names of the files that the options ask for, in addition to the files of every run."""
         return [*super().files(options), *self.predictions(options)]
 
     def facts(self, options: GlueOptions, model: PeftModel, check: Check) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from ..errors import InvalidArgument
 from ..json_lines import data_lines
 
 Row = tuple
-"""Texts of an example, in the order of the task's columns, and its label; the label is None if it has none."""
+"""Texts of an example, in the order of the task's columns, and the example's label; the label is None if there is none.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ TASKS = {
 def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return the task's metrics; an undefined correlation (constant predictions, or a single one) is 0.
 
-    `predictions` and `labels` have shape [examples]; they are label numbers, or scores for STS-B.
+    `predictions` and `labels` have shape [examples] and contain label numbers, or scores for STS-B.
     """
     functions: dict[str, Callable] = {
         "accuracy": accuracy_score,
@@ -97,8 +98,8 @@ def file_form(task: Task) -> str:
 def check_rows(task: Task, where: str, rows: list[dict], labelled: bool) -> list[Row]:
     """Return texts and label of each row.
 
-    `labelled`: labels are required. Otherwise they may be missing in all rows (-1 on the Hub means none). Raises
-    `InvalidArgument` naming the first invalid row.
+    `labelled`: labels are required. If they are not, labels may be missing in all rows (-1 on the Hub means none).
+    Raises `InvalidArgument` naming the first invalid row.
     """
     labelled = labelled or any(row.get("label") not in (None, -1, -1.0) for row in rows)
     names = [*task.columns, *["label"] * labelled]

@@ -203,7 +203,7 @@ class LlmTexts(Texts):
         self._encode(task, found)
 
     def load(self, options: LlmOptions, device: torch.device) -> PreTrainedModel:
-        """Return the base model, and remove validation examples that are too long for it."""
+        """Return the base model, and remove validation examples that are too long for the model."""
         model = load_model(options.task, options.training, device)
         self._check_positions(model, options.task)
         return model

@@ -46,8 +46,8 @@ class Encoder:
     def collate(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Return a batch (batch x tokens), padded on the right.
 
-        Labels, not padding tokens, select the tokens with loss. So the end token is learned even if it is also the
-        padding token.
+        Labels, not padding tokens, select the tokens with loss. So the end token is learned even if the end token is
+        also the padding token.
         """
         inputs = self.padded([row["input_ids"] for row in rows], "right")
         labels = [torch.tensor(row["labels"]) for row in rows]

@@ -42,8 +42,8 @@ STATES = 4 * (1 + 1 + 2)
 def show_plan(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
     """Print the steps and the memory of a run; write nothing.
 
-    For an experiment, steps and memory are those of its run with the highest rank and the largest batch. Then its first
-    steps are timed, to print how long it takes.
+    For an experiment, steps and memory are those of its run with the highest rank and the largest batch. Then the first
+    steps of the experiment are timed, to print how long the experiment takes.
     """
     if isinstance(asked, Grid):
         say(ArmSchedule(asked).runs_in_words())

@@ -49,7 +49,7 @@ def merge_table(
     The result maps `unmerged` and each merge method to metrics; a merge method also has the `report` of its merge. A
     model without shortcuts has only the row `unmerged`. Copies are merged; the model itself does not change.
 
-    Raises `RunFailed` if the metrics of the unmerged model are not finite, or if its weights cannot be merged.
+    Raises `RunFailed` if the metrics of the unmerged model are not finite, or if the model's weights cannot be merged.
     """
     table: dict[str, dict[str, Any]] = {"unmerged": dict(evaluate(model))}
     for name, value in table["unmerged"].items():

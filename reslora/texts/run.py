@@ -60,7 +60,7 @@ def run(texts: Texts, options: T, stop: StopRequest) -> None:
 
 
 def build(texts: Texts, options: T, context: Context, identity: Identity, resume: Resume) -> TextStudy:
-    """Return the study of the run, after all checks that need its length."""
+    """Return the study of the run, after all checks that need the length of the run."""
     schedule, resolved = schedule_of(plan_of(texts, options, context.accelerator).updates, options)
     context = dataclasses.replace(context, options=resolved, model=texts)
     with torch.device("meta"):  # before anything is written

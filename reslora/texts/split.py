@@ -74,8 +74,8 @@ def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares:
     `files` holds the examples of `train`, and of `select` and `test` if the task has such files; a part without a file
     is split off the training examples. `text` returns the text of an example.
 
-    Examples with equal `normalised` texts are near-duplicates. All of them are in the training part, or one of them is
-    in the selection or test part and the others are left out.
+    Examples with equal `normalised` texts are near-duplicates. All examples with the same key are in the training part,
+    or one of them is in the selection or test part and the others are left out.
 
     Raises `InvalidArgument` if a part would be empty when near-duplicates count once, or if --select_split or
     --test_split is given for a part that has a file.
@@ -103,7 +103,9 @@ def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares:
 
 
 def _one_of_each(examples: Sequence[T], keys: Mapping[T, str]) -> list[T]:
-    """Return one example of each key, the one with the lowest content hash; their order stays as given."""
+    """Return one example of each key, the one with the lowest content hash; the returned examples stay in the given
+    order.
+    """
     first: dict[str, T] = {}
     for example in sorted(set(examples), key=lambda example: derive("example", example)):
         first.setdefault(keys[example], example)

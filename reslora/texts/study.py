@@ -129,11 +129,11 @@ class Texts(ABC):
 
     @abstractmethod
     def figures(self, options: Any, model: PeftModel, check: Check) -> Mapping[str, float]:
-        """Return the metrics that compare the merges of a single run; every process computes its share."""
+        """Return the metrics that compare the merges of a single run; every process computes a share of the examples."""
 
     @abstractmethod
     def measured(self, options: Any, model: PeftModel, check: Check) -> tuple[list[float], dict]:
-        """Return the loss of each test example, in order, and metrics over all of them."""
+        """Return the loss of each test example, in order, and metrics over all test examples."""
 
     @abstractmethod
     def calibration(self, options: Any) -> list[dict] | None:
@@ -144,7 +144,7 @@ class Texts(ABC):
         """Return the task, the model and the numbers of examples for `results.json`."""
 
     def files(self, options: Any) -> list[str]:
-        """Return the names of the files that the options ask for, in addition to those of every run."""
+        """Return the names of the files that the options ask for, in addition to the files of every run."""
         return ["merged"] * options.adapter.merge_and_save
 
     def predict(self, options: Any, model: PeftModel, check: Check) -> dict[str, list[str]]:
@@ -202,8 +202,8 @@ def expected_times(training: TrainingOptions, schedule: Schedule, parts: Parts, 
 class TextReports(Reports):
     """The log and the trackers of a method; a row of training losses is the mean over --logging_steps.
 
-    The last row is the mean over the steps without a row of their own. After a resume, means that began before it are
-    left out.
+    The last row is the mean over the steps without a row of their own. After a resume, means that began before the
+    resume are left out.
     """
 
     def __init__(self, every: float, steps: int, *args: Any) -> None:
@@ -308,7 +308,7 @@ class TextStudy(Study):
     def validate(self, learner: Learner, reports: TextReports, parts: Sequence[str] | None = None) -> None:
         """Measure loss and metrics on the validation examples, and set `learner.over`.
 
-        If a stop request interrupts it, the resumed run measures them again.
+        If a stop request interrupts the evaluation, the resumed run evaluates again.
         """
         with contextlib.suppress(Stopped), learner.averaged():
             with self.evaluating(learner.denoiser):

@@ -48,7 +48,7 @@ def new_accelerator(flag: str, options: TrainOptions, **arguments: Any) -> Accel
 def warn_of_single_process(processes: int) -> None:
     """Print a warning if accelerate launch was asked for several processes on a CPU, but has started one.
 
-    In this case it sets MASTER_ADDR, but no RANK.
+    In this case the launcher sets MASTER_ADDR, but no RANK.
     """
     asked = {"ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR"} <= os.environ.keys()
     if asked and "RANK" not in os.environ and processes == 1:

@@ -1,7 +1,7 @@
 """Average the adapters that a run of an experiment has saved (--average_checkpoints); nothing is trained.
 
-In an experiment, an average is compared like a method. As a run saves its adapter at each evaluation, so does an
-average: at a step, it is the average of the adapters that the run has saved up to this step.
+In an experiment, an average is compared like a method. An average saves its adapter at each evaluation, as a run does:
+at a step, this adapter is the average of the adapters that the run has saved up to this step.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Average the adapters of a run's checkpoints after training (--average_checkpoints); nothing is trained further.
 
-An average is a candidate of --save_best: its validation loss is measured like that of a single step, and it is stored
-in `<method>/best`, in the format of a checkpoint. The mean is that of the trained tensors, A and B of each block. It is
-not the mean of the products B A.
+An average is a candidate of --save_best: its validation loss is measured like that of a single step, and the average is
+stored in `<method>/best`, in the format of a checkpoint. The mean is that of the trained tensors, A and B of each
+block. It is not the mean of the products B A.
 """
 
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ def checkpoints_to_average(folder: Path, output: SharedOutputOptions) -> list[Pa
 def put_average(trained: Trained, checkpoints: Sequence[Path], weights: Sequence[float]) -> None:
     """Set the adapters of all models to a weighted mean of those in checkpoints, oldest first, computed in float64.
 
-    Tensors of integers, and what ResLoRA records for its merges, are those of the newest checkpoint.
+    Tensors of integers, and what ResLoRA records for its merges, are copied from the newest checkpoint.
     """
     means: list[dict[str, torch.Tensor]] = [{} for _ in trained.parts]
     for checkpoint, weight in zip(checkpoints, weights, strict=True):
@@ -98,7 +98,7 @@ def put_average(trained: Trained, checkpoints: Sequence[Path], weights: Sequence
 
 
 def states_of(trained: Trained) -> list[dict[str, torch.Tensor]]:
-    """Return the adapter's tensors of each model, by name; they share their storage with the models."""
+    """Return the adapter's tensors of each model, by name; these tensors share their storage with the models."""
     return [trained_state(part) for part in trained.parts.values()]
 
 

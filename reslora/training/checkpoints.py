@@ -77,7 +77,7 @@ def settings_of(asked: TrainOptions | Grid) -> dict:
 
 
 def read_checkpoint(checkpoint: Path) -> dict:
-    """Return a checkpoint's record; empty if it is missing or damaged."""
+    """Return a checkpoint's record; empty if the record is missing or damaged."""
     try:
         check_checksums(checkpoint, [RECORD])
     except Damaged:
@@ -199,7 +199,7 @@ def refuse_fewer(options: TrainOptions, place: Path, record: dict, steps: int) -
 def is_trained(options: TrainOptions, folder: Path, record: dict) -> bool:
     """Return whether a method was exported after the requested number of steps or epochs.
 
-    Raises `InvalidArgument` if it was exported after more steps.
+    Raises `InvalidArgument` if the method was exported after more steps.
     """
     training = options.training
     step, steps = record.get("step"), training.max_train_steps
@@ -298,7 +298,7 @@ def save_checkpoint(learner: Learner, study: Study) -> None:
         record |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
 
     def write() -> None:
-        """Write the checkpoint, and remove those that are no longer needed."""
+        """Write the checkpoint, and remove the checkpoints that are no longer needed."""
         write_checkpoint(learner, folder / f"checkpoint-{learner.step}", state, record)
         forget_beaten(folder)
         if options.output.checkpoints_total_limit:
@@ -310,19 +310,19 @@ def save_checkpoint(learner: Learner, study: Study) -> None:
 
 
 def beyond_limit(checkpoints: list[Path], output: SharedOutputOptions, averaged: bool) -> list[Path]:
-    """Return those of the checkpoints, newest first, that --checkpoints_total_limit removes.
+    """Return the checkpoints that --checkpoints_total_limit removes, newest first.
 
-    `averaged`: retain those that will be averaged, although others were saved in between.
+    `averaged`: retain the checkpoints that will be averaged, although others were saved in between.
     """
     retained = to_average(checkpoints, output) if averaged else []
     return [old for old in checkpoints[output.checkpoints_total_limit :] if old not in retained]
 
 
 def to_average(checkpoints: list[Path], output: SharedOutputOptions) -> list[Path]:
-    """Return those of the checkpoints, newest first, that are averaged.
+    """Return the checkpoints that are averaged, newest first.
 
     The averaged checkpoints are the newest one and those of --checkpointing_steps, at most --checkpoints_total_limit.
-    Checkpoints that were saved because of a stop, a file or a time are not among them. Therefore a resumed run averages
+    Checkpoints that were saved because of a stop, a file or a time are not averaged. Therefore a resumed run averages
     the same checkpoints as an uninterrupted one.
     """
     regular = [path for path in checkpoints[1:] if step_of(path) % output.checkpointing_steps == 0]
@@ -411,7 +411,8 @@ def restore(learner: Learner, candidates: list[Path], steps: int, context: Conte
 def newest_whole(candidates: list[Path], folder: Path, options: SharedOutputOptions) -> Path:
     """Return the first candidate whose files match their checksums.
 
-    Raises `InvalidArgument` if there is none, or if the user named a checkpoint and it is damaged.
+    Raises `InvalidArgument` if there is no such checkpoint, or if the user named a checkpoint and the checkpoint is
+    damaged.
     """
     for checkpoint in candidates:
         try:

@@ -38,7 +38,9 @@ class Context:
 
     @functools.cached_property
     def print_once(self) -> Callable[[str], object]:
-        """A function that prints a line unless it has printed it before: several checks can produce the same line."""
+        """A function that prints a line unless the function has printed this line before: several checks can produce
+        the same line.
+        """
         return functools.cache(self.accelerator.print)
 
     def name_of(self, method: str) -> str:

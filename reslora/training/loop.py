@@ -55,7 +55,7 @@ def train_method(method: str, resume: Resume, study: Study) -> None:
 def put_control_on(learner: Learner, study: Study) -> None:
     """Calibrate a control method on a few training batches before the first step, and apply the resulting settings.
 
-    Checkpoints contain these settings, so that a resumed run does not calibrate again.
+    Checkpoints contain the settings of the control, so that a resumed run does not calibrate again.
     """
     options, parts = study.context.options, learner.trained.parts
 
@@ -77,7 +77,7 @@ def put_control_on(learner: Learner, study: Study) -> None:
 def train_and_export(learner: Learner, study: Study) -> None:
     """Train the remaining steps of a method, and export it.
 
-    If training diverges and --save_best has saved an adapter, exports that one before it raises the error.
+    If training diverges and --save_best has saved an adapter, this adapter is exported before the error is raised.
     """
     context = study.context
     options, accelerator, folder = context.options, context.accelerator, context.folder_of(learner.method)
@@ -221,8 +221,8 @@ def take_step(learner: Learner, batches: Iterator, study: Study) -> torch.Tensor
 def scale_of(batches: list, study: Study) -> torch.Tensor | None:
     """Return the factor, a scalar, of a step's summed losses; None if the loss is a mean of the batches' means.
 
-    accelerate divides by the passes of a step, and averages over processes. The factor replaces both by the number of
-    losses of the step in all processes, so that each of them has the same weight.
+    accelerate divides by the passes of a step, and averages over processes. The factor replaces both divisors by the
+    number of losses of the step in all processes, so that each loss has the same weight.
     """
     counts, accelerator = [study.count(batch) for batch in batches], study.context.accelerator
     if None in counts:

@@ -33,14 +33,14 @@ class Reports:
         """The validation losses by step, without the base's loss; only in the main process."""
 
     def forget(self, step: int) -> None:
-        """Remove the files that later steps than `step` have written; the log removes its rows itself."""
+        """Remove the files that steps after `step` have written; the log itself removes its rows."""
 
     def note(self, split: str, loss: torch.Tensor | float, **figures: Any) -> None:
         """Store a row with the scalar `loss` for the log until the next `flush`.
 
         `flush` converts the loss to a float, because the conversion waits for the device. `figures`: other columns of
         the row, such as `by_timestep`, the loss at each timestep; timestep 1 is pure noise. `lr` is the learning rate
-        that the latest step used; before the first step, the one that it will use.
+        that the latest step used; before the first step, the learning rate that the first step will use.
         """
         learner = self.learner
         rate = learner.learning_rate if learner.used_rate is None else learner.used_rate
