@@ -56,7 +56,7 @@ class Trace:
         return {source for source in sources if source.rpartition(".")[0] == holder.rpartition(".")[0]}
 
     def _back_from(self, holders: set[str], step: Callable[[str], set[str]]) -> set[str]:
-        """Return `holders` and all holders that can be reached from them by `step`, or because one is inside another."""
+        """Return `holders` and all holders that can be reached from them by `step`, or because they are inside one."""
         found, left = set(holders), list(holders)
         while left:
             holder = left.pop()

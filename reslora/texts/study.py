@@ -129,7 +129,7 @@ class Texts(ABC):
 
     @abstractmethod
     def figures(self, options: Any, model: PeftModel, check: Check) -> Mapping[str, float]:
-        """Return the metrics that compare the merges of a single run; every process computes a share of the examples."""
+        """Return the metrics that compare the merges of a single run; every process computes a share."""
 
     @abstractmethod
     def measured(self, options: Any, model: PeftModel, check: Check) -> tuple[list[float], dict]:
