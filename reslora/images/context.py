@@ -39,6 +39,11 @@ class ImageContext(Context):
         return self.model.family.trainable if self.options.adapter.train_text_encoder else ()
 
     @property
+    def live_encoders(self) -> tuple[Part, ...]:
+        """Text encoders that encode captions in every step, because they or new tokens are trained."""
+        return self.model.family.trainable if self.options.adapter.new_tokens else self.encoders
+
+    @property
     def holds_base(self) -> bool:
         """Whether the denoiser in memory has the base's own weights: not quantized, swapped, sharded or assisted."""
         model = self.options.model

@@ -34,7 +34,7 @@ class DenoisingLoss:
     ) -> None:
         self.family, self.objective, self.pipeline = context.model.family, objective, pipeline
         self.config, self.dtype, self.training_options = config, context.dtype, context.options.training
-        self.parts = context.encoders
+        self.parts = context.live_encoders
         self.loss = loss_of(self.training_options, objective)
         self.class_text = class_text  # frozen text states of --output_preservation_prompt; None without preservation
 
@@ -95,11 +95,11 @@ class DenoisingLoss:
 
     @property
     def encoders(self) -> list[nn.Module]:
-        """The text encoders that are trained."""
+        """The text encoders that are trained, or in which new tokens are."""
         return [getattr(self.pipeline, part.name) for part in self.parts]
 
     def encoded(self, batch: Batch) -> Batch:
-        """Return the batch with captions encoded by the trained text encoders; unchanged if none is trained."""
+        """Return the batch with captions encoded by the live text encoders; unchanged if none is trained."""
         if not self.parts:
             return batch
         text = batch.to(self.pipeline.vae.device).text

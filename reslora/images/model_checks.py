@@ -32,6 +32,7 @@ from ..tracing import meta_copy
 from ..training.learning_rates import factors_of_layers
 from .context import ImageContext
 from .data.buckets import named_buckets
+from .data.captions import build_caption_transform
 from .data.dataset import ImageDataset, data_flag
 from .data.images import image_size, open_image
 from .initial_lora import add_adapter, config_of, targets_of
@@ -200,13 +201,16 @@ def try_method(
 def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model) -> None:
     """Raise `InvalidArgument` for options that the model's family does not support or use.
 
-    The checked options are --train_text_encoder, --max_sequence_length and --guidance_scale_train.
+    The checked options are --train_text_encoder, --new_tokens, --max_sequence_length and --guidance_scale_train.
     """
     family, longest, guidance = model.family, training.max_sequence_length, training.guidance_scale_train
     if adapter.train_text_encoder and not family.trainable:
         names = ", ".join(other.name for other in map(load_family, FAMILIES) if other.trainable)
         problem = f"the text encoder of {family.name} is not trained"
         raise InvalidArgument("--train_text_encoder", problem, f"leave it out, or give a model of {names}")
+    if adapter.new_tokens and (not family.trainable or family.frozen_text_parts):
+        problem = f"new tokens of {family.name} are not trained"
+        raise InvalidArgument("--new_tokens", problem, "leave it out, or give Stable Diffusion 1 or 2, or SDXL")
     if longest is not None and "max_sequence_length" not in family.defaults:
         problem = f"{family.name} always reads as many tokens as its text encoder can"
         raise InvalidArgument(f"--max_sequence_length {longest}", problem, "leave it out")
@@ -255,6 +259,19 @@ def check_reads_references(
             raise InvalidArgument(f"--validation_image {file}", found, "give an image")
         with refused_as(f"--validation_image {file}", "give an image"):
             open_image(file)
+
+
+def check_new_tokens(kinds: Sequence[ImageDataset], context: ImageContext) -> None:
+    """Raise `InvalidArgument` for a new token that no caption contains; else print where tokens are trained."""
+    plain, tokens = build_caption_transform(context.options.data).plain, context.options.adapter.words_of_tokens
+    captions = {plain(text) for images in kinds if not images.of_class for texts in images.captions for text in texts}
+    for token in tokens:
+        if not any(token in caption for caption in captions):
+            fix = f"write it into captions, or add --caption_prefix '{token} '"
+            raise InvalidArgument(f"--new_tokens {token}", "no caption contains it", fix)
+    if tokens:
+        where = " and ".join(part.name for part in context.live_encoders)
+        context.print_once(f"--new_tokens {' '.join(tokens)}: trained in {where}; each step encodes its captions")
 
 
 def check_encoders(pipeline: DiffusionPipeline, context: ImageContext) -> None:

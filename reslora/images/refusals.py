@@ -4,6 +4,7 @@
 """
 
 import itertools
+import re
 from pathlib import Path
 
 from ..checks import check_apart, check_writable, is_path, require_package
@@ -45,6 +46,7 @@ def check_options(options: Options) -> None:
     check_folders(options.data)
     refuse_unused(options)
     check_text_encoder(options.adapter, options.optimizer)
+    check_new_tokens(options.adapter, options.validation)
     check_prompts(options.validation, options.data.references_per_image)
     check_averages(options, options.training.max_train_steps)
     check_method(options.adapter, "merge_calibration_samples")
@@ -134,6 +136,30 @@ def check_text_encoder(adapter: MethodOptions, optimizer: OptimizerOptions) -> N
         raise InvalidArgument(f"--text_encoder_lr {rate:g}", problem, "leave it out")
     if adapter.train_text_encoder:
         refuse_unable(adapter.method, "parts")
+
+
+def check_new_tokens(adapter: MethodOptions, validation: ValidationOptions) -> None:
+    """Raise `InvalidArgument` for new tokens that cannot be trained or written to a file, and for options beside them.
+
+    A token's file is named by its letters, digits, underscores and hyphens.
+    """
+    given, stems = adapter.new_tokens, set[str]()
+    for text in given:
+        token, _, words = text.partition("=")
+        stem = re.sub(r"[^\w-]", "", token).lower()
+        problem = ""
+        if not stem or any(map(str.isspace, token)):
+            problem = "a token is one word with letters"
+        elif stem in stems:
+            problem = "another token has the same letters"
+        elif any(other.partition("=")[0] in words for other in given):
+            problem = "it starts from a new token"
+        if problem:
+            raise InvalidArgument(f"--new_tokens {text}", problem, "give each token like '<sks>=dog'")
+        stems.add(stem)
+    for name in ("train_text_encoder", "average_checkpoints"):
+        if given and (getattr(adapter, name, None) or getattr(validation, name, None)):
+            raise InvalidArgument(f"--{name}", "cannot be combined with --new_tokens", "leave one of them out")
 
 
 def check_prompts(validation: ValidationOptions, references: int) -> None:

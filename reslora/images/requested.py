@@ -34,7 +34,7 @@ def with_prompts(sampler: Sampler, prompts: Sequence[Prompt], context: ImageCont
     Loads the text encoders if they were freed after the captions were encoded, and frees them again.
     """
     family, longest, references = sampler.family, sampler.training.max_sequence_length, sampler.references
-    if not sampler.data.cache_text_embeddings or (context.encoders and not family.frozen_text_parts):
+    if not sampler.data.cache_text_embeddings or (context.live_encoders and not family.frozen_text_parts):
         return sampler  # the pipeline has the encoders
     pipeline = context.model.load_pipeline(context.dtype, context.accelerator.device, encoders=True, vae=False)
     found: dict[Instruction, Mapping] = {}
@@ -46,6 +46,6 @@ def with_prompts(sampler: Sampler, prompts: Sequence[Prompt], context: ImageCont
                     states = family.encode_with_references(pipeline, text, images)
                     found[text, mark] = {name: value[0] for name, value in states.items()}
                 else:
-                    encode = family.encode_frozen if context.encoders else family.encode_captions
+                    encode = family.encode_frozen if context.live_encoders else family.encode_captions
                     found[text] = {name: value[0] for name, value in encode(pipeline, [text], longest).items()}
     return dataclasses.replace(sampler, texts=found)

@@ -36,6 +36,7 @@ from .memory.plan import check_memory
 from .model.families import editing_family
 from .model.loading import Model, find_model
 from .model.lora_files.reducing import in_short
+from .model.new_tokens import add_tokens
 from .model.objective import Objective, objective_of
 from .model_checks import (
     check_base_precision,
@@ -45,6 +46,7 @@ from .model_checks import (
     check_held_out,
     check_learning_rates,
     check_methods,
+    check_new_tokens,
     check_pipeline,
     check_reads_references,
     with_rank,
@@ -240,6 +242,7 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: ImageContext) -
     """
     options, model, accelerator = context.options, context.model, context.accelerator
     check_held_out(kinds, context)
+    check_new_tokens(kinds, context)
     check_base_precision(options.model, context.dtype, accelerator)
     check_blocks_to_swap(options.model, model, context)
     check_pipeline(options.data, options.validation, outline(model), model.family)
@@ -258,8 +261,9 @@ def load_and_check(context: ImageContext) -> tuple[DiffusionPipeline, Objective]
         context.dtype,
         accelerator.device,
         encoders=not options.data.cache_text_embeddings,
-        trainable=bool(context.encoders),
+        trainable=bool(context.live_encoders),
     )
+    add_tokens(pipeline, model.family, options.adapter.words_of_tokens)
     objective = objective_of(options.model, options.training, model.family, pipeline)
     check_encoders(pipeline, context)
     check_learning_rates(pipeline, context)

@@ -24,6 +24,7 @@ from .data.samples import CalibrationSamples, TrainingData, training_loader
 from .denoising import DenoisingLoss
 from .initial_lora import add_adapters
 from .model.assistant import add_assistant
+from .model.new_tokens import add_embeddings
 from .output.exports import export_method
 from .output.reports import VALIDATION_PARTS, ImageReports, SharedLosses, Validation
 from .output.sampling import Sampler
@@ -46,7 +47,7 @@ class ImageStudy(Study):
         context, options = self.context, self.context.options
         return Sampler(
             self.pipeline, context.model.family, self.training_data.texts, options.data, options.training,
-            options.validation, context.encoders, self.training_data.references(),
+            options.validation, context.live_encoders, self.training_data.references(),
         )  # fmt: skip
 
     def learner(self, method: str) -> Learner:
@@ -56,10 +57,13 @@ class ImageStudy(Study):
         denoiser = context.model.load_denoiser(context.dtype, device, model.base_precision, model.blocks_to_swap)
         if context.assistant:
             add_assistant(denoiser, context.assistant.layers, context.dtype, device)
-        parts = {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, self.pipeline)
+        encoders = context.model.load_encoders(context.live_encoders, self.pipeline)
+        embeddings = add_embeddings(encoders, self.pipeline, context.options.adapter.words_of_tokens)
+        adapted = {part.name: encoders[part.name] for part in context.encoders}
+        parts = {context.model.family.denoiser: denoiser} | adapted
         data = self.training_data
         loss = DenoisingLoss(context, data.objective, self.pipeline, denoiser.config, data.class_text)
-        trained = Trained(parts, loss)
+        trained = Trained(parts, loss, embeddings)
         add_adapters(trained, method, self.schedule.steps, context)
         return new_learner(method, trained, self.schedule, context)
 

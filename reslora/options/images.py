@@ -136,9 +136,18 @@ class MethodOptions(SharedMethodOptions):
     train_text_encoder: bool = option(False,
         "also train the CLIP text encoders (Stable Diffusion, SDXL, SD 3, Flux.1): their attention gets the same "
         "adapter, with shortcuts between its own layers. T5 is not trained", variable=True)
+    new_tokens: list[str] = option([],
+        "new tokens that are trained together with the adapter, for Stable Diffusion and SDXL: textual inversion, or "
+        "pivotal tuning. After = are the words whose mean embedding a token starts from, for example '<sks>=dog'",
+        metavar="TOKEN=WORDS", in_experiments="leave it out: experiments compare LoRA files, which have no tokens")
     merge_calibration_samples: int = again(
         help="number of training images on which ResLoRA's merge and control methods are calibrated; with 0, "
         "--merge input uses norms recorded in training")
+
+    @property
+    def words_of_tokens(self) -> dict[str, str]:
+        """For each new token, the words whose mean embedding it starts from; empty for the mean of all embeddings."""
+        return {token: words for token, _, words in (text.partition("=") for text in self.new_tokens)}
 
 
 @group
@@ -344,8 +353,9 @@ class TrainingOptions(SharedTrainingOptions):
 class OptimizerOptions(SharedOptimizerOptions):
     """Optimizer and learning rate."""
 
-    text_encoder_lr: float | None = option(None, "learning rate of the text encoders. The schedule is the same",
-        POSITIVE, or_else="--learning_rate", needs=Need(lambda options: options.adapter.train_text_encoder,
+    text_encoder_lr: float | None = option(None, "learning rate of the text encoders or of new tokens. The schedule "
+        "is the same", POSITIVE, or_else="--learning_rate", needs=Need(
+        lambda options: options.adapter.train_text_encoder or options.adapter.new_tokens,
         "add --train_text_encoder", "no text encoder is trained"))
     use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes, as --optimizer adamw8bit")
 

@@ -14,6 +14,7 @@ from ..io import read_object, remove, replacing, temporary_beside, write_checksu
 from ..methods.adapters import save_adapter
 from ..runtime.checkpoint_folders import discard
 from ..runtime.log import of_split, read_log
+from .embeddings import save_embeddings
 from .state import Learner
 
 FOLDER, RECORD = "best", "loss.json"
@@ -89,6 +90,7 @@ def keep_adapter(learner: Learner, path: Path, record: dict | None = None) -> No
         temporary.mkdir()
         for place, part in learner.trained.places(temporary):
             save_adapter(part, place)
+        save_embeddings(learner.trained, temporary)
         if record:
             write_json(temporary / RECORD, record)
             write_checksums(temporary)

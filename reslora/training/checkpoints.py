@@ -36,6 +36,7 @@ from ..runtime.checkpoint_folders import (
 from ..runtime.processes import broadcast_from_main, on_all
 from .best import FOLDER, forget_beaten, to_export
 from .context import Context
+from .embeddings import load_embeddings, save_embeddings
 from .schedule import Schedule
 from .state import Learner
 from .study import Identity, Study
@@ -338,6 +339,7 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
         with learner.averaged():
             for place, part in learner.trained.places(temporary):
                 save_adapter(part, place)
+            save_embeddings(learner.trained, temporary)
         buffer = io.BytesIO()  # torch.save to a file reports no cause if the disk is full
         torch.save(state, buffer)
         (temporary / STATE).write_bytes(buffer.getbuffer())
@@ -440,6 +442,7 @@ def load_checkpoint(learner: Learner, checkpoint: Path, accelerator: Accelerator
         record = read_object(checkpoint / RECORD)
         for place, part in learner.trained.places(checkpoint):
             load_adapter(part, place)
+        load_embeddings(learner.trained, checkpoint)
         learner.load_state(state, record["step"], record["seconds"], accelerator)
     # Exhausted memory, or a state of another version: each file format and device has its own exceptions.
     except Exception as error:

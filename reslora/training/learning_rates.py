@@ -26,6 +26,8 @@ def factors_of_layers(options: SharedOptimizerOptions, layers: Iterable[str]) ->
 def groups_of(trained: Trained, options: SharedOptimizerOptions) -> tuple[Groups, Groups]:
     """Return the optimizer's groups of the denoiser's trained parameters, and those of all text encoders' parameters.
 
+    Embeddings of new tokens are the last group of the text encoders.
+
     The parameters of a group have the same factor of the learning rate. Groups are in the order in which their factors
     first occur. LoRA+ (Hayou et al., 2024) multiplies the learning rate of B and, as PEFT's `create_loraplus_optimizer`
     does, of vectors such as DoRA's magnitudes.
@@ -58,6 +60,8 @@ def groups_of(trained: Trained, options: SharedOptimizerOptions) -> tuple[Groups
         ]
         for groups in found
     )
+    if len(trained.embeddings):  # without weight decay, which would also shrink tokens that a batch does not contain
+        encoders.append({"params": list(trained.embeddings.parameters()), "weight_decay": 0.0})
     return denoiser, encoders
 
 

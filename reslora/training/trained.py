@@ -11,12 +11,20 @@ from torch import nn
 class Trained(nn.Module):
     """The trained models, the denoiser first, and their loss.
 
+    `embeddings`: those of new tokens, by the name of the text encoder that contains them.
+
     accelerate wraps this module, so that the gradients of all models are averaged over processes.
     """
 
-    def __init__(self, parts: Mapping[str, nn.Module], loss: Callable[[nn.Module, Any], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        parts: Mapping[str, nn.Module],
+        loss: Callable[[nn.Module, Any], torch.Tensor],
+        embeddings: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.parts = nn.ModuleDict(parts)
+        self.embeddings = nn.ModuleDict(embeddings or {})
         self.loss: Any = loss
         self._compiled: tuple[nn.Module, ...] = ()  # in a tuple, so that it is not registered twice
 
@@ -38,6 +46,7 @@ class Trained(nn.Module):
         """
         for name, part in self.parts.items():
             yield from part.named_parameters(prefix="" if part is self.denoiser else name)
+        yield from self.embeddings.named_parameters(prefix="new_tokens")
 
     def forward(self, batch: object) -> torch.Tensor:
         """Return the loss of each sample, of shape (batch,)."""

@@ -21,6 +21,7 @@ from reslora.images.initial_lora import add_adapters, read_start
 from reslora.images.model.assistant import add_assistant
 from reslora.images.model.families import load_family
 from reslora.images.model.loading import Model
+from reslora.images.model.new_tokens import add_embeddings, add_tokens
 from reslora.images.model.objective import objective_of
 from reslora.images.model.quantising import pack
 from reslora.images.settings import parse_args, with_family
@@ -58,8 +59,11 @@ def setting(
     words += ["--snr_gamma", "5"] if family.objective == "ddpm" else []
     flags = with_family(parse_args([*words, *flags]), family.defaults)
     objective = objective_of(flags.model, flags.training, family, pipeline)
-    captions = {*CAPTIONS, *flags.training.preserved_prompts}
-    if flags.adapter.train_text_encoder:
+    tokens = flags.adapter.words_of_tokens
+    add_tokens(pipeline, family, tokens)
+    said = [" ".join([*tokens, caption]) for caption in CAPTIONS]
+    captions = {*said, *flags.training.preserved_prompts}
+    if flags.adapter.train_text_encoder or tokens:
         pipeline.text_encoder.double().requires_grad_(False)
         texts = {caption: {} for caption in captions}
     else:
@@ -67,7 +71,7 @@ def setting(
             longest = flags.training.max_sequence_length
             texts = {caption: family.encode_captions(pipeline, [caption], longest) for caption in captions}
         texts = {caption: {name: value[0].double() for name, value in text.items()} for caption, text in texts.items()}
-    images = SimpleNamespace(captions=[[CAPTIONS[index % 2]] for index in range(IMAGES)])
+    images = SimpleNamespace(captions=[[said[index % 2]] for index in range(IMAGES)])
     train, held_out = tuple(range(IMAGES - 2)), (IMAGES - 2, IMAGES - 1)
     source = Source(images, RandomLatents(), train, held_out, (SIZE,) * IMAGES)
     training_data = TrainingData((source,), texts, objective, {SIZE: (4, 8, 8)}, family, **read_by(flags))
@@ -97,7 +101,9 @@ def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Acce
     AdamW would amplify rounding errors.
     """
     encoders = {part.name: encoder for part, encoder in zip(loss.parts, loss.encoders, strict=True)}
-    trained = Trained({"unet": denoiser, **encoders}, loss)
+    tokens = loss.context.options.adapter.words_of_tokens
+    embeddings = add_embeddings(encoders, loss.pipeline, tokens)
+    trained = Trained({"unet": denoiser, **({} if tokens else encoders)}, loss, embeddings)
     method, schedule = loss.context.options.adapter.method[-1], Schedule(STEPS, STEPS, 0, False)
     add_adapters(trained, method, STEPS, loss.context)
     made = new_learner(method, trained, schedule, loss.context)

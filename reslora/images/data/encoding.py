@@ -108,9 +108,9 @@ def encode_texts(
     family, longest = context.model.family, context.options.training.max_sequence_length
     texts = list(dict.fromkeys(texts))
     places = {text: place for place, text in enumerate(texts)}
-    if context.encoders and not family.frozen_text_parts:
+    if context.live_encoders and not family.frozen_text_parts:
         return Texts(None, places)
-    encode_captions = family.encode_frozen if context.encoders else family.encode_captions
+    encode_captions = family.encode_frozen if context.live_encoders else family.encode_captions
     keys = [derive(key, longest, text) for text in texts]
     encoded = _stored(f"captions-{derive(key, longest):016x}", keys, context)
     loaded = functools.cache(load_encoders)

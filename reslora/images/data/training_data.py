@@ -103,7 +103,7 @@ def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context
     encodes the captions of its own samples.
     """
     data, validation, model = training_data.data, training_data.validation, context.model
-    parts = model.family.frozen_text_parts if context.encoders else model.family.text_parts
+    parts = model.family.frozen_text_parts if context.live_encoders else model.family.text_parts
     key = (model.family.name, model.fingerprint(*parts), str(context.dtype))
     prompts = ["", *(validation.validation_prompt or training_data.sources[0].images.captions[0][:1])]
     prompts += [prompt.negative_prompt for prompt in prompts_of(validation)]

@@ -64,7 +64,7 @@ class Rehearsal:
         self.pipeline = empty_pipeline(self.model, self.dtype, self.stage)
         check_pipeline(self.options.data, self.options.validation, self.pipeline, self.family)
         self.objective = objective_of(self.options.model, self.options.training, self.family, self.pipeline)
-        self.trainable = [part.name for part in context.encoders]
+        self.trainable = [part.name for part in context.live_encoders]
         self.frozen = self.family.frozen_text_parts if self.trainable else self.family.text_parts
         multiple = self.family.pixel_multiple(self.pipeline)
         self.sizes = [sizes_of(images, multiple, self.options.data) for images in kinds]

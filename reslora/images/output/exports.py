@@ -29,6 +29,7 @@ from ...runtime.checkpoint_folders import EXPORTS
 from ...runtime.folder_lock import check_held
 from ...tracing import evaluating
 from ...training.best import Best, to_export
+from ...training.embeddings import load_embeddings
 from ...training.schedule import Schedule
 from ...training.state import Learner
 from ...training.trained import Trained
@@ -38,6 +39,7 @@ from ..denoising import DenoisingLoss
 from ..initial_lora import add_adapters
 from ..model.families.base import Family
 from ..model.lora_files.writing import peft_folder
+from ..model.new_tokens import embeddings_in, exported, write_embeddings
 from ..prompts import prompts_of
 from .calibration_file import write_calibration
 from .lycoris_file import write_lycoris_file
@@ -112,6 +114,8 @@ def export_merged(
     converted = as_converted(parts, method, context) if METHODS[method].own else None
     metadata = kohya_metadata(denoiser.config, training_data, schedule, context)
     write_formats(parts, method, metadata, context, converted)
+    tokens = options.adapter.words_of_tokens
+    write_embeddings(folder, exported(sampler.pipeline, context.model.family, tokens))
     if drawn:
         save_images(folder / MERGED, list(map(as_image, drawn)), options.validation.validation_prompt)
     context.status.say("checking the exported files", name)
@@ -189,11 +193,12 @@ def saved_parts(
     method: str, adapters: Path, loss: DenoisingLoss, schedule: Schedule, context: ImageContext
 ) -> dict[str, nn.Module]:
     """Return the trained modules by name, in float32, with the method's saved adapters; nothing is merged."""
-    parts = base_parts(loss, context)
-    trained = Trained(parts, loss)
+    parts, family = base_parts(loss, context), context.model.family
+    trained = Trained(parts, loss, embeddings_in(loss.pipeline, family, context.options.adapter.words_of_tokens))
     add_adapters(trained, method, schedule.steps, context)
     for place, part in trained.places(adapters):
         load_adapter(part, place)
+    load_embeddings(trained, adapters)
     return parts
 
 

@@ -23,6 +23,8 @@ from ...methods.updates import has_updates
 from ..context import ImageContext
 from ..model.families.base import Family
 from ..model.lora_files.writing import peft_folder
+from ..model.new_tokens import FOLDER as EMBEDDINGS
+from ..model.new_tokens import exported, read_embeddings
 from ..model.stored import Stored, empty_model, stored_weights
 from .lycoris_file import file_layers, read_lycoris_file
 from .merged_weights import merged_tensors
@@ -63,6 +65,8 @@ def read_back(
         for part, module in parts.items():
             stored = context.model.stored_denoiser() if part == family.denoiser else None
             check(part, partial(of_merged, module, folder / part, stored))
+    if embeddings := exported(pipeline, family, context.options.adapter.words_of_tokens):
+        check(EMBEDDINGS, partial(of_embeddings, embeddings, folder))
     if METHODS[method].lycoris:
         check(LYCORIS_FILE, partial(of_lycoris, parts, folder / LYCORIS_FILE, family))
     row = METHODS[method]
@@ -103,6 +107,13 @@ def of_merged(module: nn.Module, folder: Path, stored: Mapping[str, Stored] | No
     merged, written = merged_tensors(module, stored), stored_weights(folder)
     names = empty_model(type(base_model(module)), folder).state_dict()  # by the configuration that was written
     return by_name(names, written, lambda name: relative(merged(name), written[name].read()))
+
+
+def of_embeddings(files: Mapping[str, dict], folder: Path) -> Differences:
+    """Return the differences of the embeddings of new tokens; `files`: the result of `exported`."""
+    expected = {f"{name} {key}": value for name, tensors in files.items() for key, value in tensors.items()}
+    found = read_embeddings(folder, files)
+    return by_name(expected, found, lambda name: relative(expected[name], found[name]))
 
 
 def of_lora(updates: Mapping[str, Factors], parts: Parts, pipeline: DiffusionPipeline, path: Path) -> Differences:

@@ -15,6 +15,7 @@ from ...plots.figures import comparison, loss_curves
 from ...runtime.log import read_log
 from ...runtime.sample_folders import by_step, shows
 from ...training.best import Best
+from ..model.new_tokens import FOLDER as EMBEDDINGS
 from .reading_back import ROUNDING
 from .reports import FINISHED
 
@@ -101,6 +102,7 @@ def print_summary(adapter: MethodOptions, output_options: OutputOptions) -> None
         KOHYA_FILE: "ComfyUI, A1111/Forge, kohya",
         COMFYUI_FILE: "ComfyUI",
         LYCORIS_FILE: "ComfyUI, Forge, kohya with LyCORIS",
+        EMBEDDINGS: "new tokens: load_textual_inversion; ComfyUI, A1111, kohya",
         "peft": "PeftModel.from_pretrained(denoiser, folder)",
         "unet": "merged weights: UNet2DConditionModel.from_pretrained(folder)",
         "text_encoder": "merged weights: the text encoder's from_pretrained(folder)",

@@ -25,7 +25,7 @@ def adapters(monkeypatch):
 def validate(folder: Path, step: int, loss: float) -> None:
     """Validate at a step, at which the adapter is ten times the step."""
     part = torch.tensor(10.0 * step)
-    learner = SimpleNamespace(step=step, trained=SimpleNamespace(places=lambda path: [(path, part)]))
+    learner = SimpleNamespace(step=step, trained=SimpleNamespace(places=lambda path: [(path, part)], embeddings={}))
     keep_if_best(learner, folder, loss)
     with (folder / "log.jsonl").open("a") as log:
         log.write(json.dumps({"step": step, "split": "validation", "loss": loss}) + "\n")
