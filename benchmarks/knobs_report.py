@@ -1,4 +1,4 @@
-"""The figure, table and sentences of `knobs.py run`, between the marks of README.md and RESULTS.md."""
+"""The figure, table and sentences of `knobs.py run`, between the marks of RESULTS.md and benchmarks/reports/."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from reslora.formatting import pluralize
 from reslora.io import read_object
 
 matplotlib.use("Agg")
-REPORTS = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "benchmarks" / "reports").glob("*.md"))]
+REPORTS = [ROOT / "RESULTS.md", *sorted((ROOT / "benchmarks" / "reports").glob("*.md"))]
 COLORS = {
     "lora": "#8a8f98",
     "lora_x2": "#1971c2",
@@ -44,7 +44,7 @@ def write(experiments: dict) -> None:
             content = content.replace("](", f"]({'../' * (len(report.relative_to(ROOT).parts) - 1)}")
             text = re.sub(pattern, lambda m, content=content: f"{m[1]}\n{content}\n{m[2]}", text, flags=re.DOTALL)
         report.write_text(text, encoding="utf-8")
-    print(f"README.md, RESULTS.md, its reports and the plots in {RESULTS.relative_to(ROOT)} are up to date")
+    print(f"RESULTS.md, its reports and the plots in {RESULTS.relative_to(ROOT)} are up to date")
 
 
 def part(name: str, experiments: dict) -> str:

@@ -84,7 +84,7 @@ def test_language_training_is_kept_with_its_merges_and_calibrations(tmp_path, mo
 def test_tables_in_results_are_those_of_the_kept_figures(monkeypatch):
     monkeypatch.setattr(paper_report, "RESULTS", BENCHMARKS / "results")
     monkeypatch.setattr(paper_report, "saved", lambda figure, name: f"benchmarks/results/{name}")
-    for report in [ROOT / "README.md", ROOT / "RESULTS.md", *(BENCHMARKS / "reports").glob("*.md")]:
+    for report in [ROOT / "RESULTS.md", *(BENCHMARKS / "reports").glob("*.md")]:
         shipped = report.read_text().replace("](../../", "](")
         for name in re.findall(r"<!-- ([a-z0-9_-]+) -->", shipped):
             part = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", shipped, flags=re.DOTALL)[1]
