@@ -139,7 +139,9 @@ class MethodOptions(SharedMethodOptions):
     new_tokens: list[str] = option([],
         "new tokens that are trained together with the adapter, for Stable Diffusion and SDXL: textual inversion, or "
         "pivotal tuning. After = are the words whose mean embedding a token starts from, for example '<sks>=dog'",
-        metavar="TOKEN=WORDS", in_experiments="leave it out: experiments compare LoRA files, which have no tokens")
+        metavar="TOKEN=WORDS", in_experiments="leave it out: experiments compare LoRA files, which have no tokens",
+        kohya=("token_string", "init_word"),
+        diffusers=("train_text_encoder_ti", "token_abstraction", "initializer_concept"))
     merge_calibration_samples: int = again(
         help="number of training images on which ResLoRA's merge and control methods are calibrated; with 0, "
         "--merge input uses norms recorded in training")
