@@ -9,7 +9,6 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-LOCAL = ("localhost", "127.0.0.1", "::1")
 SHARED = ".gradio.live"
 """End of the host names of Gradio's public links."""
 
@@ -42,7 +41,7 @@ class OwnPagesOnly:
         """
         self.app, self.shared = app, shared
         self.allowed = {name.lower() for name in allowed}
-        self.names = {*LOCAL, bound.lower(), *self.allowed}
+        self.names = {"localhost", "127.0.0.1", "::1", bound.lower(), *self.allowed}
         address = address_of(bound)
         self.is_open = address is not None and address.is_unspecified
         if self.is_open:
@@ -56,10 +55,13 @@ class OwnPagesOnly:
     def problem(self, headers: Headers) -> str:
         """Return why a request with these headers is refused; an empty string if the request is accepted."""
         host, origin = headers.get("host", "").lower(), headers.get("origin")
-        name = name_in(f"//{host}")
+        _, name = parts_of(f"//{host}")
         if not self.knows(name):
             return f"The host {name[:100]!r} is not this page's: behind a proxy, start it with --allow-host NAME.\n"
-        if origin is None or place_in(origin) == host or name_in(origin) in self.allowed:
+        if origin is None:
+            return ""
+        place, name = parts_of(origin)
+        if place == host or name in self.allowed:
             return ""
         return f"A page of {origin[:100]!r} may not send requests to this one.\n"
 
@@ -69,17 +71,10 @@ class OwnPagesOnly:
         return by_address or name in self.names or (self.shared and name.endswith(SHARED))
 
 
-def place_in(url: str) -> str:
-    """Return host and port of a URL in lower case; empty for an invalid one."""
+def parts_of(url: str) -> tuple[str, str]:
+    """Return the host with its port, and the host, of a URL in lower case; empty for an invalid one."""
     try:
-        return urlsplit(url).netloc.lower()
+        parts = urlsplit(url.lower())
+        return parts.netloc, parts.hostname or ""
     except ValueError:
-        return ""
-
-
-def name_in(url: str) -> str:
-    """Return the host name of a URL in lower case; empty for an invalid one."""
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
+        return "", ""

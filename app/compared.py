@@ -8,12 +8,13 @@ from pathlib import Path
 from PIL import Image, ImageChops, ImageStat
 
 from reslora.formatting import enumerated, pluralize
+from reslora.methods.registry import METHODS
 from reslora.plots import figures
 from reslora.plots.charts import Line, line_chart, swatch
 from reslora.runtime.log import of_split
 
 from .runs import NO_CONFIG, Run, RunError
-from .views import COLORS, NAMES, escape, figure, notice, table, tile
+from .views import escape, figure, notice, table, tile
 
 MOST_ROWS = 16
 FEW_COLUMNS = 5
@@ -51,7 +52,7 @@ def columns(run: Run, step: int) -> list[Column]:
     found = []
     if first := next(filter(None, (run.samples(method, 0) for method in run.methods)), None):
         found.append(Column("Initial LoRA" if run.config.get("init_lora") else "Base model", "before training", first))
-    found += [Column(NAMES[method], f"step {step}", run.samples(method, step)) for method in run.methods]
+    found += [Column(METHODS[method].title, f"step {step}", run.samples(method, step)) for method in run.methods]
     if merged := run.samples("reslora", None) if "reslora" in run.methods else {}:
         found.append(Column("ResLoRA merged", "plain LoRA, last step", merged))
     return found
@@ -82,7 +83,7 @@ def images(run: Run, step: int, status: str = "") -> str:
             return notice(f"This run cannot be shown: {NO_CONFIG}.")
         if (status or run.status) == "failed":
             return notice("This run ended before its first samples; its log, under Train, says why.")
-        methods = enumerated(NAMES[method] for method in run.methods) or "each method"
+        methods = enumerated(run.titles) or "each method"
         return notice(
             f"No samples yet. Here appears an image of each prompt by the base model and by {methods}, first before "
             "training and then every few steps; the losses are drawn next to them."
@@ -167,7 +168,8 @@ def curves(run: Run, split: str, step: int | None) -> str:
         # More points than pixels do not improve the chart.
         every = max(1, len(log) // 400)
         kept = [i for i in range(len(log)) if i % every == 0 or i == len(log) - 1]
-        lines.append(Line(NAMES[method], COLORS[method], tuple((log[i]["step"], losses[i]) for i in kept)))
+        shown, points = METHODS[method], tuple((log[i]["step"], losses[i]) for i in kept)
+        lines.append(Line(shown.title, shown.color, points))
     return line_chart(TITLES[split], "step", lines, step) if lines or split == "train" else ""
 
 
@@ -179,7 +181,8 @@ def numbers(run: Run, step: int) -> str:
     for method, (reached, values) in known.items():
         cells = "".join(f"<td>{figure(value, *form)}</td>" for value, form in zip(values, forms, strict=True))
         behind = f"<small>at step {reached[0]}</small>" if len(steps) > 1 and reached[0] is not None else ""
-        rows.append(f"<tr><th>{swatch(COLORS[method], '')}{escape(NAMES[method])}{behind}</th>{cells}</tr>")
+        named = f"{swatch(METHODS[method].color, '')}{escape(METHODS[method].title)}"
+        rows.append(f"<tr><th>{named}{behind}</th>{cells}</tr>")
     header = (
         "<tr><th></th><th>training loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
     )

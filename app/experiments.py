@@ -5,13 +5,14 @@ import math
 from reslora.experiment.report import titled
 from reslora.experiment.schedule import ArmSchedule
 from reslora.formatting import enumerated, pluralize
+from reslora.methods.registry import METHODS
 from reslora.options.grid import Grid
 
 from .activity import duration, why_ended
 from .jobs import Jobs
 from .library import Experiment
 from .runs import number
-from .views import NAMES, escape, notice, status_line
+from .views import escape, notice, status_line
 
 NONE = "There is no experiment yet: give several learning rates or seeds under Train."
 
@@ -28,8 +29,9 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: str | None = None) -> tu
     """
     words, found = jobs.command(name, settings, folder)
     if not isinstance(found, Grid):
-        titles, steps = enumerated(NAMES[method] for method in found.adapter.method), found.training.max_train_steps
-        each = f", {pluralize(steps, 'step')}{' each' if len(found.adapter.method) > 1 else ''}" if steps else ""
+        methods, steps = found.adapter.method, found.training.max_train_steps
+        titles = enumerated(METHODS[method].title for method in methods)
+        each = f", {pluralize(steps, 'step')}{' each' if len(methods) > 1 else ''}" if steps else ""
         return notice(f"1 run: {titles}{each}. Several learning rates or seeds make an experiment."), words, found
     schedule, advice = ArmSchedule(found), []
     what = "variant" if any(label.values for label in schedule.labels.values()) else "method"

@@ -59,9 +59,11 @@ TEXTS = (
     "caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "alpha_pattern", "lr_step_rules", "reference",
 )  # fmt: skip
 """Text options that are safe to set from a browser, because their values are not paths, models or code."""
-OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
-"""Options that only apply with `--class_data_dir`, a path that the page must not set."""
-NEVER = ("plan", "local_rank", "push_to_hub", "dataloader_num_workers", *OF_CLASS_IMAGES)
+NEVER = (
+    "plan", "local_rank", "push_to_hub", "dataloader_num_workers",
+    "class_prompt", "num_class_images", "prior_loss_weight",  # only apply with --class_data_dir, a path
+)  # fmt: skip
+"""Options that the page does not set."""
 UNSET, LONGEST_DEFAULT = "default", 15
 """What a box shows instead of a default that has more characters than fit; the help then names the default."""
 GROUP = "options-%d"
@@ -216,11 +218,6 @@ def methods(first: bool) -> list[tuple[str, str]]:
     return [(f"{method.title}: {method.help}", method.name) for method in found]
 
 
-def in_two(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split names of methods in two: those in `FIRST`, and all others."""
-    return [name for name in names if name in FIRST], [name for name in names if name not in FIRST]
-
-
 def in_box(value: object, between: str = " ") -> str:
     """Return a value as text for a text box; the items of a list are joined by `between`, and None is empty."""
     if value is None:
@@ -233,18 +230,10 @@ def wires(methods: Iterable[str]) -> bool:
     return any(METHODS[name].reads_shortcut for name in methods if str(name) in METHODS)
 
 
-def values_of(settings: Mapping[str, object], names: Sequence[str]) -> list[object]:
-    """Return the form's value of each named option: the value in `settings`, else the default."""
-    otherwise, own = defaults(settings), with_one_value(settings)
-    return [
-        widget_value(option, own[name]) if name in own else otherwise[name] for name, option in chosen(names).items()
-    ]
-
-
-def chosen(names: Sequence[str]) -> dict[str, Option]:
-    """Return the options with these names, in the order of `names`."""
-    found = known()
-    return {name: found[name] for name in names}
+def values_of(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return the form's value of each option: the value in `settings`, else the default."""
+    own, options = with_one_value(settings), known()
+    return defaults(settings) | {name: widget_value(options[name], own[name]) for name in own if name in options}
 
 
 def widget_value(option: Option, value: object) -> object:

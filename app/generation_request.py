@@ -35,18 +35,17 @@ class Request:
     images: int = 1
     strength: float = 1.0
 
-    def check(self) -> None:
-        """Raise `RunError` for a setting that `clamped` would change: a wrong or missing number, or a long prompt."""
-        valid = self.clamped()
+    def checked(self) -> Request:
+        """Return the request with numbers of the right type.
+
+        Raises `RunError` for a setting that `clamped` would change: a wrong or missing number, or a long prompt.
+        """
         for prompt in (self.prompt, self.negative_prompt):
             if len(str(prompt or "")) > LONGEST:
                 raise RunError(f"A prompt has {len(str(prompt)):,} characters: give at most {LONGEST:,}.")
-        for name, (least, greatest, multiple) in LIMITS.items():
-            value = getattr(self, name)
-            if bounded(value, whole=False) != getattr(valid, name):
-                kind = {None: "a number", 1: "a whole number"}.get(multiple, f"a multiple of {multiple}")
-                written = "empty" if value in (None, "") else str(value)[:40]
-                raise RunError(f"{name.capitalize()} is {written}: give {kind} from {least} to {greatest}.")
+        for name in LIMITS:
+            checked_number(name, getattr(self, name), name.capitalize())
+        return self.clamped()
 
     def clamped(self) -> Request:
         """Return the nearest valid request."""
@@ -68,17 +67,18 @@ def of_samples(run: Run) -> Request:
     ).clamped()  # fmt: skip
 
 
-def within_limits(name: str, word: str, where: str) -> int | float:
-    """Return the number that the user typed for the setting `name`.
+def checked_number(name: str, value: object, label: str) -> int | float:
+    """Return the value of the setting `name` as a number.
 
-    Raises `RunError` if the number is outside of the setting's limits; `where`: beginning of the message.
+    Raises `RunError` if the value is not a number within the setting's limits; `label`: what the message calls it.
     """
     least, greatest, multiple = LIMITS[name]
-    value = bounded(word, whole=multiple is not None)
-    if not least <= value <= greatest:
-        kind = "whole number" if multiple else "number"
-        raise RunError(f"{where}: {word[:20]} is not a {kind} from {least} to {greatest}.")
-    return value
+    found = bounded(value, whole=False)
+    if not least <= found <= greatest or (multiple and found % multiple):
+        kind = {None: "a number", 1: "a whole number"}.get(multiple, f"a multiple of {multiple}")
+        written = "empty" if value in (None, "") else str(value)[:40]
+        raise RunError(f"{label} is {written}: give {kind} from {least} to {greatest}.")
+    return int(found) if multiple else found
 
 
 def bounded(value, low=-math.inf, high=math.inf, otherwise=math.nan, whole: bool = True):
@@ -100,8 +100,9 @@ class Drawn:
 
     image: PIL.Image.Image
     request: Request
-    source: dict
-    """The page's names of the run and of the weights, under the keys `run` and `weights`."""
+    run: str
+    weights: str
+    """The page's names of the run and of the weights."""
 
 
 def save_image(drawn: Drawn, path: Path) -> Path:
@@ -111,7 +112,7 @@ def save_image(drawn: Drawn, path: Path) -> Path:
         "parameters",
         f"{request.prompt}\nNegative prompt: {request.negative_prompt}\nSteps: {request.steps}, CFG scale: "
         f"{request.guidance}, Seed: {request.seed}, Size: {request.width}x{request.height}, "
-        f"Run: {drawn.source['run']}, Weights: {drawn.source['weights']}, LoRA strength: {request.strength}",
+        f"Run: {drawn.run}, Weights: {drawn.weights}, LoRA strength: {request.strength}",
     )
     drawn.image.save(path, format="PNG", pnginfo=info)
     return path

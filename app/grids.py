@@ -9,14 +9,14 @@ from reslora.methods.registry import METHODS
 from reslora.plots import figures
 
 from . import views
-from .generation_request import Drawn, Request, within_limits
+from .generation_request import Drawn, Request, checked_number
 from .runs import BASE, Run, RunError, Weights
 from .studio import Picture
 
 NONE = "none"
 NUMBERS = ("strength", "seed", "guidance", "steps")
 OF_WEIGHTS = ("checkpoint", "method")
-AXES = ("checkpoint", "method", "strength", "seed", "guidance", "steps", "prompt")
+AXES = (*OF_WEIGHTS, *NUMBERS, "prompt")
 SUGGESTED = {"strength": "0 0.5 1", "seed": "0 1 2", "guidance": "1 4 8", "steps": "5 10 20"}
 MOST = 64
 """Maximum number of cells in a grid."""
@@ -68,13 +68,8 @@ def suggestion(run: Run | None, name: str) -> str:
     if run is None or name in SUGGESTED:
         return SUGGESTED.get(name, "")
     checkpoints = {weights.step for method in run.methods for weights in run.checkpoints(method)}
-    known = {"checkpoint": " ".join(map(str, sorted(checkpoints))), "method": ", ".join(titles(run))}
+    known = {"checkpoint": " ".join(map(str, sorted(checkpoints))), "method": ", ".join(run.titles)}
     return (known | {"prompt": "\n".join(run.prompts)}).get(name, "")
-
-
-def titles(run: Run) -> list[str]:
-    """Return the titles of a run's methods."""
-    return [METHODS[method].title for method in run.methods]
 
 
 def axis(which: str, name: object, text: object) -> Axis:
@@ -100,7 +95,7 @@ def axis(which: str, name: object, text: object) -> Axis:
     if len(words) > MOST:
         raise RunError(f"{which} ({name}): {len(words)} values are more than the {MOST} cells that a grid may have.")
     if name in NUMBERS:
-        return Axis(name, tuple(dict.fromkeys(within_limits(name, word, f"{which} ({name})") for word in words)))
+        return Axis(name, tuple(dict.fromkeys(checked_number(name, word, f"{which} ({name})") for word in words)))
     return Axis(name, tuple(words))
 
 
@@ -117,7 +112,6 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
     count = len(x.values) * len(y.values)
     if count > MOST:
         raise RunError(f"{len(x.values)} x {len(y.values)} values are {count} cells: at most {MOST} are generated.")
-    request = replace(request.clamped(), images=1)
     groups: dict[tuple, dict[Place, Picture]] = {}  # by weights and strength, in order of first occurrence
     for row, down in enumerate(y.values):
         for column, across in enumerate(x.values):
@@ -125,9 +119,7 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
             weights = weights_of(run, start, chosen)
             asked = {name: value for name, value in chosen.items() if name in (*NUMBERS, "prompt")}
             title = f"Row {row + 1} of {len(y.values)}, column {column + 1} of {len(x.values)}: {weights.label}"
-            one = replace(request, **asked)
-            one.check()
-            picture = Picture(weights, one.clamped(), title)
+            picture = Picture(weights, replace(request, **asked).checked(), title)
             groups.setdefault((weights.label, picture.request.strength), {})[row, column] = picture
     cells = {place: picture for group in groups.values() for place, picture in group.items()}
     return Grid(x, y, cells, heading(start, request, (x.name, y.name)))
@@ -148,7 +140,7 @@ def weights_of(run: Run | None, start: Weights, chosen: dict) -> Weights:
     if not method:
         raise RunError("The base model has no checkpoints: choose weights of a trained method.")
     if method not in run.methods:
-        raise RunError(f"This run has no method {method[:40]}; it has {', '.join(titles(run))}.")
+        raise RunError(f"This run has no method {method[:40]}; it has {', '.join(run.titles)}.")
     if "checkpoint" in named:
         return checkpoint_of(run, method, named["checkpoint"])
     return same_form(run, start, method)

@@ -42,17 +42,6 @@ def translating() -> Iterator[None]:
         raise told from None
 
 
-@contextlib.contextmanager
-def named_inputs() -> Iterator[None]:
-    """Convert the errors that Gradio raises for inputs that its own page would not send."""
-    try:
-        yield
-    except InvalidPathError:
-        raise RunError("A file was not uploaded on this page; upload it.") from None
-    except (gr.Error, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise RunError(f"An input is invalid ({type(error).__name__}); reload the page.") from None
-
-
 def server_function(handler: Callable[[dict], dict]) -> Callable[[dict], dict]:
     """Wrap a handler that JavaScript calls directly, so that it returns an error as a sentence under the key `error`.
 
@@ -97,8 +86,13 @@ class Blocks(gr.Blocks):
 
     async def preprocess_data(self, *args, **kwargs) -> list:
         """Return the inputs of an event. A wrong one, such as a file that was not uploaded, becomes one sentence."""
-        with translating(), named_inputs():
-            return await super().preprocess_data(*args, **kwargs)
+        with translating():
+            try:
+                return await super().preprocess_data(*args, **kwargs)
+            except InvalidPathError:
+                raise RunError("A file was not uploaded on this page; upload it.") from None
+            except (gr.Error, ValueError, TypeError, LookupError, AttributeError) as error:
+                raise RunError(f"An input is invalid ({type(error).__name__}); reload the page.") from None
 
     async def call_function(self, *args, **kwargs) -> dict:
         """Call a handler."""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from .bases import check_sizes
 from .folders import BUNDLED, Folders
 from .launcher import REPOSITORY, SCRIPT
 from .library import REPORT, Experiment, Library, kind_of
-from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, pick
+from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, pick, reporting
 
 FILE = "queue.json"
 KINDS: dict[str, type[Run]] = {"run": Run, "experiment": Experiment}
@@ -90,7 +90,6 @@ class Jobs:
     def __init__(self, library: Library, data: Path | None = None) -> None:
         self.library = library
         self.images = Folders(library.folder, data)
-        self.data = self.images.data
         self.path = library.folder / FILE
         self.started: dict[str, subprocess.Popen] = {}
         self.asked: set[int] = set()  # processes that were asked to stop
@@ -129,7 +128,7 @@ class Jobs:
 
     def begun(self, name: object) -> Experiment | None:
         """Return the experiment with this name, to which runs are added; None for a new run or experiment."""
-        found = next((one for known, one in self.library.experiments().items() if known == name), None)
+        found = self.library.experiments().get(str(name))
         return found if found and found.config else None
 
     def new_folder(self, name: str) -> Path:
@@ -147,7 +146,7 @@ class Jobs:
 
     def resumable(self, name: str, kind: type[Run] = Run) -> Run:
         """Return the run or experiment with this name. Raises `RunError` if the run or experiment cannot be resumed."""
-        run = self.find(name, kind)
+        run = self.library.find(name, kind)
         if not run.config:
             raise RunError("This run has nothing to resume: start a new run.")
         if not run.folder.is_relative_to(self.library.folder):
@@ -174,8 +173,7 @@ class Jobs:
         """
         with self.lock:
             self.refuse_active(*self.library.everything())
-            words = self.command_of(entry)
-            run = self.find(entry.name, entry.type) if entry.resume else self.run_of(entry)
+            words, run = self.command_of(entry), self.run_of(entry)
             run.folder.mkdir(parents=True, exist_ok=True)
             return self._launch(run, words)
 
@@ -212,10 +210,6 @@ class Jobs:
         """Return whether the run is training or starting."""
         process = self.started.get(run.name)
         return (process is not None and process.poll() is None) or run.process is not None
-
-    def find(self, name: str, kind: type[Run] = Run) -> Run:
-        """Return the run or experiment with this name. Raises `RunError` if there is none."""
-        return self.library.find_experiment(name) if kind is Experiment else self.library.find(name)
 
     def stop(self, run: Run) -> str:
         """Ask the trainer of a run to save and exit, and return a sentence about it.
@@ -301,7 +295,7 @@ class Jobs:
 
     def without_folders(self, text: str) -> str:
         """Return `text` with this machine's folders replaced by short names."""
-        names = {self.library.folder: "runs", self.data: "data", REPOSITORY: ".", Path.home(): "~"}
+        names = {self.library.folder: "runs", self.images.data: "data", REPOSITORY: ".", Path.home(): "~"}
         names |= {Path(sys.prefix): "python", Path(sys.base_prefix): "python"}
         for path in sorted(filter(None, names), key=lambda path: -len(str(path))):
             if len(path.parts) > 1:  # skip the root folder
@@ -332,10 +326,8 @@ class Jobs:
             # queue, until the user removes it.
             after = [asdict(entry) for entry in entries if not entry.ends or entry.state == FAILED]
             if after != before:
-                try:
+                with reporting("The queue cannot be written"):
                     write_json(self.path, {"version": 1, "entries": after})
-                except OSError as error:
-                    raise RunError(f"The queue cannot be written ({error.strerror}).") from None
 
     # -- the queue: actions --------------------------------------------------------------------------------------------
 
@@ -359,17 +351,14 @@ class Jobs:
             entries[:] = [one for one in entries if one.name != entry.name] + [entry]
         return entry
 
-    def remove(self, name: str) -> None:
-        """Remove a waiting or ended entry. Raises `RunError` for a running one."""
+    def remove(self, name: str) -> str:
+        """Remove a waiting or ended entry; return a sentence that reports it. Raises `RunError` for a running one."""
         with self.changing() as entries:
-            found = one_of(entries, name)
+            found = pick({entry.name: entry for entry in entries}, name, "No entry in the queue has this name.")
             if found.state == RUNNING:
                 raise RunError(f"{name} is training; stop it instead.")
             entries.remove(found)
-
-    def stop_entry(self, name: str) -> str:
-        """Ask the trainer of a running entry to stop; return a sentence about it."""
-        return self.stop(self.run_of(one_of(self.entries(), name)))
+        return f"{name} is removed from the queue."
 
     # -- the queue: automatic start ------------------------------------------------------------------------------------
 
@@ -463,8 +452,3 @@ class Jobs:
             told = problem
             if self.closed.wait(EVERY):
                 return
-
-
-def one_of(entries: Sequence[Entry], name: str) -> Entry:
-    """Return the entry with this name. Raises `RunError` if there is none."""
-    return pick({entry.name: entry for entry in entries}, name, "No entry in the queue has this name.")

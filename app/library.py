@@ -18,7 +18,7 @@ from .runs import EXPERIMENT_LOG, LOG_NAME, Run, cached_by_stamp, number, pick, 
 
 VARYING = tuple(name for name, option in Options.table().items() if option.can_vary)
 REPORT = "report.html"
-NO_RUN = "There is no run of that name; choose one from the list."
+NONE = "There is no %s of that name; choose one from the list."
 
 
 @dataclass(frozen=True)
@@ -147,15 +147,12 @@ class Library:
 
     def find_any(self, name: object) -> Run:
         """Return the run or experiment with this name. Raises `RunError` if none has it."""
-        return pick({run.name: run for run in self.everything()}, name, NO_RUN)
+        return pick({run.name: run for run in self.everything()}, name, NONE % "run")
 
-    def find(self, name: object) -> Run:
-        """Return the run with this name. Raises `RunError` if none has it."""
-        return pick(self.runs(), name, NO_RUN)
-
-    def find_experiment(self, name: object) -> Experiment:
-        """Return the experiment with this name. Raises `RunError` if none has it."""
-        return pick(self.experiments(), name, "There is no experiment of that name; choose one from the list.")
+    def find(self, name: object, kind: type[Run] = Run) -> Run:
+        """Return the run with this name, or the experiment if `kind` is `Experiment`. Raises `RunError` for others."""
+        known = self.experiments() if kind is Experiment else self.runs()
+        return pick(known, name, NONE % kind.__name__.lower())
 
 
 def kind_of(folder: Path) -> type[Run] | None:

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterator
 from pathlib import Path
 
 from reslora.formatting import pluralize
+from reslora.methods.registry import METHODS
 from reslora.options.values import listed
 from reslora.runtime.log import of_split
 
@@ -17,7 +18,7 @@ from .jobs import RUNNING, WAITING, Entry, Jobs
 from .library import Experiment, last_change
 from .run_manager import RunManager
 from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError, cached_by, stamp_of
-from .views import NAMES, bad, embedded, escape, notice
+from .views import bad, embedded, escape, notice
 
 MOST = 48
 """Maximum number of runs' cards on the page; the search field finds the other runs."""
@@ -76,7 +77,7 @@ def row(jobs: Jobs, entry: Entry) -> str:
 def facts_of(entry: Entry, run: Run) -> list[str]:
     """Return the settings and the state of an entry of the queue as short texts, some of which may be empty."""
     methods = entry.settings.get("method")
-    names = ", ".join(NAMES[name] for name in methods if name in NAMES) if isinstance(methods, list) else ""
+    names = ", ".join(METHODS[name].title for name in methods if name in METHODS) if isinstance(methods, list) else ""
     facts = ["resume" if entry.resume else "", entry.kind if entry.kind != "run" else "", names]
     settings = settings_of(entry, run)
     given = {label: settings.get(name) for name, label in SHOWN.items()}
@@ -159,7 +160,7 @@ def progress(run: Run, method: str) -> str:
     last, total = next(reversed(of_split(run.log(method), "train")), {}), run.steps_of(method)
     parts = [f"{last.get('step', 0):,} of {pluralize(total, 'step')}"] if total else []
     parts += [f"loss {last['loss']:.4f}"] if last else []
-    return f"{NAMES[method]}: {', '.join(parts)}" if parts else NAMES[method]
+    return f"{METHODS[method].title}: {', '.join(parts)}" if parts else METHODS[method].title
 
 
 def pictures(run: Run) -> str:

@@ -1,6 +1,5 @@
 """Assemble the page: the run selector, the tabs, and the timer that updates them."""
 
-import contextlib
 from pathlib import Path
 
 import gradio as gr
@@ -19,11 +18,6 @@ FIRST = "compare"
 """The tab that is open when the page is loaded for the first time."""
 EVERY = 2.0
 """Seconds between two polls of the runs folder."""
-RUNS_SEEN = 1
-"""Index of the run names in the tuple that `Page.state_of` returns."""
-AT_REST = 3
-"""Index in the tuple that `Page.state_of` returns. If an entry before this index changes, all components are updated.
-If only later entries (status, activity, log) change, only the summary and the `live` components are updated."""
 STYLE, *SCRIPTS = (Path(__file__).with_name(name) for name in ("style.css", "zoom.js"))
 # Gradio selects the first tab when the page loads; `recalled` prevents storing that as the user's choice.
 STORE = "value => { if (window.recalled) sessionStorage.setItem('reslora-%s', %s ?? ''); }"
@@ -118,35 +112,34 @@ class Page:
             gr.HTML(TITLE, elem_id="title")
             # The box of the run accepts any name, because a run may have begun after the page was loaded.
             self.run = open_choice("Run", elem_id="run", min_width=240)
-        self.summary = gr.HTML(views.skeleton(), elem_id="summary")
+        self.summary = gr.HTML(views.LOADING, elem_id="summary")
         self.tabs: list[Tab] = []
         self.frames: dict[Tab, gr.Tab] = {}
         self.titles: dict[str, gr.Tab] = {}
         with gr.Tabs(selected=FIRST, elem_id="tabs") as self.all_tabs:
-            for title, views_of in TABS.items():
-                with gr.Tab(title, id=title.lower()) as self.titles[title.lower()]:
-                    if len(views_of) == 1:
-                        self.make(parts, self.titles[title.lower()], *views_of.values())
+            for title, found in TABS.items():
+                with gr.Tab(title, id=title.lower()) as frame:
+                    self.titles[title.lower()] = frame
+                    if isinstance(found, dict):
+                        self.make_views(parts, found)
                     else:
-                        self.make_views(parts, views_of)
+                        self.make(parts, frame, found)
         self.choosing = [tab for tab in self.tabs if tab.chosen is not None]
         self.blocks: gr.Blocks
         self.seen = gr.State(None)
         self.timer = gr.Timer(EVERY)
 
-    def make_views(self, parts: Parts, classes: dict[str, tuple[type[Tab], ...]]) -> None:
-        """Make tabs inside a tab; `classes` has the parts of each inner tab by title."""
+    def make_views(self, parts: Parts, classes: dict[str, type[Tab]]) -> None:
+        """Make tabs inside a tab; `classes` has the class of each inner tab by title."""
         with gr.Tabs(elem_id="views") as self.views:
-            for title, inside in classes.items():
+            for title, cls in classes.items():
                 with gr.Tab(title, id=title.lower()) as frame:
-                    self.make(parts, frame, inside)
+                    self.make(parts, frame, cls)
 
-    def make(self, parts: Parts, frame: gr.Tab, classes: tuple[type[Tab], ...]) -> None:
-        """Make the parts of a tab inside its Gradio component `frame`."""
-        for cls in classes:
-            with gr.Accordion(cls.fold, open=False) if cls.fold else contextlib.nullcontext():
-                self.tabs.append(cls(parts))
-            self.frames[self.tabs[-1]] = frame
+    def make(self, parts: Parts, frame: gr.Tab, cls: type[Tab]) -> None:
+        """Make a tab inside its Gradio component `frame`."""
+        self.tabs.append(cls(parts))
+        self.frames[self.tabs[-1]] = frame
 
     def tab(self, cls: type[T]) -> T:
         """Return the tab that is an instance of this class."""
@@ -156,7 +149,7 @@ class Page:
         """Connect the events of the page and of all tabs."""
         self.blocks = demo
         everything = [self.seen, self.run, self.summary]
-        everything += [part for tab in self.tabs for part in (*tab.live, *tab.watched, *tab.of_run)]
+        everything += [part for tab in self.tabs for part in tab.polled]
         on_arrival = [self.run, *(part for tab in self.tabs for part in tab.on_arrival)]
         # The browser stores run and tab, to restore them when the page is loaded again, for example after a restart.
         demo.load(
@@ -205,16 +198,17 @@ class Page:
         Unchanged selections are not sent, because the user may have changed them in the meantime.
         """
         runs = self.library.runs()
+        states, names, _ = seen[0] if seen else ((None,) * len(self.tabs), (), ())
         if not name or name not in runs:
             # The user may be typing a name; a shown run that was removed is replaced by the newest.
-            gone = seen is not None and name in seen[RUNS_SEEN]
+            gone = name in names
             first = {"value": next(iter(runs), None)} if gone else {}
             return {self.run: gr.update(choices=list(runs), **first)} if gone or (runs and seen is None) else gr.skip()
         run = runs[name]
         state = self.state_of(run)
-        if seen and state[:AT_REST] == seen[:AT_REST]:
-            return {self.seen: state} | self.updates(run, state[AT_REST]) if state != seen else gr.skip()
-        before = dict(zip(self.tabs, seen[0] if seen else [None] * len(self.tabs), strict=True))
+        if seen and state[0] == seen[0]:
+            return {self.seen: state} | self.updates(run) if state != seen else gr.skip()
+        before = dict(zip(self.tabs, states, strict=True))
         was = dict(zip(self.choosing, chosen, strict=True))
         choices = {tab: tab.choice(run, was[tab], before[tab]) for tab in self.choosing}
         updates = self.shown(run, choices)
@@ -229,16 +223,19 @@ class Page:
     def state_of(self, run: Run) -> tuple:
         """Return the state that `watch` compares with the state at the last poll to find out what has changed.
 
-        The entries are the states of the tabs, the run names and the run's fingerprint; then, from index `AT_REST`, the
-        run's status, the trainer's activity and log, and what the tabs show now.
+        The first entry has the states of the tabs, the run names and the run's fingerprint; if it changes, all
+        components are updated. If only the second entry changes (status, activity, log), `updates` is enough.
         """
-        seen = tuple(tab.seen(run) for tab in self.tabs)
-        at_rest = seen, tuple(self.library.runs()), run.fingerprint()
+        states = tuple(tab.seen(run) for tab in self.tabs)
         now = tuple(tab.live_state(run) for tab in self.tabs)
-        return *at_rest, self.jobs.status(run), activity_of(run), run.log_tail(), now
+        return (
+            (states, tuple(self.library.runs()), run.fingerprint()),
+            (self.jobs.status(run), activity_of(run), run.log_tail(), now),
+        )
 
-    def updates(self, run: Run, status: str) -> dict:
-        """Return the values that may change at every poll: the summary, and the tabs' `live` components."""
+    def updates(self, run: Run) -> dict:
+        """Return the values that may change at every poll: the summary, and those of the tabs."""
+        status = self.jobs.status(run)
         values = {self.summary: views.summary(run, status, self.jobs.last_line(run))}
         for tab in self.tabs:
             values |= tab.updates(run, status)
@@ -248,7 +245,7 @@ class Page:
         """Return the values of all components that `watch` updates; `choices`: the new value of each tab's `chosen`."""
         state = self.state_of(run)  # read first: a change during rendering is found by the next poll
         values = {self.seen: state, self.run: gr.update(choices=list(self.library.runs()))}
-        values |= self.updates(run, state[AT_REST])
+        values |= self.updates(run)
         for tab in self.tabs:
             values |= tab.shown(run, choices.get(tab))
         return values

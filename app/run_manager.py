@@ -10,10 +10,11 @@ from pathlib import Path
 
 from reslora.images.data.listing import TRASH
 from reslora.io import replacing
+from reslora.options.prompts import clean
 
 from .folders import children, new_place
 from .jobs import Jobs
-from .runs import LONGEST_NOTES, NOTES, Run, RunError, pick
+from .runs import LONGEST_NOTES, NOTES, Run, RunError, pick, reporting
 
 
 class RunManager:
@@ -38,21 +39,19 @@ class RunManager:
         """
         if not isinstance(notes, str) or len(notes := notes.replace("\r\n", "\n").strip()) > LONGEST_NOTES:
             raise RunError(f"Notes are text of at most {LONGEST_NOTES:,} characters; nothing was saved.")
+        if clean(notes) != notes:
+            raise RunError("The notes contain characters that are not valid Unicode; nothing was saved.")
         with self.jobs.lock:
             run = self.find(name)
             if len(run.notes) > LONGEST_NOTES:
                 raise RunError(f"The notes of {run.name} are too long for the page: edit {NOTES} in its folder.")
             if run.notes != was:
                 raise RunError(f"The notes of {run.name} were changed in the meantime, and nothing was saved.")
-            try:
+            with reporting("The notes cannot be saved"):
                 with replacing(run.folder / NOTES) as temporary:
                     temporary.write_text(notes, encoding="utf-8", newline="\n")
                 if not notes:
                     (run.folder / NOTES).unlink(missing_ok=True)
-            except UnicodeEncodeError:
-                raise RunError("The notes contain characters that are not valid Unicode; nothing was saved.") from None
-            except OSError as error:
-                raise RunError(f"The notes cannot be saved ({error.strerror}).") from None
         return notes
 
     def throw_away(self, name: str) -> str:
@@ -64,13 +63,9 @@ class RunManager:
             if trash.is_symlink():
                 raise RunError(f"{TRASH} in the folder of runs is a link; remove the link first.")
             place = new_place(self.library.folder)
-            try:
+            with reporting(f"{run.name} cannot be moved"):
                 place.mkdir(parents=True)
                 run.folder.rename(place / run.name)
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    place.rmdir()
-                raise RunError(f"{run.name} cannot be moved ({error.strerror}); it was not changed.") from None
         return f"{run.name} is in the trash ({TRASH} in the folder of runs)."
 
     def rename(self, name: str, new: str) -> str:
@@ -79,10 +74,8 @@ class RunManager:
         Raises `RunError` for an invalid or existing name, and if the run is training or waits in the queue."""
         with self.idle(name) as run:
             target = self.jobs.new_folder(new)
-            try:
+            with reporting(f"{run.name} cannot be renamed"):
                 run.folder.rename(target)
-            except OSError as error:
-                raise RunError(f"{run.name} cannot be renamed ({error.strerror}); it was not changed.") from None
         return f"{run.name} is now {target.name}."
 
     @contextlib.contextmanager
@@ -113,9 +106,7 @@ class RunManager:
                 raise RunError(f"Another run named {folder.name} exists: delete that run first.")
             if any(entry.name == folder.name and not entry.ends for entry in entries):
                 raise RunError(f"Another run named {folder.name} is in the queue: remove it from the queue first.")
-            try:
+            with reporting(f"{folder.name} cannot be restored"):
                 folder.rename(target)
                 folder.parent.rmdir()
-            except OSError as error:
-                raise RunError(f"{folder.name} cannot be restored ({error.strerror}).") from None
         return f"{folder.name} is restored."

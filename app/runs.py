@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -55,6 +55,15 @@ def is_alive(process: str) -> bool:
 
 class RunError(ValueError):
     """An error to show on the page; the message is one sentence without paths of the server."""
+
+
+@contextlib.contextmanager
+def reporting(what: str) -> Iterator[None]:
+    """Convert an `OSError` to a `RunError` that begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{what} ({error.strerror}).") from None
 
 
 def pick(known: Mapping[str, T], name: object, otherwise: str) -> T:
@@ -208,6 +217,11 @@ class Run:
         names = dict.fromkeys([*configured, *self.entries()])
         folders = {name for name in names if (path := self.inside(name)) and path.is_dir()}
         return [name for name in names if name in METHODS and (name in configured or name in folders)]
+
+    @property
+    def titles(self) -> list[str]:
+        """Titles of this run's methods, for the page."""
+        return [METHODS[method].title for method in self.methods]
 
     @property
     def prompts(self) -> list[str]:

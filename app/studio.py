@@ -103,7 +103,7 @@ class Studio:
                     self.now = picture.title, share
                     self._use(run, weights, picture.request.strength)
                     image = self._image(picture, partial(self._step, picture.title, number, len(pictures)))
-                    yield Drawn(image, picture.request, {"run": run.name if run else "", "weights": weights.label})
+                    yield Drawn(image, picture.request, run.name if run else "", weights.label)
             finally:
                 self.now = None
 

@@ -15,7 +15,7 @@ from reslora.io import replacing
 from reslora.options.prompts import clean
 
 from .folders import SETS, Folder, Folders
-from .runs import RunError
+from .runs import RunError, reporting
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 FEW = 3
@@ -51,13 +51,10 @@ def store(folders: Folders, name: str, files: Sequence[tuple[str, Path]]) -> tup
     if problems:
         more = f" and {pluralize(len(problems) - FEW, 'other file')}" if len(problems) > FEW else ""
         raise RunError(f"Nothing is stored. Correct these files or leave them out: {', '.join(problems[:FEW])}{more}.")
-    try:
-        with replacing(place / name) as temporary:
-            temporary.mkdir()
-            for given, path in wanted:
-                shutil.copyfile(path, temporary / given)
-    except OSError as error:
-        raise RunError(f"The images cannot be stored ({error.strerror}).") from None
+    with reporting("The images cannot be stored"), replacing(place / name) as temporary:
+        temporary.mkdir()
+        for given, path in wanted:
+            shutil.copyfile(path, temporary / given)
     return folders.find(f"uploads/{name}"), sorted({given for given, _ in named} - names.keys())
 
 

@@ -1,10 +1,11 @@
 """Summarize a run in a sentence (HTML) that claims no more than a single run can show."""
 
 from reslora.formatting import pluralize
+from reslora.methods.registry import METHODS
 from reslora.runtime.log import of_split
 
 from .runs import Run, Weights, number
-from .views import NAMES, escape, notice
+from .views import escape, notice
 
 ONE_SEED = "One seed cannot show a difference; an experiment can: under Train, give the seeds <code>0 1 2</code>."
 ALONE = "There is nothing to compare with: select LoRA and ResLoRA under Train to train both."
@@ -23,7 +24,7 @@ def verdict(run: Run, step: int) -> str:
     The losses are those at the last step up to `step` at which all methods have a validation loss.
     """
     losses = {method: held_out(run, method) for method in run.methods}
-    without = [NAMES[method] for method, found in losses.items() if not found]
+    without = [METHODS[method].title for method, found in losses.items() if not found]
     if len(without) == len(losses):
         told = run.config.get("validation_split")
         return notice(NOTHING_HELD_OUT) if run.config and not told and run.status != "running" else ""
@@ -34,7 +35,7 @@ def verdict(run: Run, step: int) -> str:
     if at is None:
         return notice("No verdict at this step: choose a later step at which all methods have a validation loss.")
     order = sorted(losses, key=lambda method: losses[method][at])
-    named = ", ".join(f"{NAMES[method]} {losses[method][at]:.4f}" for method in order)
+    named = ", ".join(f"{METHODS[method].title} {losses[method][at]:.4f}" for method in order)
     claim, steps = ONE_SEED if len(order) > 1 else ALONE, pluralize(at, "step")
     return f'<p class="verdict"><b>{escape(named)}</b>: {LOSS} after {steps}. {claim}</p>'
 

@@ -10,40 +10,24 @@ import html
 import io
 import json
 from pathlib import Path
-from typing import TypeVar
 
 import PIL.Image
 
 from reslora.formatting import pluralize
 from reslora.images.data.images import data_uri
-from reslora.methods.registry import METHODS
 from reslora.options.prompts import clean
 
 from .activity import activity_of, why_ended
 from .runs import NO_CONFIG, Run, cached_by_stamp, number
 
-T = TypeVar("T")
 LARGEST_TILE = 320
 TILE, NARROW_TILE = 144, 72
 """Maximum width in pixels to which a small image is enlarged in a table or a card: on a wide page, on a narrow page."""
 
 
-class OfMethods(dict[str, str]):
-    """A property of methods by name, also of methods that are not built in."""
-
-    def __init__(self, attribute: str) -> None:
-        super().__init__({name: getattr(method, attribute) for name, method in METHODS.items()})
-        self.attribute = attribute
-
-    def __contains__(self, name: object) -> bool:
-        return name in METHODS
-
-    def __missing__(self, name: str) -> str:
-        return getattr(METHODS[name], self.attribute)
-
-
-NAMES, COLORS = OfMethods("title"), OfMethods("color")
 NOTHING = "&mdash;"
+LOADING = '<div class="notice loading">Loading ...</div>'
+"""What a component shows until its first value arrives."""
 
 
 def escape(text: str) -> str:
@@ -125,8 +109,7 @@ def summary(run: Run, status: str, said: str = "") -> str:
     config = run.config
     done, total = run.progress
     methods = run.methods
-    names = ", ".join(NAMES[method] for method in methods)
-    facts = [names, f"{pluralize(total // len(methods), 'step')} each" if total and methods else ""]
+    facts = [", ".join(run.titles), f"{pluralize(total // len(methods), 'step')} each" if total and methods else ""]
     if done < total:
         facts.append(f"{done} of {total} done")
     if run.unreadable:
@@ -198,11 +181,6 @@ def facts(values: dict[str, str]) -> str:
     """Return short facts with their names."""
     cells = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in values.items())
     return f'<dl class="facts" aria-live="polite">{"".join(cells)}</dl>'
-
-
-def skeleton(kind: str = "") -> str:
-    """Return a placeholder for a value that is being computed; `kind` is `tall` for images and lists."""
-    return f'<span class="skeleton {kind}" role="img" aria-label="computing"></span>'
 
 
 def notice(text: str) -> str:

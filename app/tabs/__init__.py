@@ -4,17 +4,15 @@ from .base import Tab
 from .compare import CompareTab
 from .dataset import DatasetTab
 from .generate import GenerateTab
-from .queue import QueueTab
 from .report import ReportTab
 from .runs import RunsTab
 from .train import TrainTab
 
-TABS: dict[str, dict[str, tuple[type[Tab], ...]]] = {
-    "Images": {"": (DatasetTab,)},
-    "Train": {"": (TrainTab,)},
-    "Compare": {"Run": (CompareTab,), "Experiment": (ReportTab,)},
-    "Generate": {"": (GenerateTab,)},
-    "Runs": {"": (QueueTab, RunsTab)},
+TABS: dict[str, type[Tab] | dict[str, type[Tab]]] = {
+    "Images": DatasetTab,
+    "Train": TrainTab,
+    "Compare": {"Run": CompareTab, "Experiment": ReportTab},
+    "Generate": GenerateTab,
+    "Runs": RunsTab,
 }
-"""Classes of the parts of each inner tab, by the titles of tab and inner tab, in the order of the page. The title of a
-single inner tab is empty."""
+"""Classes of the tabs by title, in the order of the page. Compare has two inner tabs."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import gradio as gr
 
+from ..handlers import NO_PROGRESS
 from ..jobs import Jobs
 from ..library import Library
 from ..runs import Run
 from ..studio import Studio
 
 T = TypeVar("T", bound="Tab")
+Inputs = gr.components.Component | list[gr.components.Component]
 
 
 def answer_line(value: str = "", **settings) -> gr.HTML:
@@ -23,6 +26,13 @@ def answer_line(value: str = "", **settings) -> gr.HTML:
 def open_choice(label: str, **settings) -> gr.Dropdown:
     """Return a dropdown that accepts any value, because its choices may be out of date. Handlers validate the value."""
     return gr.Dropdown(label=label, allow_custom_value=True, interactive=True, **settings)
+
+
+def download(button: gr.Button, handler: Callable[..., str], inputs: Inputs, api_name: str) -> None:
+    """Let a button download the file whose path a handler returns."""
+    file = gr.DownloadButton(visible="hidden", elem_id=f"{button.elem_id}-file")
+    made = button.click(handler, inputs, file, api_name=api_name, preprocess=False, **NO_PROGRESS)
+    made.success(None, js=f"() => document.querySelector('#{file.elem_id}').click()")
 
 
 @dataclass(frozen=True)
@@ -40,8 +50,6 @@ class TabHost(Protocol):
     blocks: gr.Blocks
     run: gr.Dropdown
     """Dropdown with the name of the selected run."""
-    seen: gr.State
-    """The state of the last poll."""
     all_tabs: gr.Tabs
     views: gr.Tabs
     """The tabs inside Compare."""
@@ -58,19 +66,13 @@ class Tab:
     The page only calls the methods of this class; a subclass overrides the methods that it needs.
     """
 
-    fold: ClassVar[str] = ""
-    """Title of the collapsed section that contains the part; empty if it is always visible."""
     chosen: gr.components.Component | None = None
     """The component by which the user selects what to show of a run (such as a step), or None."""
 
     def __init__(self, parts: Parts) -> None:
         self.library, self.jobs, self.studio = parts.library, parts.jobs, parts.studio
-        self.live: list[gr.components.Component] = []
-        """Components that every poll updates while a trainer is running."""
-        self.watched: list[gr.components.Component] = []
-        """Components that a poll updates only if the run has changed."""
-        self.of_run: list[gr.components.Component] = []
-        """Components that are set when a run is selected; afterwards the user may change them."""
+        self.polled: list[gr.components.Component] = []
+        """Components that polls update: those that `updates`, `shown` and `filled_in` return values of."""
         self.on_arrival: list[gr.components.Component] = []
         """Components that are set when the page is opened."""
 
@@ -86,7 +88,7 @@ class Tab:
         return None
 
     def live_state(self, run: Run) -> object:
-        """Return a value that changes if the components in `live` must be updated."""
+        """Return a value that changes if `updates` must be called."""
         return None
 
     def choice(self, run: Run, chosen: object, seen: object) -> object:
@@ -98,22 +100,25 @@ class Tab:
         return None
 
     def updates(self, run: Run, status: str) -> dict:
-        """Return the new values of the components in `live`, by component."""
+        """Return the new values of components that every poll updates while a trainer is running, by component."""
         return {}
 
     def shown(self, run: Run, choice: object) -> dict:
-        """Return the new values of the components in `watched`, by component.
+        """Return the new values of components that a poll updates only if the run has changed, by component.
 
         `choice`: the new value of the component `self.chosen`.
         """
         return {}
 
     def filled_in(self, run: Run) -> dict:
-        """Return the new values of the components in `of_run`, by component."""
+        """Return the values of components that are set when a run is selected, by component.
+
+        Afterwards the user may change them.
+        """
         return {}
 
     def is_outdated(self, run: Run, seen: object) -> bool:
-        """Return whether the components in `of_run` must be set again.
+        """Return whether `filled_in` must be called again.
 
         `seen`: the tab's part of the state at the last poll."""
         return False

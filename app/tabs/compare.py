@@ -5,12 +5,14 @@ import time
 
 import gradio as gr
 
+from reslora.methods.registry import METHODS
+
 from .. import compared, downloads, views
 from ..handlers import NO_PROGRESS, QUIET
 from ..launcher import safe_name
 from ..runs import Run
 from ..verdict import verdict
-from .base import Parts, Tab, TabHost, open_choice
+from .base import Parts, Tab, TabHost, download, open_choice
 
 
 class CompareTab(Tab):
@@ -22,12 +24,11 @@ class CompareTab(Tab):
             self.step = gr.Slider(0, 1, value=0, step=1, label="Step", elem_id="step", scale=6)
             self.play = gr.Button("▶ Play", elem_id="play", scale=1, min_width=90)
             self.download = gr.Button("Download grid", elem_id="download", scale=1, min_width=120)
-            self.grid_file = gr.DownloadButton("grid", visible="hidden", elem_id="grid-file")
         self.playing = gr.Timer(0.8, active=False)
         self.verdict = gr.HTML(elem_id="verdict")
         with gr.Row(elem_id="beside"):
             with gr.Column(scale=3):
-                self.grid = gr.HTML(views.skeleton("tall"), elem_id="grid")
+                self.grid = gr.HTML(views.LOADING, elem_id="grid")
             with gr.Column(scale=2, elem_id="curves"):
                 self.train_curve = gr.HTML(elem_id="train-curve")
                 self.validation_curve = gr.HTML(elem_id="validation-curve")
@@ -53,7 +54,6 @@ class CompareTab(Tab):
         with gr.Row(elem_id="take-row"):
             self.file = open_choice("File", elem_id="file", scale=4)
             self.take = gr.Button("Download", variant="primary", elem_id="take", scale=1, min_width=120)
-            self.taken = gr.DownloadButton("taken", visible="hidden", elem_id="taken")
         common = {"interactive": False, "buttons": ["copy"]}
         self.place = gr.Textbox(label="Path", max_lines=1, elem_id="place", **common)
         self.use = gr.Textbox(label="Load it with", lines=3, max_lines=8, elem_id="use", **common)
@@ -61,7 +61,7 @@ class CompareTab(Tab):
         # Holds the time of the last change. This event does not set the step, because the user may have moved the
         # slider.
         self.new = gr.Textbox(visible="hidden", elem_id="new")
-        self.watched, self.of_run = [self.step, self.new], [self.file, self.place, self.use]
+        self.polled = [self.step, self.new, self.file, self.place, self.use]
         self.chosen = self.step
 
     def events(self, page: TabHost) -> None:
@@ -70,30 +70,21 @@ class CompareTab(Tab):
         # Not preprocessed: Gradio would reject a step beyond the slider's previous maximum.
         gr.on(
             [self.step.change, self.new.change], self.compare, looked_at, self.at_step, trigger_mode="always_last",
-            preprocess=False, **QUIET,
+            api_name="compare", preprocess=False, **NO_PROGRESS,
         )  # fmt: skip
         two = [self.left, self.right, self.row]
         gr.on(
             [self.grid.change, *(part.input for part in two)], self.look_at_two, [*looked_at, *two],
             [self.swipe_part, *two, self.swipe, self.difference], trigger_mode="always_last", preprocess=False, **QUIET,
         )  # fmt: skip
-        for handler, asked, outputs, name in (
-            (self.compare, looked_at, self.at_step, "compare"),
-            (self.save_grid, looked_at, self.grid_file, "download_grid"),
-        ):
-            gr.on([], handler, asked, outputs, api_name=name, preprocess=False)
         self.play.click(self.toggle, self.play, [self.play, self.playing], **QUIET)
         self.playing.tick(self.next_step, [run, self.step], self.step, preprocess=False, **QUIET)
-        self.download.click(
-            self.save_grid, looked_at, self.grid_file, api_visibility="private", preprocess=False
-        ).success(None, js="() => document.querySelector('#grid-file').click()")
+        download(self.download, self.save_grid, looked_at, "download_grid")
         self.file.change(
             self.how_to_use, [run, self.file], [self.place, self.use], api_name="how_to_use",
             preprocess=False, **NO_PROGRESS,
         )  # fmt: skip
-        self.take.click(
-            self.take_file, [run, self.file], self.taken, api_name="download_file", preprocess=False
-        ).success(None, js="() => document.querySelector('#taken').click()")
+        download(self.take, self.take_file, [run, self.file], "download_file")
 
     def seen(self, run: Run) -> tuple:
         """Return the last step with samples, the downloads, and whether the run has failed."""
@@ -111,7 +102,7 @@ class CompareTab(Tab):
     def filled_in(self, run: Run) -> dict:
         """Return the downloads, with the last method's first LoRA file selected."""
         labels = self.list_files(run)
-        mine = [label for label in labels if label.startswith(f"{views.NAMES[run.methods[-1]]}:")]
+        mine = [label for label in labels if label.startswith(f"{METHODS[run.methods[-1]].title}:")]
         chosen = next((label for label in mine if ".safetensors" in label), next(iter(mine or labels), None))
         place, use = self.how_to_use(run.name, chosen)
         title = "File" if labels else "File (there are none yet: they are written when a method has been trained)"
@@ -119,7 +110,7 @@ class CompareTab(Tab):
         return {self.file: file, self.place: place, self.use: use}
 
     def shown(self, run: Run, step: int) -> dict:
-        """Return the new values of the components in `watched`, by component; `step`: the slider's new step."""
+        """Return the slider's new range, and its new step, by component."""
         steps = run.steps()
         slider = gr.update(
             minimum=0, maximum=max(steps, default=1) or 1, step=max(1, math.gcd(*steps)) if steps else 1, value=step

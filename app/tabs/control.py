@@ -43,11 +43,11 @@ class ControlTab(Tab):
 
     def do_stop(self, name: str) -> str:
         """Stop the selected run or experiment, and return a notice."""
-        return views.notice(self.jobs.stop(self.jobs.find(name, self.kind)))
+        return views.notice(self.jobs.stop(self.library.find(name, self.kind)))
 
     def do_resume(self, name: str) -> str:
         """Resume a stopped run or experiment, or add it to the queue; return a notice."""
-        run = self.jobs.find(name, self.kind)
+        run = self.library.find(name, self.kind)
         return views.notice(
             self.outcome_of(self.jobs.add(Entry(run.name, self.what, shown_settings(run), resume=True)))
         )

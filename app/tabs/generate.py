@@ -18,10 +18,6 @@ from ..verdict import warning_for
 from .base import Parts, Tab, TabHost, answer_line, open_choice
 from .grid import GridPart
 
-ON_DEVICE = {"concurrency_id": "device", "concurrency_limit": 1}
-"""Options of events that generate images: Gradio queues them, and shows which place a waiting one has."""
-
-
 EVERY = 0.5
 """Seconds between two polls of the progress."""
 
@@ -47,8 +43,9 @@ class GenerateTab(Tab):
                 )  # fmt: skip
         self.grid = GridPart(self)
         self.timer = gr.Timer(EVERY, active=False)
-        self.watched = [self.weights, self.warning]
-        self.of_run = [self.prompt, self.steps, self.guidance, self.width, self.height]
+        self.samples = [self.prompt, self.steps, self.guidance, self.width, self.height]
+        """The settings with which a run generates samples."""
+        self.polled = [self.weights, self.warning, *self.samples]
         self.chosen = self.weights
 
     def settings_column(self) -> None:
@@ -94,7 +91,7 @@ class GenerateTab(Tab):
                 page.run, self.weights, self.adapter, self.beside, self.random, *settings, self.reference,
             ],
             [self.gallery, self.status, self.seed],
-            api_name="generate", preprocess=False, **NO_PROGRESS, **ON_DEVICE,
+            api_name="generate", preprocess=False, concurrency_id="device", concurrency_limit=1, **NO_PROGRESS,
         )  # fmt: skip
         unqueued = {"queue": False, **NO_PROGRESS}
         self.cancel.click(self.stop, None, self.status, api_name="cancel", **unqueued)
@@ -126,7 +123,7 @@ class GenerateTab(Tab):
         return chosen if chosen != best and chosen in self.list_weights(run.name) else run.best_weights()
 
     def shown(self, run: Run, label: str) -> dict:
-        """Return the new values of the components in `watched`, by component; `label`: the selected weights.
+        """Return the choices of weights, of which `label` is selected, and the warning, by component.
 
         The warning is also updated, because the same label means other weights in another run.
         """
@@ -141,7 +138,7 @@ class GenerateTab(Tab):
         """Return the settings with which the run generates samples, by component."""
         asked = generation_request.of_samples(run)
         values = [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height]
-        return dict(zip(self.of_run, values, strict=True))
+        return dict(zip(self.samples, values, strict=True))
 
     def warn(self, name: str, label: str) -> dict:
         """Return the update of the warning about a run's weights; it is hidden if there is no warning."""
@@ -170,15 +167,13 @@ class GenerateTab(Tab):
         weights = self.chosen_weights(run, label, adapter)
         choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
         seed = secrets.randbelow(generation_request.SEEDS) if random else seed
-        request = Request(prompt, negative, seed, steps, guidance, width, height, images, strength)
-        request.check()
-        request = request.clamped()
+        request = Request(prompt, negative, seed, steps, guidance, width, height, images, strength).checked()
         done, files, wanted = [], [], request.images * len(choices)
         yield [], "", request.seed
         try:
             for drawn in self.studio.generate(run, choices, request, path_of(reference)):
                 done.append(drawn)
-                files.append((self.save(drawn), f"{drawn.source['weights']} · seed {drawn.request.seed}"))
+                files.append((self.save(drawn), f"{drawn.weights} · seed {drawn.request.seed}"))
                 yield {self.gallery: list(files)}
         except Cancelled:
             yield {self.status: views.notice(f"Cancelled after {len(done)} of {pluralize(wanted, 'image')}.")}

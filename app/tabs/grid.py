@@ -98,8 +98,7 @@ class GridPart:
         At the end, or if the grid is stopped, also yield the grid as one image file, and the files of the cells."""
         run = self.tab.library.find(name) if name else None
         weights = self.tab.chosen_weights(run, label, adapter)
-        request = Request(prompt, negative, seed, steps, guidance, width, height, 1, strength)
-        request.check()
+        request = Request(prompt, negative, seed, steps, guidance, width, height, 1, strength).checked()
         axes = grids.axis("X", x, x_values), grids.axis("Y", y, y_values)
         grid = grids.grid(run, weights, request, *axes)
         drawn, files, shown, total = {}, {}, {}, pluralize(len(grid.cells), "cell")

@@ -7,7 +7,7 @@ from ..downloads import Download, new_file, packed
 from ..handlers import QUIET
 from ..library import Experiment
 from ..runs import RunError
-from .base import Parts, TabHost, answer_line, open_choice
+from .base import Parts, TabHost, answer_line, download, open_choice
 from .control import ControlTab
 
 EVERY = 3.0
@@ -35,10 +35,9 @@ class ReportTab(ControlTab):
             self.resume = gr.Button("Resume", elem_id="experiment-resume", min_width=90)
             self.take = gr.DownloadButton("Download report", interactive=False, elem_id="take-report", min_width=140)
             self.take_best = gr.Button("Download best LoRA", interactive=False, elem_id="take-best", min_width=140)
-            self.best_taken = gr.DownloadButton("best", visible="hidden", elem_id="best-taken")
         self.answer = answer_line(elem_id="experiment-answer")
         self.state = gr.HTML(elem_id="experiment-state")
-        self.report = gr.HTML(views.skeleton("tall"), elem_id="experiment-report", js_on_load=RESIZE)
+        self.report = gr.HTML(views.LOADING, elem_id="experiment-report", js_on_load=RESIZE)
         with gr.Accordion("Log of the trainer", open=False):
             self.log = gr.HTML(elem_id="experiment-log")
         self.last_look = gr.State(None)
@@ -55,9 +54,7 @@ class ReportTab(ControlTab):
         """Connect the components."""
         self.control(self.which)
         shown = [self.last_look, self.which, self.state, self.log, self.report, self.take, self.take_best]
-        self.take_best.click(
-            self.copy_of_best, self.which, self.best_taken, api_name="download_best", preprocess=False
-        ).success(None, js="() => document.querySelector('#best-taken').click()")
+        download(self.take_best, self.copy_of_best, self.which, "download_best")
         self.which.change(self.look, self.which, shown, **QUIET)
         self.timer.tick(self.look, [self.which, self.last_look], shown, queue=False, **QUIET)
         page.frames[self].select(lambda: gr.Timer(active=True), None, self.timer, **QUIET)
@@ -66,17 +63,17 @@ class ReportTab(ControlTab):
         """Return the values that have changed since the last poll: state and log, and the report if it has changed.
 
         `seen`: the state at the last poll."""
-        names = self.list_names()
-        if name not in names:
+        known = self.library.experiments()
+        if name not in known:
             # The user may be typing a name; without a selection, or if it was removed, select the newest.
             gone = not name or (seen is not None and name == seen[0])
-            if names and gone:
-                return {self.which: gr.update(choices=names, value=names[0])}
+            if known and gone:
+                return {self.which: gr.update(choices=list(known), value=next(iter(known)))}
             nothing = {self.state: views.notice(experiments.NONE), self.report: ""}
-            return nothing if not names and seen is None else gr.skip()
-        found = self.library.find_experiment(name)
+            return nothing if not known and seen is None else gr.skip()
+        found = known[name]
         status = self.jobs.status(found)
-        now = (name, tuple(names), found.fingerprint(), status, found.activity, found.log_tail())
+        now = (name, tuple(known), found.fingerprint(), status, found.activity, found.log_tail())
         if now == seen:
             return gr.skip()
         updates = {
@@ -85,7 +82,7 @@ class ReportTab(ControlTab):
             self.log: views.log(self.jobs.log(found), status),
         }
         if seen is None or now[:3] != seen[:3]:
-            updates[self.which] = gr.update(choices=names)
+            updates[self.which] = gr.update(choices=list(known))
             updates[self.report] = experiments.report(found)
             updates[self.take] = gr.update(value=self.copy_of_report(found), interactive=bool(found.report()))
             updates[self.take_best] = gr.update(interactive=found.lora() is not None)
@@ -102,7 +99,7 @@ class ReportTab(ControlTab):
 
     def copy_of_best(self, name: str) -> str:
         """Return the path of a copy of the best run's LoRA file to download. Raises `RunError` if none exists."""
-        found = self.library.find_experiment(name)
+        found = self.library.find(name, Experiment)
         path = found.lora()
         if path is None:
             raise RunError(

@@ -25,7 +25,7 @@ from ..handlers import NO_PROGRESS, QUIET
 from ..jobs import WAITING, Entry, NameTaken
 from ..library import Experiment
 from ..runs import Run, RunError
-from .base import Parts, TabHost, answer_line, open_choice
+from .base import Parts, TabHost, answer_line, download, open_choice
 from .control import ControlTab
 from .report import ReportTab
 
@@ -61,8 +61,8 @@ class TrainTab(ControlTab):
             self.name, self.folder, self.model, *self.flags.values(), self.more,
             self.shown_defaults,
         ]  # fmt: skip
-        self.live = [self.log, self.resume, self.panel, *self.panel_parts]
-        self.watched, self.on_arrival = [self.start], [self.folder, self.begin]
+        self.polled = [self.log, self.resume, self.panel, *self.panel_parts, self.start]
+        self.on_arrival = [self.folder, self.begin]
 
     @classmethod
     def all_names(cls) -> tuple[str, ...]:
@@ -151,7 +151,6 @@ class TrainTab(ControlTab):
         with gr.Row(elem_classes="quiet"):
             self.memory = gr.Button("Estimate memory", elem_id="memory", size="sm", min_width=120)
             self.save_config = gr.Button("Save configuration", elem_id="save-config", size="sm", min_width=140)
-            self.config = gr.DownloadButton("config", visible="hidden", elem_id="config-file")
         self.log = gr.HTML(elem_id="log")
         gr.Markdown(
             "Training runs as a separate process: you can close this page. **Stop and save** writes a checkpoint, and "
@@ -211,9 +210,7 @@ class TrainTab(ControlTab):
         started = [page.run, page.tab(ReportTab).which, self.start, self.answer]
         self.start.click(self.do_start, inputs, started, api_name="train_start", **common)
         self.memory.click(self.do_plan, inputs, self.answer, api_name="train_memory", **common)
-        self.save_config.click(self.do_save, inputs, self.config, api_name="save_config", **common).success(
-            None, js="() => document.querySelector('#config-file').click()"
-        )
+        download(self.save_config, self.do_save, inputs, "save_config")
         # Not `input`: it is also triggered when the box loses the focus, and would overwrite the form.
         filled = [self.shown_defaults, self.model, self.folder, *self.flags.values(), self.more]
         self.begin.change(self.fill, self.begin, filled, trigger_mode="always_last", **QUIET)
@@ -241,9 +238,10 @@ class TrainTab(ControlTab):
 
     def values_of(self, settings: dict) -> list:
         """Return the form's values for these settings: all options, more methods, and the defaults."""
-        values = dict(zip(self.all_names(), form.values_of(settings, self.all_names()), strict=True))
-        values["method"], more = form.in_two(values["method"])
-        return [*values.values(), more, form.defaults(settings)]
+        values = form.values_of(settings)
+        more = [name for name in values["method"] if name not in form.FIRST]
+        values["method"] = [name for name in values["method"] if name in form.FIRST]
+        return [*(values[name] for name in self.all_names()), more, form.defaults(settings)]
 
     def ask(self, request: str, prompts: str = "") -> str:
         """Ask the active run for a checkpoint, samples or a pause after the current step, and return a notice."""
@@ -268,15 +266,11 @@ class TrainTab(ControlTab):
         found = {flag: value for flag, value in settings.items() if flag not in left_out}
         return found | {"method": methods}
 
-    def entry(self, name, folder, model, values: Sequence) -> Entry:
+    def entry(self, name, folder, model, *values) -> Entry:
         """Return an entry of the queue with the form's settings."""
         settings = self.settings(name, model, values)
         given = {flag: value for flag, value in settings.items() if flag == "method" or value not in launcher.EMPTY}
         return Entry(name, settings=given, folder=without_bundled(folder))
-
-    def words(self, name, folder, model, *values) -> list[str]:
-        """Return the arguments of the form's training command."""
-        return self.jobs.command_of(self.entry(name, folder, model, values))
 
     def look(self, name, folder, model, *values) -> dict:
         """Return updates of the page for the form's values, by component.
@@ -309,7 +303,7 @@ class TrainTab(ControlTab):
     def do_plan(self, *inputs) -> Iterator[str]:
         """Yield a notice, then the trainer's memory estimate (`--plan`), as HTML; nothing is trained."""
         yield views.notice("Estimating memory; this takes a few seconds.")
-        planned = self.jobs.plan(self.words(*inputs))
+        planned = self.jobs.plan(self.jobs.command_of(self.entry(*inputs)))
         peak = f"Weights, gradients and activations: {peak_memory(planned)}. Python and its libraries need more."
         yield views.notice(peak) + views.printed(planned)
 
@@ -318,25 +312,23 @@ class TrainTab(ControlTab):
 
         Return updates of the run and experiment dropdowns, the start button's label, and a notice.
         """
-        name, folder, model, *values = inputs
-        entry = self.entry(name, folder, model, values)
-        added = self.jobs.add(entry)
+        added = self.jobs.add(self.entry(*inputs))
         told = self.outcome_of(added)
         run = experiment = gr.update()
         if added.kind == "experiment":
-            experiment = gr.update(choices=list(self.library.experiments()), value=name)
+            experiment = gr.update(choices=list(self.library.experiments()), value=added.name)
             told += " Its report is under Compare, Experiment."
         elif added.state != WAITING:
-            run = gr.update(choices=self.list_names(), value=name)
+            run = gr.update(choices=self.list_names(), value=added.name)
         return run, experiment, self.start_label(), views.notice(told)
 
     def do_save(self, *inputs) -> str:
         """Return the path of a TOML file with the form's settings, for `train_sd.py --config`."""
-        name, folder, model, *values = inputs
-        settings = launcher.parsed(self.settings(name, model, values))
-        if folder := without_bundled(folder):
-            settings["train_data_dir"] = str(self.jobs.images.find(folder).path)
-        path = new_file(f"{launcher.safe_name(str(name))}.toml")
+        entry = self.entry(*inputs)
+        settings = launcher.parsed(entry.settings)
+        if entry.folder:
+            settings["train_data_dir"] = str(self.jobs.images.find(entry.folder).path)
+        path = new_file(f"{launcher.safe_name(str(entry.name))}.toml")
         lines = (f"{flag} = {json.dumps(value, ensure_ascii=False)}\n" for flag, value in settings.items())
         text = "".join(lines).replace("\x7f", "\\u007f")  # as TOML demands
         path.write_text(text, encoding="utf-8", errors="replace")

@@ -11,7 +11,7 @@ from experiment import examples
 
 from app import experiments
 from app.jobs import Entry, Jobs
-from app.library import Library
+from app.library import Experiment, Library
 from app.runs import RunError
 from app.studio import Studio
 from app.tabs.base import Parts
@@ -41,22 +41,22 @@ def write_experiment(folder, content: dict) -> None:
 
 def test_experiments_and_runs_are_listed_apart(library):
     assert list(library.runs()) == ["run"] and list(library.experiments()) == ["which"]
-    found = library.find_experiment("which")
+    found = library.find("which", Experiment)
     assert found.status == "finished" and found.progress == (60, 60)
     for name in ("run", *HOSTILE):
         with pytest.raises(RunError, match="no experiment"):
-            library.find_experiment(name)
+            library.find(name, Experiment)
 
 
 @pytest.mark.parametrize("content", [None, {"arms": [None, 7, {"status": []}]}])
 def test_a_damaged_record_is_no_error(library, content):
-    found = library.find_experiment("which")
+    found = library.find("which", Experiment)
     (found.folder / "experiment.json").write_text(json.dumps(content))
     assert found.status == "stopped" and experiments.summary(found, found.status)
 
 
 def test_how_far_it_is(library):
-    found, content = library.find_experiment("which"), examples.unfinished()
+    found, content = library.find("which", Experiment), examples.unfinished()
     write_experiment(found.folder, content)
     (found.folder / ".lock").write_text(str(os.getpid()))  # which may be any process: it is stopped
     assert found.status == "stopped" and found.progress == (7, 60)
@@ -67,7 +67,7 @@ def test_how_far_it_is(library):
 
 
 def test_the_report_can_do_nothing_to_the_page(library):
-    found = library.find_experiment("which")
+    found = library.find("which", Experiment)
     (found.folder / "report.html").write_text('"><script>parent.hacked = 1</script> ${1} {{2}}')
     frame = experiments.report(found)
     assert 'sandbox="allow-scripts"' in frame and "<script>" not in frame and "${" not in frame and "{{" not in frame

@@ -87,7 +87,7 @@ def test_the_settings_of_a_run_make_its_command_again(tmp_path):
     assert parsed["validation_prompt"] == settings["validation_prompt"]
     parse_args(words)  # which refuses what nothing would read
     with pytest.raises(RunError, match="random_flip has several values"):
-        form.values_of(settings | {"random_flip": [True, False]}, ["random_flip"])
+        form.values_of(settings | {"random_flip": [True, False]})
     with pytest.raises(RunError, match="no run or preset of that name"):  # not an empty form
         form.settings_of("gone", Library(tmp_path).runs())
     (tmp_path / "run" / "config.json").write_text("{")

@@ -28,9 +28,9 @@ def test_requests_are_clamped():
     ],
 )
 def test_what_is_beyond_the_limits_is_refused(name, value, told):
-    Request().check()
+    Request().checked()
     with pytest.raises(RunError, match=f"^{told}"):
-        replace(Request(), **{name: value}).check()
+        replace(Request(), **{name: value}).checked()
 
 
 @pytest.mark.parametrize("size", [{}, {"validation_height": 96, "validation_width": 48}])

@@ -66,7 +66,7 @@ def test_cells_are_single_drawings(studio, run, x, y, single):
     ("name", "text", "said"),
     [
         ("colour", "1", "X: no setting has this name; choose one of checkpoint, "),
-        ("strength", "0 half", r"X \(strength\): half is not a number from -2 to 2"),
+        ("strength", "0 half", r"X \(strength\) is half: give a number from -2 to 2"),
         ("seed", " ".join(map(str, range(65))), f"X .seed.: 65 values are more than the {MOST}"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_form_that_begins_with_a_run_has_its_model_or_says_why_not(trainings, 
 
 def test_a_form_that_begins_with_a_run_has_its_images_or_does_not_start(trainings, tmp_path):
     """The page may not name a folder that is not on the list, and must not train on the bundled images instead."""
-    tab, runs, cats = form_of(trainings), trainings.library.folder, str(trainings.data / "cats")
+    tab, runs, cats = form_of(trainings), trainings.library.folder, str(trainings.images.data / "cats")
     uploaded = runs / ".images" / "up"
     uploaded.mkdir(parents=True)
     read = {"listed": cats, "one": [cats], "uploaded": str(uploaded), "bundled": str(BUNDLED_IMAGES), "none": None}
