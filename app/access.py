@@ -9,9 +9,6 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-SHARED = ".gradio.live"
-"""End of the host names of Gradio's public links."""
-
 
 def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """Return a host name as an IP address, or None if it is a name."""
@@ -68,7 +65,7 @@ class OwnPagesOnly:
     def knows(self, name: str) -> bool:
         """Return whether this application is called by this host name or IP address."""
         by_address = self.is_open and address_of(name) is not None
-        return by_address or name in self.names or (self.shared and name.endswith(SHARED))
+        return by_address or name in self.names or (self.shared and name.endswith(".gradio.live"))
 
 
 def parts_of(url: str) -> tuple[str, str]:

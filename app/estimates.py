@@ -48,11 +48,6 @@ def training_time(library: Library, found: Options | Grid[Options]) -> str:
     return f"about {duration(total)}, like {like.name}"
 
 
-def number_of_runs(found: Options | Grid[Options]) -> int:
-    """Return how many runs are trained; the methods of a single run count as one."""
-    return len(methods_of(found)) if isinstance(found, Grid) else 1
-
-
 def methods_of(found: Options | Grid[Options]) -> list[str]:
     """Return the method of each run that is trained."""
     if not isinstance(found, Grid):

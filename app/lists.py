@@ -57,8 +57,7 @@ def queue(jobs: Jobs) -> str:
         return bad(str(error))
     if not entries:
         return notice(NOTHING_QUEUED)
-    order = [RUNNING, WAITING]
-    shown = sorted(entries, key=lambda entry: order.index(entry.state) if entry.state in order else len(order))
+    shown = sorted(entries, key=lambda entry: (entry.ends, entry.state == WAITING))
     return f'<ol class="queue" aria-label="Queue">{"".join(row(jobs, entry) for entry in shown)}</ol>'
 
 

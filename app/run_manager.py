@@ -37,10 +37,9 @@ class RunManager:
 
         Raises `RunError` if the stored notes are not `was`, the notes that the user saw.
         """
-        if not isinstance(notes, str) or len(notes := notes.replace("\r\n", "\n").strip()) > LONGEST_NOTES:
-            raise RunError(f"Notes are text of at most {LONGEST_NOTES:,} characters; nothing was saved.")
-        if clean(notes) != notes:
-            raise RunError("The notes contain characters that are not valid Unicode; nothing was saved.")
+        if not isinstance(notes, str) or clean(notes) != notes or len(notes) > LONGEST_NOTES:
+            raise RunError(f"Notes are valid text of at most {LONGEST_NOTES:,} characters; nothing was saved.")
+        notes = notes.replace("\r\n", "\n").strip()
         with self.jobs.lock:
             run = self.find(name)
             if len(run.notes) > LONGEST_NOTES:

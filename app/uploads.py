@@ -42,7 +42,10 @@ def store(folders: Folders, name: str, files: Sequence[tuple[str, Path]]) -> tup
         raise RunError(f"None of these files is an image: upload files of type {', '.join(sorted(SUFFIXES))}.")
     wanted = [
         (given, path) for given, path in named
-        if given[0] != "." and (is_image(Path(given)) or given in TABLES or is_caption_of(given, images))
+        if given[0] != "." and (
+            is_image(Path(given)) or given in TABLES
+            or (Path(given).suffix.lower() in CAPTIONS and Path(given).stem in images)
+        )
     ]  # fmt: skip
     with ThreadPoolExecutor(THREADS) as pool:  # PIL decodes in parallel
         problems = [f"{file[0]} ({why})" for file, why in zip(wanted, pool.map(problem_of, wanted), strict=True) if why]
@@ -56,11 +59,6 @@ def store(folders: Folders, name: str, files: Sequence[tuple[str, Path]]) -> tup
         for given, path in wanted:
             shutil.copyfile(path, temporary / given)
     return folders.find(f"uploads/{name}"), sorted({given for given, _ in named} - names.keys())
-
-
-def is_caption_of(name: str, images: set[str]) -> bool:
-    """Return whether a file is the caption of one of the images with these names, without suffix."""
-    return Path(name).suffix.lower() in CAPTIONS and Path(name).stem in images
 
 
 def problem_of(file: tuple[str, Path]) -> str:

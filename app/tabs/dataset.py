@@ -106,12 +106,10 @@ class DatasetTab(Tab):
         """Connect the components."""
         gr.on([self.folder.change, self.which.change, self.words.change], lambda: 1, None, self.page, **QUIET)
         page.frames[self].select(self.open, self.folder, [self.folder, self.changed], **QUIET)
+        self.change_by(self.undo, self.do_undo, self.folder)
+        self.change_by(self.check, self.do_check, self.folder)
         of_model = [self.folder, self.model, self.instruction, self.prefix, self.overwrite]
-        for button, handler, inputs in (
-            (self.undo, self.do_undo, self.folder), (self.check, self.do_check, self.folder),
-            (self.write, self.do_caption, of_model),
-        ):  # fmt: skip
-            self.change_by(button, handler, inputs)
+        self.change_by(self.write, self.do_caption, of_model)
         self.stop.click(self.captioning.stopped.set, **QUIET)
         self.operation.change(
             lambda operation: gr.update(visible=operation == image_edits.REPLACE), self.operation, self.other, **QUIET

@@ -41,24 +41,21 @@ class RunsTab(Tab):
     def events(self, page: TabHost) -> None:
         """Connect the components."""
         shown = [self.queue, self.cards, self.last_look]
-        page.frames[self].select(self.open, self.words, [*shown, self.timer], **QUIET)
+        opened = page.frames[self].select(self.show, self.words, shown, **QUIET)
+        opened.success(lambda: gr.Timer(active=True), None, self.timer, **QUIET)
         self.words.change(self.show, self.words, shown, trigger_mode="always_last", **QUIET)
         self.timer.tick(self.look, [self.words, self.last_look], shown, queue=False, **QUIET)
-        opened = [page.all_tabs, page.views, page.run, page.tab(ReportTab).which]
+        places = [page.all_tabs, page.views, page.run, page.tab(ReportTab).which]
         # All clicks are handled in order, so that the last response shows the current lists.
         in_turn = {"trigger_mode": "multiple", "concurrency_limit": 1, "concurrency_id": "rows"}
         for rows in (self.queue, self.cards):
-            rows.acted(self.act, self.words, [self.answer, *shown, *opened], **in_turn, **QUIET)
+            rows.acted(self.act, self.words, [self.answer, *shown, *places], **in_turn, **QUIET)
         gr.api(self.manager.write_notes, api_name="set_run_notes")
 
     def show(self, words: str) -> tuple[str, str, tuple]:
         """Return as HTML the queue, and the runs whose name or notes contain `words`; and the hashes of both."""
         shown = lists.queue(self.jobs), lists.runs(self.manager, str(words or ""))
         return *shown, tuple(map(hash, shown))
-
-    def open(self, words: str) -> tuple:
-        """Return what `show` returns, and start the timer; called when the tab is opened."""
-        return *self.show(words), gr.Timer(active=True)
 
     def look(self, words: str, seen: tuple) -> object:
         """Return what `show` returns, without a list that has not changed; `seen`: hashes of the lists on the page."""

@@ -19,7 +19,7 @@ from .. import compared, experiments, form, launcher, views
 from ..activity import activity_of
 from ..bases import DEFAULT, PIPELINES, word_of_model
 from ..downloads import new_file
-from ..estimates import number_of_runs, peak_memory, training_time
+from ..estimates import peak_memory, training_time
 from ..folders import BUNDLED
 from ..handlers import NO_PROGRESS, QUIET
 from ..jobs import WAITING, Entry, NameTaken
@@ -294,7 +294,7 @@ class TrainTab(ControlTab):
         for flag in form.FOLLOWING:
             if now[flag] != shown.get(flag) == flags[flag]:
                 updates[self.flags[flag]] = now[flag]
-        facts = {"Runs": f"{number_of_runs(found):,}", "Time": training_time(self.library, found)}
+        facts = {"Time": training_time(self.library, found)}
         return updates | {
             self.plan: told, self.facts: views.facts(facts), self.command: launcher.in_words(words),
             self.shown_defaults: now,
