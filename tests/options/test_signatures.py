@@ -47,7 +47,7 @@ SEE_ALL = {
     "app/tabs/train.py": "given_in",
     "app/bases.py": "base_of check_sizes",  # here and in the studio: the options of a base model
     "app/studio.py": "_load",
-    "app/estimates.py": "methods_of number_of_runs seconds_a_step training_time",
+    "app/estimates.py": "methods_of seconds_a_step training_time",
     "app/image_folders.py": "defaults",
 }
 """Who may, by file; of `Arguments[LlmOptions]` and the like the whole is not seen, but a run's arguments."""
