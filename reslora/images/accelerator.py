@@ -18,7 +18,7 @@ def start_accelerator(options: Options) -> Accelerator:
     """Return accelerate's `Accelerator` with the requested tracker; on a CPU, set the number of threads too."""
     plugin = take_plugin(options.model, options.adapter, options.training, options.output)
     if not options.model.mixed_precision and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
-        problem = "its configuration says fp8, in which nothing is trained here"
+        problem = "its configuration selects fp8, which this trainer does not support"
         raise InvalidArgument("accelerate launch", problem, "give --mixed_precision bf16, or another configuration")
     accelerator = new_accelerator(
         f"--mixed_precision {options.model.mixed_precision}",

@@ -52,7 +52,7 @@ def caption_folder(args: argparse.Namespace) -> None:
 def images_in(folder: Path) -> list[Path]:
     """Return the images of a folder and its subfolders, without hidden ones.
 
-    Of images that would share a caption file, only the first is returned; a warning names the others. Raises
+    If several images share a caption file, only the first is returned, and a warning names the others. Raises
     `InvalidArgument` if there are no images, or if the trainer would read captions from a table.
     """
     files = [path for path in sorted(all_below(folder)) if path.is_file() and not path.name.startswith(".")]
@@ -70,7 +70,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def readable(paths: Sequence[Path]) -> Iterator[tuple[Path, PIL.Image.Image]]:
-    """Yield paths with their images, and print the names of damaged ones; temporary errors are raised."""
+    """Yield each path with its image; print the names of damaged files, and raise temporary errors."""
     for path in paths:
         try:
             yield path, open_image(path)
@@ -83,8 +83,7 @@ def readable(paths: Sequence[Path]) -> Iterator[tuple[Path, PIL.Image.Image]]:
 class Captioner:
     """An image-text model with its processor, on the accelerator if there is one.
 
-    Raises `InvalidArgument` for a model that needs code of its own, that has no safetensors file, or whose file lacks
-    weights.
+    Raises `InvalidArgument` for a model that needs custom code, has no safetensors file, or lacks weights.
     """
 
     def __init__(self, name: str, prompt: str | None, max_new_tokens: int) -> None:
@@ -100,7 +99,7 @@ class Captioner:
                 raise ValueError(f"the file lacks weights, such as {min(info['missing_keys'])}")
             tokenizer = self.processor.tokenizer
         self.model: Any = model.eval().to(device)
-        tokenizer.padding_side = "left"  # the model continues at the right end
+        tokenizer.padding_side = "left"  # generated tokens are appended at the right end
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
@@ -118,8 +117,8 @@ class Captioner:
             ids = inputs.get("input_ids", [[]] * len(images))
             prompts = read(ids, skip_special_tokens=True)
             tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-        # Decoders return the prompt too, some with another number of special tokens: compare texts, as transformers'
-        # pipeline does.
+        # The generated tokens include the prompt, with some models with other special tokens. Therefore compare texts
+        # instead of tokens, as transformers' pipeline does.
         texts = [" ".join(text.split()) for text in read(tokens, skip_special_tokens=True)]
         return [
             text.removeprefix(" ".join(prompt.split())).strip() for text, prompt in zip(texts, prompts, strict=True)
@@ -139,7 +138,7 @@ class Captioner:
             text=None if text is None else [text] * len(images),
             padding=True, return_tensors="pt", **options,
         )  # fmt: skip
-        if self.model.config.model_type == "git" and text is not None:  # its tokenizer ends the prompt like a caption
+        if self.model.config.model_type == "git" and text is not None:  # the tokenizer adds an end token
             for name in ("input_ids", "attention_mask"):
                 inputs[name] = inputs[name][:, :-1]
         return inputs

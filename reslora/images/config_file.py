@@ -17,7 +17,7 @@ OF_SHORTCUTS = [name for name, option in Options.table().items() if option.impli
 
 
 def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, Any]:
-    """Return the values that apply together with the `given` options of the command line; print what is left out."""
+    """Return the values that apply together with the `given` options of the command line; print the ignored options."""
     now, where = {**values, **given}, f"--config {path}"
     checkpoint = values.get("resume_from_checkpoint", "latest")
     if checkpoint != "latest":
@@ -27,7 +27,7 @@ def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, A
             print(f"{where}: --resume_from_checkpoint {checkpoint} {left_out}", flush=True)
     several = any(len(option.several(now.get(name)) or ()) > 1 for name, option in Options.table().items())
     of_others = list(OF_RUNS if several else OF_EXPERIMENTS)
-    if not several and not now.get("save_best"):  # of an experiment, in which averages are methods
+    if not several and not now.get("save_best"):  # used only by experiments and --save_best
         of_others.append("average_checkpoints")
     table = Options.table()
     set_there = [name for name in of_others if values.get(name) and values[name] != table[name].fixed_default]

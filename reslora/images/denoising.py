@@ -63,7 +63,7 @@ class DenoisingLoss:
         """Return the mean squared error between predictions with and without the adapters, of shape (batch,).
 
         Both predictions are made from the batch's noisy latents for --output_preservation_prompt, in the denoiser and
-        with the text encoders. The one without the adapters is the target and has no gradient. This loss is
+        with the text encoders. The prediction without the adapters is the target and has no gradient. This loss is
         ai-toolkit's `diff_output_preservation`, but with one prompt for all samples.
         """
         prediction = self._class_prediction(denoiser, batch)
@@ -84,7 +84,7 @@ class DenoisingLoss:
         return self.family.prediction(denoiser(**inputs, return_dict=False), target).float()
 
     def squared(self, prediction: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Return the mean squared error of each sample, of shape (batch,); a sample's mask limits it to a region.
+        """Return the mean squared error of each sample, of shape (batch,); a mask limits a sample's error to a region.
 
         `prediction`, `target`: batch x channels x height x width.
         """
@@ -95,7 +95,7 @@ class DenoisingLoss:
 
     @property
     def encoders(self) -> list[nn.Module]:
-        """The text encoders that are trained, or in which new tokens are."""
+        """The text encoders that are trained or have new tokens."""
         return [getattr(self.pipeline, part.name) for part in self.parts]
 
     def encoded(self, batch: Batch) -> Batch:

@@ -95,7 +95,7 @@ def add_adapters(trained: Trained, method: str, steps: int, context: ImageContex
     for part in (None, *context.encoders):
         model = trained.parts[part.name] if part else trained.denoiser
         targets = part.targets_in(model) if part else None
-        seed_adapter(options.training, part)  # a method that the user brings may create tensors already
+        seed_adapter(options.training, part)  # a user's own method may create tensors with random values
         config = config_of(method, options.adapter, steps, targets, None if part else start, model)
         add_adapter(model, method, options.adapter, options.training, config, part)
     if start is not None:
@@ -112,7 +112,7 @@ def add_adapter(
 ) -> None:
     """Add the method's adapter to a model in place, initialized from the seed.
 
-    `part`: the text encoder that the model is; None for the denoiser.
+    `part`: the name of the text encoder; None for the denoiser.
     """
     if part is None and (adapter.rank_pattern or adapter.alpha_pattern):
         spell_out(model, config)
@@ -137,10 +137,10 @@ def config_of(
     start: Start | None = None,
     model: nn.Module | None = None,
 ) -> PeftConfig:
-    """Return PEFT's configuration of the method's adapter, for `targets` or by default the targets of the denoiser.
+    """Return PEFT's configuration of the method's adapter. `targets` are by default those of the denoiser.
 
     With `start`, each layer has the rank and alpha that it has in the initial LoRA. Rank and alpha patterns of the
-    options apply only to the denoiser. `model` gets the adapter; only a method that the user brings reads it.
+    options apply only to the denoiser. `model` is the model that gets the adapter; only a user's own method reads it.
     """
     patterns: dict[str, Any] = {} if targets else {name: entries(name, getattr(options, name)) for name in FIELDS}
     settings = AdapterSettings(

@@ -17,9 +17,10 @@ ALL = "all"
 
 
 def preset_targets(names: str, targets: list[str] | None, model: Model) -> list[str]:
-    """Return the --target_modules that --layers `names` stands for: one regular expression.
+    """Return the --target_modules of the presets `names` of --layers: one regular expression.
 
-    Raises `InvalidArgument` for a preset that the family or the model does not have, or for other given `targets`.
+    Raises `InvalidArgument` for a preset that the family or the model does not have, or if `targets` differ from the
+    presets.
     """
     family, denoiser, argument = model.family, model.empty_denoiser(), f"--layers {names}"
     found = []
@@ -33,7 +34,7 @@ def preset_targets(names: str, targets: list[str] | None, model: Model) -> list[
             problem = f"the {family.denoiser} of this {family.name} has no layers of {name}"
             raise InvalidArgument(argument, problem, "give another preset, or --target_modules")
     expression = [found[0] if len(found) == 1 else "|".join(f"(?:{one})" for one in found)]
-    if targets not in (None, expression):  # a config.json has both
+    if targets not in (None, expression):  # a config.json may contain both options
         raise InvalidArgument(argument, "--target_modules names layers, too", "leave one of them out")
     return expression
 

@@ -50,7 +50,7 @@ STEERING = [name for name, option in Options.table().items() if HELD_OUT in opti
 def check_held_out(kinds: Sequence[ImageDataset], context: ImageContext) -> None:
     """Raise `InvalidArgument` for options that need a validation loss if there are too few images to hold one out.
 
-    If no such option is given, this check only prints a warning.
+    Without such an option, print only a warning.
     """
     options, most = context.options, max(len(images) for images in kinds if not images.of_class)
     split = options.validation.validation_split
@@ -70,7 +70,7 @@ def check_base_precision(options: ModelOptions, dtype: torch.dtype, accelerator:
     argument = f"--base_precision {options.base_precision}"
     try:
         try_format(options.base_precision, dtype, accelerator.device)
-    except Exception as error:  # every device back end has its own exceptions
+    except Exception as error:  # every device back end raises its own types
         problem = f"does not work on {accelerator.device.type} here ({first_line(error)})"
         raise InvalidArgument(argument, problem, "give another precision, or leave it out") from None
 
@@ -123,7 +123,7 @@ def check_prompts(prompts: Sequence[Prompt], flag: str, pipeline: DiffusionPipel
 def check_prompt(prompt: Prompt, where: str, timesteps: int, multiple: int, told: str) -> None:
     """Raise `InvalidArgument` for options of a prompt that the pipeline does not support.
 
-    `told`: the reason why the pipeline supports no negative prompts; empty if it supports them.
+    `told`: the reason why the pipeline does not support negative prompts; empty if it does.
     """
     if (prompt.num_inference_steps or 0) > timesteps:
         problem = f"{prompt.num_inference_steps} steps, and the model has {timesteps} timesteps"
@@ -190,7 +190,7 @@ def try_method(
 ) -> None:
     """Add the method's adapter to a model without weights, and begin its calibration if the method has one.
 
-    `part`: the text encoder that the model is; None for the denoiser.
+    `part`: the name of the text encoder; None for the denoiser.
     """
     add_adapter(model, method, adapter, training, config, part)
     if METHODS[method].measured:
@@ -226,10 +226,10 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
 def check_reads_references(
     data: DataOptions, training: TrainingOptions, validation: ValidationOptions, model: Model
 ) -> None:
-    """Raise `InvalidArgument` unless reference images are given for an edit model, and only for an edit model.
+    """Raise `InvalidArgument` for an edit model without reference images, or reference images without an edit model.
 
-    Two other cases also raise it: a file of --validation_image that is no image, and, for a text encoder that reads
-    reference images, options that need captions or flipped images that were not encoded before training.
+    Also raise it if a file of --validation_image is not an image. If the text encoder reads reference images, raise it
+    for options that need captions or flipped images that were not encoded before training.
     """
     family, argument = model.family, data.reference_flag
     if family.edits and not argument:
@@ -262,7 +262,7 @@ def check_reads_references(
 
 
 def check_new_tokens(kinds: Sequence[ImageDataset], context: ImageContext) -> None:
-    """Raise `InvalidArgument` for a new token that no caption contains; else print where tokens are trained."""
+    """Raise `InvalidArgument` for a new token that no caption contains; otherwise print where tokens are trained."""
     plain, tokens = build_caption_transform(context.options.data).plain, context.options.adapter.words_of_tokens
     captions = {plain(text) for images in kinds if not images.of_class for texts in images.captions for text in texts}
     for token in tokens:
@@ -277,7 +277,7 @@ def check_new_tokens(kinds: Sequence[ImageDataset], context: ImageContext) -> No
 def check_encoders(pipeline: DiffusionPipeline, context: ImageContext) -> None:
     """Validate every method by adding its adapter to copies of the trained text encoders without weights.
 
-    Prints which text encoders are trained and which are not.
+    Prints the names of the trained and of the untrained text encoders.
     """
     options, family = context.options, context.model.family
     for part, method in itertools.product(context.encoders, options.adapter.method):
@@ -289,7 +289,7 @@ def check_encoders(pipeline: DiffusionPipeline, context: ImageContext) -> None:
     if context.encoders:
         stays = [name for name in family.frozen_text_parts if name.startswith("text_encoder")]
         trains = " and ".join(part.name for part in context.encoders)
-        left = f"; {', '.join(stays)} stays as it is" if stays else ""
+        left = f"; {', '.join(stays)} is not trained" if stays else ""
         context.print_once(f"--train_text_encoder: {trains} in addition to the {family.denoiser}{left}")
 
 

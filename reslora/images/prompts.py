@@ -48,7 +48,7 @@ class Prompt:
     This value overrides `guidance_scale`, except for models with embedded guidance.
     """
     reference: int | None = None
-    """The number of the sample's reference image; only edit models have one."""
+    """The index of the sample's reference image; only for edit models."""
 
 
 def prompts_of(options: ValidationOptions) -> list[Prompt]:

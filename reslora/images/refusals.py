@@ -99,10 +99,10 @@ def check_folders(data: DataOptions) -> None:
 
 
 def check_references(data: DataOptions) -> None:
-    """Raise `InvalidArgument` if the options that name the reference images do not fit the other data options.
+    """Raise `InvalidArgument` if the options for reference images do not fit the other data options.
 
-    Only one option may name them, and --conditioning_data_dir needs as many folders for each of --train_data_dir. Class
-    images cannot have reference images.
+    Only one option may name reference images. --conditioning_data_dir needs the same number of folders for each folder
+    of --train_data_dir. Class images cannot have reference images.
     """
     partners, folders, argument = data.conditioning_data_dir, data.train_data_dir, data.reference_flag
     if partners and (data.conditioning_image_column or data.dataset_name):
@@ -124,7 +124,7 @@ def check_part(dataset: str, folder: str) -> None:
     part = (Path(dataset) / folder).resolve()  # an absolute `folder` replaces `dataset`
     inside = part.is_dir() and part.is_relative_to(Path(dataset).resolve())
     if Path(folder).is_dir() and not inside:
-        problem = "with --dataset_name it names a folder in that dataset, and this one is a folder of its own"
+        problem = "with --dataset_name, it must be a folder in that dataset, but this folder is outside"
         raise InvalidArgument(f"--train_data_dir {folder}", problem, "give one of the two")
 
 
@@ -139,9 +139,9 @@ def check_text_encoder(adapter: MethodOptions, optimizer: OptimizerOptions) -> N
 
 
 def check_new_tokens(adapter: MethodOptions, validation: ValidationOptions) -> None:
-    """Raise `InvalidArgument` for new tokens that cannot be trained or written to a file, and for options beside them.
+    """Raise `InvalidArgument` for new tokens that cannot be trained or saved, and for options that exclude new tokens.
 
-    A token's file is named by its letters, digits, underscores and hyphens.
+    The name of a token's file consists of the token's letters, digits, underscores and hyphens.
     """
     given, stems = adapter.new_tokens, set[str]()
     for text in given:
@@ -262,7 +262,7 @@ def check_places(options: Options) -> None:
     check_apart(options.output.output_dir, {name: listed(options[name]) for name in read if options[name]})
     check_writable(Path(options.output.output_dir), f"--output_dir {options.output.output_dir}")
     cache = cache_folder(model, options.output)
-    if model.cache_dir and not cache.is_dir():  # an existing cache may be complete, and then it may be read-only
+    if model.cache_dir and not cache.is_dir():  # an existing cache may be read-only, because it may be complete
         check_writable(cache, f"--cache_dir {model.cache_dir}")
 
 

@@ -1,4 +1,4 @@
-"""Samples of other prompts than the run's own, requested while training, at the present weights."""
+"""Samples of additional prompts that a user requests during training, generated with the current weights."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from .prompts import Prompt, of_lines
 def read_prompts(text: str, file: str, pipeline: DiffusionPipeline, context: ImageContext) -> list[Prompt]:
     """Return the prompts of a request, one per line with kohya's options.
 
-    Prints a warning and returns [] if a prompt is invalid: this must not end a run that is training.
+    If a prompt is invalid, print a warning and return [], because an invalid request must not end training.
     """
     try:
         prompts = of_lines(text, file)
@@ -35,7 +35,7 @@ def with_prompts(sampler: Sampler, prompts: Sequence[Prompt], context: ImageCont
     """
     family, longest, references = sampler.family, sampler.training.max_sequence_length, sampler.references
     if not sampler.data.cache_text_embeddings or (context.live_encoders and not family.frozen_text_parts):
-        return sampler  # the pipeline has the encoders
+        return sampler  # text encoders are still loaded
     pipeline = context.model.load_pipeline(context.dtype, context.accelerator.device, encoders=True, vae=False)
     found: dict[Instruction, Mapping] = {}
     with torch.no_grad():

@@ -83,7 +83,7 @@ def begin(
     check: Callable[[], object],
     lock: Callable[[Path], contextlib.AbstractContextManager] = locked,
 ) -> tuple[list[ImageDataset], ImageContext, Identity]:
-    """Lock the run's directory until `stack` closes, and return the images, the context, and the identity of both.
+    """Lock the run's directory until `stack` closes; return the images, the context, and the identity of both.
 
     `check` raises `InvalidArgument` if the directory's content does not allow the run.
     """
@@ -102,9 +102,9 @@ def begin(
 
 
 def make_plan(kinds: Sequence[ImageDataset], context: ImageContext, identity: Identity) -> Resume | None:
-    """Return what is left to train, after all checks that need no weights; None for a run that is finished.
+    """Return the remaining training of the run, after all checks that need no weights; None if the run is finished.
 
-    Only the main process makes the plan, and broadcasts it.
+    The main process makes the plan and broadcasts it.
     """
     resume = plan_resume(context.options, identity)
     for line in resume.notes:
@@ -121,7 +121,7 @@ def make_plan(kinds: Sequence[ImageDataset], context: ImageContext, identity: Id
 def prepare(
     kinds: Sequence[ImageDataset], context: ImageContext, resume: Resume
 ) -> tuple[DiffusionPipeline, TrainingData]:
-    """Return the pipeline, with what samples need of it, and the encoded images and captions."""
+    """Return the pipeline with the parts that samples need, and the encoded images and captions."""
     pipeline, training_data = encode(kinds, context, resume.resuming)
     print_large_batch(training_data, context)
     print_folder_counts(training_data, context)
@@ -132,7 +132,7 @@ def prepare(
 def build(
     pipeline: DiffusionPipeline, training_data: TrainingData, context: ImageContext, identity: Identity, resume: Resume
 ) -> ImageStudy:
-    """Return the study of the run, whose length is now known."""
+    """Return the study of the run; the training data determine its number of steps."""
     schedule = schedule_of(training_data.updates(context.accelerator.num_processes), context)
     check_length(context.options, resume, schedule.steps)
     check_averages(context.options, schedule.steps)
@@ -180,7 +180,7 @@ def resolve_context(options: Options, accelerator: Accelerator, stop: StopReques
 
 
 def resolve_with(model: Model, options: Options, accelerator: Accelerator, stop: StopRequest) -> ImageContext:
-    """Return the context; this resolves the options whose defaults depend on the model or on accelerate."""
+    """Return the context with all options resolved, including defaults that depend on the model or on accelerate."""
     check_family(options.adapter, options.training, model)
     check_reads_references(options.data, options.training, options.validation, model)
     start = assistant = None
@@ -236,9 +236,9 @@ def identity_of(kinds: Sequence[ImageDataset], context: ImageContext) -> Identit
 
 
 def check_before_loading(kinds: Sequence[ImageDataset], context: ImageContext) -> None:
-    """Validate everything that needs no weights: methods, optimizers, and whether the memory is enough.
+    """Validate everything that needs no weights: methods, optimizers and the required memory.
 
-    Only the main process calls this. A line that was printed before is not printed again.
+    Only the main process calls this function. Lines that were already printed are not printed again.
     """
     options, model, accelerator = context.options, context.model, context.accelerator
     check_held_out(kinds, context)
@@ -273,7 +273,7 @@ def load_and_check(context: ImageContext) -> tuple[DiffusionPipeline, Objective]
 
 
 def free_encoder(pipeline: DiffusionPipeline, context: ImageContext) -> None:
-    """Free the image encoder once all images are encoded: samples need only the decoder, except of an edit model."""
+    """Free the image encoder after encoding: samples need only the decoder, except the samples of an edit model."""
     if context.options.data.cache_latents and not context.model.family.edits:
         # not None: Qwen-Image's autoencoder reads `encoder` to count its layers even when it decodes
         pipeline.vae.encoder = nn.Identity()

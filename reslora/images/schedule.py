@@ -28,5 +28,5 @@ def schedule_of(updates: int, context: ImageContext) -> Schedule:
 
 
 def steps_of(schedule: Schedule) -> dict[str, int]:
-    """Return the values of the options that follow from the schedule."""
+    """Return the options that the schedule determines, with their values."""
     return {"max_train_steps": schedule.steps, "validation_steps": schedule.validation_steps}

@@ -103,7 +103,7 @@ def with_defaults(given: Given) -> dict[str, Any]:
     if "method" not in given and of_shortcuts and not bundled:
         values["method"] = ["reslora"]
     elif "method" not in given and "init_lora" in given and not of_shortcuts:
-        values["method"] = ["lora"]  # of the bundled pipeline's two methods, the one that can start from a LoRA
+        values["method"] = ["lora"]  # the bundled pipeline's other default method cannot start from a LoRA
     if bundled and not given.get("dataset_name") and not given.get("train_data_dir"):
         values["train_data_dir"] = [str(BUNDLED_IMAGES)]
     if bundled and not {"max_train_steps", "num_train_epochs"} & given.keys():

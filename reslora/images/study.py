@@ -51,7 +51,7 @@ class ImageStudy(Study):
         )  # fmt: skip
 
     def learner(self, method: str) -> Learner:
-        """Return the model with a new adapter, initialized from the seed."""
+        """Return the model with a new adapter that is initialized from the seed."""
         context, model = self.context, self.context.options.model
         device = torch.device("cpu") if cuts_base(context.accelerator) else context.accelerator.device
         denoiser = context.model.load_denoiser(context.dtype, device, model.base_precision, model.blocks_to_swap)
@@ -78,14 +78,14 @@ class ImageStudy(Study):
     def before_training(self, learner: Learner) -> None:
         """Use xformers' attention if asked, and freeze unused weights.
 
-        DistributedDataParallel would wait for gradients of unused weights, which do not exist.
+        Unused weights get no gradients, and DistributedDataParallel would wait for these gradients.
         """
         denoiser, accelerator = learner.denoiser, self.context.accelerator
         if self.context.options.model.enable_xformers_memory_efficient_attention:
             denoiser.enable_xformers_memory_efficient_attention()
         for part, weights in self.context.model.family.unused_weights(denoiser).items():
             for weight in weights:
-                weight.requires_grad_(uses_deepspeed(accelerator))  # DeepSpeed does not wait
+                weight.requires_grad_(uses_deepspeed(accelerator))  # DeepSpeed does not wait for gradients
             line = f"{learner.name}: the output of {part} in the last block is unused, so {part} is not trained"
             accelerator.print(line)
 
@@ -105,7 +105,7 @@ class ImageStudy(Study):
     def validate(self, learner: Learner, reports: ImageReports, parts: Sequence[str] | None = None) -> None:
         """Measure the validation loss, generate samples, and set `learner.over`.
 
-        `parts`: which of "loss" and "samples" to compute; if None, those that are due.
+        `parts`: the parts of the validation ("loss", "samples") to compute; None: the parts that are due.
         """
         due = VALIDATION_PARTS if self.schedule.is_sampled(learner.step) else ("loss",)
         self._validation(learner)(learner, reports, parts or due)
@@ -125,7 +125,7 @@ class ImageStudy(Study):
 
     def _validation(self, learner: Learner) -> Validation:
         context = self.context
-        shared = SharedLosses() if context.start else self.shared  # the LoRA's losses are not the base's
+        shared = SharedLosses() if context.start else self.shared  # losses before training differ from the base's
         return Validation(
             learner.trained.loss, self.training_data, self.sampler, context.accelerator, context.stop, shared
         )

@@ -104,7 +104,7 @@ def test_a_folder_given_twice_is_refused(data, capsys, tmp_path):
 def test_a_folder_next_to_a_dataset_is_a_part_of_it(data, capsys, tmp_path):
     """As in diffusers' script. A separate folder would be ignored."""
     line = refused(capsys, "--dataset_name", "someone/images", "--train_data_dir", data)
-    assert f"error: --train_data_dir {data}: with --dataset_name it names a folder in that dataset" in line
+    assert f"error: --train_data_dir {data}: with --dataset_name, it must be a folder in that dataset" in line
     (tmp_path / "set" / "part").mkdir(parents=True)
     for dataset, part in (("someone/images", "part"), ("set", "part"), ("set", str(tmp_path / "set" / "part"))):
         flags = parse_args(["--dataset_name", dataset, "--train_data_dir", part])

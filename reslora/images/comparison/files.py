@@ -11,14 +11,14 @@ from ...formatting import pluralize
 
 
 class Entry(NamedTuple):
-    """What is compared: a file, or a group with a file for each seed."""
+    """One item of the comparison: a file, or a group with a file for each seed."""
 
     name: str
     files: tuple[Path, ...]
 
 
 def entries_of(words: Sequence[str]) -> list[Entry]:
-    """Return an entry for each file that the words name, each a path or a pattern."""
+    """Return an entry for each file; each of the words is a path or a glob pattern."""
     files = list(dict.fromkeys(path for word in words for path in found(word, "FILE")))
     if not files:
         raise InvalidArgument("FILE", "missing", "give LoRA files to compare, or --group")
@@ -48,14 +48,14 @@ def groups_of(words: Sequence[str]) -> list[Entry]:
 
 
 def found(word: str, flag: str) -> list[Path]:
-    """Return the paths that a path or a pattern names, with numbers in their order; raises `InvalidArgument` if none.
+    """Return the paths that a path or a glob pattern matches, in natural order; raises `InvalidArgument` if none does.
 
-    `flag`: what the word belongs to, for the message.
+    `flag`: the option of the word, for the message.
     """
     path = Path(word).expanduser()
     if path.exists() and word:
         return [path]
-    every = glob.glob(str(path)) if word else []  # noqa: PTH207 - of Path's only relative patterns
+    every = glob.glob(str(path)) if word else []  # noqa: PTH207 - Path.glob rejects absolute patterns
     matches = sorted(map(Path, every), key=natural)
     if not matches:
         problem = "no file has such a name" if glob.has_magic(word) else "no such file or folder"
@@ -70,7 +70,7 @@ def natural(path: Path) -> list[tuple[bool, int, str]]:
 
 
 def names_of(files: Sequence[Path]) -> list[str]:
-    """Return a short name of each file: its own, with as many of its folders as make all names different."""
+    """Return a short name of each file: the file name, and the parent folders that make all names different."""
     whole = [file.absolute().with_suffix("") if file.suffix == ".safetensors" else file.absolute() for file in files]
     for length in range(1, max(len(path.parts) for path in whole)):
         names = ["/".join(path.parts[-length:]) for path in whole]

@@ -1,4 +1,4 @@
-"""Read the LoRA files of a comparison, and what their metadata say about the images that they were trained on."""
+"""Read the LoRA files of a comparison, and the training images that their metadata list."""
 
 import contextlib
 import json
@@ -27,21 +27,21 @@ USUAL = ("data", "dataset", "images", "img", "train", "train_images")
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file that fits the model; its tensors are read again when they are needed."""
+    """A LoRA file that fits the model. Its tensors are not held in memory: `read` reads them again."""
 
     path: Path
     names: Names
     mark: str
-    """Hash of its content."""
+    """Hash of the file's content."""
     parts: tuple[str, ...]
     """The parts of the pipeline whose layers the file changes."""
     ranks: tuple[int, ...]
-    """All ranks of its layers."""
+    """The ranks of the file's layers."""
     metadata: Mapping[str, str] = field(repr=False)
 
     @property
     def seed(self) -> str | None:
-        """The training seed in its metadata; None without one."""
+        """The training seed in the file's metadata; None if the metadata have no seed."""
         return self.metadata.get(SEED)
 
     def read(self) -> Parts:
@@ -50,7 +50,7 @@ class LoraFile:
 
 
 def flag_of(path: Path) -> str:
-    """Return how messages name a file."""
+    """Return a file's name for messages."""
     return f"FILE {path}"
 
 
@@ -63,8 +63,8 @@ def parts_of(path: Path, names: Names) -> tuple[Parts, dict[str, str], str]:
 def read_loras(paths: Sequence[Path], model: Model) -> dict[Path, LoraFile]:
     """Read every file once, and check that it is complete, finite and fits the model.
 
-    Raises `InvalidArgument` for the first one that does not, and for layers of a text encoder that cannot have a LoRA
-    here.
+    Raises `InvalidArgument` for the first file that fails a check, or that has layers of a text encoder that cannot be
+    trained here.
     """
     names, able = names_of(model.family, model.denoiser_config()), [part.name for part in model.family.trainable]
     found: dict[Path, LoraFile] = {}
@@ -95,10 +95,10 @@ def in_order_of_seeds(groups: Mapping[str, Sequence[LoraFile]]) -> dict[str, lis
 
 
 def trained_on(file: LoraFile, marks: Collection[str], folders: Collection[str]) -> str:
-    """Return how a file's metadata say that it was trained on the compared images; empty if they do not.
+    """Return the evidence in a file's metadata that the file was trained on the compared images; empty if none.
 
-    `marks`: hashes of the images' content, which files of this trainer contain. `folders`: names of the folders with
-    the images, which files of kohya's scripts contain.
+    `marks`: hashes of the images' content, compared with the hashes in files of this trainer. `folders`: names of the
+    image folders, compared with the names in files of kohya's scripts.
     """
     if (trained := file.metadata.get(TRAINED_IMAGES)) is not None:
         known = set(trained.split())

@@ -36,14 +36,14 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Task:
-    """A file at a strength, to measure."""
+    """One measurement to make: of a file at a strength."""
 
     label: str
     """Name of the file or group, with the strength if there are several."""
     seed: int
-    """Number of the file in its group."""
+    """Index of the file in its group."""
     path: Path | None = None
-    """None for the base model."""
+    """The LoRA file; None for the base model."""
     strength: float = 1.0
 
 
@@ -66,7 +66,7 @@ class Measured:
 
 
 def tasks_of(entries: Sequence[Entry], strengths: Sequence[float]) -> list[Task]:
-    """Return what to measure: the base model, and each file of each entry at each strength."""
+    """Return all measurements: of the base model, and of each file of each entry at each strength."""
     found = [Task(BASE, 0)]
     for entry in entries:
         for strength in strengths:
@@ -98,7 +98,7 @@ class Measuring:
         return found
 
     def measured(self, task: Task) -> Measured:
-        """Return a task's losses, from the output directory if they are there, and write its sample images."""
+        """Return a task's losses, if possible from an earlier command's output, and write the task's sample images."""
         context, key = self.study.context, self.key_of(task)
         path = context.folder / MEASURED / f"{key}.json"
         name = re.sub(r"[^-\w.]+", "_", task.label)
@@ -129,7 +129,7 @@ class Measuring:
 
     @functools.cached_property
     def models(self) -> tuple[DenoisingLoss, dict[str, nn.Module]]:
-        """The loss function, and the models that files change, in float32; loaded when they are first needed."""
+        """The loss function, and the models that the LoRA files change, in float32. They are loaded on first use."""
         loss = self.study.new_loss()
         return loss, base_parts(loss, self.study.context)
 

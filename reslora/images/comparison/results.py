@@ -74,7 +74,7 @@ class Images:
     groups: list[str]
     """Group of each image; empty without groups."""
     order: list[int]
-    """Places of the images in the order in which they were taken."""
+    """Indices of the images, in the order in which the images were taken."""
     duplicates: int
     """Number of near-duplicates that were left out."""
 
@@ -84,7 +84,7 @@ class Result:
     """The result of a comparison."""
 
     measured: Mapping[str, Sequence[Measured]]
-    """Losses by label, for each seed."""
+    """Losses by label, one item for each seed."""
     images: Images
     verdicts: list[Verdict]
     ranking: Ranking | None
@@ -94,7 +94,8 @@ class Result:
 def concluded(measured: Sequence[Measured], images: Images, reference: str | None, notes: Sequence[str]) -> Result:
     """Return the conclusions from measured losses.
 
-    `reference`: name of what the others are compared with; None: the first file, or base if there is only one.
+    `reference`: name of the file or group that all others are compared with. None: the first file, or base if there is
+    only one file.
     """
     found: dict[str, list[Measured]] = {}
     for each in measured:
@@ -153,7 +154,7 @@ def write_results(result: Result, facts: Mapping[str, Any], loras: Mapping[Path,
 
 
 def record_of(measured: Measured, loras: Mapping[Path, LoraFile]) -> dict[str, Any]:
-    """Return what comparison.json stores about a file."""
+    """Return the entry of comparison.json for a file."""
     task, lora = measured.task, loras.get(measured.task.path) if measured.task.path else None
     file: dict[str, Any] = {"label": task.label, "seed": task.seed}
     if lora:
@@ -253,9 +254,9 @@ def loss_table(result: Result, loras: Mapping[Path, LoraFile]) -> str:
 
 
 def as_experiment(result: Result, facts: Mapping[str, Any]) -> Experiment:
-    """Return the result in the form that the sections of an experiment's report read.
+    """Return the result as the record of an experiment, so that sections of an experiment's report can show it.
 
-    A file is a finished arm, whose method is unknown, as a file may have any name; all labels are chosen.
+    Each file becomes a finished arm (a run of an experiment) without a method, and every label counts as chosen.
     """
     arms = [
         {

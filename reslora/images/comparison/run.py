@@ -36,10 +36,10 @@ from .results import Images, concluded, write_results
 def compare_files(
     options: Options, entries: Sequence[Entry], strengths: Sequence[float], reference: str | None, stop: StopRequest
 ) -> None:
-    """Compare files as the options say: write the results into the output directory, and print them.
+    """Compare the files, write the results into the output directory, and print them.
 
-    `reference`: name of the entry with which the others are compared, or base; None: the first one, or base if there is
-    only one.
+    `reference`: name of the entry with which the others are compared, or base. None: the first entry, or base if there
+    is only one entry.
     """
     folder = Path(options.output.output_dir)
     with contextlib.ExitStack() as stack:
@@ -135,9 +135,9 @@ def settings_of(options: Options) -> dict[str, object]:
 
 
 def prepare(kinds: Sequence[ImageDataset], context: ImageContext, identity: Identity) -> tuple[ImageArmStudy, Images]:
-    """Return the study that measures, and the images to measure: of those that look alike, only one.
+    """Return the study that measures, and the images to measure: one of each group of near-duplicates.
 
-    Raises `InvalidArgument` if there are too few for a verdict.
+    Raises `InvalidArgument` if there are too few images for a verdict.
     """
     options, model, device = context.options, context.model, context.accelerator.device
     context.status.say("loading the model")

@@ -20,9 +20,9 @@ class Batch:
     """
 
     timesteps: torch.Tensor
-    """One per sample, of shape (batch,)."""
+    """One timestep per sample, of shape (batch,)."""
     noise: torch.Tensor
-    """Batch x channels x height x width of the latents; `posterior_noise` has the same shape."""
+    """Noise to add to the latents, batch x channels x height x width; `posterior_noise` has the same shape."""
     posterior_noise: torch.Tensor
     """The noise that samples latents from their mean and standard deviation."""
     sizes: torch.Tensor
@@ -40,7 +40,7 @@ class Batch:
     pixels: torch.Tensor | None = None
     """Batch x 3 x height x width, in [-1, 1]."""
     reference: torch.Tensor | None = None
-    """Means of the latents of the reference images that an edit model reads; None as long as they are not encoded.
+    """Means of the latents of the reference images that an edit model reads; None if the forward pass encodes them.
 
     Batch x images x channels x height x width.
     """

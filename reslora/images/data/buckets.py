@@ -20,7 +20,7 @@ def step_of(resolution: int, multiple: int) -> int:
 
 @functools.cache
 def ladder(resolution: int, multiple: int) -> tuple[Size, ...]:
-    """Return all buckets of a resolution. None has more pixels than a square with edges of `resolution`.
+    """Return all buckets of a resolution. No bucket has more pixels than a square with edges of `resolution`.
 
     At resolutions of 512 and more, cropping to the best bucket keeps at least 0.957 of an image's area if the image's
     aspect ratio is between 1:2 and 2:1 (tested).
@@ -47,7 +47,7 @@ def kept(image: tuple[int, int], size: Size) -> float:
 
 
 def bucket_of(image: tuple[int, int], buckets: Sequence[Size]) -> Size:
-    """Return the bucket whose aspect ratio crops least of an image (width and height); on a tie, the largest bucket."""
+    """Return the bucket that crops the least of an image (width and height); on a tie, the largest bucket."""
     return max(buckets, key=lambda size: (round(kept(image, size), 9), size.height * size.width))
 
 
@@ -56,8 +56,8 @@ def own_bucket(image: tuple[int, int], resolution: int, multiple: int) -> Size:
 
     The size is the best of the buckets that are not wider or higher than the image. If there is none, it is the image's
     own size, rounded down to multiples of `step_of` and to the area of the square with edges of `resolution`. If an
-    edge of the image is shorter than `step_of`, `multiple` takes the place of `step_of`. Only an image with an edge
-    below `multiple` is upscaled.
+    edge of the image is shorter than `step_of`, `multiple` replaces `step_of`. Only an image with an edge below
+    `multiple` is upscaled.
 
     At resolutions of 512 and more, an image keeps at least 0.93 of its area if its aspect ratio is between 1:2 and 2:1
     and it has at least as many pixels as the square.

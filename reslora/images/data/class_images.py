@@ -1,7 +1,7 @@
 """Class images: images of the class that the training images belong to, for prior preservation.
 
-A model that is also trained on them (DreamBooth, Ruiz et al., 2023) continues to generate the class as the base model
-does.
+A model that is also trained on class images (DreamBooth, Ruiz et al., 2023) continues to generate the class as the base
+model does.
 """
 
 import bisect
@@ -34,7 +34,7 @@ from .listing import files_of
 from .size import Size
 from .sources import Source
 
-LOCK = "class images"  # a path in the folder to lock; the folder's own lock may belong to a run that writes there
+LOCK = "class images"  # a path in the folder, because a run that writes there holds the lock of the folder
 PAUSE = timedelta(seconds=1)  # between two attempts to get the lock
 
 
@@ -124,7 +124,7 @@ def draw(folder: Path, missing: int, context: ImageContext) -> None:
     todo = [path for path in names if not path.exists()][:missing]
     context.accelerator.print(f"generating {pluralize(len(todo), 'class image')} in {folder}")
     model, device = context.model, context.accelerator.device
-    side = max(options.data.resolution)  # at least as large as every resolution that they are trained at
+    side = max(options.data.resolution)  # the highest resolution at which they are trained
     pipeline = model.load_pipeline(context.dtype, device, encoders=True)
     denoiser = model.load_denoiser(context.dtype, device, options.model.base_precision, options.model.blocks_to_swap)
     setattr(pipeline, model.family.denoiser, denoiser.eval())
@@ -184,8 +184,8 @@ def sizes_of(sources: Sequence[Source]) -> Counter[Size]:
 def share_of(fewer: Counter[Size], others: Counter[Size], times: int, per_forward: int) -> float:
     """Return the ratio of samples per epoch between two groups of images, given the number of images of each size.
 
-    The numerator is that of `fewer`, each used `times` times; the denominator is that of `others`. The last batch of
-    each size is filled up to `per_forward` samples with further images of that size, which the ratio counts too.
+    The numerator counts the images of `fewer`, each `times` times; the denominator counts the images of `others`. The
+    ratio includes the images that fill up the last batch of each size to `per_forward` samples.
     """
     uses = other_uses = 0.0
     for size in fewer | others:

@@ -43,14 +43,14 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED = ("dataset_dict.json", "state.json")  # `save_to_disk` writes one of them into the folder
 REPEATED = re.compile(r"(\d+)_(.*)")  # kohya's folder names: repeats per epoch, and the caption
 MOST_REPEATS = 1000  # in a folder's name; a larger number is probably a year or a date
-ALIKE = 0.98  # least fraction of a reference image that a crop to its image's aspect ratio keeps, without a warning
+ALIKE = 0.98  # warn if the crop to the image's aspect ratio keeps less than this fraction of a reference image
 LEAST_SIDE = 8  # in pixels: an autoencoder encodes 8 x 8 pixels into one latent
 ONE_BY_ONE = "name the folders one by one with --train_data_dir, none inside another"
 GROUP = "group"
 """Column of metadata files with the group of an image: images of one session or subject, which resemble each other."""
 COLUMNS = ("image_column", "caption_column", "conditioning_image_column")
-"""Options that name columns; metadata.jsonl and .csv have a caption column and a reference column, caption files have
-none.
+"""Options that name columns. metadata.jsonl and .csv have a caption column and a reference column; caption files have
+no columns.
 """
 FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
@@ -81,11 +81,11 @@ class ImageDataset:
     weight: float = 1.0
     """Factor that the loss of each sample is multiplied by."""
     of_class: bool = False
-    """Whether these are class images."""
+    """Whether the images are class images."""
     masked: Sequence[bool] = ()
     """Whether each image has a mask or an alpha channel; empty without --masked_loss."""
     groups: Sequence[str] = ()
-    """The group of each image, from the column GROUP of the metadata; empty without it."""
+    """The group of each image, from the column GROUP of the metadata; empty without that column."""
     columns: Sequence[str] = ()
     """The options, such as image_column, whose columns were read."""
     label: str = ""
@@ -134,7 +134,7 @@ class ImageDataset:
         return [open_image(_source(row, column)) for column in reference_columns(row)]
 
     def _unchanged(self, index: int) -> dict:
-        """Return an image's row; raises `RunFailed` if the hash of a file is not that in `marks`."""
+        """Return an image's row; raises `RunFailed` if a file's hash differs from the one in `marks`."""
         row = self.rows[index]
         marks = self.marks[index].split("+") if self.marks else ()
         for source, mark in zip(_sources(row), marks, strict=bool(marks)):
@@ -154,16 +154,16 @@ class Found:
 
     rows: datasets.Dataset
     problems: dict[int, str]
-    """What is wrong with the caption or the reference image of a row, by the row's number."""
+    """The problem with the caption or the reference image of a row, by the row's index."""
     notes: list[str]
     metadata: Path | None = None
-    """The metadata file that the rows were read from, in the same order; None if the captions were not in one."""
+    """The metadata file that the rows were read from, in the file's order; None if the captions come from elsewhere."""
     files: Sequence[Path] = ()
     """The image file of each row, if a folder was read. A path that is not UTF-8 is changed in `rows`, but not here."""
     groups: Sequence[str] = ()
     """The group of each row; empty if the metadata have no column GROUP."""
     places: Sequence[Path] = ()
-    """Folders; an image that a row names by its path must be in one of them. Empty if this was checked already."""
+    """The folders in which the image files of the rows must be. Empty if this was checked already."""
 
     def size(self, index: int, row: dict) -> tuple[int, int] | str:
         """Return width and height of a usable row's image, or a string that says why the row cannot be used."""
@@ -250,7 +250,7 @@ def sample(folders: Sequence[ImageDataset], data: DataOptions, training: Trainin
 
 
 def _sources(row: dict) -> list[Content]:
-    """Return a row's image, mask and reference images, each a path or bytes; without those that the row lacks."""
+    """Return the existing ones among a row's image, mask and reference images, each as a path or bytes."""
     return [source for column in ("image", "mask", *reference_columns(row)) if (source := _source(row, column))]
 
 
@@ -318,7 +318,7 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
     links = sum(path.is_symlink() and path.is_dir() for path in everything)
     repeated = above_repeated(list(filter(is_image, everything)))
     found.notes += [f"not searched: {pluralize(links, 'symbolic link')} to folders"] if links else []
-    of_class = options.class_data_dir is not None and folder == Path(options.class_data_dir)  # computed repeats
+    of_class = options.class_data_dir is not None and folder == Path(options.class_data_dir)  # have computed repeats
     if repeated and not of_class:
         found.notes.append(
             f"{pluralize(len(repeated), 'image')} in kohya's folders (10_name), whose repeats are not used: to use "
@@ -363,7 +363,7 @@ def above_repeated(files: Sequence[Path]) -> list[Path]:
 def _as_found(
     files: Sequence[Path], captions: Sequence[list | str], others: Mapping[str, Sequence[Path | None]] | None = None
 ) -> Found:
-    """Return one row per file; a string in place of a list of captions is the reason why they cannot be used.
+    """Return one row per file; `captions` has a list of captions per file, or the reason why they cannot be used.
 
     `others`: the files of further columns, such as masks; a column without any file is left out.
     """
@@ -379,7 +379,7 @@ def _as_found(
 
 
 def _files_column(paths: Sequence[Path | None]) -> tuple[list[dict | None], dict[int, str]]:
-    """Return the column of these files, and the problems of those whose path is not UTF-8, which Arrow needs."""
+    """Return the column of these files, and a problem for each path that is not UTF-8, because Arrow requires UTF-8."""
     names = [path and clean(str(path)) for path in paths]
     problems = {
         index: "its path is not UTF-8" for index, name in enumerate(names) if name and name != str(paths[index])
@@ -434,7 +434,7 @@ def _check_listed_once(files: Sequence[Path], where: str, lines: Sequence[str]) 
 
 
 def others_of(data: DataOptions, training: TrainingOptions) -> dict[str, str]:
-    """Return the columns of further images: their names in `Found.rows`, and in the data."""
+    """Return the columns of masks and reference images: a dict of names in `Found.rows` to names in the data."""
     masks = {"mask": "mask"} if training.masked_loss else {}
     return masks | {reference_column(number): name for number, name in enumerate(data.conditioning_image_column)}
 
@@ -494,13 +494,13 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
         images = images.rename_columns({image: "image"} | {column: ours for ours, column in others.items()})
         for name in images.column_names:  # `open_image` decodes them, with rotation, transparency and 16 bits
             images = images.cast_column(name, datasets.Image(decode=False))
-    except Exception as error:  # Arrow raises many types
+    except Exception as error:  # Arrow raises many types of errors
         raise InvalidArgument(
             f"--image_column {image}", f"holds no images ({first_line(error)})", "name another column"
         ) from None
     column = datasets.Dataset.from_dict({"captions": texts}, datasets.Features({"captions": FEATURES["captions"]}))
     rows = datasets.concatenate_datasets([images, column], axis=1)
-    if layout is None and not (data.dataset_name and data.train_data_dir):  # else: part of a folder
+    if layout is None and not (data.dataset_name and data.train_data_dir):  # not only some files of the folder
         notes += _passed_over(rows, everything, data) + hidden_images_line(unlisted(rows, hidden_images(folder)))
     caches = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE, model.cache_dir] if layout is None else []
     return Found(rows, problems, notes, groups=groups, places=[folder, *(Path(cache) for cache in caches if cache)])
@@ -509,7 +509,7 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
 def _captions(value: object, in_files: bool) -> list | str:
     """Return a list of a row's captions, or a string with the reason why the captions cannot be used.
 
-    `in_files`: whether the captions are text files in a webdataset, of which `datasets` decodes only some.
+    `in_files`: whether the captions are text files in a webdataset; `datasets` decodes only some suffixes.
     """
     if in_files and isinstance(value, str):
         value = value.encode()
@@ -542,9 +542,9 @@ def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: Da
 def _columns(rows: datasets.Dataset, layout: str | None, options: DataOptions, notes: list[str]) -> tuple[str, str]:
     """Return the names of the image column and of the caption column.
 
-    The columns of a webdataset are named after file suffixes. If a webdataset lacks a column of the options, its only
-    image column, or its caption column with a suffix in CAPTIONS, is used. Raises `InvalidArgument` if a column is
-    missing.
+    The columns of a webdataset are named after file suffixes. If a webdataset lacks the column that an option names,
+    the function returns the only image column, or the caption column with a suffix in CAPTIONS. Raises
+    `InvalidArgument` if a column is missing.
     """
     image, caption, known = options.image_column, options.caption_column, rows.column_names
     if layout == "webdataset":

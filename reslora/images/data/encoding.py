@@ -66,7 +66,7 @@ class Texts:
 class Latents:
     """The encoded images: mean and standard deviation of the latents, for each variant (crop and flip) of each image.
 
-    They are read from disk on access.
+    The tensors are read from disk on access.
     """
 
     encoded: Encoded
@@ -79,9 +79,10 @@ class Latents:
     """The position of each image among the encoded images."""
 
     def of(self, index: int, variant: int) -> dict[str, torch.Tensor]:
-        """Return a variant: `moments` (2 x channels x height x width), `sizes` (6) and, where given, `mask`.
+        """Return a variant: `moments` (2 x channels x height x width), `sizes` (6) and, if the image has one, `mask`.
 
-        With reference images, also `reference`: the means of their latents (images x channels x height x width).
+        With reference images, the result also has `reference`: the means of their latents (images x channels x height x
+        width).
         """
         return self.encoded.read(self.images[index], variant)
 
@@ -119,7 +120,7 @@ def encode_texts(
         """Yield the text states of each of these texts."""
         context.status.say("encoding captions")
         pipeline = loaded()
-        at_once = CAPTIONS_AT_ONCE if references is None else 1  # an image has more than a thousand tokens
+        at_once = CAPTIONS_AT_ONCE if references is None else 1  # a reference image adds more than a thousand tokens
         for start in range(0, len(numbers), at_once):
             context.stop.check(NOT_BEGUN)
             some = [texts[number] for number in numbers[start : start + at_once]]
@@ -222,8 +223,8 @@ def view(
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a crop of an opened image: `pixels` (3 x height x width) and `sizes` (6).
 
-    With a mask also `mask` (1 x height x width), and with reference images `reference_pixels` (images x 3 x height x
-    width).
+    If the image has a mask, the result also has `mask` (1 x height x width). If it has reference images, the result has
+    `reference_pixels` (images x 3 x height x width).
     """
     image, mask, references = found
     interpolation = data.image_interpolation_mode
@@ -275,7 +276,7 @@ def _stored(kind: str, keys: Sequence[int], context: ImageContext) -> Encoded:
 def _fill(
     found: Encoded, images: TorchDataset, make: Callable[[Mapping], Item], phase: str, context: ImageContext
 ) -> None:
-    """Store what `make` returns for each image that is not stored yet, or why the image cannot be trained on."""
+    """Encode images that are not stored yet by `make`; store the results, or the reasons why an image is unusable."""
     accelerator = context.accelerator
     total = len(share(found, accelerator))
     silent = not (accelerator.is_main_process and total)
@@ -283,7 +284,7 @@ def _fill(
     number = itertools.count(1)
 
     def encode_images(numbers: Sequence[int]) -> Generator[Item]:
-        """Yield the encoded data of each of these images, or why one cannot be read."""
+        """Yield the encoded data of each of these images, or the reason why the image cannot be read."""
         arguments = worker_options(context.options.data.dataloader_num_workers)
         loader = DataLoader(images, batch_size=None, sampler=numbers, **arguments)
         with contextlib.closing(stream(loader)) as loaded:
@@ -324,9 +325,9 @@ def moments_of(
 
 
 def encoded(family: Family, vae: nn.Module, views: Mapping[str, torch.Tensor]) -> Item:
-    """Encode an item of `Variants`, and return the tensors to store of all variants.
+    """Encode an item of `Variants`, and return the tensors of all variants, which are then stored.
 
-    The stored tensors are `moments`, `sizes` and, where given, `reference` and `mask` (at the size of the latents).
+    They are `moments`, `sizes` and, if the item has them, `reference` and `mask` (at the size of the latents).
     """
     kept = moments_of(family, vae, views["pixels"], views.get("reference_pixels")) | {"sizes": views["sizes"]}
     if "mask" in views:

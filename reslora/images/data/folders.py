@@ -47,7 +47,7 @@ def load_folders(
                 f"--{name} {as_typed(given)}", f"the {files} are files, not a table's column", "leave it out"
             )
     if training.masked_loss and caption is None and not any(any(images.masked) for images in found):
-        fix = "give some, name masks in a column mask of metadata.jsonl, or leave it out"
+        fix = "add alpha channels or a column mask in metadata.jsonl, or leave it out"
         raise InvalidArgument("--masked_loss", "no image has an alpha channel or a mask", fix)
     found = sample(found, data, training)
     differ = len(found) > 1 or kohyas or found[0].repeats > 1 or found[0].weight != 1

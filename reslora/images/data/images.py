@@ -20,7 +20,7 @@ from ...errors import first_line
 from .size import Size
 
 UNREADABLE = "cannot be read now"
-NOTHING_COUNTS = "its mask is black or transparent everywhere, so nothing of it would be trained"
+NOTHING_COUNTS = "its mask is black or transparent everywhere, so no part of the image would be trained"
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 SUFFIXES = {
@@ -158,7 +158,7 @@ def cropped(image: PIL.Image.Image, crop: Sequence[float], size: Size, interpola
     """Return the largest part of an image with the aspect ratio of `size`, scaled to that size.
 
     `crop` is the position of the crop across and down, each from 0 to 1. The image is cropped before it is scaled. The
-    crop is the same as in the reverse order, which would first scale a 1 x 5000 image to a huge one.
+    reverse order would give the same crop, but would first scale a 1 x 5000 image to a huge one.
     """
     width, height = image.size
     kept = (min(width, height * size.width / size.height), min(height, width * size.height / size.width))

@@ -33,7 +33,7 @@ def stream(loader: DataLoader) -> Generator:
     try:
         yield from iterator
     except (OSError, EOFError, RuntimeError, SyntaxError, ValueError) as error:
-        check_held()  # if the run's folder was moved, that is why a file in it is missing
+        check_held()  # a file may be missing because the run's folder was moved
         raise RunFailed(_what_failed(error, loader.num_workers)) from None
     finally:
         if loader.num_workers:
@@ -46,7 +46,7 @@ def _what_failed(error: Exception, processes: int) -> str:
     if processes and " in DataLoader worker process " not in str(error):  # else: an error that a living worker raised
         fix = "give fewer, or more memory"
         return f"--dataloader_num_workers {processes}: a process that loads images has died; {fix}; {intact}"
-    lines = str(error).strip().splitlines() if processes else []  # of a traceback; the last is `type: message`
+    lines = str(error).strip().splitlines() if processes else []  # the last line of a traceback is `type: message`
     problem = lines[-1].partition(": ")[2] if lines else first_line(error)
     if isinstance(error, RunFailed):
         return f"{problem}: {intact}"

@@ -1,7 +1,7 @@
 """The order of the training images: it depends only on the data, the batch size, the seed and the batch's number.
 
 Therefore all methods train on the same images in the same order, and a resumed run equals an uninterrupted one. N
-processes divide among themselves the batch that one process with N times the batch size would read.
+processes together read the same batches as one process with N times the batch size.
 """
 
 import functools
@@ -67,7 +67,7 @@ class Plan:
 
     @functools.cached_property
     def uses_per_epoch(self) -> dict[Size, float]:
-        """For each image size, how often an epoch uses each of its images, divided by the image's repeats.
+        """How often an epoch uses each image of a size, divided by the image's repeats: one number per size.
 
         The number is 1, or higher if the last batch is filled up.
         """

@@ -49,7 +49,7 @@ class TrainingData:
 
     @property
     def class_text(self) -> Mapping[str, torch.Tensor] | None:
-        """The frozen text states of --output_preservation_prompt, without a batch dimension; None without it."""
+        """The frozen text states of --output_preservation_prompt, without a batch dimension; None if not given."""
         return next((self.texts[prompt] for prompt in self.training.preserved_prompts), None)
 
     def plan(self, processes: int) -> Plan:
@@ -57,9 +57,7 @@ class TrainingData:
         return Plan(self.sources, self.training.train_batch_size * processes, self.training.seed)
 
     def updates(self, processes: int) -> int:
-        """The result has one pair for each image: the index of its source, and the index of the image within this
-        source.
-        """
+        """Return the number of optimizer updates per epoch with `processes` processes."""
         return self.plan(processes).updates_per_epoch(self.training.gradient_accumulation_steps)
 
     def sampled_caption(self, draw: Draw) -> str:
@@ -91,17 +89,17 @@ class TrainingData:
         ]
         found = []
         for images, image in places[:: max(1, len(places) // count)][:count]:
-            with contextlib.suppress(Exception):  # they are only shown, and each format's reader raises its own types
+            with contextlib.suppress(Exception):  # figures are optional, and each format's reader raises its own types
                 opened = images.open(image)
                 opened.thumbnail((SHOWN, SHOWN))
                 found.append(opened)
         return found
 
     def references(self) -> list[tuple[str, list[PIL.Image.Image]]]:
-        """Return the reference images of each sample: those of the options, or else of the first held-out images.
+        """Return the reference images of each sample image: those of the options, or else of the first held-out images.
 
-        Without held-out images, the reference images of the first training images; [] if there are no reference images
-        at all. Each item is a hash of the images' content, and the images.
+        Without held-out images, those of the first training images are returned. The list is empty if no image has
+        reference images. Each item is a hash of the images' content, and the images.
         """
         if files := self.validation.validation_image:
             count = self.data.references_per_image
@@ -275,10 +273,9 @@ def losses_of(
 ) -> torch.Tensor:
     """Return the loss of each image at each timestep, averaged over the noises (images x TIMESTEPS).
 
-    `loss` maps a batch to one loss per sample. `images`: number of the source, and of the image in it. All samples of
-    an image are one batch, so that other images do not change even the rounding. If such a batch has at most half of
-    `most` samples, a batch has several images, and at most `most` samples. Batches that do not fit into memory are
-    divided.
+    `loss` maps a batch to one loss per sample. `images`: index of the source, and index of the image within the source.
+    All samples of an image are in one batch, so that other images do not change even the rounding. Images of one size
+    share a batch of at most `most` samples. Batches that do not fit into memory are divided.
     """
     samples, each = FixedSamples(training_data, noises), TIMESTEPS * noises
     count = max(1, most // each)

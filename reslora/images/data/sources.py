@@ -16,10 +16,10 @@ class Source:
 
     images: ImageDataset
     latents: Latents | None
-    """None if images are encoded in each step."""
+    """The encoded images; None if each step encodes its images."""
     train: tuple[int, ...]
     held_out: tuple[int, ...]
-    """The numbers of the images that are held out for the validation loss."""
+    """Indices of the images that are held out for the validation loss."""
     sizes: tuple[Size, ...]
     """The size that each image is cropped and scaled to."""
     weight: float = 1.0
@@ -31,9 +31,9 @@ class Source:
 
 
 def without_copies(sources: Sequence[Source]) -> tuple[tuple[Source, ...], int]:
-    """Return the sources without training images whose files are copies of held-out images, and the number of these.
+    """Remove training images that are exact copies of held-out images; return the sources and the number of copies.
 
-    A source that would have no image left keeps all.
+    A source that would have no image left keeps all its images.
     """
     held_out = {source.images.marks[image] for source in sources for image in source.held_out}
     if not held_out:
@@ -47,7 +47,7 @@ def without_copies(sources: Sequence[Source]) -> tuple[tuple[Source, ...], int]:
 
 
 def split(count: int, share: float, seed: int, least: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Split `count` images at random; return the numbers of the training images and of the held-out images.
+    """Split `count` images at random; return the indices of the training images and of the held-out images.
 
     `share` is the fraction to hold out for the validation loss. If the fraction is not 0, at least `least` images are
     held out. At least one image remains for training in any case.

@@ -30,11 +30,11 @@ Item = Mapping[str, torch.Tensor] | str
 """The tensors of an item's variants, or the reason why the item could not be encoded."""
 
 TENSORS, REASON = ".safetensors", ".txt"
-CHECKSUM = "crc32"  # its name in the files' metadata
+CHECKSUM = "crc32"  # name of the checksum in the files' metadata
 
 
 class Encoded:
-    """Items by number, found by their keys in a folder, and read from disk on access.
+    """Encoded items, stored in a folder under their keys, and read from disk on access.
 
     Their files are named `<kind>-<key>`. Items with equal keys are stored once.
     """
@@ -62,12 +62,12 @@ class Encoded:
             raise OSError(f"{path} is damaged ({first_line(error)}): {fix}") from None
 
     def problems(self) -> dict[int, str]:
-        """Return the reasons why items could not be encoded, by the item's number."""
+        """Return the reasons why items could not be encoded, by the item's index."""
         reasons, names = self._reasons(), map(self.name, range(len(self.keys)))
         return {number: reasons[name] for number, name in enumerate(names) if name in reasons}
 
     def missing(self) -> list[int]:
-        """Return the numbers of the items that have no file; of items with the same key, only the first number."""
+        """Return the indices of the items without a file; if items have the same key, only the first index."""
         there = {path.stem for path in self.folder.glob(f"{self.kind}-*{TENSORS}")} | self._reasons().keys()
         return [number for number in self._distinct() if self.name(number) not in there]
 
@@ -125,17 +125,18 @@ def remove_damaged(encoded: Encoded, accelerator: Accelerator) -> None:
 
 
 def fill(encoded: Encoded, make: Callable[[Sequence[int]], Generator[Item]], accelerator: Accelerator) -> None:
-    """Write this process's share of the missing items, which `make` yields for their numbers.
+    """Write this process's share of the missing items; `make` maps indices to items.
 
     Processes need not know whether their machines share the folder. There are three rounds, each for the items that are
-    still missing. In the first round, all processes divide these items; in the second, the processes of each machine
-    do. In the third, each process writes all that it does not find. Raises `RunFailed` if written files vanish.
+    still missing. In the first round, all processes divide these items. In the second, the processes of each machine
+    divide them. In the third, each process writes every item that it does not find. Raises `RunFailed` if written files
+    vanish.
     """
     if accelerator.is_local_main_process:
         remove_leftovers(encoded.folder)
     for round_ in range(len(_rounds(accelerator))):
         numbers = share(encoded, accelerator, round_)
-        wait()  # a process that already sees another's new file would compute other shares
+        wait()  # a process that sees new files of another process would compute other shares
         if numbers:
             with contextlib.closing(make(numbers)) as items:
                 for number, item in zip(numbers, items, strict=True):
@@ -146,7 +147,7 @@ def fill(encoded: Encoded, make: Callable[[Sequence[int]], Generator[Item]], acc
 
 
 def share(encoded: Encoded, accelerator: Accelerator, round_: int = 0) -> list[int]:
-    """Return the numbers of the items that this process writes in a round."""
+    """Return the indices of the items that this process writes in a round."""
     first, distance = _rounds(accelerator)[round_]
     return encoded.missing()[first::distance]
 

@@ -17,7 +17,7 @@ REFERENCE = "conditioning_image"  # the column of the first reference images, wh
 
 
 def reference_column(number: int) -> str:
-    """Return the column of each image's reference image with this number, which begins at 0."""
+    """Return the name of the column with each image's reference image `number`, counted from 0."""
     return f"{REFERENCE}_{number + 1}" if number else REFERENCE
 
 
@@ -46,7 +46,7 @@ def has_file_names(metadata: Path, layout: str | None) -> bool:
 
 
 def _has_semicolons(first: Sequence[str]) -> bool:
-    """Return whether semicolons separate a first line's columns, as Excel writes them where decimals have commas."""
+    """Return whether semicolons separate a first line's columns, as Excel writes them for decimal commas."""
     return any("file_name" in cell.split(";") for cell in first if ";" in cell)
 
 

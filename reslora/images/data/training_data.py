@@ -182,9 +182,9 @@ def captions_of(training_data: TrainingData, processes: int) -> list[str] | None
 def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, context: ImageContext) -> list[Source]:
     """Return one source per resolution.
 
-    The first has all images, split into training and held-out images; class images are not split. The sources of other
-    resolutions have only training images, without those that would get the size of an earlier resolution. `least` is
-    the lowest number of held-out images, if any are held out.
+    The first source has all images, split into training and held-out images; class images are not split. The sources of
+    other resolutions have only training images, without those that would get the size of an earlier resolution. `least`
+    is the lowest number of held-out images, if any are held out.
     """
     options, multiple = context.options, context.model.family.pixel_multiple(pipeline)
     sides, label = options.data.resolution, images.label
@@ -218,7 +218,7 @@ def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeli
 
 
 def sizes_of(images: ImageDataset, multiple: int, options: DataOptions) -> list[list[Size | None]]:
-    """Return the sizes of all images, one list per resolution; None if an image has that size at an earlier resolution.
+    """Return the sizes of all images, one list per resolution. A size is None if an earlier resolution has it.
 
     An image that is smaller than the buckets of several resolutions is used at its own size only once.
     """
@@ -259,7 +259,7 @@ def print_bucket_sizes(sources: Sequence[Source], context: ImageContext) -> None
 def print_folder_counts(training_data: TrainingData, context: ImageContext) -> None:
     """Print repeats, weight of the loss and number of masks of each source (a folder of images) that has a label.
 
-    The printed line begins with the label. If there is only one source, the source may have no label.
+    The printed line begins with the label. A single source may have no label.
     """
     plan = training_data.plan(context.accelerator.num_processes)
     print_uneven_buckets(plan, context)
@@ -320,7 +320,7 @@ def times_of(source: Source, plan: Plan) -> str:
 def latents_of(
     images: ImageDataset, sizes: Sequence[Size], pipeline: DiffusionPipeline, context: ImageContext
 ) -> tuple[Latents, dict[int, str]]:
-    """Return the latents of all images at their sizes, and the problems: by an image's number, why it is unusable."""
+    """Return the latents of all images at their sizes, and the reasons why images are unusable, by image index."""
     vae, model = pipeline.vae, context.model
     key = (model.family.name, model.fingerprint("vae"), str(vae.dtype))
     with wide_enough(model.family, vae):

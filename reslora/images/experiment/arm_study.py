@@ -53,8 +53,8 @@ class ImageArmStudy(ArmStudy, ImageStudy):
     ) -> None:
         """Merge the checkpoint of a step once, to test it and, if `to_export`, to export it into the arm's folder.
 
-        `keep` takes the losses on the test `images` and, with --metric_model, the similarities; None: do not test. The
-        exports are compared as those of a single run; `exports.json` is written last.
+        `keep` is called with the losses on the test `images` and, with --metric_model, the similarities. If `keep` is
+        None, the checkpoint is not tested. The exports are checked as in a single run; `exports.json` is written last.
         """
         context, (method,) = self.context, self.context.options.adapter.method
         folder = context.folder_of(method)
@@ -72,7 +72,7 @@ class ImageArmStudy(ArmStudy, ImageStudy):
 
     @contextmanager
     def merged(self, step: int) -> Iterator[tuple[Parts, Mapping[str, Merged], DenoisingLoss]]:
-        """Yield the trained modules at a step, in float32, from `as_plain_lora`; and the loss function."""
+        """Yield the result of `as_plain_lora` for the modules of a step, in float32, and the loss function."""
         context, (method,) = self.context, self.context.options.adapter.method
         with in_float32(self.pipeline):
             loss, folder = self.new_loss(), context.folder_of(method)

@@ -68,7 +68,7 @@ def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context
     folder = broadcast_from_main(tempfile.mkdtemp)
     few = options.replace(
         output_dir=folder, cache_dir=None, metric_model=None, method=options.adapter.method[:1],
-        max_train_steps=2 + TIMED_STEPS,  # the captions of so many steps are encoded
+        max_train_steps=2 + TIMED_STEPS,  # the number of steps whose captions are encoded
     )  # fmt: skip
     try:
         with contextlib.redirect_stdout(io.StringIO()):

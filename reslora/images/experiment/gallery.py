@@ -73,10 +73,10 @@ def columns_of(experiment: Experiment, folder: Path, prompts: Sequence[str]) -> 
 def chosen_samples(
     experiment: Experiment, folder: Path, label: str, prompts: Sequence[str]
 ) -> Iterator[tuple[Arm, int, Path]]:
-    """Yield a method's finished runs of the chosen learning rate, by seed.
+    """Yield a method's finished runs at the chosen learning rate, by seed.
 
-    Each comes with the trained step nearest to the chosen one that has samples of these prompts, and their folder. Runs
-    without such samples are skipped.
+    Each run comes with a step and the folder of its samples. The step is the one nearest to the chosen step that has
+    samples of these prompts. Runs without such samples are skipped.
     """
     choice = experiment["chosen"][label]
     arms = [arm for arm in experiment["arms"] if arm["label"] == label and arm["status"] == "finished"]
@@ -91,7 +91,7 @@ def chosen_samples(
 def samples_of(arm: Arm, folder: Path, prompts: Sequence[str]) -> dict[int, Path]:
     """Return, by step, the run's folders with samples that were generated from any of these prompts.
 
-    If the run is exported, those of the merged model are included.
+    If the run is exported, samples of the merged model are included.
     """
     own = folder / arm["folder"]
     found = by_step(own / "samples")

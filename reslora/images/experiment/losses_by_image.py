@@ -29,7 +29,7 @@ def write_thumbnails(folder: Path, images: Iterable[tuple[str, Callable[[], PIL.
     """
     (folder / FOLDER).mkdir(exist_ok=True)
     for name, opened in images:
-        with contextlib.suppress(Exception):  # they are only shown, and each format's reader raises its own types
+        with contextlib.suppress(Exception):  # thumbnails are optional, and each format's reader raises its own types
             image = opened()
             image.thumbnail((SIDE, SIDE))
             with replacing(folder / FOLDER / f"{name}.png") as temporary:

@@ -57,7 +57,7 @@ def timestep_chart(experiment: Experiment) -> str:
 
 
 def base_series(experiment: Experiment, measured: Mapping[tuple[str, int], list[float]], number: int) -> list[Series]:
-    """Return a line of the chart: the loss before training minus the first reference's, in percent of it, by timestep.
+    """Return a chart line: the difference in percent of the loss before training to the first reference, by timestep.
 
     `measured`: the losses by timestep of each (label, seed). `number`: the line's number, which sets its color. Empty
     if either loss is unknown.

@@ -63,7 +63,7 @@ MEASURING = 1 / 8  # at most this fraction of the time of training, but MIN_EVAL
 FORWARDS = 3  # forward passes that take as long as a training pass: its backward pass counts as two
 SELECT_NOISES = 1  # noises per timestep and image of the selection split
 ENCODED = ("random_flip", "train_text_encoder")  # options that vary with which images or captions are encoded anew
-CHANGING = ("learning_rate", "seed")  # more values of these may be added to an existing experiment, like methods
+CHANGING = ("learning_rate", "seed")  # values that may be added to an existing experiment, like methods
 FIXED = (
     *named_by("merged", Options()),
     "max_train_steps",
@@ -76,7 +76,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 @contextlib.contextmanager
 def open_study(given: Grid[Options], stop: StopRequest, worker: Worker | None = None) -> Iterator[ImageExperiment]:
-    """Lock the folder, check the options, and load and encode what the arms share.
+    """Lock the folder, check the options, load the model, and encode the data that all arms share.
 
     With `worker`, this process does jobs for the main process, which has locked the folder, checked the options and
     written the settings.
@@ -91,11 +91,11 @@ def open_study(given: Grid[Options], stop: StopRequest, worker: Worker | None = 
         asked = with_varied(context.options, given)
         if worker:
             context = dataclasses.replace(context, status=Status())
-        # any of its arms may train the text encoders
+        # the data must suit arms that train the text encoders
         widest = with_options(context, train_text_encoder=any(asked.values("train_text_encoder")))
 
         def check_all() -> None:
-            """Check the folder, and everything that needs no weights."""
+            """Check the folder, and all options that can be checked without weights."""
             check_folder(asked, identity)
             largest = max(asked.values("train_batch_size"))
             check_before_loading(kinds, with_options(widest, train_batch_size=largest))
@@ -111,7 +111,7 @@ def open_study(given: Grid[Options], stop: StopRequest, worker: Worker | None = 
         images = training_images(training_data.sources)
 
         def split() -> tuple[Parts, str]:
-            """Return the split and its hash, which an earlier part of the experiment must have had."""
+            """Return the split and its hash; raises `InvalidArgument` if the folder's experiment has another split."""
             parts = parts_of(images, plain.data, plain.validation, plain.experiment)
             content = content_of(parts, images)
             check_same(asked, identity, content)
@@ -150,7 +150,7 @@ def open_study(given: Grid[Options], stop: StopRequest, worker: Worker | None = 
 def with_options(context: ImageContext, **values: Any) -> ImageContext:
     """Return the context with some options replaced.
 
-    If the values are the same, the result is `context` itself, which does not print a line a second time.
+    If no value changes, the result is `context` itself, so that no line is printed twice.
     """
     options = context.options.replace(**values)
     return context if options == context.options else dataclasses.replace(context, options=options)
@@ -248,7 +248,7 @@ def with_default_evaluations(
 def with_varied(resolved: Options, given: Grid[Options]) -> Grid[Options]:
     """Return `given` with its shared options replaced by `resolved`, those of the first run with all defaults set."""
     alpha = given.base.adapter.lora_alpha if "rank" in given.varied else resolved.adapter.lora_alpha
-    averages = given.base.validation.average_checkpoints  # which no single run has
+    averages = given.base.validation.average_checkpoints  # single runs do not have this option
     return dataclasses.replace(given, base=resolved.replace(lora_alpha=alpha, average_checkpoints=averages))
 
 
@@ -267,7 +267,7 @@ def check_variants(grid: Grid[Options], context: ImageContext) -> None:
 
 
 def data_key(options: Options) -> tuple:
-    """Return the values of the options with which images and captions are encoded anew: the seed, and ENCODED."""
+    """Return the seed and the options in ENCODED: if one of them changes, images or captions are encoded anew."""
     return (options.training.seed, *(options[name] for name in ENCODED))
 
 
@@ -291,7 +291,7 @@ def data_of_variant(
     own = dataclasses.replace(options.data, cache_text_embeddings=training_data.data.cache_text_embeddings)
     training_data = dataclasses.replace(training_data, sources=tuple(sources), training=options.training, data=own)
     anew = options.adapter.train_text_encoder != training_data.adapter.train_text_encoder
-    # If text encoders read reference images: samples use those of the selection split, which was unknown before.
+    # Text encoders that read reference images must also read those of the selection split, which was unknown before.
     anew = anew or training_data.family.reads_references or any(source.transform.rewrites for source in sources)
     return with_texts(training_data, pipeline, context) if anew else training_data
 
@@ -313,7 +313,7 @@ def expected_times(
     # two passes with guidance
     samples = select * TIMESTEPS * SELECT_NOISES * math.ceil(schedule.steps / schedule.validation_steps)
     measuring = samples + 2 * validation.num_inference_steps * prompts
-    # The merged model draws as many samples, and each of three file formats draws a single image.
+    # The merged model generates as many samples, and each of three file formats generates a single image.
     drawn = 2 * validation.num_inference_steps * (max(1, prompts) + 3)
     tested = test * TIMESTEPS * TEST_NOISES + drawn + FORWARDS * calibration
     return a_sample * measuring, a_sample * tested
@@ -321,7 +321,7 @@ def expected_times(
 
 @dataclass(frozen=True)
 class ImageExperiment(ExperimentStudy):
-    """The image experiment: data, model and split, which all arms share; trains, evaluates and exports single arms."""
+    """The image experiment: the data, model and split of all arms. Trains, evaluates and exports single arms."""
 
     schedule: ArmSchedule
     study: ImageArmStudy
@@ -392,7 +392,7 @@ class ImageExperiment(ExperimentStudy):
         a_sample = shared.seconds / shared.samples if shared.samples else step / batch
         measuring, to_conclude = self.times(a_sample)
         start = max(0.0, time.monotonic() - began - shared.seconds - (1 + TIMED_STEPS) * step)
-        to_conclude += start  # a test loads the model, too
+        to_conclude += start  # testing an arm loads the model, too
         print_estimate(self.schedule, self.device, self.study.schedule.steps, step, start, measuring, to_conclude)
 
     def times(self, a_sample: float) -> tuple[float, float]:
@@ -411,7 +411,7 @@ class ImageExperiment(ExperimentStudy):
 
     @functools.cached_property
     def test_order(self) -> list[int]:
-        """Places of the test images in the order in which they were taken."""
+        """Indices of the test images, in the order in which the images were taken."""
         return order_of(training_images(self.study.training_data.sources), self.parts.test)
 
     def facts(self) -> Facts:
@@ -452,7 +452,7 @@ class ImageExperiment(ExperimentStudy):
     def export(self, arm: Arm, step: int) -> list[str]:
         """Copy an arm's exported LoRA files to the experiment's directory, and return their names.
 
-        They replace those of an earlier export.
+        The files replace those of an earlier export.
         """
         folder, into = self.schedule.folder_of(arm), self.schedule.folder
         formats = (*self.study.context.model.family.lora_files, DIFFUSERS_FILE, LYCORIS_FILE, PEFT_FOLDER)

@@ -61,7 +61,7 @@ def similarities(parts: Mapping[str, nn.Module], images: Sequence[Image], settin
     found = {"image_similarity": (drawn * metric.of(sources, tested)).sum(1).mean()}
     if metric.reads_captions:
         found["caption_similarity"] = (drawn * metric.captions(captions)).sum(1).mean()
-    if trained := training_images(setting):  # a comparison of files does not know them
+    if trained := training_images(setting):  # unknown in a comparison of files
         found["nearest_training"] = (drawn @ metric.of(sources, trained).T).amax(1).mean()
     found["unrelated_similarity"] = (kept * base).sum(1).mean()
     found["diversity"] = apart.sum() / (DRAWINGS * (DRAWINGS - 1))

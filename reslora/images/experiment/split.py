@@ -2,10 +2,10 @@
 
 An image and its near-duplicates (re-encoded, scaled, with another caption) are in the same part. The selection and test
 parts contain only one image of such a group, so that copies do not count as independent images. Images of one session
-or subject (a column `group`, or --test_groups folder) are in the same part, too. The part depends only
-on a hash of the image's content: adding an image can only change the part of its near-duplicates, not of other images.
-Exceptions: an empty part, or a test part of one image out of five or more, takes the next image in the order of the
-hash.
+or subject (a column `group`, or --test_groups folder) are in the same part, too. The part depends only on a hash of the
+image's content: adding an image can only change the part of its near-duplicates, not of other images. Exceptions: an
+empty part takes the next image in the order of the hash. A test part with a single image does so too if there are five
+or more images.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class Parts:
     trained: int
     """Number of distinct training images: copies, and several resolutions of an image, count once."""
     duplicates: int
-    """Number of near-duplicates: left out, or in the training part together with the image that they resemble."""
+    """Number of near-duplicates, which are left out or are in the training part together with the original."""
     enough: float
     """The smallest --test_split that gives enough images, or groups, for a comparison."""
     groups: tuple[str, ...] = ()
@@ -76,8 +76,8 @@ def parts_of(
 ) -> Parts:
     """Split the images of these sources by --select_split and --test_split, with at least one image in each part.
 
-    At most --max_validation_images of the selection part are used; its other images are used nowhere. Raises
-    `InvalidArgument` if fewer than three images remain when near-duplicates count once.
+    At most --max_validation_images of the selection part are used; its other images are not used at all. Raises
+    `InvalidArgument` if there are fewer than three images without near-duplicates.
     """
     flat = [(source, number) for source, found in images.items() for number in range(len(found))]
     marks = [images[source].marks[number] for source, number in flat]
@@ -120,7 +120,7 @@ def names_of(images: Mapping[int, ImageDataset], flat: Sequence[Image], by: str 
 
 
 def joined(groups: list[list[int]], names: Sequence[str]) -> list[list[list[int]]]:
-    """Return the units of the split: near-duplicates with a common name; each alone if there are no names."""
+    """Return the units of the split: groups of near-duplicates, joined if they have a common name."""
     if not names:
         return [[group] for group in groups]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names), len(groups))}
@@ -132,10 +132,10 @@ def joined(groups: list[list[int]], names: Sequence[str]) -> list[list[list[int]
 
 
 def order_of(images: Mapping[int, ImageDataset], chosen: Sequence[Image]) -> list[int]:
-    """Return the places of images in the order in which they were taken: by EXIF time, or else by file name."""
+    """Return the indices of images in the order in which the images were taken: by EXIF time, or else by file name."""
 
     def key(image: Image) -> tuple:
-        """Return an image's time, and its name with numbers as numbers."""
+        """Return an image's time, and its name with digits converted to numbers."""
         name, time = images[image[0]].name(image[1]), None
         if Path(name).is_file():
             with PIL.Image.open(name) as opened:
@@ -179,7 +179,7 @@ def with_parts(training_data: TrainingData, parts: Parts, processes: int) -> Tra
     """Return the training data with the split: the training part to train on, the selection part held out."""
     own_images, of_class = [], []
     for number, source in enumerate(training_data.sources):
-        source = dataclasses.replace(source, repeats=source.images.repeats)  # those before they were balanced
+        source = dataclasses.replace(source, repeats=source.images.repeats)  # undo the balancing of class images
         if source.images.of_class:
             of_class.append(source)
         else:

@@ -99,7 +99,7 @@ class Reader:
         encoder.forward = measured
 
     def _repeated(self, value: Any) -> Any:
-        """Return a fake tensor for `at_once` captions, given a tensor for one; other values are unchanged."""
+        """Return a fake tensor for `at_once` captions, given a tensor for one caption; other values are unchanged."""
         if not isinstance(value, torch.Tensor) or value.dim() < 2 or 1 not in value.shape[:2]:
             return value
         axis = value.shape.index(1)

@@ -89,7 +89,7 @@ def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phas
     plain = rehearsal.dtype == torch.float32 and rehearsal.context.holds_base
     if not plain or rehearsal.options.validation.save_best:
         left = (free - step.total) // 2 if rehearsal.stage.device.type == "cuda" else 0
-        if whole > max(IN_MEMORY, left) and shapes:  # its block weights are read one at a time
+        if whole > max(IN_MEMORY, left) and shapes:  # block weights are then read one at a time
             sizes = [4 * shape.numel() for shape in shapes]
             whole -= sum(sizes) - max(sizes)
         found |= {EXACT: whole + encoders, ADAPTER: 2 * (step.held[ADAPTER] or 0)}

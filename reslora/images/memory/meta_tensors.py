@@ -20,11 +20,11 @@ LANES = 16  # float32 values in a vector register
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of live tensors that were created inside this context: now (`now`) and at most (`peak`).
+    """Counts the bytes of live tensors that were created inside this context: `now` and `peak`.
 
     Storages are counted, not tensors, because autograd keeps a tensor's complete storage alive. Storages of `known`
     tensors, such as weights, are not counted, so that views of them are free. The temporary memory of kernels is not
-    visible; only that of convolutions is estimated and added.
+    visible; only for convolutions, an estimate is added.
     """
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
@@ -85,7 +85,7 @@ def _in_lanes(tensor: torch.Tensor, dimensions: int) -> int:
 
 
 class Stage:
-    """A device for fake tensors, which have shapes and dtypes, but no storage."""
+    """A device for fake tensors. Fake tensors have shapes and dtypes, but no storage."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.mode = device, FakeTensorMode(allow_non_fake_inputs=True)
@@ -111,7 +111,7 @@ class Stage:
     def place(self, module: nn.Module) -> nn.Module:
         """Replace a module's parameters, buffers and other tensor attributes by fake tensors, and return the module."""
 
-        @functools.cache  # a tensor in several places stays one
+        @functools.cache  # a shared tensor stays shared
         def fake(value: torch.Tensor) -> torch.Tensor:
             """Return a fake tensor, or a parameter, with the shape and dtype of `value`."""
             empty = self.empty(*value.shape, dtype=value.dtype)

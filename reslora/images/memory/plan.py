@@ -27,9 +27,9 @@ from .phases import ROWS, Phase, Rehearsal
 
 GIBI = 2**30
 SURELY = 0.5  # no estimate is made if the upper bound is below this fraction of the free memory
-FEW = 3  # most layers whose inputs and outputs a model without gradients holds in memory at a time
+FEW = 3  # layers whose inputs and outputs a model without gradients holds in memory at a time, at most
 LEFT_OUT = (
-    "left out: what allocators round up to or retain, workspaces of kernels and threads, and the memory of libraries"
+    "left out: unused memory that allocators retain, workspaces of kernels and threads, and the memory of libraries"
 )
 Change = Mapping[str, object]
 
@@ -83,7 +83,7 @@ def where(context: ImageContext) -> str:
 
 
 def plan_of(kinds: Sequence[ImageDataset], context: ImageContext, free: int | None) -> Plan:
-    """Return the memory estimate of the run: that of the method with the highest peak."""
+    """Return the memory estimate of the method with the highest peak."""
     rehearsal = Rehearsal(kinds, context)
     first = drawing_class_images(rehearsal), rehearsal.encoding_images(), rehearsal.encoding_captions()
     before = [phase for phase in first if phase]
@@ -99,7 +99,7 @@ def plan_of(kinds: Sequence[ImageDataset], context: ImageContext, free: int | No
 def check_memory(kinds: Sequence[ImageDataset], context: ImageContext) -> None:
     """Print the memory estimate, and raise `InvalidArgument` if the run does not fit.
 
-    --no-plan disables this. Without --plan, nothing is printed if an upper bound shows that the run fits.
+    --no-plan disables the check. Without --plan, nothing is printed if an upper bound shows that the run fits.
     """
     asked, free = context.options.output.plan, free_memory(context.accelerator.device)
     free = free and free // arms_a_device(context.options.experiment, context.accelerator.device)
@@ -140,7 +140,7 @@ def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: ImageContext) -> 
 
 
 def advice(kinds: Sequence[ImageDataset], context: ImageContext, plan: Plan) -> str:
-    """Return the first option that makes the run fit, or else the first few options that do so together."""
+    """Return the first option that makes the run fit, or else the first options that together make it fit."""
 
     def plan_with(change: Change) -> Plan | None:
         """Return the memory estimate with changed options; None if the pipeline does not accept the
@@ -206,8 +206,8 @@ def guess(context: ImageContext) -> float:
     The bound is the sum of two parts:
 
     - four float32 copies of all weights;
-    - the activations of the model that has the largest: 16 bytes for each value that enters or leaves a layer, as if
-      all layers had the resolution of the model's input. The activations also cover intermediate results between
+    - the activations of the model with the largest activations: 16 bytes for each value that enters or leaves a layer,
+      as if all layers had the resolution of the model's input. The activations also cover intermediate results between
       layers.
 
     All layers of the denoiser count, because it keeps their activations for the backward pass. Of any other model, only
@@ -224,7 +224,7 @@ def guess(context: ImageContext) -> float:
     pixels += options.data.references_per_image * math.prod(model.family.reference_size(side, side))
     texts = 64 * (options.training.max_sequence_length or 77)
     images = max(options.training.train_batch_size, 8)  # at most 8 crops and flips are encoded together
-    passes = 2 if options.training.preserved_prompts else 1  # whose activations are kept at a time
+    passes = 2 if options.training.preserved_prompts else 1  # whose activations are in memory at the same time
     # No supported autoencoder has more latents per pixel.
     at_work = 16.0 * passes * images * pixels / 16 * sum(widths(denoiser))
     for name, part in parts.items():

@@ -17,7 +17,7 @@ class Kind(NamedTuple):
     names: str
     """A regular expression that matches the start of a tensor's name in such a file."""
     what: str
-    """What the file is; empty for a complete model in one file."""
+    """Description of the file; empty for a complete model in one file."""
     fix: str = "give a complete model, with text encoder and autoencoder"
 
 

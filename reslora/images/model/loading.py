@@ -34,7 +34,7 @@ from .stored import Stored, load_exact, stored_weights
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline in a local folder, and how its parts are loaded."""
+    """A pipeline in a local folder, with methods that load its parts."""
 
     folder: Path
     family: Family
@@ -76,7 +76,7 @@ class Model:
             parts = self.family.frozen_text_parts if trainable else self.family.text_parts
             given |= {part: None for part in parts if not part.startswith("tokenizer")}
         if vae and self.vae:
-            own = getattr(diffusers, self.index["vae"][1])  # such as those of FLUX.2 and Qwen-Image
+            own = getattr(diffusers, self.index["vae"][1])  # some pipelines have their own class of autoencoder
             with refused_as(self.vae_flag, "check the name and the files"):
                 given["vae"] = own.from_pretrained(
                     self.vae, cache_dir=self.cache_dir, torch_dtype=dtype, use_safetensors=True
@@ -145,7 +145,7 @@ class Model:
         return self.folder / self.family.denoiser
 
     def stored_denoiser(self) -> dict[str, Stored]:
-        """Return where each weight of the denoiser is on disk."""
+        """Return the location of each weight of the denoiser on disk."""
         return stored_weights(self.denoiser_folder, self.variant)
 
     def load_encoders(self, parts: Sequence[Part], pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -211,9 +211,9 @@ def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: 
 
 
 def on_each_machine(make: Callable[[], Path], accelerator: Accelerator) -> Path:
-    """Call `make` in the main process, then in the first process of each machine, and return its folder everywhere.
+    """Call `make` in the main process, then in the first process of each machine; return the folder in all processes.
 
-    `make` makes a folder unless it exists; the machines may share a disk.
+    `make` creates the folder unless it exists, because machines may share a disk.
     """
     on_all(lambda: make() if accelerator.is_main_process else None)
     on_all(lambda: make() if accelerator.is_local_main_process else None)
@@ -245,7 +245,7 @@ def downloaded(options: ModelOptions, flag: str) -> Path:
     where: dict[str, Any] = {"revision": options.revision, "cache_dir": options.cache_dir}
     given: dict[str, Any] = {"transformer": None} if options.pretrained_transformer_file else {}
     with refused_as(flag, "check the name and the connection"):
-        for part in given:  # its weights are in the file, and are not downloaded
+        for part in given:  # the given file replaces the weights in the Hub
             huggingface_hub.hf_hub_download(options.pretrained_model_name_or_path, f"{part}/config.json", **where)
         return Path(
             DiffusionPipeline.download(
@@ -273,7 +273,7 @@ def check_hub(options: ModelOptions, flag: str) -> None:
 
 
 def check_weights(folder: Path, variant: str | None, denoiser: nn.Module, flag: str) -> None:
-    """Raise `InvalidArgument` if weights are missing or truncated, or have other shapes than the configuration says."""
+    """Raise `InvalidArgument` if weights are missing or truncated, or if their shapes differ from the configuration."""
     stem = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
     files = [*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*.safetensors")]
     if not files and not variant:

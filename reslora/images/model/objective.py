@@ -58,7 +58,7 @@ class DdpmObjective:
     def share_of_image(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return `sqrt(a_t) / (sqrt(a_t) + sqrt(1 - a_t))` of each sample, of shape (batch,).
 
-        It equals `1 / (1 + SNR^(-1/2))`.
+        The result equals `1 / (1 + SNR^(-1/2))`.
         """
         alphas = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         return alphas.sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
@@ -118,7 +118,7 @@ class FlowObjective:
     def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
         """Return a random training timestep, a scalar from 0 to `timesteps`, scaled to the range `between`.
 
-        `tokens`: number of tokens of the sample, on which `flux_shift` depends.
+        `tokens`: number of tokens of the sample; only `flux_shift` depends on this number.
         """
         least, below = self.between
         return least + self._sample(generator, tokens) * ((below - least) / self.timesteps)
@@ -147,7 +147,7 @@ class FlowObjective:
         return noise - latents
 
     def share_of_image(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return `1 - s` of each sample, of shape (batch,), which equals `1 / (1 + SNR^(-1/2))`."""
+        """Return `1 - s` of each sample, of shape (batch,); this equals `1 / (1 + SNR^(-1/2))`."""
         return 1 - self._sigmas(timesteps)
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
@@ -165,7 +165,7 @@ Objective = DdpmObjective | FlowObjective
 
 
 def between_of(options: TrainingOptions, timesteps: int) -> tuple[int, int]:
-    """Return the range of timesteps to sample from; its end is excluded.
+    """Return the range of timesteps to sample from, without its end.
 
     Raises `InvalidArgument` if the range is empty, or the model has fewer timesteps.
     """
@@ -192,7 +192,7 @@ def check_sampling(options: TrainingOptions, sampling: str) -> None:
 
 
 def check_objective(model: ModelOptions, training: TrainingOptions, family: Family) -> None:
-    """Raise `InvalidArgument` if an option of another objective than the family's is not at its default."""
+    """Raise `InvalidArgument` if an option that applies only to another objective is not at its default."""
     learns_flow = family.objective == "flow"
     for name, option in Options.table().items():
         value = getattr({"model": model, "training": training}.get(option.group), name, option.default)
@@ -209,10 +209,9 @@ def objective_of(
     between = between_of(training, pipeline.scheduler.config.num_train_timesteps)
     check_objective(model, training, family)
     argument = f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}"
-    # The objective's noise levels follow from one of these configurations. EDM's schedulers, as of Playground 2.5, have
-    # neither.
+    # Noise levels are computed from one of these fields. EDM's schedulers, as in Playground 2.5, have neither field.
     if ("shift" if family.objective == "flow" else "beta_schedule") not in pipeline.scheduler.config:
-        problem = f"its {type(pipeline.scheduler).__name__} has other noise levels than {family.name} is trained with"
+        problem = f"its {type(pipeline.scheduler).__name__} does not have the noise levels of {family.name}"
         raise InvalidArgument(argument, problem, "give another model")
     if family.objective == "flow":
         objective = FlowObjective(

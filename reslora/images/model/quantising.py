@@ -9,11 +9,11 @@ Why not another library's layers? A weight of 1024 x 768 takes 1,572,864 bytes i
 to the quantized weight. Such a base takes more memory than an unquantized one. As in this module, torchao's NF4 and
 bitsandbytes' 4 and 8 bits (0.50) save no dequantized copy. But torchao's NF4 rounds the scales, bitsandbytes' int8 on a
 GPU rounds activations, and neither library has fp8 without that copy. bitsandbytes' NF4 has the same codes and scales
-as this module's, but the weight of its layer has another shape and cannot be swapped. The remaining formats would still
+as this module, but its layer has a weight of another shape, which cannot be swapped. The remaining formats would still
 need this module.
 
 diffusers' group offloading is not used, because it is made for inference. In a U-Net, and in any denoiser without
-gradient checkpointing, gradients were wrong: the backward pass finds weights that were offloaded again. With streams,
+gradient checkpointing, gradients were wrong, because the weights are offloaded before the backward pass. With streams,
 each offload restores the adapter's initial values (`ModuleGroup._offload_to_memory`). Only transformer blocks with
 gradient checkpointing were trained correctly.
 """
@@ -117,12 +117,12 @@ class PackedLinear(nn.Linear):
     def swap(self, device: torch.device) -> None:
         """Move the codes to CPU memory; each matrix multiplication copies them to `device`."""
         codes = self.codes.detach()
-        codes = codes if codes.is_meta else codes.cpu()  # the memory plan has no weights
+        codes = codes if codes.is_meta else codes.cpu()  # meta tensors of the memory estimate stay as they are
         del self.codes  # parameters move with the model, and DDP requires them on the device
         self.codes = codes.pin_memory() if device.type == "cuda" else codes
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override] # as the docstring says
+    def weight(self) -> torch.Tensor:  # type: ignore[override] # a property instead of a parameter
         """The dequantized weight (q x p) in its original dtype; read-only."""
         return self.unpacked(self.dtype)
 
@@ -144,10 +144,9 @@ class PackedLinear(nn.Linear):
 def weight_let_go(
     weight: torch.Tensor, unpacked: Callable[[torch.dtype], torch.Tensor]
 ) -> AbstractContextManager[None]:
-    """Return a context in which autograd saves no copy of `weight`, and in which the backward pass dequantizes it
-    again.
+    """Return a context in which autograd saves no copy of `weight`; the backward pass dequantizes the weight again.
 
-    In place of the weight, autograd saves its shape, strides and offset.
+    Autograd saves only the weight's shape, strides and offset.
     """
     storage, dtype = weight.untyped_storage()._cdata, weight.dtype
 
@@ -179,7 +178,7 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def pack(denoiser: nn.Module, precision: str, device: torch.device, blocks_to_swap: int = 0) -> None:
-    """Quantize the linear layers of the denoiser's blocks on `device`, one by one, and leave them there.
+    """Quantize the linear layers of the denoiser's blocks on `device`, one by one, and leave the result there.
 
     The layers of the first `blocks_to_swap` blocks are moved to CPU memory instead. With the precision "no", they are
     moved without quantization, and all other layers are unchanged. Everything outside the blocks (embeddings, the last
@@ -209,7 +208,7 @@ def try_format(precision: str, dtype: torch.dtype, device: torch.device) -> None
 
 
 def block_layers(denoiser: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield names and modules of the linear layers inside an `nn.ModuleList`."""
+    """Yield names and modules of all linear layers that are inside an `nn.ModuleList`."""
     lists = block_lists(denoiser)
     for name, module in denoiser.named_modules():
         if isinstance(module, nn.Linear) and name.startswith(lists):
@@ -226,5 +225,5 @@ def blocks(denoiser: nn.Module) -> list[str]:
 
 
 def block_lists(denoiser: nn.Module) -> tuple[str, ...]:
-    """Return the name prefixes of everything inside an `nn.ModuleList`."""
+    """Return the name prefixes of all modules that are inside an `nn.ModuleList`."""
     return tuple(f"{name}." for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList))

@@ -1,4 +1,4 @@
-"""Base models in single files: complete checkpoints, and transformers in their own layout, ComfyUI's or diffusers'."""
+"""Base models in single files: complete checkpoints, and transformers in the layouts of several tools."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ COMPLETE = {
     "flux-dev": "FluxPipeline",
     "flux-schnell": "FluxPipeline",
 }
-"""diffusers' names of the models of which a complete checkpoint can be loaded, and their pipelines."""
+"""The kinds of complete checkpoints that can be loaded, as diffusers names them, with their pipelines."""
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 """Prefixes of the transformer's tensors in files with other parts, and in some without."""
 
@@ -47,7 +47,7 @@ def unpacked(path: Path, model: ModelOptions, output: OutputOptions) -> Path:
     fix = f"convert it to a folder where the hub can be reached: {family.pipeline.__name__}.from_single_file"
     fix += f"({str(path)!r}).save_pretrained('folder')"
     if family.denoiser == "transformer":
-        fix += "; if it has no text encoders, give the pipeline's folder, and this with --pretrained_transformer_file"
+        fix += "; if it has no text encoders, give a pipeline's folder, and this file as --pretrained_transformer_file"
     with refused_as(flag, fix):
         pipeline = family.pipeline.from_single_file(str(path), cache_dir=model.cache_dir)
         pipeline.scheduler.register_to_config(**settings)
@@ -60,7 +60,7 @@ def scheduler_settings(path: Path) -> dict[str, object]:
     """Return the scheduler's settings that a checkpoint declares; diffusers uses only those of its own configuration.
 
     The tensors `v_pred` and `ztsnr` declare v prediction and zero terminal SNR, as ComfyUI reads them. ModelSpec's
-    header declares the prediction type. Raises `InvalidArgument` for EDM's noise levels, as of CosXL.
+    header declares the prediction type. Raises `InvalidArgument` for EDM's noise levels, as in CosXL.
     """
     with safe_open(path, "pt") as file:
         names, header = set(file.keys()), file.metadata() or {}
@@ -75,10 +75,10 @@ def scheduler_settings(path: Path) -> dict[str, object]:
 
 
 def with_transformer(base: Path, family: Family, model: ModelOptions, output: OutputOptions) -> Path:
-    """Return a folder in the cache with the transformer of --pretrained_transformer_file, made once.
+    """Return a folder in the cache with the transformer of --pretrained_transformer_file; create it on first use.
 
-    All other parts are links to those of the pipeline in `base`. Raises `InvalidArgument` if diffusers cannot convert
-    the file, or if its weights are not exactly those of the configuration in `base`.
+    All other parts are links to the parts of the pipeline in `base`. Raises `InvalidArgument` if diffusers cannot
+    convert the file, or if its weights do not match the configuration in `base`.
     """
     path, kind = Path(model.pretrained_transformer_file or ""), family.denoiser_class
     flag, config = f"--pretrained_transformer_file {path}", base / family.denoiser / "config.json"
@@ -106,8 +106,8 @@ def with_transformer(base: Path, family: Family, model: ModelOptions, output: Ou
 def read_transformer(path: Path, kind: type[ModelMixin], config: Path, flag: str) -> ModelMixin:
     """Return a transformer with the weights of a single file, in their dtypes.
 
-    `config`: folder with its configuration. Unlike diffusers' `from_single_file`, this raises `InvalidArgument` if the
-    file lacks a weight, or has one that the transformer lacks.
+    `config`: folder with the transformer's configuration. Unlike diffusers' `from_single_file`, this raises
+    `InvalidArgument` if the file lacks a weight, or has a weight that the transformer lacks.
     """
     with torch.device("meta"):
         model = kind.from_config(kind.load_config(config))

@@ -17,7 +17,7 @@ class Start:
 
     layers: Mapping[str, Factors]
     targets: str
-    """Regular expression that matches the complete names of these layers, and no others."""
+    """Regular expression that matches exactly the complete names of these layers."""
     mark: str
     """Hash of the content of the LoRA file."""
 
@@ -35,7 +35,7 @@ class Start:
     def copy_to(self, denoiser: nn.Module) -> None:
         """Copy the factors into the adapter of a denoiser.
 
-        B is rescaled for the adapter's own scaling, so that the adapter's weight update equals the one in the file.
+        B is rescaled for the adapter's own scaling, so that the adapter's weight update equals the update in the file.
         """
         for name, layer in lora_layers(denoiser, "default").items():
             down, up, scale = self.layers[name]

@@ -1,4 +1,4 @@
-"""A denoiser whose weights stay on disk and are read one by one when they are used, to save memory."""
+"""A denoiser whose weights stay on disk to save memory: each weight is read when it is used."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ...io import read_object
 from .quantising import block_layers
 
 IN_MEMORY = 4 * 2**30
-"""Bytes in float32; a smaller denoiser is always loaded completely, which is faster."""
+"""Size in bytes of a float32 denoiser; a smaller denoiser is always loaded completely, because that is faster."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Stored:
 
     def read(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Read a copy of the tensor; floating-point values become float32."""
-        with safe_open(self.path, "pt") as file:  # opened each time: pages of an open file stay in memory
+        with safe_open(self.path, "pt") as file:  # not left open: pages of an open file stay in memory
             value = file.get_tensor(self.name)
             return value.to(device, torch.float32 if value.is_floating_point() else value.dtype, copy=True)
 
 
 def stored_weights(folder: Path, variant: str | None = None) -> dict[str, Stored]:
-    """Return where each weight of a model's folder is, in one or several files, as `from_pretrained` finds them.
+    """Return the location of each weight in a model's folder, in the files that `from_pretrained` would read.
 
-    Returns {} if there are none.
+    Returns {} if the folder has no weights.
     """
     index = read_object(folder / _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant))
     if index:
@@ -57,8 +57,8 @@ class StoredLinear(nn.Linear):
         self.stored, self.device, self.bias = stored, device, linear.bias
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override] # read only, as the docstring says
-        """The weight (q x p) in float32, a new copy from disk: changing it has no effect."""
+    def weight(self) -> torch.Tensor:  # type: ignore[override] # read-only
+        """The weight (q x p) in float32, a new copy from disk: changing the copy has no effect."""
         return self.stored.read(self.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -76,8 +76,8 @@ def empty_model(kind: type[ModelMixin], folder: Path) -> ModelMixin:
 def stays_stored(empty: nn.Module, stored: Mapping[str, Stored], device: torch.device) -> bool:
     """Return whether weights stay on disk: the model is too large to be loaded, and the files have exactly its weights.
 
-    A model is too large if it exceeds IN_MEMORY and, on a GPU, half of the free memory: there, reading a weight takes
-    longer than computing with it. The results are the same whether weights stay on disk or not.
+    A model is too large if it exceeds IN_MEMORY and, on a GPU, half of the free memory. On a GPU, reading a weight from
+    disk takes longer than computing with it. The results are the same whether weights stay on disk or not.
     """
     state, free = empty.state_dict(), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     whole = sum(value.nbytes for value in state.values()) <= max(IN_MEMORY, free // 2)
@@ -85,7 +85,7 @@ def stays_stored(empty: nn.Module, stored: Mapping[str, Stored], device: torch.d
 
 
 def with_stored_weights(empty: ModelMixin, stored: Mapping[str, Stored], device: torch.device) -> ModelMixin:
-    """Give an empty model its weights, frozen in float32: those of its blocks stay on disk, all others are loaded."""
+    """Give an empty model frozen float32 weights: the weights of its blocks stay on disk, all others are loaded."""
     held = dict(stored)
     for name, layer in list(block_layers(empty)):
         empty.set_submodule(name, StoredLinear(layer, held.pop(f"{name}.weight"), device))

@@ -2,8 +2,9 @@
 
 A tensor's name is its path in the denoiser's arguments: `sample`, `added_cond_kwargs.time_ids` (in a dict),
 `cap_feats.0` (first in a list). The tensors of all batches are concatenated along the first dimension. If their shapes
-differ, they are stored separately, as `cap_feats.0@1` (of the second batch). The metadata `batches` has the structure:
-JSON of the original batches with `{"tensor": name, "rows": [first, end]}` in place of every tensor.
+differ, they are stored separately, for example as `cap_feats.0@1` (the tensor of the second batch). The metadata
+`batches` has the structure: JSON of the original batches with `{"tensor": name, "rows": [first, end]}` in place of
+every tensor.
 """
 
 import json
@@ -17,7 +18,7 @@ from ...io import read_tensors, write_tensors
 
 
 def write_calibration(path: str | os.PathLike, batches: Sequence[Mapping]) -> None:
-    """Write batches of the denoiser's arguments: tensors, plain values, and lists and dicts of them."""
+    """Write batches of the denoiser's arguments: tensors, plain values, or nested lists and dicts of these."""
     parts: dict[str, list[torch.Tensor]] = {}
     trees = [_take_apart(batch, "", number, parts) for number, batch in enumerate(batches)]
     tensors = {name: torch.cat(found) if len(found) > 1 else found[0] for name, found in parts.items()}
@@ -58,7 +59,7 @@ def _take_apart(value: object, path: str, batch: int, parts: dict[str, list[torc
 
 
 def _put_together(tree: object, tensors: Mapping[str, torch.Tensor]) -> object:
-    """Return the value from which `_take_apart` made `tree`.
+    """Return the original value, given the result `tree` of `_take_apart`.
 
     Tensors are copied, because the last digit of a matrix product depends on the memory alignment of its operands.
     """

@@ -49,7 +49,7 @@ from .reports import FINISHED, MERGED, save_images
 from .sampling import Sampler, as_image
 
 TRAINED_IMAGES = "reslora.images"
-"""Field of a LoRA file's metadata: `short_marks` of the training images, by which reslora-compare recognizes them."""
+"""Field of a LoRA file's metadata: `short_marks` of the training images. reslora-compare recognizes images by it."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def export_merged(
 ) -> dict[str, float]:
     """Generate images with the merged model, write every format, and read each file back.
 
-    `parts` and `merged` are from `as_plain_lora`; afterwards the parts have no adapters. `schedule`: its last step is
+    `parts` and `merged` are the result of `as_plain_lora`; afterwards the parts have no adapters. `schedule` ends at
     the step of the adapter. Returns, for each file, the largest relative difference of a layer from the merged model.
 
     Raises `Diverged`, without exporting, if training has diverged, and `RunFailed` if a file differs (see `read_back`).
@@ -104,7 +104,7 @@ def export_merged(
     refuse_diverged(name, "it generates pixels that are", map(torch.from_numpy, drawn))
     check_held()
     for path in (folder / EXPORTS, context.folder / FINISHED):
-        path.unlink(missing_ok=True)  # written again once all files are from this merge
+        path.unlink(missing_ok=True)  # written again when all files of this merge are complete
     remove(folder / MERGED)
     if merged:
         write_merge(merged, folder)
@@ -123,9 +123,9 @@ def export_merged(
 
 
 def as_converted(parts: Parts, method: str, context: ImageContext) -> Parts | None:
-    """Return the trained modules with plain LoRA, for LoRA files of a method that the user brings; None if impossible.
+    """Return the trained modules of a user's own method, converted to plain LoRA for LoRA files; None if impossible.
 
-    An adapter that is not LoRA is converted by PEFT; this prints the error and writes it to `conversion.json`.
+    PEFT converts an adapter that is not LoRA. The error of the conversion is printed and written to `conversion.json`.
     """
     note, rank = context.folder_of(method) / CONVERSION, context.options.adapter.rank
     note.unlink(missing_ok=True)
@@ -155,7 +155,7 @@ def refuse_diverged(name: str, what: str, values: Iterable[torch.Tensor]) -> Non
 def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Convert the pipeline to float32 for the body, and back afterwards.
 
-    TF32 is disabled, as merged weights and test losses are exact.
+    TF32 is disabled, because merged weights and test losses must be exact.
     """
     dtype = pipeline.vae.dtype
     with (
@@ -170,7 +170,7 @@ def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context: ImageContext) -> dict[str, nn.Module]:
-    """Return the trained modules by name in float32; with --save_best, those of the `best` checkpoint if there is one.
+    """Return the trained modules by name in float32; with --save_best, of the `best` checkpoint if it exists.
 
     The modules are loaded from disk if the best checkpoint is exported, or if the base in memory is in half precision,
     quantized, swapped, sharded or has an assistant.
@@ -181,7 +181,7 @@ def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context
         try:
             check_checksums(saved)
         except Damaged as error:
-            raise RunFailed(f"{first_line(error)}; remove {saved}, then the previous adapter is exported") from None
+            raise RunFailed(f"{first_line(error)}; remove {saved} to export the previous adapter") from None
     elif options.validation.save_best:
         print(f"{learner.name}: no validation loss was measured, so --save_best exports the last adapter", flush=True)
     if not best and context.holds_base and learner.denoiser.dtype == torch.float32:
@@ -203,7 +203,7 @@ def saved_parts(
 
 
 def base_parts(loss: DenoisingLoss, context: ImageContext) -> dict[str, nn.Module]:
-    """Return the modules that are trained, without adapters: by name, in float32, the denoiser first."""
+    """Return the trained modules without their adapters: by name, in float32, the denoiser first."""
     denoiser = context.model.load_exact_denoiser(context.accelerator.device)
     return {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, loss.pipeline)
 
@@ -216,7 +216,8 @@ def as_plain_lora(
 ) -> tuple[dict[str, nn.Module], dict[str, Merged]]:
     """Merge the shortcuts of all modules, and convert the modules to plain LoRA if the method permits it.
 
-    Returns the modules by name, and the results of merging by name; those are empty for a method without shortcuts.
+    Returns the modules by name, and the results of merging by name. The results are empty for a method without
+    shortcuts.
     """
     merged = merge_reslora(parts, loss, training_data) if METHODS[method].shortcuts else {}
     plain_lora = METHODS[method].plain_lora or (lambda part: part)
@@ -251,7 +252,7 @@ def calibration_batches(loss: DenoisingLoss, training_data: TrainingData) -> lis
 
 @contextlib.contextmanager
 def calls_of_encoders(loss: DenoisingLoss) -> Iterator[dict[str, list[dict]]]:
-    """Record the keyword arguments (tokenized captions) with which trained text encoders are called in this context."""
+    """Record the keyword arguments (tokenized captions) of all calls of trained text encoders in this context."""
     calls: dict[str, list[dict]] = {part.name: [] for part in loss.parts}
 
     def record_call(found: list[dict], encoder: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -273,8 +274,8 @@ def as_float32(values: dict) -> dict:
 def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
     """Write `chains.json`, `merge.json` and the calibration batches.
 
-    In both JSON files, text encoders are entries under their names. The calibration batches of text encoders are in
-    files of their own.
+    In both JSON files, text encoders have entries under their names. The calibration batches of each text encoder have
+    a separate file.
     """
     denoiser = next(iter(merged))
     for file, found in (
@@ -294,7 +295,7 @@ def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
 def write_formats(
     parts: Parts, method: str, metadata: dict[str, str], context: ImageContext, converted: Parts | None = None
 ) -> None:
-    """Write every format that the method supports; a disk too full for merged weights has the small files already."""
+    """Write every format that the method supports; the small files first, in case the disk becomes full."""
     family, folder = context.model.family, context.folder_of(method)
     write_adapters(parts, folder, family, METHODS[method], metadata, converted)
     for name, part in parts.items() if context.writes_merged else ():
@@ -314,9 +315,9 @@ def write_adapters(
 ) -> None:
     """Write PEFT's folder, and the method's plain LoRA files or its file in LyCORIS's format.
 
-    There is a LoRA file for each of the family's formats, and each contains all modules. Files that an earlier training
-    wrote in other formats are removed last, so that a full disk does not lose them. `converted`: the result of
-    `as_converted`, for a method that the user brings.
+    There is a LoRA file for each of the family's formats, and each contains all modules. An earlier run's files in
+    other formats are removed last, so that they remain if the disk is full. `converted`: the result of `as_converted`
+    for a user's own method.
     """
     lora = converted if method.own else parts if method.plain_lora else None
     with replacing(folder / PEFT_FOLDER) as temporary:
@@ -351,7 +352,7 @@ def kohya_metadata(
     config: Mapping, training_data: TrainingData, schedule: Schedule, context: ImageContext
 ) -> dict[str, str]:
     """Return the metadata by which model managers recognize a LoRA (Stability AI's ModelSpec 1.0.0)."""
-    options, predicted = context.options, getattr(training_data.objective, "prediction_type", None)  # None for a flow
+    options, predicted = context.options, getattr(training_data.objective, "prediction_type", None)  # None for flows
     sides, base = options.data.resolution, Path(options.model.pretrained_model_name_or_path).name
     # sd-scripts writes `epsilon` or `v`.
     prediction = {"modelspec.prediction_type": predicted.removesuffix("_prediction")} if predicted else {}
@@ -380,5 +381,8 @@ def trained_marks(training_data: TrainingData) -> set[str]:
 
 
 def short_marks(marks: Iterable[str]) -> set[str]:
-    """Return the first 8 digits of the hash of each image; a mark has the size, the hash, and those of its mask."""
+    """Return the first 8 digits of each image's hash.
+
+    `marks`: strings with the size and hash of each image and of its mask.
+    """
     return {mark.partition("+")[0].rpartition(":")[2][:8] for mark in marks}

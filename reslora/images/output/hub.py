@@ -51,7 +51,7 @@ def check_upload(options: OutputOptions) -> None:
     """
     hub_repository(options)
     if (own := own_card(Path(options.output_dir))) is not None:
-        print(f"--push_to_hub: {own} will be uploaded unchanged; remove it to have a card written", flush=True)
+        print(f"--push_to_hub: {own} will be uploaded unchanged; remove it to upload a generated card", flush=True)
 
 
 def publish(context: ImageContext) -> None:
@@ -64,7 +64,7 @@ def publish(context: ImageContext) -> None:
     )
     try:
         if own is not None:
-            print(f"{own} is uploaded unchanged; remove the file to have a model card written")
+            print(f"{own} is uploaded unchanged; remove the file to upload a generated model card")
             files["README.md"] = own
         else:
             files["README.md"] = card_of(name, "comparison.png" in files, context).encode()
@@ -72,7 +72,7 @@ def publish(context: ImageContext) -> None:
         huggingface_hub.create_commit(name, added, commit_message="End of training", token=options.output.hub_token)
     except Exception as error:
         problem = f"{name} could not be uploaded ({first_line(error)})"
-        raise RunFailed(f"{problem}; the run is complete; run the same command to try again") from None
+        raise RunFailed(f"{problem}; the run is complete; run the same command again to retry the upload") from None
     print(f"uploaded to {name}")
 
 
@@ -103,8 +103,8 @@ def files_of(
 def comparison_of(adapter: MethodOptions, validation: ValidationOptions, output: OutputOptions) -> bytes:
     """Return the comparison figure of the run's samples as PNG; empty if there are no samples.
 
-    The figure shows the prompts of the finished run, even if the options have other prompts now. The figure in the
-    run's folder is not used, because it may show training images.
+    The figure shows the prompts of the finished run, even if the options have other prompts now. The run's own
+    `comparison.png` is not uploaded, because it may show training images.
     """
     shown = read_object(Path(output.output_dir) / adapter.method[-1] / EXPORTS).get("shown", {})
     prompts = shown.get("validation_prompt", validation.validation_prompt)

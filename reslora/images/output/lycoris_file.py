@@ -20,10 +20,10 @@ class FileLayer(NamedTuple):
 
     module: BaseTunerLayer
     swapped: bool = False
-    """Whether ComfyUI swaps the halves of the rows of its update; see `Fused.swapped`."""
+    """Whether ComfyUI swaps the two halves of the update's rows; see `Fused.swapped`."""
 
     def placed(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        """Swap the halves of DoRA's scale of a swapped layer, as ComfyUI swaps only the update; twice swaps back."""
+        """Swap the halves of a swapped layer's DoRA scale, because ComfyUI swaps only the update; twice restores it."""
         scale = {name: value for name, value in tensors.items() if self.swapped and name == "dora_scale"}
         return dict(tensors) | {name: torch.cat(value.chunk(2)[::-1]) for name, value in scale.items()}
 
@@ -31,8 +31,8 @@ class FileLayer(NamedTuple):
 def file_layers(parts: Mapping[str, nn.Module], family: Family) -> dict[str, FileLayer]:
     """Return the adapted layers of all parts by their names in the file.
 
-    Names are those of kohya's scripts, if the family has a file for them. Otherwise a layer has the name of the
-    model's own code, which ComfyUI uses, or diffusers' name, if it is only a part of such a layer.
+    If the family has a file for kohya's scripts, the names are those of kohya's scripts. Otherwise a layer has the name
+    of the model's original code, which ComfyUI uses. A part of such a layer has diffusers' name.
     """
     found = {}
     for part, module in parts.items():

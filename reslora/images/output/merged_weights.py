@@ -37,8 +37,8 @@ def write_merged(denoiser: nn.Module, directory: str | os.PathLike, stored: Mapp
 def merged_tensors(denoiser: nn.Module, stored: Mapping[str, Stored]) -> Callable[[str], torch.Tensor]:
     """Return a function that returns a tensor of the float32 denoiser, with its adapter merged, by the tensor's name.
 
-    `stored` maps the name of each base weight to its file. The base's weights are read from disk, so that only one of
-    them is in memory at a time. If the names in the files differ from those of the model, the weights in memory are
+    `stored` maps the name of each base weight to its file. The base's weights are read from disk, so that only one
+    weight is in memory at a time. If the names in the files differ from the model's names, the weights in memory are
     used instead.
     """
     base, layers = export.tuned_layers(denoiser)
@@ -46,7 +46,7 @@ def merged_tensors(denoiser: nn.Module, stored: Mapping[str, Stored]) -> Callabl
         return export.merged_state_dict(base).__getitem__
 
     def merged_tensor(name: str) -> torch.Tensor:
-        """Return a tensor of the denoiser's file, with the LoRA's change if it belongs to an adapted layer."""
+        """Return a tensor of the denoiser's file; if the tensor belongs to an adapted layer, add the LoRA's update."""
         owner, _, parameter = name.rpartition(".")
         if owner not in layers or parameter not in ("weight", "bias"):
             return stored[name].read()

@@ -58,7 +58,7 @@ class Metric:
 
 
 def unit(output: Any) -> torch.Tensor:
-    """Return a model's pooled output, or else its first token's, normalized to length 1: items x features."""
+    """Return a model's pooled output, or else its first token's output, normalized to length 1: items x features."""
     if not isinstance(output, torch.Tensor):
         pooled = getattr(output, "pooler_output", None)
         output = output.last_hidden_state[:, 0] if pooled is None else pooled

@@ -1,4 +1,4 @@
-"""Read each exported file back with the library it is for, and compare its tensors with those of the merged model."""
+"""Read each exported file back with its library, and compare its tensors with those of the merged model."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -32,7 +32,7 @@ from .merged_weights import merged_tensors
 PEFT_FOLDER = "peft"
 ADAPTER = "default"
 ROUNDING = 1e-6
-"""Largest relative difference that is accepted: files that store `scale * B` round it to float32."""
+"""Largest accepted relative difference: files that store `scale * B` round this product to float32."""
 Parts = Mapping[str, nn.Module]
 """The trained modules by their names in the pipeline, the denoiser first."""
 Differences = dict[str, float]
@@ -40,7 +40,7 @@ Differences = dict[str, float]
 
 
 def peft_parts(parts: Parts, converted: Parts | None) -> Parts:
-    """Return the modules that are written in PEFT's format: the converted ones of a method that PEFT lacks."""
+    """Return the modules to write in PEFT's format: if PEFT lacks the method, the converted modules."""
     return converted if converted and any(map(has_updates, parts.values())) else parts
 
 
@@ -50,7 +50,8 @@ def read_back(
     """Return the largest relative difference between each exported file and the merged model.
 
     The updates of the layers are compared in a LoRA file, the parameters and scales in PEFT's folder, and the tensors
-    in merged weights. `parts` have the merged adapters; afterwards they have none. `converted`: as in `write_adapters`.
+    in merged weights. `parts` have the merged adapters; afterwards they have no adapters. `converted`: as in
+    `write_adapters`.
 
     Raises `RunFailed` if a file cannot be read, or differs by more than ROUNDING.
     """
@@ -83,7 +84,7 @@ def read_back(
 
 def largest(place: str, read: Callable[[], Differences]) -> float:
     """Return the largest of the differences that `read` returns; see `read_back` for errors."""
-    advice = "run the same command again, to write it again"
+    advice = "run the same command again to rewrite it"
     try:
         found = read()
     except Exception as error:  # the libraries raise many types for a damaged file
@@ -97,15 +98,15 @@ def largest(place: str, read: Callable[[], Differences]) -> float:
 def of_merged(module: nn.Module, folder: Path, stored: Mapping[str, Stored] | None) -> Differences:
     """Return the differences of merged weights.
 
-    `stored`: where the denoiser's base weights are; its tensors are read one at a time. None for a text encoder.
+    `stored`: location of the denoiser's base weights, which are read one at a time; None for a text encoder.
     """
     if stored is None:
         loaded, info = type(module).from_pretrained(folder, output_loading_info=True)
         expected, found = export.merged_state_dict(module), loaded.state_dict()
-        there = found.keys() - info["missing_keys"]  # to which the library has given initial values
+        there = found.keys() - info["missing_keys"]  # from_pretrained initializes them
         return by_name(expected, there, lambda name: relative(expected[name], found[name]))
     merged, written = merged_tensors(module, stored), stored_weights(folder)
-    names = empty_model(type(base_model(module)), folder).state_dict()  # by the configuration that was written
+    names = empty_model(type(base_model(module)), folder).state_dict()  # from the written configuration
     return by_name(names, written, lambda name: relative(merged(name), written[name].read()))
 
 

@@ -55,7 +55,7 @@ class ImageReports(Reports):
             remove(self.folder / MERGED)
 
     def similarities(self, values: Mapping[str, float]) -> None:
-        """Write how similar this step's samples are to the held-out images and to the prompts."""
+        """Write the similarities of this step's samples to the held-out images and to the prompts."""
         learner = self.learner
         row = {"step": learner.step, "split": "samples", **values, "seconds": round(learner.seconds, 3)}
         self._write(row, {f"{name}/{learner.name}": value for name, value in values.items()})
@@ -84,7 +84,7 @@ class ImageReports(Reports):
         return folder
 
     def overdue(self, schedule: Schedule) -> list[str]:
-        """Return which of "loss" and "samples" are missing for the step from which training resumes.
+        """Return the missing parts of the validation ("loss", "samples") of the step from which training resumes.
 
         The earlier run may have been stopped before or during the validation after that step.
         """
@@ -112,8 +112,8 @@ class SharedLosses:
 class Validation:
     """Validation loss and samples of a denoiser.
 
-    The main process computes them. If the base is sharded, all processes compute them together. `shared`: results that
-    validations of other methods have already measured.
+    The main process computes both. If the base is sharded, all processes compute them together. `shared`: results that
+    other methods' validations have already measured.
     """
 
     loss: DenoisingLoss
@@ -126,7 +126,7 @@ class Validation:
     def __call__(self, learner: Learner, reports: ImageReports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
         """Compute validation loss and samples, and set `learner.over`.
 
-        If a stop request interrupts one of them, the resumed run computes it again.
+        If a stop request interrupts the computation, the resumed run repeats it.
         """
         validation, denoiser = self.training_data.validation, learner.denoiser
         with learner.averaged():
@@ -192,7 +192,7 @@ class Validation:
         mean = losses.mean().item()
         if self.training_data.validation.save_best and learner.step:
             keep_if_best(learner, reports.folder, mean)
-        if learner.step and learner.name != learner.method:  # an experiment chooses among these adapters
+        if learner.step and learner.name != learner.method:  # an experiment chooses among several adapters of a method
             keep_adapter(learner, adapter_folder(reports.folder, learner.step))
         by_timestep = self.by_timestep(losses)
         reports.note("validation", mean, **({"by_timestep": by_timestep} if by_timestep else {}))
@@ -218,7 +218,7 @@ class Validation:
         noises = self.training_data.validation.validation_noises
         with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
             if noises:
-                most = 2 * self.training_data.training.train_batch_size  # without gradients it takes less memory
+                most = 2 * self.training_data.training.train_batch_size  # a pass without gradients needs less memory
                 images = measured(self.training_data)
                 return losses_of(partial(self._loss, denoiser), self.training_data, images, noises, most)
             return torch.cat([self._loss(denoiser, batch) for batch in ValidationSamples(self.training_data).batches()])

@@ -39,7 +39,9 @@ class Sampler:
     encoders: Sequence[Part] = ()
     """The pipeline's text encoders that are trained."""
     references: Sequence[tuple[str, Sequence[Image.Image]]] = ()
-    """The reference images of an edit model, with a hash of those of one image: the prompts use them in turn."""
+    """The reference images of an edit model: a hash and the references of one image per item; prompts use items in
+    turn.
+    """
 
     def draw(
         self,
@@ -50,9 +52,9 @@ class Sampler:
     ) -> list[np.ndarray]:
         """Generate `images` images for each prompt in eval mode; each image is height x width x 3, in [0, 1].
 
-        A denoiser with an assistant LoRA generates without it.
-        `between_steps` is called between the denoising steps and may raise an error. Afterwards the pipeline has its
-        earlier denoiser again, and the models are in their earlier mode.
+        An assistant LoRA of the denoiser is disabled. `between_steps` is called between the denoising steps and may
+        raise an error. Afterwards the pipeline has its earlier denoiser again, and the models are in their earlier
+        mode.
         """
         several = self.family.batches_references or not self.references
         drawn, size = [], self.training.train_batch_size if several else 1

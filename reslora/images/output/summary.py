@@ -31,9 +31,9 @@ def write_figures(
 ) -> None:
     """Write `comparison.png` and `loss.png`; for a single method, copy its LoRA file to the output directory.
 
-    diffusers' training script writes its LoRA file there, too. Otherwise an earlier copy is removed with a message,
-    because its method may have been trained further. `loss.png` is written last, because it marks the run as finished.
-    `training_images(count)` returns up to `count` of the training images.
+    diffusers' training script writes its LoRA file there, too. With several methods, an earlier copy is removed with a
+    message, because the copied method may have been trained further. `loss.png` is written last, because it marks the
+    run as finished. `training_images(count)` returns up to `count` of the training images.
     """
     output, measured = Path(output_options.output_dir), min(held_out, validation.max_validation_images)
     if validation.validation_prompt and validation.num_validation_images:
@@ -43,7 +43,7 @@ def write_figures(
             shutil.copyfile(output / adapter.method[0] / DIFFUSERS_FILE, temporary)
     elif (output / DIFFUSERS_FILE).exists():
         (output / DIFFUSERS_FILE).unlink()
-        print(f"removed {output / DIFFUSERS_FILE}, which this run has not written: see the methods' folders")
+        print(f"removed {output / DIFFUSERS_FILE} of an earlier run; this run's files are in the methods' folders")
     logs = {METHODS[method].title: read_log(output / method / "log.jsonl") for method in adapter.method}
     loss_curves(output / FINISHED, logs, measured)
 
@@ -58,7 +58,7 @@ def write_comparison(
     """Write the comparison figure, like the paper's Figure 3.
 
     The columns of the figure are steps, its rows are prompts and methods; training images are on top. Without samples
-    of these prompts nothing is written, so that an existing figure of other prompts remains.
+    of these prompts, no figure is written, so that an existing figure of other prompts remains.
     """
     output, prompts = Path(output_options.output_dir), list(enumerate(validation.validation_prompt))
     folders = [found for samples in output.glob("*/samples") for found in by_step(samples).items()]
@@ -91,7 +91,7 @@ def _image(samples: Path, number: int, prompt: str) -> Path | None:
 
 
 def print_summary(adapter: MethodOptions, output_options: OutputOptions) -> None:
-    """Print the files that were written, and how to load them."""
+    """Print the written files and the code that loads them."""
     output = Path(output_options.output_dir)
     lines = ["", f"{output}/"]
     if (output / "comparison.png").is_file():

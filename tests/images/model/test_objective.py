@@ -145,7 +145,7 @@ def test_a_scheduler_with_noise_levels_of_another_kind_is_refused(kind, other):
     """As of Playground 2.5, whose pipeline has SDXL's class; the noise levels would be the default ones of DDPM."""
     family, pipeline = SimpleNamespace(name="sdxl", objective=kind), SimpleNamespace(scheduler=other())
     options = Options.of(snr_gamma=None)
-    with pytest.raises(InvalidArgument, match=f"its {other.__name__} has other noise levels than sdxl is trained"):
+    with pytest.raises(InvalidArgument, match=f"its {other.__name__} does not have the noise levels of sdxl"):
         objective_of(options.model, options.training, family, pipeline)
 
 

@@ -35,7 +35,7 @@ class Part:
     """A text encoder that can be trained together with the denoiser."""
 
     name: str
-    """Its attribute in the pipeline, its folder, and the prefix of its layers in diffusers' files."""
+    """The encoder's attribute in the pipeline, also its folder, and the prefix of its layers in diffusers' files."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     """Suffixes of the names of the layers that get an adapter, as in diffusers' scripts."""
     reads_last: bool = True
@@ -59,8 +59,7 @@ class Conditions:
     guidance: float = 1.0
     """The guidance scale that models with distilled guidance have as an input."""
     references: Sequence[torch.Tensor] = ()
-    """The latents of the first reference image that an edit model reads, batch x channels x height x width, and so on.
-    """
+    """The latents of each reference image that an edit model reads, batch x channels x height x width each."""
 
 
 def numbered(name: str) -> tuple[str, list[str]]:
@@ -80,7 +79,7 @@ class Family:
     name: str
     pipeline: type[DiffusionPipeline]
     denoiser: str = "transformer"
-    """The denoiser's attribute in the pipeline, its folder, and the prefix of its layers in exported files."""
+    """The denoiser's attribute in the pipeline, also its folder, and the prefix of its layers in exported files."""
     denoiser_class: type[ModelMixin]
     objective: str = "flow"
     """`ddpm` (epsilon or v) or `flow` (velocity)."""
@@ -99,14 +98,18 @@ class Family:
     layers: ClassVar[Mapping[str, str]] = LAYERS
     """Presets of --layers, in addition to `all`: regular expressions of complete names of layers."""
     original: ClassVar[Mapping[str, str]] = {}
-    """Names of layers in the model's own code, by their names in diffusers, with `{}` for the block's number. Layers of
-    diffusers with the same name here are one layer in the model's own code, with their rows in the order of this table.
-    The table is empty if ComfyUI and kohya's scripts know diffusers' names."""
+    """Names of layers in the model's original code, by their names in diffusers; `{}` stands for the block's number.
+
+    diffusers' layers with the same name here are one layer in the original code, with their rows in this table's order.
+    The table is empty if ComfyUI and kohya's scripts know diffusers' names.
+    """
     published: ClassVar[Mapping[str, object]] = {}
-    """The values in the published denoiser's configuration that names of layers depend on and that differ from the
-    class's defaults. If several denoisers are published, the value is that of the deepest one."""
+    """The published denoiser's configuration fields that determine layer names and differ from the class's defaults.
+
+    If several denoisers are published, the deepest denoiser counts.
+    """
     largest: ClassVar[Mapping[str, object] | None] = None
-    """The configuration of the largest published denoiser, if `published` is not one that is published."""
+    """The configuration of the largest published denoiser, if `published` mixes several denoisers."""
     version: tuple[str, str]
     """The base model's name in kohya's metadata, and its architecture in Stability AI's ModelSpec. Families with
     several base models override `model_version` instead."""
@@ -141,13 +144,13 @@ class Family:
     """The pipeline's argument for classifier-free guidance. A pipeline with an argument of another name than
     `guidance_scale` applies guidance only if it also gets a negative prompt."""
     edits: bool = False
-    """Whether it edits a reference image. Its layers have the names and shapes of another family's layers."""
+    """Whether the family edits a reference image. Such a family has the layers of another family."""
     editing: str | None = None
-    """The module and class of the family that the model becomes if the data have reference images; None for none."""
+    """Module and class of the family to use if the data have reference images; None if there is no such family."""
     batches_references: bool = True
-    """Whether the pipeline generates several images at a time that have different reference images."""
+    """Whether the pipeline can generate several images with different reference images at a time."""
     most_references: int | None = 1
-    """The largest number of reference images of an image; None without a limit."""
+    """The maximum number of reference images per image; None without a limit."""
     reads_references: bool = False
     """Whether the text encoder reads the reference images together with the caption."""
     read_area: int = 0
@@ -174,7 +177,10 @@ class Family:
         return found
 
     def unfit(self, parts: Mapping[str, Mapping]) -> str | None:
-        """Return why a pipeline cannot be trained, or None; `parts` are the configurations of its parts, by name."""
+        """Return the reason why a pipeline cannot be trained, or None.
+
+        `parts` are the configurations of the pipeline's parts, by name.
+        """
         return None
 
     def pixel_multiple(self, pipeline: DiffusionPipeline) -> int:
@@ -192,7 +198,7 @@ class Family:
     ) -> list[int]:
         """Return the number of tokens of each caption without truncation.
 
-        Tokens of the template count if the denoiser gets the text states of the template.
+        Tokens of the chat template are counted if the denoiser reads their text states.
         """
         if self.thinking is not None:
             how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": self.thinking}
@@ -212,7 +218,7 @@ class Family:
         return {}
 
     def encode_trained(self, pipeline: DiffusionPipeline, captions: list[str], frozen: Text) -> Text:
-        """Return what `encode_captions` returns, given the result of `encode_frozen` for the same captions."""
+        """Return the text states of the captions, given the result of `encode_frozen` for the same captions."""
         raise NotImplementedError
 
     def encode_images(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -249,7 +255,7 @@ class Family:
         return output[0][:, : math.prod(noisy.shape[2:]) // self.latents_per_token]
 
     def original_name(self, config: Mapping, name: str) -> str | None:
-        """Return a denoiser layer's name in the model's own code, which ComfyUI uses; None if it has none."""
+        """Return a denoiser layer's name in the model's original code, which ComfyUI uses; None without such a name."""
         if not self.original:
             return name
         template, numbers = numbered(name)
@@ -257,13 +263,13 @@ class Family:
         return found.format(*numbers) if found else None
 
     def kohya_name(self, config: Mapping, name: str) -> str | None:
-        """Return a denoiser layer's name in kohya's scripts; None if it has none."""
+        """Return a denoiser layer's name in kohya's scripts; None without such a name."""
         return self.original_name(config, name)
 
     def model_version(self, config: Mapping, predicts_v: bool) -> tuple[str, str]:
         """Return `version` for a base model with this denoiser configuration.
 
-        `predicts_v`: whether it predicts v, in a family that also has models that predict epsilon.
+        `predicts_v`: whether the model predicts v, in a family that also has models that predict epsilon.
         """
         return self.version
 

@@ -17,7 +17,8 @@ class Chroma(Flux):
 
     The denoiser reads the tokens of a caption and one token of padding. diffusers' pipeline passes the mask of the
     other padding as floating point, which attention adds to its logits instead of masking. In this family, as in the
-    model's own code, padding has no effect: states are not padded, which is equivalent, because text has no positions.
+    model's original code, padding has no effect. States are not padded at all; this is equivalent, because text has no
+    positions.
     """
 
     name = "chroma"

@@ -8,7 +8,7 @@ from .flux2 import Flux2
 from .flux2_klein import Flux2Klein
 
 AREA, LEAST = 1024 * 1024, 64  # the most pixels of a reference image, and its shortest side, in the pipeline
-MULTIPLE = 16  # of the sides, in pixels
+MULTIPLE = 16  # height and width are multiples of this number of pixels
 APART = 10  # the first coordinate of the position ids of the first reference image, 20 for the second, and so on
 
 
@@ -43,7 +43,7 @@ class Flux2KleinEdit(Flux2Klein):
         return inputs | {"hidden_states": torch.cat(tokens, 1), "img_ids": torch.cat(places, 1)}
 
     def reference_inputs(self, references):
-        """Return the images of the only sample; those of several would be references of each sample."""
+        """Return the images of a single sample: the pipeline would use all given images for every sample."""
         return {"image": references[0]}
 
 

@@ -52,7 +52,7 @@ class Flux2Klein(Family):
     patch = 2
     latents_per_token = 1
     thinking: bool | None = False
-    published: ClassVar = {  # 9B's
+    published: ClassVar = {  # the 9B model
         "num_single_layers": 24,
         "num_attention_heads": 32,
         "joint_attention_dim": 12288,

@@ -32,8 +32,8 @@ class Lumina2(Family):
     """Lumina Image 2.0, trained on the layers of diffusers' train_dreambooth_lora_lumina2.py.
 
     Noise levels are shifted as in the pipeline, towards noise; that script shifts them towards the image. As in the
-    pipeline and in the model's own code, the empty caption has no system prompt. Negative prompts that are not empty
-    are encoded like captions, so they have one, unlike in the pipeline.
+    pipeline and in the model's original code, the empty caption has no system prompt. Unlike in the pipeline, negative
+    prompts that are not empty have a system prompt, because they are encoded like captions.
     """
 
     name = "lumina2"
@@ -63,7 +63,8 @@ class Lumina2(Family):
 
     def encode_captions(self, pipeline, captions, longest):
         """Return `states`: a list of (tokens x width), with the tokens of system prompt and caption."""
-        # As negative prompts, because to other prompts the pipeline adds its system prompt, even if they are empty.
+        # Encode the captions as negative prompts: to other prompts, even empty ones, the pipeline adds its system
+        # prompt.
         ignored = torch.zeros(len(captions), 1, 1)
         *_, states, mask = pipeline.encode_prompt(
             None, negative_prompt=with_system_prompt(pipeline, captions), device=pipeline.text_encoder.device,

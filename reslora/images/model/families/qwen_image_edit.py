@@ -9,11 +9,11 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from .qwen_autoencoder import packed, without_padding
 from .qwen_image import QwenImage
 
-AREA = 1024 * 1024  # of the reference image in pixels, whatever the size of the sample: the pipeline's own
+AREA = 1024 * 1024  # of the reference image in pixels, as in the pipeline; it does not depend on the size of the sample
 
 
 class QwenImageEdit(QwenImage):
-    """Qwen-Image-Edit, trained as Qwen-Image is; the reference image as in the pipeline.
+    """Qwen-Image-Edit, trained as Qwen-Image is; reference images are prepared as in the pipeline.
 
     The reference image has about a million pixels. Its latents are the mean, not a sample. The text encoder reads the
     complete image with each caption.
@@ -56,7 +56,7 @@ class QwenImageEdit(QwenImage):
         }
 
     def reference_inputs(self, references):
-        """Return the images, which the pipeline scales to their own size."""
+        """Return the images; the pipeline scales them to `reference_size`."""
         return {"image": [image for (image,) in references]}
 
 

@@ -7,9 +7,9 @@ from .qwen_image_edit import QwenImageEdit
 
 
 class QwenImageEditPlus(QwenImageEdit):
-    """Qwen-Image-Edit-2509 or -2511, trained as Qwen-Image-Edit is; the reference images as in the pipeline.
+    """Qwen-Image-Edit-2509 or -2511, trained as Qwen-Image-Edit is; reference images are prepared as in the pipeline.
 
-    The latents are those of a million pixels per reference image; the text encoder reads about 384 x 384 of each.
+    For the latents, each reference image has about a million pixels; for the text encoder, about 384 x 384.
     """
 
     name = "qwen_image_edit_plus"
@@ -19,7 +19,7 @@ class QwenImageEditPlus(QwenImageEdit):
     read_area = CONDITION_IMAGE_SIZE
 
     def reference_inputs(self, references):
-        """Return the images of the only sample, which the pipeline scales to their own size."""
+        """Return the images of a single sample; the pipeline scales them to `reference_size`."""
         return {"image": references[0]}
 
 

@@ -20,7 +20,7 @@ class ZImage(Family):
     thinking = True
     patch = 2
     version = ("z_image", "z-image")
-    # The refiners before the main layers see only text or only the image, and get no adapter.
+    # The refiners before the main layers get no adapter, because each of them reads only text or only the image.
     layers: ClassVar = {
         "attention": r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)",
         "mlp": r"layers\.\d+\.feed_forward\.w[123]",

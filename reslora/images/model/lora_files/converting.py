@@ -58,7 +58,7 @@ def check_overwrite(path: Path, args: argparse.Namespace) -> None:
 
 
 def names_for(args: argparse.Namespace, content: Content) -> tuple[Names, dict[str, str]]:
-    """Return the names, in all formats, of the layers of the model that the LoRA is for, and metadata of this model.
+    """Return the layer names of the LoRA's base model in all formats, and metadata of that model.
 
     The metadata is written to the header of the output; it is empty if only the model's family is known.
     """
@@ -67,7 +67,7 @@ def names_for(args: argparse.Namespace, content: Content) -> tuple[Names, dict[s
         return of_base(args.base, family)
     if family is None:
         if name := base_of_run(content.path):
-            with contextlib.suppress(InvalidArgument):  # it was moved
+            with contextlib.suppress(InvalidArgument):  # the run's base was moved
                 return of_base(name, None)
         family = family_of(content)
     return names_of(family), {}
@@ -97,7 +97,7 @@ def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
             config = read_object(Path(name) / "config.json")
             kind = config.get("_class_name", "model without _class_name")
             fitting = [each for each in known if each.denoiser_class.__name__ == kind and not each.edits]
-            if len(fitting) > 1:  # the class is shared
+            if len(fitting) > 1:  # several families have this class
                 own = [config.get(name) == value for name, value in APART.items()]
                 fitting = [each for each in fitting if own == [each.published.get(k) == v for k, v in APART.items()]]
         else:

@@ -25,16 +25,16 @@ DEEPEST_TEXT_ENCODER = 64  # layers; CLIP and T5 have 32 at most
 
 @dataclass(frozen=True)
 class Fused:
-    """A layer of the model's own code. The rows of its weight are those of one or several of diffusers' layers."""
+    """A layer of the model's original code. Its rows are those of one or several layers in diffusers."""
 
     layers: tuple[Layer, ...]
     outputs: tuple[int, ...] = (1,)
-    """The number of rows of each of diffusers' layers; only the proportions count."""
+    """The number of rows of each diffusers layer; only the proportions matter."""
     swapped: bool = False
     """Whether the two halves of the rows are swapped: diffusers' last norms have the scale before the shift."""
 
     def split(self, factors: Factors) -> dict[Layer, Factors]:
-        """Return the factors of each of diffusers' layers, given those of the fused layer.
+        """Split the factors of the fused layer into the factors of each diffusers layer.
 
         A layer gets its rows of B without zero columns, and the corresponding rows of A. Therefore a layer that `join`
         has put into a block-diagonal B gets its own rank back. A layer whose rows of B are all zero is left out. Raises
@@ -55,7 +55,7 @@ class Fused:
         return found
 
     def join(self, parts: Mapping[Layer, Factors]) -> Factors:
-        """Return the factors of the fused layer, given those of diffusers' layers.
+        """Join the factors of diffusers' layers into the factors of the fused layer.
 
         If all layers have the same A, the factors are that A, and [s_1 B_1; s_2 B_2; ...]. Otherwise they are
         [A_1; A_2; ...], and a block-diagonal matrix of the s_i B_i. A layer that is missing from `parts` gets rows of
@@ -105,7 +105,7 @@ class Names:
     exact: bool
     """Whether `shapes` are those of the model itself, and not those of its family's published model."""
     known: dict[str, Fused] = field(default_factory=dict)
-    """The layers by all names that a file may have for them, with prefixes."""
+    """The layers by every name that a file may use for them, with prefixes."""
 
     def __post_init__(self) -> None:
         self._know(self.kohya, "lora_unet_", "lycoris_")

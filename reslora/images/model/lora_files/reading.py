@@ -32,7 +32,7 @@ ENDING = re.compile(
 )
 """Names of the two factors in PEFT and diffusers, in kohya's scripts, and in two of diffusers' older formats."""
 WITHOUT_PART = re.compile(rf"({re.escape(PEFT_PREFIX)})?(?P<layer>.+)\.lora_A(\.default)?\.weight")
-"""PEFT's name of a layer's A, without a part of the pipeline; the layer's scale is in PEFT's configuration."""
+"""PEFT's name of a layer's A, if names do not start with a part of the pipeline; PEFT's configuration has the scale."""
 OLDEST = re.compile(r"_lora\d?\.(?:down|up)\.weight$")
 """Names in LoRA files of diffusers' first versions; diffusers' own converters read them."""
 NUMBERED = re.compile(r"(?:unet|text_encoder):\d+:(?:up|down)")
@@ -41,7 +41,7 @@ NOT_PLAIN = (
     "use_dora", "lora_bias", "modules_to_save", "use_qalora", "use_bdlora", "kasa_config", "arrow_config",
     "alora_invocation_tokens",
 )  # fmt: skip
-"""Fields of PEFT's configuration with which a layer computes something else than `W x + s B A x`."""
+"""Fields of PEFT's configuration that change a layer's computation from `W x + s B A x`."""
 EXPORTED = f"give what its run has exported, such as {DIFFUSERS_FILE}"
 OF_THE_FORMAT = re.compile(r"format|lora_adapter_metadata|sshs_\w+|ss_network_\w+|modelspec\.hash_sha256")
 
@@ -98,7 +98,7 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
         with refused_as(flag, "repair its lora_adapter_metadata"):
             of_parts: dict[str, dict] = {}
             for key, value in json.loads(metadata["lora_adapter_metadata"]).items():
-                part, dot, name = key.rpartition(".")  # without a part if a model has written its own
+                part, dot, name = key.rpartition(".")  # no part if a model wrote the file
                 of_parts.setdefault(part + dot, {})[name] = value
             configs |= of_parts
     if config and not configs:
@@ -122,7 +122,7 @@ def refuse_pickles(path: Path, flag: str) -> None:
 
 
 def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
-    """Read PEFT's folders of several parts of a pipeline; the denoiser's may be `path` itself."""
+    """Read PEFT's folders of several parts of a pipeline; the denoiser's folder may be `path` itself."""
     tensors: dict[str, torch.Tensor] = {}
     configs: dict[str, dict] = {}
     files: tuple[Path, ...] = ()
@@ -159,7 +159,7 @@ def family_of(content: Content) -> Family:
     if is_numbered(content):
         return load_family("StableDiffusionPipeline")
     said = [content.metadata.get(key, "").lower() for key in ("ss_base_model_version", "modelspec.architecture")]
-    families = [family for family in map(load_family, FAMILIES) if not family.edits]  # names are those of the base
+    families = [family for family in map(load_family, FAMILIES) if not family.edits]  # they have the base's names
     marked = [family for family in families if any(text.startswith(family.marks) for text in said if family.marks)]
     if len(marked) == 1:
         return marked[0]
@@ -201,7 +201,7 @@ def _in_proportion(pairs: Mapping[str, Factors], names: Names) -> bool:
 
 
 def pairs_of(content: Content) -> dict[str, Factors]:
-    """Return A, B and scale of each layer by its name in the file, in float32 or wider.
+    """Return A, B and scale of each layer by its name in the file, in float32 or float64.
 
     Raises `InvalidArgument` for anything that is not a plain LoRA.
     """
@@ -291,7 +291,7 @@ def read_parts(content: Content, names: Names) -> Parts:
 
 
 def _another(names: Names) -> str:
-    """Return the last part of a message about a layer that the model lacks: which model to give."""
+    """Return the advice in a message about a layer that the model lacks: which model to give."""
     return "give the model that it was made for" + ("" if names.exact else " with --base or --family")
 
 
@@ -350,7 +350,7 @@ def _converted(tensors: Mapping[str, torch.Tensor], names: Names) -> dict[str, t
     with contextlib.suppress(Exception):  # each converter raises other exceptions
         found = names.family.pipeline.lora_state_dict(dict(tensors), unet_config=names.config)
         state, alphas = found[:2] if isinstance(found, tuple) else (found, None)
-        if alphas:  # names with separate alphas are read elsewhere here, or are unknown to diffusers too
+        if alphas:  # other code reads names with separate alphas, unless diffusers does not know them either
             return {}
         denoiser = {key: value for key, value in state.items() if key.startswith(f"{names.family.denoiser}.")}
         text = {key: value for key, value in state.items() if key not in denoiser}

@@ -65,9 +65,7 @@ def write(parts: Parts, names: Names, to: str, path: Path, metadata: Mapping[str
 
 
 def peft_folder(folder: Path, part: str, family: Family) -> Path:
-    """Return where the LoRA of a part of the pipeline goes: PEFT's folder is `folder` for the denoiser, and a subfolder
-    for a text encoder.
-    """
+    """Return PEFT's folder for a part of the pipeline: `folder` for the denoiser, a subfolder for a text encoder."""
     return folder if part == family.denoiser else folder / part
 
 
