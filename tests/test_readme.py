@@ -1,6 +1,7 @@
 """README, docs, RESULTS and model cards: Python code runs, options of commands exist, links resolve."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +47,10 @@ def checkout(tmp_path, monkeypatch) -> Path:
     """A folder that snippets see as the checkout and may write to."""
     for part in ("app", "assets"):
         (tmp_path / part).symlink_to(ROOT / part)
+    width = json.loads((ROOT / "assets" / "pipeline" / "text_encoder" / "config.json").read_text())["hidden_size"]
+    embeddings = tmp_path / "runs" / "sks" / "lora" / "embeddings"
+    embeddings.mkdir(parents=True)
+    save_file({"<sks>": torch.ones(1, width)}, embeddings / "sks.safetensors")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
