@@ -141,11 +141,8 @@ def bad(text: str) -> str:
 
 def log(text: str, status: str) -> str:
     """Return the trainer's output as HTML that is scrolled to the end; without output, return why there is none."""
-    starting = status in ("starting", "running")
-    text = text or (
-        "The trainer is starting." if starting else "The log of a training appears here if it was started on this page."
-    )
-    return f'<div class="log"><pre>{escape(text)}</pre></div>'
+    none = "The trainer is starting." if status == "starting" else "This page shows the log of trainings that it started."
+    return f'<div class="log"><pre>{escape(text or none)}</pre></div>'
 
 
 def printed(text: str) -> str:
