@@ -141,7 +141,7 @@ def bad(text: str) -> str:
 
 def log(text: str, status: str) -> str:
     """Return the trainer's output as HTML that is scrolled to the end; without output, return why there is none."""
-    none = "The trainer is starting." if status == "starting" else "This page shows the log of trainings that it started."
+    none = "The trainer is starting." if status == "starting" else "The page shows logs of trainings that it started."
     return f'<div class="log"><pre>{escape(text or none)}</pre></div>'
 
 
