@@ -10,9 +10,9 @@ from torch import nn
 from .errors import first_line
 from .merging import Factors, Merged, Moments
 from .regression import Inputs
-from .shortcuts.base import Shortcut, rows
-from .shortcuts.shared import version_of
+from .shortcuts.base import Shortcut
 from .shortcuts.state import Wires
+from .shortcuts.tensors import rows, version_of
 from .tracing import evaluating, to_device
 
 BUDGET = 2**30

@@ -11,9 +11,9 @@ from torch import nn
 
 from ..linking import Before
 from ..merging import MERGES, Factors, Merge, Merged, merge_exact
-from .base import Shortcut, add_scaled, cast, inside_checkpoint, rows
-from .shared import autocasts
+from .base import Shortcut
 from .state import State, Wires, refuse_replica
+from .tensors import add_scaled, autocasts, cast, inside_checkpoint, rows
 
 SUM = "sum of B A"
 """Key in `State.handed` of the sum of B A that a block passes to the next block, if both sums start at the head."""

@@ -8,8 +8,9 @@ from torch import nn
 
 from ..linking import Before
 from ..merging import MERGES, Merge, merge_weights_middle
-from .base import OWN, Shortcut, add_product, cast, passes, rows
+from .base import OWN, Shortcut
 from .state import Wires
+from .tensors import add_product, cast, passes, rows
 
 SUM = "sum of A x"
 """Key in `State.handed` of the sum of A x that a block passes to the next block, if both sums start at the head."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .state import State
+from .tensors import autocasts, sharded, version_of
 
 
 class SharedProduct:
@@ -62,14 +63,6 @@ def _circumstances(x: torch.Tensor) -> tuple:
     return version_of(x), torch.is_grad_enabled(), dtype
 
 
-def version_of(x: torch.Tensor) -> int | None:
-    """Return the version of a tensor, which every change in place raises.
-
-    None in a compiled graph and for tensors created in inference mode, which have no version.
-    """
-    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
-
-
 def _usable(weights: list[torch.Tensor], rows: torch.Tensor) -> bool:
     """Return whether the weights are neither sharded nor offloaded, and have the device and dtype that `rows` need."""
     width, device, dtype = rows.shape[1], rows.device, rows.dtype
@@ -80,13 +73,3 @@ def _usable(weights: list[torch.Tensor], rows: torch.Tensor) -> bool:
         if not any_dtype and weight.dtype != dtype:
             return False
     return True
-
-
-def autocasts(device: torch.device) -> bool:
-    """Return whether autocast is enabled for a device; False for the meta device."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def sharded(weight: torch.Tensor) -> bool:
-    """Return whether a weight holds only a shard of its values, although it has the complete shape."""
-    return type(weight) is not nn.Parameter and hasattr(weight, "_local_tensor")
