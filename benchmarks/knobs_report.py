@@ -22,9 +22,9 @@ MODELS = {"unet": "bundled U-Net", "transformer": "bundled transformer", "text":
 LITTLE = 10.0
 """A value makes little difference if its interval lies between minus and plus so many percent of the gain."""
 KINDS = {"helps": "#2f9e44", "hurts": "#e03131", "makes little difference": "#1971c2", "not decided": "#868e96"}
-WIDEST = 60.0
+WIDEST = 50.0
 """The figure is cut off here, in percent of the gain."""
-MARGIN = 70
+MARGIN = 100
 """Place of the knobs' names to the left of the figure, in points."""
 REFERENCE = {
     "learning rate": "x1, the chosen one", "steps": "100", "rank": "16", "optimizer": "AdamW",
@@ -110,10 +110,10 @@ def all_found() -> list[Found]:
 
 
 def knobs_of(every: Iterable[Found]) -> dict[str, float]:
-    """Return the knobs of which a value has run, with their largest effect on any model, the largest first."""
+    """Return the knobs of which a value has run and the largest effect on any model, at most `WIDEST`; largest first."""
     largest: dict[str, float] = {}
     for effect in (effect for found in every for effect in found.effects):
-        largest[effect.value.knob] = max(largest.get(effect.value.knob, 0), abs(effect.percent))
+        largest[effect.value.knob] = max(largest.get(effect.value.knob, 0), min(abs(effect.percent), WIDEST))
     return dict(sorted(largest.items(), key=lambda item: -item[1]))
 
 
@@ -128,9 +128,32 @@ def sentences(every: Iterable[Found]) -> str:
         for kind in KINDS:
             those = sorted((effect for effect in found.effects if effect.kind == kind), key=lambda e: -abs(e.percent))
             if those:
-                kinds.append(f"**{kind}**: " + ", ".join(f"{e.label} ({e.percent:+.0f}%)" for e in those))
+                kinds.append(f"**{kind}**: " + ", ".join(f"{e.label} ({round(e.percent):+d}%)" for e in those))
         parts.append(f"{MODELS[found.model][:1].upper()}{MODELS[found.model][1:]}: " + "; ".join(kinds) + ".")
     return "\n\n".join(parts)
+
+
+def summary(every: Iterable[Found]) -> str:
+    """Return which knobs matter on any model, and which make little difference wherever they have run."""
+    effects: dict[str, list[Effect]] = {}
+    for effect in (effect for found in every for effect in found.effects):
+        effects.setdefault(effect.value.knob, []).append(effect)
+    matter = {knob: those for knob in effects if (those := [e for e in effects[knob] if e.kind in ("helps", "hurts")])}
+    least = [knob for knob, those in effects.items() if {e.kind for e in those} == {"makes little difference"}]
+    rest = [knob for knob in effects if knob not in matter and knob not in least]
+    sizes = {
+        knob: ", ".join(f"{e.value.value} {round(e.percent):+d}%" for e in those) for knob, those in matter.items()
+    }
+    parts = [
+        "**Matter** on one model at least: "
+        + "; ".join(f"{knob} ({sizes[knob]})" for knob in knobs_of(every) if knob in matter)
+    ]
+    parts += [
+        f"**{words}**: {', '.join(knobs)}"
+        for words, knobs in (("Make little difference", least), ("Not decided", rest))
+        if knobs
+    ]
+    return ". ".join(parts) + "."
 
 
 def table(every: Iterable[Found]) -> str:
@@ -204,7 +227,7 @@ def figure(every: list[Found]) -> Figure:
             place += 1
         place += 0.7
     across = len(every)
-    size = (3.6 + 4.2 * across, 1.5 + 0.27 * place)
+    size = (4 + 4 * across, 1.5 + 0.22 * place)
     ends = [abs(end) for found in every for effect in found.effects for end in effect.interval]
     widest = min(WIDEST, 10 * np.ceil(max(ends) / 10))
     drawn, axes = plt.subplots(1, across, sharey=True, squeeze=False, figsize=size, layout="constrained")
@@ -241,7 +264,7 @@ def panel(axis: Axes, found: Found, places: Mapping[tuple[str, str], float], wid
         if abs(effect.percent) > widest:
             side = np.sign(effect.percent)
             axis.text(side * 0.95 * widest, place, f"{effect.percent:+.0f}%", fontsize=8, va="center",
-                      ha="right" if side > 0 else "left")  # fmt: skip
+                      ha="right" if side > 0 else "left", bbox={"color": "white", "pad": 0.5})  # fmt: skip
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_xlim(-widest, widest)
     axis.set_title(MODELS[found.model], fontsize=10)

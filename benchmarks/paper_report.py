@@ -22,7 +22,7 @@ from reslora.formatting import pluralize
 from reslora.io import read_object
 
 matplotlib.use("Agg")
-REPORTS = [ROOT / "RESULTS.md", *sorted((ROOT / "benchmarks" / "reports").glob("*.md"))]
+REPORTS = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "benchmarks" / "reports").glob("*.md"))]
 COLORS = {
     "lora": "#8a8f98",
     "lora_x2": "#1971c2",
@@ -55,7 +55,9 @@ def part(name: str, experiments: dict) -> str:
         "merging": merging_table, "merging-plot": merging_plot, "why": lambda: why_tables(found),
         "counted": counted, "summary": summary_table, "alpha": alpha_table,
         "again": again_table,
-        "knobs-plot": knobs_plot, "knobs": lambda: knobs_report.sentences(knobs_report.all_found()),
+        "knobs-plot": knobs_plot,
+        "knobs-first": lambda: f"{knobs_plot()}\n{knobs_report.summary(knobs_report.all_found())}",
+        "knobs": lambda: knobs_report.sentences(knobs_report.all_found()),
         "knobs-table": lambda: knobs_report.table(knobs_report.all_found()), "knobs-planned": knobs_report.planned,
         "forest": lambda: plot_of(found, "every comparison with LoRA", why_plots.forest, "why-forest.png"),
         "rates": lambda: plot_of(found, "loss by learning rate and method", why_plots.rates, "why-rates.png"),
