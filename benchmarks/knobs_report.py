@@ -19,6 +19,7 @@ from reslora.experiment.verdicts import coverage_in_words
 from reslora.io import read_object
 
 MODELS = {"unet": "bundled U-Net", "transformer": "bundled transformer", "text": "SmolLM2-135M on SVAMP"}
+SHORT = {"unet": "U-Net", "transformer": "transformer", "text": "text"}
 LITTLE = 10.0
 """A value makes little difference if its interval lies between minus and plus so many percent of the gain."""
 KINDS = {"helps": "#2f9e44", "hurts": "#e03131", "makes little difference": "#1971c2", "not decided": "#868e96"}
@@ -110,7 +111,7 @@ def all_found() -> list[Found]:
 
 
 def knobs_of(every: Iterable[Found]) -> dict[str, float]:
-    """Return the knobs of which a value has run and the largest effect on any model, at most `WIDEST`; largest first."""
+    """Return each knob of which a value has run, with its largest effect on any model, at most `WIDEST`."""
     largest: dict[str, float] = {}
     for effect in (effect for found in every for effect in found.effects):
         largest[effect.value.knob] = max(largest.get(effect.value.knob, 0), min(abs(effect.percent), WIDEST))
@@ -141,12 +142,9 @@ def summary(every: Iterable[Found]) -> str:
     matter = {knob: those for knob in effects if (those := [e for e in effects[knob] if e.kind in ("helps", "hurts")])}
     least = [knob for knob, those in effects.items() if {e.kind for e in those} == {"makes little difference"}]
     rest = [knob for knob in effects if knob not in matter and knob not in least]
-    sizes = {
-        knob: ", ".join(f"{e.value.value} {round(e.percent):+d}%" for e in those) for knob, those in matter.items()
-    }
     parts = [
         "**Matter** on one model at least: "
-        + "; ".join(f"{knob} ({sizes[knob]})" for knob in knobs_of(every) if knob in matter)
+        + "; ".join(sizes(knob, matter[knob]) for knob in knobs_of(every) if knob in matter)
     ]
     parts += [
         f"**{words}**: {', '.join(knobs)}"
@@ -154,6 +152,15 @@ def summary(every: Iterable[Found]) -> str:
         if knobs
     ]
     return ". ".join(parts) + "."
+
+
+def sizes(knob: str, effects: Iterable[Effect]) -> str:
+    """Return a knob with its values and their differences on each model, such as "rank 4 (U-Net -4%)"."""
+    values: dict[str, list[str]] = {}
+    for effect in effects:
+        words = f"{SHORT[effect.value.model]} {round(effect.percent):+d}%"
+        values.setdefault(effect.value.value, []).append(words)
+    return f"{knob} " + ", ".join(f"{value} ({', '.join(those)})" for value, those in values.items())
 
 
 def table(every: Iterable[Found]) -> str:

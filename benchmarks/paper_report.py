@@ -56,7 +56,7 @@ def part(name: str, experiments: dict) -> str:
         "counted": counted, "summary": summary_table, "alpha": alpha_table,
         "again": again_table,
         "knobs-plot": knobs_plot,
-        "knobs-first": lambda: f"{knobs_plot()}\n{knobs_report.summary(knobs_report.all_found())}",
+        "knobs-first": lambda: f"{knobs_plot()}\n\n{knobs_report.summary(knobs_report.all_found())}",
         "knobs": lambda: knobs_report.sentences(knobs_report.all_found()),
         "knobs-table": lambda: knobs_report.table(knobs_report.all_found()), "knobs-planned": knobs_report.planned,
         "forest": lambda: plot_of(found, "every comparison with LoRA", why_plots.forest, "why-forest.png"),
