@@ -69,7 +69,7 @@ class OwnPagesOnly:
 
 
 def parts_of(url: str) -> tuple[str, str]:
-    """Return the host with its port, and the host, of a URL in lower case; empty for an invalid one."""
+    """Return the host:port and the host of a URL, both in lower case; two empty strings for an invalid URL."""
     try:
         parts = urlsplit(url.lower())
         return parts.netloc, parts.hostname or ""

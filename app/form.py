@@ -61,7 +61,7 @@ TEXTS = (
 """Text options that are safe to set from a browser, because their values are not paths, models or code."""
 NEVER = (
     "plan", "local_rank", "push_to_hub", "dataloader_num_workers",
-    "class_prompt", "num_class_images", "prior_loss_weight",  # only apply with --class_data_dir, a path
+    "class_prompt", "num_class_images", "prior_loss_weight",  # have an effect only with --class_data_dir, a path
 )  # fmt: skip
 """Options that the page does not set."""
 UNSET, LONGEST_DEFAULT = "default", 15

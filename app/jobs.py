@@ -391,7 +391,7 @@ class Jobs:
         elif entry.state == RUNNING:
             entry.state = run.status
             line = self.last_line(run)
-            if isinstance(run, Experiment) and line.endswith(REPORT):  # the last line of a normal end
+            if isinstance(run, Experiment) and line.endswith(REPORT):  # a job that ends normally prints this last
                 line = run.time_is_over or line
             entry.line = "" if entry.state == "finished" else line
 

@@ -101,7 +101,7 @@ def first_line(error: BaseException) -> str:
 
 def another_ended(error: BaseException) -> str:
     """Return the message for the error of a collective operation after another process of the run has ended."""
-    problem, _, _ = first_line(error).partition(". ")  # without the library's advice, which follows
+    problem, _, _ = first_line(error).partition(". ")  # drop the advice that the library appends
     return f"another process of this run has ended ({problem}); resume with --resume_from_checkpoint latest"
 
 

@@ -73,7 +73,7 @@ class DatasetTab(Tab):
             with gr.Row():
                 self.model = open_choice(
                     "Image-text model", value="", elem_id="caption-model", min_width=220,
-                    info="A name on the Hugging Face Hub, owner/model, or a folder in models of the runs folder",
+                    info="A Hugging Face Hub name (owner/model), or a folder in the models folder of the runs folder",
                 )  # fmt: skip
                 self.instruction = gr.Textbox(
                     label="Instruction", max_lines=1, min_width=220, elem_id="caption-prompt",

@@ -238,7 +238,8 @@ class SharedOutputOptions:
         "also save a checkpoint this many minutes after the previous one", POSITIVE)
     checkpoints_total_limit: int | None = free(None, "checkpoints to retain per method", COUNT, or_else="all")
     resume_from_checkpoint: str | None = free(None,
-        "latest: resume from the newest complete checkpoint; FOLDER: go back to that one; not in a finished run",
+        "latest: resume from the newest complete checkpoint; FOLDER: resume from the checkpoint in this folder; a "
+        "finished run cannot be resumed",
         metavar="latest|FOLDER", essential="latest resumes the run in --output", path="relative", secret=True,
         kohya=("resume",))
     plan: bool | None = free(None,

@@ -98,7 +98,7 @@ def line_chart(title: str, x_title: str, lines: Sequence[Line], mark: float | No
     x, y = ([point[axis] for line in lines for point in line.points] or [0.0, 1.0] for axis in (0, 1))
     place = Places(PAGE, _padded(min(x), max(x), 0.02), _padded(min(y), max(y), 0.05))
     locator = MaxNLocator(5, steps=[1, 2, 5, 10])
-    across, up = (  # round numbers around the only value would have too many digits
+    across, up = (  # a single value is its own tick: round numbers next to it would have too many digits
         own[:1] if min(own) == max(own) else ticks(*ends, locator) for own, ends in ((x, place.across), (y, place.up))
     )
     body = _grid(place, across, up, Axes(title, x_title, "")) + "".join(_of_line(line, place) for line in lines)

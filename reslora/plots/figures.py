@@ -56,8 +56,8 @@ def comparison(
 
     `columns` holds the titles of the columns, possibly of several lines. `rows` holds each prompt with its methods: for
     each method a name and one image for every column. `above` holds a title and images that are shown above the grid,
-    smaller and as many as fit. The longer side of the first image in the grid becomes `side` pixels (None: SMALL or
-    LARGE), and all other images are fitted into the size of the figure by Lanczos resampling. Long prompts are
+    smaller and as many as fit. The first image of the grid is scaled so that its longer side has `side` pixels (None:
+    SMALL or LARGE). All other images of the grid are scaled to fit into that size (Lanczos). Long prompts are
     shortened.
 
     Raises `OSError` for a file that is not an image.

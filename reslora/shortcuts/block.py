@@ -103,7 +103,7 @@ class BlockShortcut(Shortcut):
 
         - Inside a checkpoint without the contexts of `Wires.contexts`: a separate state for each forward pass and each
           recomputation of this checkpoint, so that both compute the same products.
-        - In a compiled graph: None, because a state must not be written inside a checkpoint there.
+        - In a compiled graph: None, because no state may be written in code that gradient checkpointing runs twice.
         - Otherwise: the state of the running forward pass, if there is one.
         """
         if torch.compiler.is_compiling():

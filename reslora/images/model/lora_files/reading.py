@@ -171,8 +171,8 @@ def family_of(content: Content) -> Family:
     fitting = [names for names in fitting if not (several and names.family.derived)]
     if len(fitting) == 1:
         return fitting[0].family
-    problem = "its layers are in several families" if fitting else "no single family is certain by its layers' names"
-    raise InvalidArgument(content.flag, problem, "add --base MODEL or --family NAME")
+    problem = "fit several model families" if fitting else "do not show the model family"
+    raise InvalidArgument(content.flag, f"the layer names {problem}", "add --base MODEL or --family NAME")
 
 
 def is_numbered(content: Content) -> bool:
