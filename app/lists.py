@@ -26,7 +26,7 @@ SAMPLES = 4
 """Maximum number of samples on a card."""
 NO_SAMPLES = '<div class="empty">no samples</div>'
 NOTHING_QUEUED = (
-    "Nothing is running or waiting. A training that you start under Train while another one runs waits here."
+    "The queue is empty. A training that you start under Train while another one runs waits here."
 )
 
 

@@ -115,7 +115,7 @@ def test_cards_show_the_newest_samples_and_escape_all_else(manager, tmp_path):
 
 
 def test_the_queue_as_it_is_seen(manager):
-    assert "Nothing is running or waiting" in lists.queue(manager.jobs)
+    assert "The queue is empty" in lists.queue(manager.jobs)
     states = ("failed", "running", "waiting", "waiting")
     with manager.jobs.changing() as entries:
         entries += [Entry(f"{state}-{n}<", state=state, line="<b>why</b>") for n, state in enumerate(states)]
