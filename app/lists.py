@@ -25,9 +25,7 @@ MOST = 48
 SAMPLES = 4
 """Maximum number of samples on a card."""
 NO_SAMPLES = '<div class="empty">no samples</div>'
-NOTHING_QUEUED = (
-    "The queue is empty. A training that you start under Train while another one runs waits here."
-)
+NOTHING_QUEUED = "The queue is empty. A training that you start under Train while another one runs waits here."
 
 
 SHOWN = {"model": "model", "rank": "rank", "learning_rate": "learning rate", "seed": "seed", "max_train_steps": "steps"}

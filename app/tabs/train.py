@@ -101,7 +101,9 @@ class TrainTab(ControlTab):
     def settings_column(self) -> None:
         """Make the form: the common options, then all other options in collapsed groups."""
         with gr.Row():
-            self.name = gr.Textbox("my-style", label="Name", max_lines=1, elem_id="name", min_width=160)
+            self.name = gr.Textbox(
+                self.jobs.free_name, label="Name", max_lines=1, elem_id="name", min_width=160
+            )  # fmt: skip
             self.begin = open_choice(
                 "Start from the settings of", choices=list(form.PRESETS), value=next(iter(form.PRESETS)),
                 elem_id="begin", min_width=220,
