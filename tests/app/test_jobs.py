@@ -104,6 +104,8 @@ def test_a_new_run_gets_a_name_that_is_free(lined):
     for _ in range(2):
         add(lined, lined.free_name())
     assert list(states(lined)) == ["my-style", "my-style-2"] and lined.free_name() == "my-style-3"
+    let_end(lined, "my-style")
+    let_end(lined, "my-style-2")
 
 
 def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
