@@ -212,7 +212,9 @@ class ImageEdits:
             line, before, after = change
             for path, content in after.items():
                 if content_of(path) != content:
-                    raise RunError(f"{path.name} was changed later, so nothing was restored; see .trash in the folder.")
+                    raise RunError(
+                        f"{path.name} was changed later: nothing was restored; the earlier files are in the folder's .trash."
+                    )
             restore(before)
         return f"Undone: {line}."
 

@@ -38,7 +38,7 @@ class RunManager:
         Raises `RunError` if the stored notes are not `was`, the notes that the user saw.
         """
         if not isinstance(notes, str) or clean(notes) != notes or len(notes) > LONGEST_NOTES:
-            raise RunError(f"Notes are valid text of at most {LONGEST_NOTES:,} characters; nothing was saved.")
+            raise RunError(f"Notes must be valid text of at most {LONGEST_NOTES:,} characters; nothing was saved.")
         notes = notes.replace("\r\n", "\n").strip()
         with self.jobs.lock:
             run = self.find(name)

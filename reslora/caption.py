@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InvalidArgument, OSError, RuntimeError) as error:
         return print_error("reslora-caption", error)
     except KeyboardInterrupt:
-        print("reslora-caption: stopped; run the same command without --overwrite to resume", file=sys.stderr)
+        print(
+            "reslora-caption: stopped; without --overwrite, the same command captions only images without a caption",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -158,7 +158,7 @@ def train(arm: Arm, study: ExperimentStudy) -> None:
     started, measured, reason, stopped = time.monotonic(), study.schedule.measuring, "", False
     forget_peak(study.device)
     try:
-        race(arm, study.schedule)  # a process that was killed may have measured what stops it
+        race(arm, study.schedule)  # an earlier process may have measured the losses that stop this arm
         study.train(arm)
     except StoppedEarly as error:
         reason, stopped = str(error), True

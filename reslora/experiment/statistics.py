@@ -94,7 +94,7 @@ class Effects(NamedTuple):
         return math.prod(self.size)
 
     def half_width(self, level: float) -> np.ndarray:
-        """Return half the width of the confidence interval of the mean difference without skewness, of shape (...).
+        """Return half the width of the mean difference's confidence interval, before the correction for skewness.
 
         Each mean square is multiplied by the square of Student's t with its degrees of freedom (Banerjee, 1961). A
         single t with Satterthwaite's degrees of freedom has too many false positives at the corrected levels.

@@ -45,7 +45,10 @@ def precision_of(options: ModelOptions) -> str | None:
     if not cpu_has_bf16():
         return None
     if int(os.environ.get("RANK", 0)) == 0:
-        print("training in bf16, as this CPU has instructions for it; --mixed_precision no: in float32", flush=True)
+        print(
+            "training in bf16, as this CPU has instructions for it; use --mixed_precision no to train in float32",
+            flush=True,
+        )
     return "bf16"
 
 

@@ -34,8 +34,8 @@ def is_plain(model: nn.Module) -> bool:
 def convert(model: nn.Module, rank: int) -> tuple[Converted, float] | None:
     """Return the LoRA of rank `rank` that is nearest to a model's adapter, and its error; None if PEFT cannot convert.
 
-    The rank is at most the smallest dimension of an adapted layer. The error is the norm of the difference of both
-    changes of the weights, over all layers, relative to the norm of the adapter's change.
+    The rank is at most the smallest dimension of an adapted layer. The error is the norm of the difference between
+    the changes of the weights by the LoRA and by the adapter, over all layers, relative to the norm of the adapter's.
     """
     base = base_model(model)
     layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)}

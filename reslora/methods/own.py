@@ -132,9 +132,9 @@ def is_configuration(value: object) -> bool:
 
 
 def fields_of(name: str) -> set[str] | None:
-    """Return the settings of a class of PEFT's configurations; None for a function, which gets all settings.
+    """Return the settings of a class of PEFT's configurations; None for a function, which receives every option.
 
-    An entry of PEFT's method comparison contains all settings, and reads no options.
+    The set is empty for an entry of PEFT's method comparison: its files give all settings.
     """
     if entries.is_entry(name):
         return set()

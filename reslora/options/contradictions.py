@@ -97,8 +97,8 @@ def carries_activations(options: SharedMethodOptions) -> bool:
 def check_compiled(flag: str, options: SharedMethodOptions, checkpointing: bool) -> None:
     """Raise `InvalidArgument` if gradient checkpointing would lose the shortcuts of a compiled model."""
     if checkpointing and carries_activations(options):
-        problem = f"with --gradient_checkpointing cannot keep --shortcut {options.shortcut}"
-        raise InvalidArgument(flag, problem, "leave one of them out, or use --shortcut block")
+        problem = f"with --gradient_checkpointing would lose the activations of --shortcut {options.shortcut}"
+        raise InvalidArgument(flag, problem, f"leave out {flag} or --gradient_checkpointing, or use --shortcut block")
 
 
 def check_averages(options: TrainOptions, steps: int | None) -> None:
@@ -131,7 +131,7 @@ def refuse_unable_to_start(options: SharedMethodOptions, flag: str) -> None:
             raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
         if method.reads_initialization and options.init_lora_weights not in ZERO_B:
             argument = f"--init_lora_weights {options.init_lora_weights}"
-            raise InvalidArgument(argument, f"{flag} sets A and B", "leave one of the two out")
+            raise InvalidArgument(argument, f"{flag} already sets the LoRA's A and B", f"leave out that or {flag}")
         if method.shortcuts and options.shortcut != PLAIN and options.pre_num != 0:
             problem = (
                 f"with --shortcut {options.shortcut} its blocks would also enter their neighbors, and the first step "

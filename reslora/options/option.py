@@ -253,7 +253,7 @@ def steps(text: str) -> int | None:
 
 
 def true_or_false(text: str) -> bool:
-    """Return a switch's value in the notation of transformers' scripts."""
+    """Return the value of a switch that is written as in transformers' scripts: yes, true, 0 ..."""
     if text.lower() in ("yes", "true", "t", "y", "1"):
         return True
     if text.lower() in ("no", "false", "f", "n", "0"):

@@ -85,7 +85,7 @@ def show_plan(texts: Texts, asked: T | Grid[T], stop: StopRequest) -> None:
     )
     say(
         f"about {(weights + states + activations) / GIB:.2f} GiB on each device: {weights / GIB:.2f} for the frozen "
-        f"weights, {states / GIB:.2f} for what is trained with its gradient and AdamW's state, and "
+        f"weights, {states / GIB:.2f} for the trained weights, their gradients and AdamW's states, and "
         f"{activations / GIB:.2f} for the activations of a batch of the longest examples"
     )
     if isinstance(asked, Grid):

@@ -1,4 +1,4 @@
-"""Train a method from its latest checkpoint to its exports; this module depends only on the `Study` interface."""
+"""Train a method from its latest checkpoint to its exports; `Study` is all that it knows of texts and images."""
 
 import contextlib
 import dataclasses

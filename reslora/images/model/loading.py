@@ -245,7 +245,7 @@ def downloaded(options: ModelOptions, flag: str) -> Path:
     where: dict[str, Any] = {"revision": options.revision, "cache_dir": options.cache_dir}
     given: dict[str, Any] = {"transformer": None} if options.pretrained_transformer_file else {}
     with refused_as(flag, "check the name and the connection"):
-        for part in given:  # the given file replaces the weights in the Hub
+        for part in given:  # its weights come from the given file, not from the Hub
             huggingface_hub.hf_hub_download(options.pretrained_model_name_or_path, f"{part}/config.json", **where)
         return Path(
             DiffusionPipeline.download(

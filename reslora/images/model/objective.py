@@ -112,7 +112,7 @@ class FlowObjective:
 
     @property
     def timesteps(self) -> int:
-        """The number of timesteps; timesteps need not be integers."""
+        """The scheduler's number of timesteps. Training draws them as real numbers between 0 and it."""
         return self.scheduler.config.num_train_timesteps
 
     def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
