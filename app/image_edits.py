@@ -213,7 +213,7 @@ class ImageEdits:
             for path, content in after.items():
                 if content_of(path) != content:
                     raise RunError(
-                        f"{path.name} was changed later: nothing was restored; the earlier files are in the folder's .trash."
+                        f"{path.name} was changed later: nothing was restored; .trash has the earlier files."
                     )
             restore(before)
         return f"Undone: {line}."

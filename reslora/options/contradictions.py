@@ -131,7 +131,7 @@ def refuse_unable_to_start(options: SharedMethodOptions, flag: str) -> None:
             raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
         if method.reads_initialization and options.init_lora_weights not in ZERO_B:
             argument = f"--init_lora_weights {options.init_lora_weights}"
-            raise InvalidArgument(argument, f"{flag} already sets the LoRA's A and B", f"leave out that or {flag}")
+            raise InvalidArgument(argument, f"{flag} already sets A and B", f"leave out that or {flag}")
         if method.shortcuts and options.shortcut != PLAIN and options.pre_num != 0:
             problem = (
                 f"with --shortcut {options.shortcut} its blocks would also enter their neighbors, and the first step "

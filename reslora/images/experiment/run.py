@@ -216,9 +216,8 @@ def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str
         raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
     for name in FIXED:
         value, before = values[name], there.get(name)
-        settled = (
-            value is not None or name == "metric_model"
-        )  # others that are None have a default that the model or images decide
+        # the default of another option that is None depends on the model or the images
+        settled = value is not None or name == "metric_model"
         if settled and before != value and is_read(grid.base.option(name), methods):
             problem, fix = f"{folder} was started with {in_words(before)}", "use that, or choose another --output_dir"
             raise InvalidArgument(f"--{name} {in_words(value)}", problem, fix)
