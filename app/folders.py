@@ -6,6 +6,7 @@ Folder names that come from a browser are only compared with the listed names, n
 import os
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 
 from reslora.bundled import ASSETS
@@ -21,6 +22,11 @@ UPLOADS, SETS = ".images", ".datasets"
 BUNDLED = "bundled images"
 IMAGES = {f"{ASSETS.name}/{BUNDLED_IMAGES.name}": BUNDLED_IMAGES}
 """Path of the bundled images, by the last two parts of the path; the other parts differ between machines."""
+
+
+def free_name(place: Path, stem: str) -> str:
+    """Return the first of STEM-1, STEM-2 ... that does not exist in a folder."""
+    return next(name for n in count(1) if not (place / (name := f"{stem}-{n}")).exists())
 
 
 @dataclass(frozen=True)

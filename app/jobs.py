@@ -144,16 +144,6 @@ class Jobs:
             raise NameTaken(f"{name} is already starting: choose another name.")
         return folder
 
-    def free_name(self) -> str:
-        """Return the first of my-style, my-style-2 ... that a new run can have."""
-        taken, name, number = {entry.name for entry in self.entries()}, "my-style", 1
-        while True:
-            with contextlib.suppress(NameTaken):
-                if name not in taken:
-                    return self.new_folder(name).name
-            number += 1
-            name = f"my-style-{number}"
-
     def resumable(self, name: str, kind: type[Run] = Run) -> Run:
         """Return the run or experiment with this name. Raises `RunError` if the run or experiment cannot be resumed."""
         run = self.library.find(name, kind)
@@ -172,7 +162,7 @@ class Jobs:
             [sys.executable, *words, "--plan"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
             env=launcher.environment(), check=False,
         )  # fmt: skip
-        return self.without_folders((done.stdout if not done.returncode else done.stdout + done.stderr[-2000:]).strip())
+        return self.without_folders((done.stdout + done.stderr[-2000:] * bool(done.returncode)).strip())
 
     # -- processes -----------------------------------------------------------------------------------------------------
 

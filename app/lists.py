@@ -25,7 +25,6 @@ MOST = 48
 SAMPLES = 4
 """Maximum number of samples on a card."""
 NO_SAMPLES = '<div class="empty">no samples</div>'
-NOTHING_QUEUED = "The queue is empty. A training that you start under Train while another one runs waits here."
 
 
 SHOWN = {"model": "model", "rank": "rank", "learning_rate": "learning rate", "seed": "seed", "max_train_steps": "steps"}
@@ -54,7 +53,7 @@ def queue(jobs: Jobs) -> str:
     except RunError as error:
         return bad(str(error))
     if not entries:
-        return notice(NOTHING_QUEUED)
+        return notice("The queue is empty. A training that you start under Train while another one runs waits here.")
     shown = sorted(entries, key=lambda entry: (entry.ends, entry.state == WAITING))
     return f'<ol class="queue" aria-label="Queue">{"".join(row(jobs, entry) for entry in shown)}</ol>'
 
@@ -77,11 +76,11 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
     names = ", ".join(METHODS[name].title for name in methods if name in METHODS) if isinstance(methods, list) else ""
     facts = ["resume" if entry.resume else "", entry.kind if entry.kind != "run" else "", names]
     settings = settings_of(entry, run)
-    given = {label: settings.get(name) for name, label in SHOWN.items()}
-    facts += [f"{label} {str(value)[:40]}" for label, value in given.items() if value not in (None, "")]
+    for name, label in SHOWN.items():
+        if (value := settings.get(name)) not in (None, ""):
+            facts.append(f"{label} {str(value)[:40]}")
     images = entry.folder if entry.folder in (None, BUNDLED) else f"images: {entry.folder}"
-    facts += [images or ""]
-    return [*facts, activity_of(run) if entry.state == RUNNING else entry.line]
+    return [*facts, images or "", activity_of(run) if entry.state == RUNNING else entry.line]
 
 
 def settings_of(entry: Entry, run: Run) -> dict[str, object]:

@@ -1,6 +1,5 @@
 """Store images and captions that a browser uploads as a new folder, under their own names."""
 
-import itertools
 import re
 import shutil
 from collections import Counter
@@ -14,7 +13,7 @@ from reslora.images.data.images import SUFFIXES, damage, image_size, is_image, o
 from reslora.io import replacing
 from reslora.options.prompts import clean
 
-from .folders import SETS, Folder, Folders
+from .folders import SETS, Folder, Folders, free_name
 from .runs import RunError, reporting
 
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -30,8 +29,8 @@ def store(folders: Folders, name: str, files: Sequence[tuple[str, Path]]) -> tup
     `name`: the name of the folder; if empty, `images-1` or the next free number. Raises `RunError` for an invalid or
     existing name, for files that the trainer would skip, and if no file is an image.
     """
-    place, name = folders.runs / SETS, str(name or "").strip()
-    name = name or next(free for n in itertools.count(1) if not (place / (free := f"images-{n}")).exists())
+    place = folders.runs / SETS
+    name = str(name or "").strip() or free_name(place, "images")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
         raise RunError("A folder's name has letters, digits, hyphens and underscores, at most 64 of them.")
     if (place / name).exists():

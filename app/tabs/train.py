@@ -20,7 +20,7 @@ from ..activity import activity_of
 from ..bases import DEFAULT, PIPELINES, word_of_model
 from ..downloads import new_file
 from ..estimates import peak_memory, training_time
-from ..folders import BUNDLED
+from ..folders import BUNDLED, free_name
 from ..handlers import NO_PROGRESS, QUIET
 from ..jobs import WAITING, Entry, NameTaken
 from ..library import Experiment
@@ -102,7 +102,8 @@ class TrainTab(ControlTab):
         """Make the form: the common options, then all other options in collapsed groups."""
         with gr.Row():
             self.name = gr.Textbox(
-                self.jobs.free_name, label="Name", max_lines=1, elem_id="name", min_width=160
+                partial(free_name, self.jobs.library.folder, "my-style"), label="Name", max_lines=1, elem_id="name",
+                min_width=160,
             )  # fmt: skip
             self.begin = open_choice(
                 "Start from the settings of", choices=list(form.PRESETS), value=next(iter(form.PRESETS)),

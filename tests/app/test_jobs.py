@@ -99,15 +99,6 @@ def test_one_after_the_other_and_what_fails_does_not_stop_the_next(lined, tmp_pa
     assert lined.entries() == []
 
 
-def test_a_new_run_gets_a_name_that_is_free(lined):
-    assert lined.free_name() == "my-style"
-    for _ in range(2):
-        add(lined, lined.free_name())
-    assert list(states(lined)) == ["my-style", "my-style-2"] and lined.free_name() == "my-style-3"
-    let_end(lined, "my-style")
-    let_end(lined, "my-style-2")
-
-
 def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
     add(lined, "a")
     before = lined.path.read_bytes()
