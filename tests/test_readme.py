@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pydoc
 import re
 import shlex
 from pathlib import Path
@@ -148,3 +149,8 @@ def test_figures_are_in_results(document, heading):
     results = "".join(report.read_text(encoding="utf-8") for report in [ROOT / "RESULTS.md", *REPORTS])
     figures = re.findall(r"\b\d+\.\d+\b", section(document, heading))
     assert figures and not [figure for figure in figures if figure not in results]
+
+
+def test_names_on_the_page_of_the_library_exist():
+    names = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert names and [name for name in names if pydoc.locate(name) is None] == []
